@@ -1,0 +1,1 @@
+"""Where training and sampling happen: the ``Backend`` protocol and its implementations."""

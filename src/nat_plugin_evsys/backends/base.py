@@ -1,0 +1,126 @@
+"""The ``Backend`` protocol (seed ``evsys-backend.txt``) and the sampling client it hands out.
+
+``tinker.types`` are the types. What the embedded engine adds to Tinker is marked *extension*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import tinker
+    import torch
+    from tinker import types
+
+LossCallable = Callable[["list[tinker.Datum]", "list[torch.Tensor]"], "tuple[torch.Tensor, dict[str, float]]"]
+"""``(data, logprobs) -> (loss, metrics)``; ``logprobs[i]`` has the shape of ``data[i]``'s target_tokens."""
+
+TokenCallback = Callable[[int, list[int], list[float]], None]
+"""``(sample index, new token ids, their logprobs)``, called from the sampler's thread as tokens arrive."""
+
+
+@runtime_checkable
+class SamplingClient(Protocol):
+    """Samples from one fixed policy version."""
+
+    policy_version: int
+
+    async def sample_async(
+        self,
+        prompt: types.ModelInput,
+        num_samples: int,
+        sampling_params: types.SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        *,
+        topk_sample_logprobs: int = 0,
+        on_tokens: TokenCallback | None = None,
+    ) -> types.SampleResponse:
+        """Sample ``num_samples`` sequences. Cancelling the awaiting task stops the sampling.
+
+        The stop token (or the tokens of the stop string) is part of ``tokens`` and has logprobs. Logprobs are those of
+        the distribution that was sampled (temperature, top_k and top_p applied).
+
+        Raises:
+            PromptTooLongError: the prompt leaves no room in the context window.
+        """
+        ...
+
+    async def compute_logprobs_async(self, prompt: types.ModelInput) -> list[float | None]:
+        """Log-probability of each prompt token given those before it; the first is None."""
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A live training client plus a factory of sampling clients. Built once per run.
+
+    The ``*_async`` methods submit at once, in call order, and return an awaitable of the result.
+    """
+
+    def forward_backward_async(
+        self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
+    ) -> Awaitable[types.ForwardBackwardOutput]:
+        """Forward and backward with a named loss; gradients accumulate until ``optim_step_async``.
+
+        All or nothing: when it fails, no gradient of ``data`` has been accumulated.
+        """
+        ...
+
+    def forward_async(
+        self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
+    ) -> Awaitable[types.ForwardBackwardOutput]:
+        """Like ``forward_backward_async`` without gradients."""
+        ...
+
+    def forward_backward_custom_async(
+        self, data: list[tinker.Datum], loss_fn: LossCallable
+    ) -> Awaitable[types.ForwardBackwardOutput]:
+        """Forward and backward with a client-side Python loss over logprobs."""
+        ...
+
+    def optim_step_async(self, adam: types.AdamParams) -> Awaitable[types.OptimStepResponse]:
+        """One AdamW step on the accumulated gradient, which it then clears."""
+        ...
+
+    async def save_for_sampler(self, name: str) -> str:
+        """Save the current weights for inference (a PEFT directory for the embedded engine). Returns the URI."""
+        ...
+
+    async def save_full_state(self, name: str) -> str:
+        """Save weights and optimizer state for resume. Returns the URI."""
+        ...
+
+    async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
+        """Load weights (and optimizer state) saved by this backend. *Extension.*
+
+        Raises:
+            CheckpointError: missing, torn, or made for another base model or LoRA shape.
+        """
+        ...
+
+    async def snapshot_sampling_client(self, name: str | None = None) -> SamplingClient:
+        """Freeze the current weights and return a client that samples from them.
+
+        With ``name`` the weights are also saved as by ``save_for_sampler``. Each snapshot has a policy version one
+        higher than the one before it; the first is 0.
+        """
+        ...
+
+    def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the base model."""
+        ...
+
+    async def is_healthy(self) -> bool:
+        """True when the backend answers a real (cheap) request. *Extension.*"""
+        ...
+
+    async def close(self) -> None:
+        """Finish or cancel what is in flight and free the memory. *Extension.*"""
+        ...
+
+
+def token_ids(prompt: types.ModelInput | Sequence[int]) -> list[int]:
+    """The token ids of a text-only ModelInput (or of a plain list)."""
+    return list(prompt.to_ints()) if hasattr(prompt, "to_ints") else list(prompt)

@@ -1,0 +1,12 @@
+"""The YAML types. Importing this package loads no torch, no transformers and no art."""
+
+from .finetuning import EvsysTrainerAdapterConfig, EvsysTrainerConfig, EvsysTrajectoryBuilderConfig, WarmStartConfig
+from .policy import EvsysPolicyConfig
+
+__all__ = [
+    "EvsysPolicyConfig",
+    "EvsysTrainerAdapterConfig",
+    "EvsysTrainerConfig",
+    "EvsysTrajectoryBuilderConfig",
+    "WarmStartConfig",
+]

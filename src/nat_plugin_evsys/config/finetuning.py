@@ -1,0 +1,104 @@
+"""The trajectory builder's, trainer adapter's and trainer's YAML types."""
+
+from pathlib import Path
+from typing import Literal
+
+from nat.data_models.finetuning import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class EvsysTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="evsys_trajectory_builder"):
+    """Rolls the workflow out over the dataset and turns the recorded calls into trajectories, one group per row."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_generations: int = Field(default=8, ge=1, description="Attempts at each dataset row (the group size).")
+    max_concurrency: int | None = Field(
+        default=None, ge=1, description="Rollouts in flight at once; default `eval.general.max_concurrency`."
+    )
+    rollout_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds for one rollout; one that takes longer is cut off and counted as `rollout_timeout`.",
+    )
+
+
+class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapter"):
+    """Turns trajectory groups into importance_sampling Datums and trains the policy's LoRA adapter on them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: str = Field(description="Name of the `evsys_policy` LLM to train.")
+    loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = Field(
+        default="importance_sampling", description="Tinker's name of the loss."
+    )
+    loss_fn_config: dict[str, float] | None = Field(
+        default=None, description="Settings of the loss, by Tinker's names (e.g. clip_low_threshold)."
+    )
+    learning_rate: float = Field(default=1e-4, gt=0, description="AdamW learning rate.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta1.")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta2.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW decoupled weight decay.")
+    grad_clip_norm: float = Field(default=0.0, ge=0, description="Clip of the gradient's global norm; 0 is off.")
+    advantage: Literal["group_mean", "group_mean_std", "reward"] = Field(
+        default="group_mean",
+        description="`group_mean`: reward minus the group's mean. `group_mean_std`: that, divided by the group's "
+        "standard deviation. `reward`: the reward itself.",
+    )
+    groups_per_step: int | None = Field(
+        default=None, ge=1, description="Trajectory groups per optimizer step; default: all of the epoch's in one."
+    )
+    passes: int = Field(default=1, ge=1, description="Times that an epoch's trajectories are trained on.")
+    shuffle_seed: int = Field(default=0, description="Seed of the order of the groups.")
+    save_datums: bool = Field(
+        default=False, description="Write every trained Datum (token ids, logprobs, advantages) to the run directory."
+    )
+    merge_calls: bool = Field(
+        default=True, description="Train calls whose tokens extend one another as one Datum (same gradient, less work)."
+    )
+
+    @model_validator(mode="after")
+    def _loss_takes_its_config(self) -> "EvsysTrainerAdapterConfig":
+        if self.loss_fn == "importance_sampling" and self.loss_fn_config:
+            raise ValueError(
+                f"loss_fn `importance_sampling` takes no loss_fn_config, but got {sorted(self.loss_fn_config)}; "
+                "remove loss_fn_config or choose ppo or cispo"
+            )
+        return self
+
+
+class WarmStartConfig(BaseModel):
+    """Supervised finetuning on demonstrations before the first epoch, so that a first reward can be found."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    demonstrations: Path = Field(
+        description="JSON or JSON-lines file of `{messages: [...], tools: [...]}`; every assistant message is learnt."
+    )
+    epochs: int = Field(default=1, ge=1, description="Passes over the demonstrations.")
+    batch_size: int = Field(default=8, ge=1, description="Demonstrations per optimizer step.")
+    learning_rate: float = Field(default=1e-4, gt=0, description="AdamW learning rate, linearly decayed to zero.")
+    seed: int = Field(default=0, description="Seed of the order of the demonstrations.")
+
+
+class EvsysTrainerConfig(TrainerConfig, name="evsys_trainer"):
+    """Runs the epochs: warm start, rollouts, training, validation, checkpoints, resume and the reports."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    validation_dataset: Path | None = Field(
+        default=None, description="Held-out dataset, scored before, during and after; `--validation_dataset` wins."
+    )
+    validation_interval: int | None = Field(
+        default=None, ge=1, description="Validate every N epochs; default `--validation_interval` (5)."
+    )
+    warm_start: WarmStartConfig | None = Field(default=None, description="Supervised warm start; default none.")
+    resume: bool = Field(default=False, description="Go on from the last finished epoch of the newest run.")
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="Checkpoints of epochs to keep besides the last and the best."
+    )
+    seed: int = Field(default=0, description="Seed of curriculum subsampling.")
+    progress: Literal["auto", "rich", "plain", "none"] = Field(
+        default="auto", description="`auto`: a live display on a terminal, plain lines in a pipe."
+    )

@@ -1,0 +1,73 @@
+"""``llms: <name>: {_type: evsys_policy, …}``: the model under training."""
+
+from pathlib import Path
+from typing import Literal
+
+from nat.data_models.llm import LLMBaseConfig
+from pydantic import ConfigDict, Field
+
+DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
+"""NAT's own default of ``finetuning.output_dir``."""
+
+
+class EvsysPolicyConfig(LLMBaseConfig, name="evsys_policy"):
+    """The LLM under training: a base model plus a LoRA adapter, served by an OpenAI-compatible endpoint on loopback.
+
+    The workflow and the trainer adapter both refer to it by name. `nat finetune` trains its adapter;
+    `nat run`, `nat eval` and `nat serve` on the same YAML serve the checkpoint that `checkpoint` names.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    base_model: str = Field(
+        description="A Hugging Face id, a local directory of any causal LM that transformers loads, or `builtin/tiny` "
+        "(a small Qwen3 model that is built on the spot and cached)."
+    )
+    output_dir: Path = Field(
+        default=DEFAULT_OUTPUT_DIR,
+        description="Where the runs lie; must equal `finetuning.output_dir`, where `checkpoint: latest` looks.",
+    )
+    checkpoint: str = Field(
+        default="latest",
+        description="What `nat run`, `nat eval` and `nat serve` serve: `none` (the base model), `latest` or `best` (of "
+        "the newest run in output_dir), or the path of a checkpoint. `nat finetune` starts a new adapter unless this "
+        "is a path.",
+    )
+    lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter.")
+    lora_alpha: float = Field(default=32.0, gt=0, description="LoRA scale numerator: the update is alpha/rank * B A x.")
+    train_attn: bool = Field(default=True, description="Put LoRA on the attention projections.")
+    train_mlp: bool = Field(default=True, description="Put LoRA on the MLP projections.")
+    train_unembed: bool = Field(default=False, description="Put LoRA on the unembedding (lm_head).")
+    temperature: float = Field(
+        default=1.0, ge=0.0, description="Sampling temperature of training rollouts that do not state their own."
+    )
+    eval_temperature: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Sampling temperature of everything else (validation, run, eval, serve); 0 is greedy.",
+    )
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling mass for training rollouts.")
+    max_tokens: int = Field(default=512, ge=1, description="Sampled tokens per call where the request states none.")
+    context_length: int | None = Field(
+        default=None, ge=1, description="Upper bound of prompt + sampled tokens; default is the model's own limit."
+    )
+    seed: int = Field(default=0, description="Seed of the adapter's initialisation and of all sampling.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: CUDA when present, else CPU.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="`auto`: bfloat16 on CUDA, float32 on CPU."
+    )
+    max_batch_size: int = Field(default=64, ge=1, description="Sequences that are sampled in one batch at the most.")
+    chat_template: Path | None = Field(
+        default=None, description="A Jinja chat template file that replaces the tokenizer's own."
+    )
+    enable_thinking: bool | None = Field(
+        default=None, description="Passed to the chat template as `enable_thinking` (Qwen3 and kin) when set."
+    )
+    host: str = Field(default="127.0.0.1", description="Address that the policy endpoint listens on.")
+    port: int = Field(default=0, ge=0, le=65535, description="Port of the policy endpoint; 0 takes a free one.")
+    request_timeout: float = Field(default=600.0, gt=0, description="Seconds a client waits for one call.")
+    disable_streaming: bool = Field(
+        default=True,
+        description="Let LangChain agents make plain calls even where they ask for a stream (same tokens, less CPU).",
+    )
+    trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")

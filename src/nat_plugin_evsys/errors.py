@@ -1,0 +1,57 @@
+"""Every exception this package raises on purpose.
+
+    EvsysError                     shown to the user as it is: what failed, what was seen, what to type
+    ├── ConfigError                a setting is wrong or does not fit another one (also a ValueError)
+    ├── DataError                  a Datum, dataset row or demonstration is malformed (also a ValueError)
+    ├── ModelError                 a base model or tokenizer cannot be loaded, or lacks what was asked of it
+    ├── PromptTooLongError         prompt + max_tokens do not fit the context window (also a ValueError)
+    ├── CheckpointError            a checkpoint is missing, torn, or belongs to another model
+    ├── NonFiniteGradientError     an optimizer step was refused; weights and moments are as they were
+    ├── JobError                   a training job failed; carries the first cause
+    └── EngineClosedError          an operation was sent to an engine that has been closed
+"""
+
+
+class EvsysError(Exception):
+    """Base of all errors of this package; the message is meant for the user."""
+
+
+class ConfigError(EvsysError, ValueError):
+    """A setting is wrong, or two settings do not fit each other."""
+
+
+class DataError(EvsysError, ValueError):
+    """A Datum, a dataset row or a demonstration is malformed."""
+
+
+class ModelError(EvsysError):
+    """A base model or its tokenizer cannot be loaded, or lacks what was asked of it."""
+
+
+class PromptTooLongError(EvsysError, ValueError):
+    """The prompt (plus the tokens asked for) does not fit the model's context window."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context_length: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.context_length = context_length
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens and {max_tokens} more were asked for, "
+            f"but the model's context length is {context_length}; shorten the prompt or lower max_tokens"
+        )
+
+
+class CheckpointError(EvsysError):
+    """A checkpoint is missing, torn, or belongs to another base model."""
+
+
+class NonFiniteGradientError(EvsysError):
+    """The accumulated gradient is not finite; the step was refused and nothing changed."""
+
+
+class JobError(EvsysError):
+    """A training job failed; ``__cause__`` is the first error."""
+
+
+class EngineClosedError(EvsysError):
+    """The engine has been closed and takes no more operations."""
