@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -57,7 +58,12 @@ class Backend(Protocol):
     """A live training client plus a factory of sampling clients. Built once per run.
 
     The ``*_async`` methods submit at once, in call order, and return an awaitable of the result.
+
+    Attributes:
+        checkpoint_dir: where names given to ``save_*`` are saved. *Extension.*
     """
+
+    checkpoint_dir: Path
 
     def forward_backward_async(
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None

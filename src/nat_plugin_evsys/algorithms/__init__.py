@@ -1,0 +1,1 @@
+"""Training algorithms over a Backend: each turns rows into Datums and a loss."""

@@ -1,0 +1,1 @@
+"""The LoRA engine: torch only; it knows nothing of NAT, HTTP or rewards."""

@@ -1,0 +1,169 @@
+"""The sampler: one thread that decodes every request of every policy version, and the clients that feed it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from itertools import count
+
+import torch
+
+from nat_plugin_evsys.engine.decode_batch import DecodeBatch, SamplingPolicy
+from nat_plugin_evsys.engine.kv_cache import SlotStore
+from nat_plugin_evsys.engine.lora import LoraAdapter
+from nat_plugin_evsys.engine.model import BaseModel
+from nat_plugin_evsys.engine.model_runner import ModelRunner
+from nat_plugin_evsys.engine.prefix_cache import PrefixCache
+from nat_plugin_evsys.engine.sample_request import Limits, SampleRequest
+from nat_plugin_evsys.engine.sampling_client import LocalSamplingClient
+from nat_plugin_evsys.engine.stopping import eos_token_ids
+from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
+
+logger = logging.getLogger(__name__)
+
+_SPARE_BYTES = 64 * 2**20
+_CPU_KV_BYTES = 4 * 2**30
+
+
+class Sampler:
+    """Samples from many policy versions of one base model at once.
+
+    Requests join and leave between decode steps. Versions are decoded in turns, one step each, so that a new version
+    does not wait for an old one to finish, nor the other way round; no sequence ever changes its version.
+
+    Args:
+        base: the frozen base model.
+        max_batch_size: most sequences of one policy that are decoded together.
+        prefix_cache_bytes: memory for prefixes kept between requests; 0 turns that off.
+        kv_cache_bytes: memory, of each policy, for the sequences being decoded, roughly: fewer are decoded together if
+            they are long. None: half of the GPU memory that is free now, or 4 GiB on the CPU.
+
+    Raises:
+        ModelError: the architecture is one that the sampler cannot decode.
+        DataError: max_batch_size < 1.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        max_batch_size: int = 64,
+        prefix_cache_bytes: int = 256 * 2**20,
+        kv_cache_bytes: int | None = None,
+    ) -> None:
+        if max_batch_size < 1:
+            raise DataError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        self.max_batch_size = max_batch_size
+        # A copy: encoding with padding or truncation elsewhere changes a fast tokenizer while this thread decodes.
+        self.tokenizer = copy.deepcopy(base.tokenizer)
+        eos = eos_token_ids(base.model, base.tokenizer, base.vocab_size)
+        self.limits = Limits(base.context_length, base.vocab_size, eos)
+        self._runner = ModelRunner(base)
+        self._prefixes = PrefixCache(prefix_cache_bytes)
+        self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else _kv_budget(base.device)
+        self._batches: dict[int, DecodeBatch] = {}
+        self._spare: SlotStore | None = None
+        self._policy_idents = count(1)
+        self._inbox: list[tuple[SamplingPolicy, SampleRequest]] = []
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def client(self, adapter: LoraAdapter | None, policy_version: int) -> LocalSamplingClient:
+        """A client of one policy version. None is the bare base model.
+
+        A trainable adapter is copied, so that the client's weights stay as they are now.
+        """
+        if adapter is not None and any(tensor.requires_grad for _, tensor in adapter.named_tensors()):
+            adapter = adapter.snapshot()
+        ident = 0 if adapter is None else next(self._policy_idents)
+        return LocalSamplingClient(self, SamplingPolicy(ident, policy_version, adapter))
+
+    @property
+    def fed_tokens(self) -> int:
+        """Tokens that the model has read so far; what the prefix cache knew is not in it."""
+        return self._runner.fed_tokens
+
+    def submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
+        """Queue a request; its future ends with the result, an error, or by being cancelled."""
+        with self._wake:
+            if not self._closed:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="evsys-sampler", daemon=True)
+                    self._thread.start()
+                self._inbox.append((policy, request))
+                self._wake.notify()
+                return
+        request.fail(_closed_error())
+
+    def close(self) -> None:
+        """Fail what is in flight with ``EngineClosedError``, end the thread and free the memory. Idempotent."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._prefixes.clear()
+        self._spare = None
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._take():
+                for batch in list(self._batches.values()):
+                    self._step(batch)
+        for batch in self._batches.values():
+            for request in batch.requests():
+                request.fail(_closed_error())
+        self._batches.clear()
+
+    def _take(self) -> bool:
+        """Wait for work and hand it to the batches. False once the sampler is closed."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._inbox or self._batches or self._closed)
+            inbox, self._inbox = self._inbox, []
+            if self._closed:
+                for _, request in inbox:
+                    request.fail(_closed_error())
+                return False
+        for policy, request in inbox:
+            self._batch(policy).submit(request)
+        return True
+
+    def _step(self, batch: DecodeBatch) -> None:
+        try:
+            batch.step()
+        except Exception as exc:  # boundary: a bug in the loop must fail requests, not end the thread
+            logger.exception("the sampler's decode loop failed")
+            for request in batch.requests():
+                error = ModelError(f"the sampler failed: {type(exc).__name__}: {exc}")
+                error.__cause__ = exc
+                request.fail(error)
+            del self._batches[batch.policy.ident]
+            return
+        if batch.idle:
+            del self._batches[batch.policy.ident]
+            self._spare = batch.store if batch.store.nbytes <= _SPARE_BYTES else None
+
+    def _batch(self, policy: SamplingPolicy) -> DecodeBatch:
+        batch = self._batches.get(policy.ident)
+        if batch is None:
+            batch = DecodeBatch(
+                self._runner,
+                policy,
+                self._prefixes,
+                max_rows=self.max_batch_size,
+                kv_bytes=self._kv_bytes,
+                store=self._spare,
+            )
+            self._batches[policy.ident] = batch
+            self._spare = None
+        return batch
+
+
+def _closed_error() -> EngineClosedError:
+    return EngineClosedError("the sampler has been closed and takes no more requests; make a new one")
+
+
+def _kv_budget(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_KV_BYTES

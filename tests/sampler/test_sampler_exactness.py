@@ -1,0 +1,152 @@
+"""What the sampler reports equals plain forward passes, for every family, with an adapter that is not zero."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from tinker.types import ModelInput, SamplingParams
+
+WINDOWED = ["qwen3-window", "mistral-window", "gemma2-window", "gemma3-window"]
+FAMILIES = ["qwen3", "qwen2", "llama", "qwen3-moe", "mixtral", *WINDOWED]
+TIMEOUT = 60
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1, 300), k=length)
+
+
+def reference(logits: torch.Tensor, prompt: list[int], tokens: list[int], temperature: float) -> torch.Tensor:
+    """Logprob of each token of ``tokens`` under the tempered full distribution, float64."""
+    rows = logits[len(prompt) - 1 : len(prompt) + len(tokens) - 1].double() / temperature
+    return rows.log_softmax(-1).gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_equal_a_plain_forward(family, make_base, make_adapter, make_sampler, plain_logits):
+    base = make_base(family)
+    adapter = make_adapter(base)
+    client = make_sampler(base).client(adapter, 3)
+    futures = []
+    for i, (length, temperature) in enumerate([(3, 0.5), (21, 1.0), (13, 1.5), (21, 0.5), (5, 1.5), (40, 1.0)]):
+        prompt = prompt_of(length, seed=length)
+        params = SamplingParams(max_tokens=12 + 5 * i, temperature=temperature, seed=i, stop=[])
+        futures.append((prompt, temperature, client.sample(ModelInput.from_ints(prompt), 2, params)))
+    moved = 0.0
+    for prompt, temperature, future in futures:
+        result = future.result(TIMEOUT)
+        assert result.policy_version == 3
+        for sequence in result.sequences:
+            ids = prompt + sequence.tokens
+            want = reference(plain_logits(base, adapter, ids), prompt, sequence.tokens, temperature)
+            delta = (torch.tensor(sequence.logprobs, dtype=torch.float64) - want).abs().max()
+            assert delta <= 1e-5
+            bare = reference(plain_logits(base, None, ids), prompt, sequence.tokens, temperature)
+            moved = max(moved, float((bare - want).abs().max()))
+    assert moved > 0.1  # the adapter matters, so the comparison could have failed
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3-window", "mistral-window", "mixtral"])
+def test_prompt_logprobs_equal_a_plain_forward(family, make_base, make_adapter, make_sampler, plain_logits):
+    base = make_base(family)
+    adapter = make_adapter(base)
+    client = make_sampler(base).client(adapter, 0)
+    prompts = [prompt_of(n, seed=n) for n in (1, 2, 17, 33, 96)]
+    futures = [client.compute_logprobs(ModelInput.from_ints(p)) for p in prompts]
+    for prompt, future in zip(prompts, futures, strict=True):
+        got = future.result(TIMEOUT)
+        assert got[0] is None
+        assert len(got) == len(prompt)
+        if len(prompt) > 1:
+            want = reference(plain_logits(base, adapter, prompt), prompt[:1], prompt[1:], 1.0)
+            assert np.abs(np.array(got[1:]) - want.numpy()).max() <= 1e-5
+
+
+def test_sampling_with_prompt_logprobs_and_topk(base, adapter, make_sampler, plain_logits):
+    client = make_sampler(base).client(adapter, 0)
+    prompt = prompt_of(23)
+    result = client.sample(
+        ModelInput.from_ints(prompt), 2, SamplingParams(max_tokens=6, temperature=0.7, seed=1, stop=[]), True, 3,
+        topk_sample_logprobs=4,
+    ).result(TIMEOUT)  # fmt: skip
+    logits = plain_logits(base, adapter, prompt)
+    assert np.isnan(result.prompt_logprobs_np[0])
+    assert result.prompt_logprobs[0] is None
+    want = reference(logits, prompt[:1], prompt[1:], 1.0).numpy()  # temperature 1, whatever is sampled with
+    assert np.abs(result.prompt_logprobs_np[1:] - want).max() <= 1e-5
+    assert result.topk_prompt_logprobs[0] is None
+    top = logits.log_softmax(-1).topk(3)
+    for i, entries in enumerate(result.topk_prompt_logprobs[1:]):
+        assert [token for token, _ in entries] == top.indices[i].tolist()
+        assert np.allclose([lp for _, lp in entries], top.values[i], atol=1e-5)
+    for sequence in result.sequences:
+        full = plain_logits(base, adapter, prompt + sequence.tokens)
+        for t, entries in enumerate(sequence.topk_logprobs):
+            row = (full[len(prompt) - 1 + t] / 0.7).log_softmax(-1)
+            assert [token for token, _ in entries] == row.topk(4).indices.tolist()
+            assert np.allclose([lp for _, lp in entries], row.topk(4).values, atol=1e-5)
+
+
+def test_results_without_options_have_none(base, make_sampler):
+    result = make_sampler(base).client(None, 0).sample(ModelInput.from_ints([1, 2]), 1, SamplingParams(max_tokens=2))
+    sample = result.result(TIMEOUT)
+    assert sample.prompt_logprobs is None
+    assert sample.topk_prompt_logprobs is None
+    assert sample.sequences[0].topk_logprobs is None
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2-window", "qwen3-moe"])
+def test_ragged_concurrent_requests_equal_one_at_a_time(family, make_base, make_adapter, make_sampler):
+    base = make_base(family)
+    adapter = make_adapter(base)
+    requests = [
+        (
+            prompt_of(3 + 7 * (i % 6), seed=i),
+            1 + i % 3,
+            SamplingParams(max_tokens=3 + 4 * i % 29, seed=i, temperature=1.2),
+        )
+        for i in range(14)
+    ]
+    together = make_sampler(base, max_batch_size=9).client(adapter, 0)
+    futures = [together.sample(ModelInput.from_ints(p), n, params) for p, n, params in requests]
+    alone = make_sampler(base, max_batch_size=1, prefix_cache_bytes=0).client(adapter, 0)
+    for (prompt, n, params), future in zip(requests, futures, strict=True):
+        one = alone.sample(ModelInput.from_ints(prompt), n, params).result(TIMEOUT)
+        many = future.result(TIMEOUT)
+        assert [s.tokens for s in many.sequences] == [s.tokens for s in one.sequences]
+        assert [s.stop_reason for s in many.sequences] == [s.stop_reason for s in one.sequences]
+        for a, b in zip(many.sequences, one.sequences, strict=True):
+            assert np.abs(a.logprobs_np - b.logprobs_np).max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3-window"])
+def test_prompts_fed_in_pieces_equal_prompts_fed_whole(family, make_base, make_adapter, make_sampler):
+    base = make_base(family)
+    adapter = make_adapter(base)
+    prompts = [prompt_of(n, seed=n) for n in (61, 45, 9, 70)]
+    params = SamplingParams(max_tokens=8, seed=5, stop=[])
+    whole = make_sampler(base).client(adapter, 0)
+    small = make_sampler(base)
+    small._runner.prefill_tokens = 16
+    pieces = small.client(adapter, 0)
+    for prompt in prompts:
+        a = whole.sample(ModelInput.from_ints(prompt), 1, params, True).result(TIMEOUT)
+        b = pieces.sample(ModelInput.from_ints(prompt), 1, params, True).result(TIMEOUT)
+        assert a.sequences[0].tokens == b.sequences[0].tokens
+        assert np.allclose(a.sequences[0].logprobs_np, b.sequences[0].logprobs_np, atol=1e-5)
+        assert np.allclose(a.prompt_logprobs_np, b.prompt_logprobs_np, atol=1e-5, equal_nan=True)
+
+
+def test_running_out_of_kv_memory_changes_nothing(base, adapter, make_sampler):
+    prompts = [prompt_of(n, seed=n) for n in (20, 30, 7, 41)]
+    params = SamplingParams(max_tokens=50, seed=2, stop=[])
+    plenty, tight = make_sampler(base), make_sampler(base)
+    clients = [plenty.client(adapter, 0), tight.client(adapter, 0)]
+    # room for 6 rows of 64 tokens, but for 3 of 128, which the rows reach while they are decoded
+    tight._kv_bytes = tight._runner.layout.bytes_per_token * 64 * 6
+    futures = [(client.sample(ModelInput.from_ints(p), 2, params)) for p in prompts for client in clients]
+    results = [future.result(TIMEOUT) for future in futures]
+    for a, b in zip(results[::2], results[1::2], strict=True):
+        assert [s.tokens for s in a.sequences] == [s.tokens for s in b.sequences]
+        assert len(a.sequences[0].tokens) == 50
+    assert tight.fed_tokens > plenty.fed_tokens  # rows did go back to waiting and were prefilled again

@@ -1,0 +1,235 @@
+"""Continuous batching: cancelling, streaming, failures, versions side by side, and kept prefixes."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from tinker.types import ModelInput, SamplingParams
+
+from nat_plugin_evsys.errors import EngineClosedError, ModelError
+
+TIMEOUT = 60
+PROMPT = ModelInput.from_ints([9, 8, 7])
+LONG = SamplingParams(max_tokens=90, stop=[], seed=1)
+
+
+def short(client, seed=0):
+    return client.sample(PROMPT, 1, SamplingParams(max_tokens=5, seed=seed, stop=[]))
+
+
+def wait_idle(sampler):
+    deadline = time.monotonic() + 10
+    while sampler._batches and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not sampler._batches
+
+
+async def test_cancelling_the_task_frees_the_rows(base, adapter, make_sampler):
+    sampler = make_sampler(base, max_batch_size=2)
+    client = sampler.client(adapter, 0)
+    seen, enough, loop = [], asyncio.Event(), asyncio.get_running_loop()
+
+    def on_tokens(index, ids, logprobs):
+        seen.extend(ids)
+        if len(seen) == 6:
+            loop.call_soon_threadsafe(enough.set)
+        time.sleep(0.01)
+
+    task = asyncio.create_task(client.sample_async(PROMPT, 2, LONG, on_tokens=on_tokens))
+    waiting = asyncio.create_task(client.sample_async(PROMPT, 1, SamplingParams(max_tokens=5, stop=[])))
+    await asyncio.wait_for(enough.wait(), TIMEOUT)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len((await asyncio.wait_for(waiting, TIMEOUT)).sequences[0].tokens) == 5  # it had to wait for the rows
+    assert len(seen) < 100
+    wait_idle(sampler)
+
+
+def test_cancelling_a_future_ends_the_request_at_the_next_step(base, make_sampler):
+    sampler = make_sampler(base)
+    client = sampler.client(None, 0)
+    started = threading.Event()
+    future = client.sample(PROMPT, 3, LONG, on_tokens=lambda *_: started.set() or time.sleep(0.005))
+    assert started.wait(TIMEOUT)
+    assert future.cancel()
+    wait_idle(sampler)
+    assert len(short(client).result(TIMEOUT).sequences[0].tokens) == 5
+
+
+def test_streaming_gives_every_token_of_every_sample_in_order(base, adapter, make_sampler):
+    got = {0: ([], []), 1: ([], []), 2: ([], [])}
+
+    def on_tokens(index, ids, logprobs):
+        got[index][0].extend(ids)
+        got[index][1].extend(logprobs)
+
+    result = make_sampler(base).client(adapter, 0).sample(PROMPT, 3, LONG, on_tokens=on_tokens).result(TIMEOUT)
+    for i, sequence in enumerate(result.sequences):
+        assert got[i][0] == sequence.tokens
+        assert np.allclose(got[i][1], sequence.logprobs)
+    assert len({s.sequence_id for s in result.sequences}) == 3
+
+
+def test_a_failing_callback_fails_its_own_request_only(base, make_sampler):
+    client = make_sampler(base).client(None, 0)
+
+    def bad(*_):
+        raise RuntimeError("no more disk")
+
+    other = client.sample(PROMPT, 1, LONG)
+    failing = client.sample(PROMPT, 2, LONG, on_tokens=bad)
+    with pytest.raises(ModelError, match="RuntimeError: no more disk") as caught:
+        failing.result(TIMEOUT)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert len(other.result(TIMEOUT).sequences[0].tokens) == 90
+
+
+def test_a_failing_forward_fails_its_requests_and_the_thread_lives(base, adapter, make_adapter, make_sampler):
+    from nat_plugin_evsys.engine.lora import LoraAdapter
+
+    sampler = make_sampler(base)
+    name = next(iter(adapter.weights))
+    a, b = adapter.weights[name]
+    torn = LoraAdapter(adapter.rank, adapter.alpha, {**adapter.weights, name: (a[:, :-1], b)})
+    with pytest.raises(ModelError, match="sampling from policy version 7 failed: RuntimeError"):
+        short(sampler.client(torn, 7)).result(TIMEOUT)
+    with pytest.raises(ModelError, match="version 7"):
+        sampler.client(torn, 7).compute_logprobs(PROMPT).result(TIMEOUT)
+    assert len(short(sampler.client(adapter, 8)).result(TIMEOUT).sequences[0].tokens) == 5
+
+
+def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, make_sampler):
+    from nat_plugin_evsys.engine.lora import LoraAdapter
+
+    sampler = make_sampler(base)
+    nan = LoraAdapter(
+        adapter.rank, adapter.alpha, {n: (a, torch.full_like(b, float("nan"))) for n, (a, b) in adapter.weights.items()}
+    )
+    before = short(sampler.client(adapter, 0)).result(TIMEOUT).sequences[0].tokens
+    broken = sampler.client(nan, 1)
+    with pytest.raises(ModelError, match="not finite"):
+        broken.sample(PROMPT, 4, LONG).result(TIMEOUT)
+    with pytest.raises(ModelError, match="not finite"):
+        broken.compute_logprobs(PROMPT).result(TIMEOUT)
+    wait_idle(sampler)
+    # the same memory serves the next policy
+    assert short(sampler.client(adapter, 2)).result(TIMEOUT).sequences[0].tokens == before
+
+
+def test_closing_fails_what_is_in_flight(base, make_sampler):
+    sampler = make_sampler(base, max_batch_size=1)
+    client = sampler.client(None, 0)
+    started = threading.Event()
+    running = client.sample(PROMPT, 1, LONG, on_tokens=lambda *_: started.set() or time.sleep(0.01))
+    waiting = short(client)
+    assert started.wait(TIMEOUT)
+    sampler.close()
+    for future in (running, waiting):
+        with pytest.raises(EngineClosedError):
+            future.result(1)
+
+
+def test_versions_in_flight_do_not_wait_for_each_other_nor_mix(base, make_adapter, make_sampler):
+    sampler = make_sampler(base, max_batch_size=2)
+    old_adapter, new_adapter = make_adapter(base, 1), make_adapter(base, 2)
+    old, new = sampler.client(old_adapter, 4), sampler.client(new_adapter, 5)
+    alone = [
+        make_sampler(base).client(a, 0).sample(PROMPT, 2, LONG).result(TIMEOUT) for a in (old_adapter, new_adapter)
+    ]
+    order = []
+    running = old.sample(PROMPT, 2, LONG, on_tokens=lambda *_: order.append("old"))
+    while not order:
+        time.sleep(0.001)
+    late = new.sample(PROMPT, 2, LONG, on_tokens=lambda *_: order.append("new"))
+    results = [running.result(TIMEOUT), late.result(TIMEOUT)]
+    assert [r.policy_version for r in results] == [4, 5]
+    for result, want in zip(results, alone, strict=True):
+        assert [s.tokens for s in result.sequences] == [s.tokens for s in want.sequences]
+    assert results[0].sequences[0].tokens != results[1].sequences[0].tokens
+    # the new version's first token came while the old one was still decoding, whose rows fill the batch
+    assert order.index("new") < len(order) - 1 - order[::-1].index("old")
+
+
+def test_a_prompt_is_prefilled_once_for_its_samples_and_for_its_twins(base, adapter, make_sampler):
+    prompt = ModelInput.from_ints(list(range(1, 61)))
+    one = SamplingParams(max_tokens=1, seed=0)
+    sampler = make_sampler(base, prefix_cache_bytes=0)
+    client = sampler.client(adapter, 0)
+    gate = threading.Event()
+    blocker = client.sample(PROMPT, 1, SamplingParams(max_tokens=2, stop=[]), on_tokens=lambda *_: gate.wait(TIMEOUT))
+    futures = [client.sample(prompt, 8, one) for _ in range(4)]  # all of them wait while the first is held
+    gate.set()
+    for future in [blocker, *futures]:
+        future.result(TIMEOUT)
+    assert sampler.fed_tokens == 3 + 1 + 60
+
+
+def test_kept_prefixes_change_nothing_and_feed_less(base, adapter, make_sampler):
+    plain, cached = make_sampler(base, prefix_cache_bytes=0), make_sampler(base)
+    turns = [list(range(1, 40)), [50, 51, 52], [60] * 10]
+    fed = []
+    for sampler in (plain, cached):
+        client, ids, seen = sampler.client(adapter, 0), [], []
+        for i, turn in enumerate(turns):  # an episode: each prompt is all that was read and sampled, and some more
+            ids = ids + turn
+            params = SamplingParams(max_tokens=8, seed=i, stop=[])
+            for _ in range(2):
+                result = client.sample(ModelInput.from_ints(ids), 2, params, True).result(TIMEOUT)
+                seen.append(
+                    ([s.tokens for s in result.sequences], result.sequences[0].logprobs_np, result.prompt_logprobs_np)
+                )
+            plain_again = client.sample(ModelInput.from_ints(ids), 1, params).result(TIMEOUT)
+            assert (plain_again.prompt_cache_hit_tokens > 0) == (sampler is cached)
+            ids = ids + result.sequences[0].tokens
+        fed.append((seen, sampler.fed_tokens))
+    for a, b in zip(fed[0][0], fed[1][0], strict=True):
+        assert a[0] == b[0]
+        assert np.allclose(a[1], b[1], atol=1e-5)
+        assert np.allclose(a[2], b[2], atol=1e-5, equal_nan=True)
+    assert fed[1][1] < fed[0][1]
+
+
+def test_a_prefix_is_never_reused_by_another_version(base, make_adapter, make_sampler):
+    sampler = make_sampler(base)
+    prompt = ModelInput.from_ints(list(range(1, 50)))
+    params = SamplingParams(max_tokens=10, seed=3, stop=[])
+    for seed in (1, 2, 1):  # the same number for all: what counts is whose weights they are
+        adapter = make_adapter(base, seed)
+        got = sampler.client(adapter, 0).sample(prompt, 1, params).result(TIMEOUT)
+        assert got.prompt_cache_hit_tokens == 0
+        alone = make_sampler(base, prefix_cache_bytes=0).client(adapter, 0).sample(prompt, 1, params).result(TIMEOUT)
+        assert got.sequences[0].tokens == alone.sequences[0].tokens
+
+
+def test_the_prefix_memory_is_bounded(base, adapter, make_sampler):
+    bound = 40_000
+    sampler = make_sampler(base, prefix_cache_bytes=bound)
+    client = sampler.client(adapter, 0)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        prompt = ModelInput.from_ints(rng.integers(1, 300, 60).tolist())
+        client.sample(prompt, 1, SamplingParams(max_tokens=2)).result(TIMEOUT)
+        assert 0 < sampler._prefixes.used_bytes <= bound
+        kept = sum(block.kv.nbytes for block in sampler._prefixes._blocks.values())
+        assert kept == sampler._prefixes.used_bytes
+
+
+def test_a_model_without_attention_everywhere_is_refused(tokenizer, make_sampler):
+    import transformers
+
+    from nat_plugin_evsys.engine.model import wrap_model
+
+    config = transformers.Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, num_experts=2, num_experts_per_tok=1,
+        layer_types=["linear_attention", "full_attention"],
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
+    )  # fmt: skip
+    base = wrap_model("hybrid", transformers.Qwen3NextForCausalLM(config), tokenizer)
+    with pytest.raises(ModelError, match=r"cannot sample from 'qwen3_next'.*linear_attention"):
+        make_sampler(base)
