@@ -1,0 +1,1 @@
+"""The model under training as NAT sees it: endpoint, chat rendering, recorder."""

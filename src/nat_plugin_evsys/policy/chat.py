@@ -1,0 +1,285 @@
+"""Messages to token ids and back, by the model's own chat template."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from ..errors import ConfigError, DataError, ModelError
+from .messages import normalize_messages
+from .tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble, create_parser
+
+_PROBE = "probe"
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _PROBE,
+        "description": _PROBE,
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}},
+    },
+}
+_NO_CONTEXT = [{"role": "user", "content": _PROBE}]
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class ChatRenderer:
+    """Renders messages with a Hugging Face tokenizer's chat template and parses replies.
+
+    ``<think>`` blocks stay in the content as they were sampled: templates that want the reasoning of earlier turns
+    taken out (Qwen 3 and kin) split it off themselves when the message comes back in the history. No tool call is
+    looked for inside a ``<think>`` block.
+
+    Args:
+        chat_template: a Jinja template that replaces the tokenizer's own.
+        enable_thinking: passed to the template when set.
+
+    Raises:
+        ModelError: there is no chat template.
+        ConfigError: ``enable_thinking`` is set and the template does not know it.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, chat_template: str | None = None, enable_thinking: bool | None = None
+    ) -> None:
+        # A copy and a lock: a fast tokenizer's call may change its padding state, which fails ("Already borrowed")
+        # beside another thread's call.
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self._lock = threading.Lock()
+        self._chat_template = chat_template
+        self._enable_thinking = enable_thinking
+        try:
+            self._source: str = tokenizer.get_chat_template(chat_template, None)
+            self._tools_source: str = tokenizer.get_chat_template(chat_template, [_PROBE_TOOL])
+        except ValueError as error:
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; set `chat_template` to a Jinja file"
+            ) from error
+        if enable_thinking is not None:
+            self._check_thinking(ConfigError)
+
+    # -- messages to ids --------------------------------------------------------------------------------------------
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        *,
+        enable_thinking: bool | None = None,
+    ) -> list[int]:
+        """Token ids of the conversation, length P.
+
+        Args:
+            messages: in OpenAI form.
+            tools: in OpenAI form; None or empty is no tools.
+            add_generation_prompt: end with the opening of an assistant turn.
+            enable_thinking: overrides the renderer's own.
+
+        Raises:
+            DataError: the template cannot render them; the message is the template's own.
+        """
+        return self._encode(self._render_text(messages, tools, add_generation_prompt, enable_thinking))
+
+    def render_reply(
+        self,
+        message: dict[str, Any],
+        messages: Sequence[dict[str, Any]] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> list[int]:
+        """Token ids of an assistant reply, including the end-of-turn token: what follows the generation prompt.
+
+        Args:
+            message: an assistant message in OpenAI form.
+            messages: the conversation before it; templates may render a reply by what it follows.
+            tools: the conversation's tools.
+
+        Raises:
+            DataError: it is no assistant message, or the template does not write it after its generation prompt.
+        """
+        if message.get("role") != "assistant":
+            raise DataError(f"a reply must have role `assistant`, not {message.get('role')!r}")
+        context = list(messages) if messages else _NO_CONTEXT
+        prompt = self._render_text(context, tools, True, None)
+        full = self._render_text([*context, message], tools, False, None)
+        if not full.startswith(prompt):
+            raise DataError(
+                "the chat template does not write this reply after its generation prompt: the prompt ends with "
+                f"{prompt[-60:]!r}, the conversation with the reply ends with {full[-60:]!r}; give a `chat_template` "
+                "whose two forms agree"
+            )
+        end = self._end_of_turn
+        if end is not None:
+            marker = self.tokenizer.convert_ids_to_tokens(end)
+            full = full[: max(full.rfind(marker) + len(marker), len(prompt))]
+        prompt_ids, ids = self._encode(prompt), self._encode(full)
+        reply = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._encode(full[len(prompt) :])
+        if end is None and self.tokenizer.eos_token_id is not None:
+            reply.append(self.tokenizer.eos_token_id)
+        return reply
+
+    def _render_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        enable_thinking: bool | None,
+    ) -> str:
+        if tools and not self.supports_tools:
+            raise DataError(
+                "the model's chat template has no place for `tools`, or writes tool calls in a form that is not known "
+                "here (known: Hermes/Qwen <tool_call> blocks, Llama 3 JSON); set a `chat_template` or send no tools"
+            )
+        normal = normalize_messages(messages)
+        if "reasoning_content" not in self._source:
+            for index, message in enumerate(normal):
+                if "reasoning_content" in message:
+                    raise DataError(f"`messages[{index}].reasoning_content` is not read by the model's chat template")
+        if enable_thinking is None:
+            enable_thinking = self._enable_thinking
+        else:
+            self._check_thinking(DataError)
+        return self._apply(normal, tools, add_generation_prompt, enable_thinking)
+
+    def _apply(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        enable_thinking: bool | None,
+    ) -> str:
+        from jinja2 import TemplateError
+
+        extra = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=list(tools) if tools else None,
+                chat_template=self._chat_template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **extra,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"the model's chat template cannot render these messages: {error}") from error
+
+    def _encode(self, text: str) -> list[int]:
+        with self._lock:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # -- ids to messages --------------------------------------------------------------------------------------------
+
+    def parse(self, reply: str | Sequence[int], *, tools: bool = True, reply_id: str = "") -> AssistantReply:
+        """The assistant message in a reply's text or sampled ids (with or without the end-of-turn token).
+
+        Args:
+            tools: look for tool calls; without it all text is content.
+            reply_id: tool call ids are derived from it.
+        """
+        text = reply if isinstance(reply, str) else self.decode(self.without_stop(reply))
+        parser = self.create_parser(tools=tools, reply_id=reply_id)
+        return assemble(parser.feed(text) + parser.finish())
+
+    def create_parser(self, *, tools: bool = True, reply_id: str = "") -> ReplyParser:
+        """A parser that takes a reply's text piece by piece."""
+        tool_format = self.tool_format if tools else None
+        return create_parser(tool_format, reply_id=reply_id, thinking=self._prompt_opens_thinking)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, control tokens included."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def without_stop(self, ids: Sequence[int]) -> list[int]:
+        """The ids without the control token that ended the sequence.
+
+        That is any special token, not the template's own alone: models end a text with one of several.
+        """
+        return list(ids[:-1]) if ids and self.may_end(ids[-1]) else list(ids)
+
+    def may_end(self, token_id: int) -> bool:
+        """Whether a token may have ended a sequence."""
+        return token_id in self._special_ids or token_id in self.stop_token_ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token stands for; a token may hold a part of a character only."""
+        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if token_id in self._control_ids:
+            return piece.encode()
+        if match := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        if self._is_byte_level and all(char in _BYTE_OF for char in piece):
+            return bytes(_BYTE_OF[char] for char in piece)
+        return self.decode([token_id]).encode()
+
+    # -- what the template says of itself ---------------------------------------------------------------------------
+
+    @cached_property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an assistant turn: the tokenizer's EOS and what the template writes after a reply."""
+        ids = {self.tokenizer.eos_token_id, self._end_of_turn}
+        if self.tool_format == "llama3_json":  # Llama 3 ends a turn that calls a built-in tool with <|eom_id|>
+            ids.add(self.tokenizer.get_vocab().get("<|eom_id|>"))
+        return sorted(token_id for token_id in ids if token_id is not None)
+
+    @cached_property
+    def tool_format(self) -> ToolCallFormat | None:
+        """How the model writes tool calls, read from the template; None when it is no form that is known here."""
+        source = self._tools_source
+        if "<tool_call>" in source and "<function=" not in source:
+            return "hermes"
+        if "<|python_tag|>" in source or '{"name": function name, "parameters"' in source:
+            return "llama3_json"
+        return None
+
+    @cached_property
+    def supports_tools(self) -> bool:
+        """Whether the template shows tools to the model, and the model's tool calls can be parsed."""
+        if self.tool_format is None:
+            return False
+        with_tool, without = (self._apply(_NO_CONTEXT, tools, True, None) for tools in ([_PROBE_TOOL], None))
+        return with_tool != without
+
+    @cached_property
+    def _end_of_turn(self) -> int | None:
+        """The control token that the template writes after an assistant's content."""
+        text = self._apply([*_NO_CONTEXT, {"role": "assistant", "content": "x" + _PROBE}], None, False, None)
+        tail = self._encode(text.rpartition("x" + _PROBE)[2].lstrip())
+        return tail[0] if tail and tail[0] in self._control_ids else None
+
+    @cached_property
+    def _prompt_opens_thinking(self) -> bool:
+        return self._apply(_NO_CONTEXT, None, True, self._enable_thinking).rstrip().endswith("<think>")
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset([*self.tokenizer.all_special_ids, *(token_id for token_id, token in added if token.special)])
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset([*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids])
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return backend is not None and "ByteLevel" in repr(backend.decoder)
+
+    def _check_thinking(self, error: type[ConfigError] | type[DataError]) -> None:
+        if "enable_thinking" not in self._source:
+            raise error("`enable_thinking` is set, but the model's chat template does not know it; remove it")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte (``bytes_to_unicode``), turned round."""
+    printable: Iterable[int] = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return table | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_level_alphabet()

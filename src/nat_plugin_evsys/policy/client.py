@@ -1,0 +1,128 @@
+"""Clients of the policy endpoint whose requests say which NAT run and step they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..types import RUN_ID_HEADER, STEP_ID_HEADER
+
+if TYPE_CHECKING:
+    import openai
+    from langchain_openai import ChatOpenAI
+
+    from .endpoint import PolicyEndpoint
+
+_CONNECT_SECONDS = 10.0
+_MAX_RETRIES = 2
+_ROOT_SPAN = "root"
+
+
+def attribution_headers() -> dict[str, str]:
+    """The headers of a call made now: NAT's workflow run id and the UUID of the step that makes it, if there are any.
+
+    Inside a LangChain model's call the innermost active span is the LLM_START step; in a function that calls the
+    endpoint with a client of its own it is the function's step.
+    """
+    from nat.builder.context import ContextState
+
+    state = ContextState.get()
+    run_id, step_id = state.workflow_run_id.get(), state.active_span_id_stack.get()[-1]
+    headers = {} if run_id is None else {RUN_ID_HEADER: run_id}
+    return headers if step_id == _ROOT_SPAN else {**headers, STEP_ID_HEADER: step_id}
+
+
+def attribution_client(timeout: float) -> openai.DefaultAsyncHttpxClient:
+    """An async HTTP client for OpenAI clients (``http_client=``) that adds the attribution headers.
+
+    It is of the HTTP library that the installed ``openai`` uses. Proxies of the environment are not used: the endpoint
+    listens on this machine.
+
+    Args:
+        timeout: seconds for one call.
+    """
+    import openai
+
+    async def attribute(request: Any) -> None:
+        request.headers.update(attribution_headers())
+
+    return openai.DefaultAsyncHttpxClient(event_hooks={"request": [attribute]}, **_client_settings(timeout))
+
+
+def sync_attribution_client(timeout: float) -> openai.DefaultHttpxClient:
+    """The same as ``attribution_client``, for synchronous calls."""
+    import openai
+
+    def attribute(request: Any) -> None:
+        request.headers.update(attribution_headers())
+
+    return openai.DefaultHttpxClient(event_hooks={"request": [attribute]}, **_client_settings(timeout))
+
+
+def langchain_chat_model(
+    *,
+    base_url: str,
+    api_key: str,
+    model: str,
+    timeout: float,
+    disable_streaming: bool = False,
+    http_client: openai.DefaultHttpxClient | None = None,
+    http_async_client: openai.DefaultAsyncHttpxClient | None = None,
+    **options: Any,
+) -> ChatOpenAI:
+    """An ordinary ``ChatOpenAI`` bound to the policy endpoint. It sends no sampling setting of its own.
+
+    Args:
+        disable_streaming: plain calls also where a stream is asked for (same tokens, less CPU).
+        http_client: default is ``sync_attribution_client(timeout)``.
+        http_async_client: default is ``attribution_client(timeout)``.
+        options: further settings of ChatOpenAI, e.g. ``temperature``.
+    """
+    from langchain_openai import ChatOpenAI
+    from pydantic import SecretStr
+
+    return ChatOpenAI(
+        base_url=base_url,
+        api_key=SecretStr(api_key),
+        model=model,
+        timeout=timeout,
+        disable_streaming=disable_streaming,
+        stream_usage=True,  # NAT counts tokens; it asks for the usage chunk of streams only
+        use_responses_api=False,
+        max_retries=_MAX_RETRIES,
+        http_client=http_client or sync_attribution_client(timeout),
+        http_async_client=http_async_client or attribution_client(timeout),
+        **options,
+    )
+
+
+@asynccontextmanager
+async def open_langchain_client(
+    endpoint: PolicyEndpoint,
+    *,
+    model: str,
+    timeout: float,  # noqa: ASYNC109 - a setting of the client, not of this function
+    disable_streaming: bool,
+) -> AsyncIterator[ChatOpenAI]:
+    """A ``ChatOpenAI`` bound to a running endpoint; its connections are closed at the end."""
+    asynchronous, synchronous = attribution_client(timeout), sync_attribution_client(timeout)
+    try:
+        yield langchain_chat_model(
+            base_url=endpoint.base_url,
+            api_key=endpoint.api_key,
+            model=model,
+            timeout=timeout,
+            disable_streaming=disable_streaming,
+            http_client=synchronous,
+            http_async_client=asynchronous,
+        )
+    finally:
+        await asynchronous.aclose()
+        synchronous.close()
+
+
+def _client_settings(timeout: float) -> dict[str, Any]:
+    import openai
+
+    return {"timeout": openai.Timeout(timeout, connect=min(timeout, _CONNECT_SECONDS)), "trust_env": False}

@@ -1,0 +1,246 @@
+"""One chat completion: request -> prompt ids -> samples -> recorded calls -> choices."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EvsysError
+from ..types import RUN_ID_HEADER, STEP_ID_HEADER, Call, RunKind
+from .api_errors import ApiError
+from .chat import ChatRenderer
+from .protocol import (
+    ChatCompletionRequest,
+    Choice,
+    ChoiceLogprobs,
+    FinishReason,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from .recorder import Recorder
+from .streaming import ReplyText, text_ids
+from .tool_calls import assemble
+
+if TYPE_CHECKING:
+    from tinker import types
+
+    from ..backends.base import SamplingClient, TokenCallback
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request that does not say is sampled with."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySource:
+    """Where requests find the policy of the moment; see ``PolicyEndpoint``."""
+
+    renderer: Callable[[], ChatRenderer | Awaitable[ChatRenderer]]
+    sampling_client: Callable[[], SamplingClient | Awaitable[SamplingClient]]
+    recorder: Recorder
+    defaults: Callable[[RunKind | None], SamplingDefaults]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A request that is ready to be sampled, with everything its record needs."""
+
+    id: str
+    created: int
+    request: ChatCompletionRequest
+    run_id: str | None
+    step_id: str | None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    renderer: ChatRenderer
+    client: SamplingClient
+    prompt_ids: list[int]
+    params: types.SamplingParams
+
+    @classmethod
+    async def prepare(
+        cls, request: ChatCompletionRequest, headers: Mapping[str, str], source: PolicySource
+    ) -> Completion:
+        """Render the prompt and fix the policy version. Loads the model where that has not happened yet.
+
+        Raises:
+            EvsysError: the messages cannot be rendered, or the policy cannot be loaded.
+        """
+        run_id, step_id = headers.get(RUN_ID_HEADER), headers.get(STEP_ID_HEADER)
+        renderer = await _resolve(source.renderer)
+        messages, tools = request.message_dicts(), request.shown_tools
+        thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
+        prompt_ids = await asyncio.to_thread(renderer.render, messages, tools, enable_thinking=thinking)
+        client = await _resolve(source.sampling_client)
+        params = sampling_params(request, renderer, source, run_id)
+        return cls(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            request=request,
+            run_id=run_id,
+            step_id=step_id,
+            messages=messages,
+            tools=tools,
+            renderer=renderer,
+            client=client,
+            prompt_ids=prompt_ids,
+            params=params,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """``system_fingerprint``: the policy version that samples all of it."""
+        return f"policy-{self.client.policy_version}"
+
+    def reply_id(self, index: int) -> str:
+        """What the ids of a choice's tool calls are derived from."""
+        return f"{self.id}:{index}"
+
+    async def sample(self, on_tokens: TokenCallback | None = None) -> Sequence[types.SampledSequence]:
+        """Sample all choices.
+
+        Raises:
+            EvsysError: the engine refused or failed, or its answer has no logprobs.
+        """
+        from tinker import types
+
+        response = await self.client.sample_async(
+            types.ModelInput.from_ints(self.prompt_ids),
+            self.request.n or 1,
+            self.params,
+            topk_sample_logprobs=self.request.top_logprobs or 0,
+            on_tokens=on_tokens,
+        )
+        for sequence in response.sequences:
+            if sequence.logprobs is None or len(sequence.logprobs) != len(sequence.tokens):
+                raise EvsysError("the sampling client returned tokens without their logprobs; nothing can be recorded")
+        return response.sequences
+
+    def text_ids(self, sequence: types.SampledSequence) -> list[int]:
+        """The output ids that have text."""
+        return text_ids(self.renderer, sequence.tokens, sequence.stop_reason, self.request.stops)
+
+    def record(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
+        """Record a sampled sequence as a Call and make the choice that the client gets of it."""
+        text = ReplyText(self.renderer, stops=self.request.stops, tools=bool(self.tools), reply_id=self.reply_id(index))
+        pieces = text.feed(self.renderer.decode(self.text_ids(sequence))) + text.finish()
+        reply = assemble(pieces)
+        recorder.record(
+            Call(
+                call_id=self.id,
+                index=index,
+                run_id=self.run_id,
+                step_id=self.step_id,
+                policy_version=self.client.policy_version,
+                prompt_ids=list(self.prompt_ids),
+                output_ids=list(sequence.tokens),
+                logprobs=list(sequence.logprobs or ()),
+                stop_reason=sequence.stop_reason,
+                temperature=self.params.temperature,
+                top_p=self.params.top_p,
+                messages=self.messages,
+                tools=self.tools,
+                reply=reply.to_message(),
+                sequence=-1,
+            )
+        )
+        finish: FinishReason = "tool_calls" if reply.tool_calls and sequence.stop_reason == "stop" else "stop"
+        return Choice(
+            index=index,
+            message=reply.to_message(),
+            logprobs=self.logprobs(sequence.tokens, sequence.logprobs or [], sequence.topk_logprobs),
+            finish_reason=finish if sequence.stop_reason == "stop" else "length",
+            token_ids=list(sequence.tokens) if self.request.return_token_ids else None,
+        )
+
+    def logprobs(
+        self,
+        ids: Sequence[int],
+        logprobs: Sequence[float],
+        top: Sequence[list[tuple[int, float]] | None] | None = None,
+    ) -> ChoiceLogprobs | None:
+        """OpenAI's ``logprobs`` of sampled tokens, or None where the request asks for none."""
+        if not self.request.logprobs:
+            return None
+        tops = top if top is not None else [None] * len(ids)
+        return ChoiceLogprobs(
+            content=[
+                TokenLogprob(
+                    **self._token(token_id, logprob),
+                    top_logprobs=[TopLogprob(**self._token(*candidate)) for candidate in candidates or ()],
+                )
+                for token_id, logprob, candidates in zip(ids, logprobs, tops, strict=True)
+            ]
+        )
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        data = self.renderer.token_bytes(token_id)
+        # OpenAI writes an impossible token as -9999.0; JSON has no -Infinity.
+        return {
+            "token": data.decode("utf-8", "replace"),
+            "logprob": max(logprob, -9999.0),
+            "bytes": list(data),
+        }
+
+    def usage(self, sequences: Sequence[types.SampledSequence]) -> Usage:
+        """Token counts over all choices."""
+        completion = sum(len(sequence.tokens) for sequence in sequences)
+        prompt = len(self.prompt_ids)
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def sampling_params(
+    request: ChatCompletionRequest, renderer: ChatRenderer, source: PolicySource, run_id: str | None
+) -> types.SamplingParams:
+    """Tinker's sampling parameters of a request: its own values, then the run's seed and the policy's defaults."""
+    from tinker import types
+
+    defaults = source.defaults(source.recorder.kind_of(run_id))
+    return types.SamplingParams(
+        max_tokens=request.token_limit if request.token_limit is not None else defaults.max_tokens,
+        seed=request.seed if request.seed is not None else source.recorder.next_seed(run_id),
+        stop=_stop(request.stops, renderer),
+        temperature=request.temperature if request.temperature is not None else defaults.temperature,
+        top_k=request.top_k or -1,
+        top_p=request.top_p if request.top_p is not None else defaults.top_p,
+    )
+
+
+def _stop(stops: list[str], renderer: ChatRenderer) -> list[str] | list[int] | None:
+    """Tinker takes strings or ids, not both. EOS ends a sequence in either case."""
+    if not stops:
+        return renderer.stop_token_ids or None
+    eos = renderer.tokenizer.eos_token_id
+    return [*stops, *(renderer.decode([token_id]) for token_id in renderer.stop_token_ids if token_id != eos)]
+
+
+async def _resolve(source: Callable[[], Any]) -> Any:
+    """Call a source of the policy; an ordinary function may take long (loading), so it runs in a thread."""
+    if inspect.iscoroutinefunction(source):
+        return await source()
+    value = await asyncio.to_thread(source)
+    return await value if inspect.isawaitable(value) else value
+
+
+def check_model(model: str, known: Sequence[str]) -> None:
+    """Refuse a model that is not served here.
+
+    Raises:
+        ApiError: 404 ``model_not_found`` that names those that are.
+    """
+    if model not in known:
+        names = ", ".join(f"`{name}`" for name in known)
+        raise ApiError(
+            404, f"the model `{model}` is not served here; use {names}", param="model", code="model_not_found"
+        )

@@ -1,0 +1,72 @@
+"""OpenAI-form messages as chat templates want them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import DataError
+
+
+def normalize_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages for a chat template; the argument is not changed.
+
+    ``developer`` becomes ``system``, a list of text parts becomes their concatenation, no content becomes "", and a
+    tool call's arguments become a dict (text that is not a JSON object stays as it is: the policy wrote it).
+
+    Raises:
+        DataError: there is no message, or one has a part that is not text; the message says which.
+    """
+    if not messages:
+        raise DataError("`messages` is empty; send at least one message")
+    return [_normalize(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _normalize(message: dict[str, Any], where: str) -> dict[str, Any]:
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise DataError(f"`{where}.role` is {role!r}; it must be system, user, assistant or tool")
+    normal = {key: value for key, value in message.items() if value is not None}
+    normal["role"] = "system" if role == "developer" else role
+    normal["content"] = _text(message.get("content"), where)
+    if message.get("tool_calls"):
+        normal["tool_calls"] = [_normalize_call(call, f"{where}.tool_calls") for call in message["tool_calls"]]
+    else:
+        normal.pop("tool_calls", None)
+    return normal
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise DataError(
+            f"`{where}.content` is of type {type(content).__name__}; it must be text or a list of text parts"
+        )
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"`{where}.content[{index}]` is a part of type `{kind}`; the policy reads text only, "
+                "so send parts of type `text`"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _normalize_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"`{where}` has an entry without function.name: {call!r}")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments or "{}")
+        except ValueError:
+            parsed = None
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    return {**call, "type": "function", "function": {**function, "arguments": {} if arguments is None else arguments}}

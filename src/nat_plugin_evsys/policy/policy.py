@@ -1,0 +1,263 @@
+"""The policy: base model + LoRA adapter at a policy version, with the endpoint that serves it and records its calls.
+
+One per policy configuration and process: NAT builds and closes its components several times in one `nat finetune`,
+and each of them must find the same weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import ConfigError, EvsysError
+from ..runs import resolve_checkpoint
+from ..types import RunKind
+from .endpoint import PolicyEndpoint, SamplingDefaults
+from .recorder import Recorder
+
+if TYPE_CHECKING:
+    from langchain_openai import ChatOpenAI
+    from nat.builder.builder import Builder
+
+    from ..backends.base import Backend, SamplingClient
+    from ..config.policy import EvsysPolicyConfig
+    from .chat import ChatRenderer
+
+logger = logging.getLogger(__name__)
+
+
+class Policy:
+    """The one owner of the model. The model is loaded at the first call or by the trainer, never at construction."""
+
+    _instances: ClassVar[dict[str, Policy]] = {}
+    _instances_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, config: EvsysPolicyConfig) -> None:
+        self.config = config
+        self.recorder = Recorder()
+        self._training = False
+        self._backend: Backend | None = None
+        self._renderer: ChatRenderer | None = None
+        self._client: SamplingClient | None = None
+        self._loading: Future[None] | None = None
+        self._lock = threading.Lock()
+        self._endpoint: PolicyEndpoint | None = None
+
+    @classmethod
+    def of(cls, config: EvsysPolicyConfig) -> Policy:
+        """The policy of this configuration; the same object for an equal configuration."""
+        key = config.model_dump_json()
+        with cls._instances_lock:
+            if key not in cls._instances:
+                cls._instances[key] = cls(config)
+            return cls._instances[key]
+
+    @classmethod
+    def named(cls, name: str, builder: Builder) -> Policy:
+        """The policy that the YAML calls ``name``.
+
+        Raises:
+            ConfigError: there is no such LLM, or it is of another type.
+        """
+        from ..config.policy import EvsysPolicyConfig
+
+        try:
+            config = builder.get_llm_config(name)
+        except ValueError as error:
+            raise ConfigError(
+                f"trainer adapter: policy `{name}` is not among `llms:`; name an evsys_policy LLM"
+            ) from error
+        if not isinstance(config, EvsysPolicyConfig):
+            raise ConfigError(
+                f"trainer adapter: policy `{name}` is of type `{config.type}`; it must be `_type: evsys_policy`"
+            )
+        return cls.of(config)
+
+    # -- serving ----------------------------------------------------------------------------------------------------
+
+    @property
+    def endpoint(self) -> PolicyEndpoint:
+        """The OpenAI-compatible endpoint, started at the first use."""
+        with self._lock:
+            if self._endpoint is None:
+                self._endpoint = PolicyEndpoint(
+                    renderer=self._current_renderer,
+                    sampling_client=self._current_client,
+                    recorder=self.recorder,
+                    defaults=self._sampling_defaults,
+                    model_names=[self.config.base_model],
+                    host=self.config.host,
+                    port=self.config.port,
+                )
+                self._endpoint.start()
+                logger.info("policy endpoint: %s  key: %s", self._endpoint.base_url, self._endpoint.api_key)
+            return self._endpoint
+
+    @asynccontextmanager
+    async def langchain_client(self) -> AsyncIterator[ChatOpenAI]:
+        """A ChatOpenAI bound to the endpoint; its calls carry NAT's run and step ids."""
+        from .client import open_langchain_client
+
+        async with open_langchain_client(
+            self.endpoint,
+            model=self.config.base_model,
+            timeout=self.config.request_timeout,
+            disable_streaming=self.config.disable_streaming,
+        ) as client:
+            yield client
+
+    def _sampling_defaults(self, kind: RunKind | None) -> SamplingDefaults:
+        config = self.config
+        if kind == "rollout":
+            return SamplingDefaults(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
+        return SamplingDefaults(temperature=config.eval_temperature, top_p=1.0, max_tokens=config.max_tokens)
+
+    async def _current_client(self) -> SamplingClient:
+        await self.ensure_loaded()
+        assert self._client is not None
+        return self._client
+
+    async def _current_renderer(self) -> ChatRenderer:
+        await self.ensure_loaded()
+        return self.renderer
+
+    # -- the model --------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> Backend:
+        """The training backend. Call ``ensure_loaded`` first."""
+        if self._backend is None:
+            raise EvsysError("the policy's model is not loaded yet; await Policy.ensure_loaded() first")
+        return self._backend
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """Messages -> token ids, by the model's chat template. Call ``ensure_loaded`` first."""
+        if self._renderer is None:
+            raise EvsysError("the policy's model is not loaded yet; await Policy.ensure_loaded() first")
+        return self._renderer
+
+    @property
+    def version(self) -> int:
+        """Version of the adapter that is being served; -1 before the model is loaded."""
+        return -1 if self._client is None else self._client.policy_version
+
+    def begin_training(self) -> None:
+        """Start from a new adapter (or from ``checkpoint`` where it is a path) instead of serving `latest` or `best`.
+
+        Raises:
+            EvsysError: the model has been loaded for serving already.
+        """
+        if self._backend is not None and not self._training:
+            raise EvsysError("this process serves the policy already; run `nat finetune` in a process of its own")
+        self._training = True
+
+    async def ensure_loaded(self) -> None:
+        """Load the base model and the starting checkpoint, once, whichever thread or event loop asks first."""
+        with self._lock:
+            if self._loading is None:
+                self._loading = Future()
+                threading.Thread(target=self._load, args=(self._loading,), name="evsys-load", daemon=True).start()
+        await asyncio.shield(asyncio.wrap_future(self._loading))
+
+    def _load(self, done: Future[None]) -> None:
+        try:
+            asyncio.run(self._load_async())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the loading
+            with self._lock:
+                self._loading = None  # the cause may be mended (a run finished meanwhile): the next call tries again
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    async def _load_async(self) -> None:
+        start = self._starting_checkpoint()
+        backend = self._backend or await self._create_backend()
+        self._renderer = self._create_renderer(backend.get_tokenizer())
+        self._backend = backend
+        if start is not None:
+            await backend.load_state(str(start))
+            logger.info("policy: serving %s", start)
+        self._client = await backend.snapshot_sampling_client()
+
+    def _starting_checkpoint(self) -> Path | None:
+        spec = self.config.checkpoint
+        if self._training and spec in ("none", "latest", "best"):
+            return None
+        return resolve_checkpoint(self.config.output_dir, spec)
+
+    async def _create_backend(self) -> Backend:
+        from ..backends.local import LocalBackend
+
+        config = self.config
+        return await LocalBackend.create(
+            config.base_model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            seed=config.seed,
+            train_attn=config.train_attn,
+            train_mlp=config.train_mlp,
+            train_unembed=config.train_unembed,
+            checkpoint_dir=config.output_dir / "checkpoints",
+            device=config.device,
+            dtype=config.dtype,
+            context_length=config.context_length,
+            max_batch_size=config.max_batch_size,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    def _create_renderer(self, tokenizer: Any) -> ChatRenderer:
+        from .chat import ChatRenderer
+
+        template = self.config.chat_template
+        if template is not None and not template.is_file():
+            raise ConfigError(f"chat_template: no file at {template}; give the path of a Jinja template")
+        return ChatRenderer(
+            tokenizer,
+            chat_template=None if template is None else template.read_text(encoding="utf-8"),
+            enable_thinking=self.config.enable_thinking,
+        )
+
+    def set_checkpoint_dir(self, path: Path) -> None:
+        """Save checkpoints under ``path`` from now on."""
+        self.backend.checkpoint_dir = path
+
+    async def publish(self, name: str | None = None) -> int:
+        """Serve the current weights as the next policy version; calls in flight finish on theirs.
+
+        Returns:
+            The new policy version. With ``name`` the weights are also saved as a checkpoint of that name.
+        """
+        self._client = await self.backend.snapshot_sampling_client(name)
+        return self._client.policy_version
+
+    async def is_healthy(self) -> bool:
+        """True when the model is loaded and the backend answers a real request."""
+        return self._backend is not None and await self._backend.is_healthy()
+
+    async def close(self) -> None:
+        """Stop the endpoint and free the model."""
+        with self._instances_lock:
+            for key in [key for key, policy in self._instances.items() if policy is self]:
+                del self._instances[key]
+        self._stop_endpoint()
+        if self._backend is not None:
+            await self._backend.close()
+
+    def _stop_endpoint(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+
+
+@atexit.register
+def _stop_endpoints() -> None:
+    for policy in list(Policy._instances.values()):
+        policy._stop_endpoint()

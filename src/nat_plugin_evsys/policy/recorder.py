@@ -1,0 +1,156 @@
+"""The recorder: which calls each workflow run made. Training data comes from here and from nowhere else."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from dataclasses import dataclass, field, replace
+
+from ..types import Call, RunKind
+
+
+@dataclass(frozen=True, slots=True)
+class CallFailure:
+    """A call that the infrastructure, not the policy, failed to answer."""
+
+    run_id: str | None
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class RecorderTotals:
+    """Counts since the recorder was made.
+
+    Attributes:
+        calls: calls recorded in a run that was open.
+        unattributed: calls of no run, or of a run that was not open, while some run was open.
+        failures: calls that the infrastructure failed to answer (in any run, or in none).
+        disconnected: calls whose client went away before the answer; their sampling was cancelled.
+    """
+
+    calls: int
+    unattributed: int
+    failures: int
+    disconnected: int
+
+
+@dataclass(slots=True)
+class _Run:
+    kind: RunKind
+    seed: int | None
+    calls: list[Call] = field(default_factory=list)
+    failures: list[CallFailure] = field(default_factory=list)
+    seeds_given: int = 0
+
+
+class Recorder:
+    """Keeps the calls of open runs until each is closed. Calls outside open runs are counted, never kept.
+
+    Any thread may call any method.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._runs: dict[str, _Run] = {}
+        self._sequence = 0
+        self._calls = 0
+        self._unattributed = 0
+        self._failures = 0
+        self._disconnected = 0
+
+    def open_run(self, run_id: str, kind: RunKind, seed: int | None) -> None:
+        """Begin to keep the calls that carry ``run_id``.
+
+        Args:
+            seed: calls that state no seed get one derived from it (``next_seed``); None leaves them unseeded.
+
+        Raises:
+            ValueError: the run is open already.
+        """
+        with self._lock:
+            if run_id in self._runs:
+                raise ValueError(f"run `{run_id}` is open already; close it first or use another run id")
+            self._runs[run_id] = _Run(kind, seed)
+
+    def close_run(self, run_id: str) -> list[Call]:
+        """Stop keeping the run's calls and hand them over in arrival order.
+
+        Raises:
+            ValueError: the run is not open.
+        """
+        with self._lock:
+            return self._open(run_id, self._runs.pop(run_id, None)).calls
+
+    def record(self, call: Call) -> Call:
+        """Keep a call if its run is open, and give it its place in the order of arrival.
+
+        Returns:
+            The call as it was kept (or would have been).
+        """
+        with self._lock:
+            call = replace(call, sequence=self._sequence)
+            self._sequence += 1
+            run = self._runs.get(call.run_id) if call.run_id is not None else None
+            if run is not None:
+                run.calls.append(call)
+                self._calls += 1
+            elif self._runs:
+                self._unattributed += 1
+            return call
+
+    def fail(self, run_id: str | None, reason: str, message: str) -> None:
+        """Note that the infrastructure failed a call: not what the policy did, so nothing to learn from."""
+        with self._lock:
+            self._failures += 1
+            run = self._runs.get(run_id) if run_id is not None else None
+            if run is not None:
+                run.failures.append(CallFailure(run_id, reason, message))
+
+    def disconnect(self) -> None:
+        """Count a call whose client went away before it was answered (its own timeout, or it was cancelled)."""
+        with self._lock:
+            self._disconnected += 1
+
+    def failures(self, run_id: str) -> list[CallFailure]:
+        """The failed calls of an open run, in arrival order.
+
+        Raises:
+            ValueError: the run is not open.
+        """
+        with self._lock:
+            return list(self._open(run_id, self._runs.get(run_id)).failures)
+
+    def kind_of(self, run_id: str | None) -> RunKind | None:
+        """The kind of an open run; None for any other."""
+        with self._lock:
+            run = self._runs.get(run_id) if run_id is not None else None
+            return None if run is None else run.kind
+
+    def next_seed(self, run_id: str | None) -> int | None:
+        """A seed for the run's next call, or None when the run is not open or has no seed.
+
+        It depends on the run's seed and the number of seeds given in this run only, so what other runs do beside it
+        changes nothing. 63 bits.
+        """
+        with self._lock:
+            run = self._runs.get(run_id) if run_id is not None else None
+            if run is None or run.seed is None:
+                return None
+            key = f"{run.seed}/{run.seeds_given}".encode()
+            run.seeds_given += 1
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+    @property
+    def totals(self) -> RecorderTotals:
+        """What has been counted so far."""
+        with self._lock:
+            return RecorderTotals(self._calls, self._unattributed, self._failures, self._disconnected)
+
+    def _open(self, run_id: str, run: _Run | None) -> _Run:
+        if run is None:
+            raise ValueError(f"run `{run_id}` is not open")
+        return run
