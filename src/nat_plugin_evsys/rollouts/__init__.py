@@ -1,0 +1,1 @@
+"""Recorded calls -> episodes -> trajectories -> groups -> advantages -> Datums. Pure functions."""

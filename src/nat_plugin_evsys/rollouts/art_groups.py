@@ -1,0 +1,85 @@
+"""This package's trajectory groups as ``art.TrajectoryGroup`` (OpenPipe ART), with the exact sampled tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..types import Call
+from .episodes import message_chains, new_messages
+from .trajectories import TrajectoryGroup
+
+if TYPE_CHECKING:
+    import art
+
+
+def to_art_groups(groups: list[TrajectoryGroup]) -> list[art.TrajectoryGroup]:
+    """Convert trajectory groups to ART's.
+
+    Each conversation of a trajectory becomes a history: the first one its ``messages_and_choices``, the others its
+    ``additional_histories``. Replies are ``Choice`` objects whose logprobs carry the token ids in the ``token_id:<id>``
+    form that ART reads; sampled tokens are never re-tokenised by it.
+
+    Raises:
+        ConfigError: openpipe-art is not installed.
+    """
+    try:
+        import art
+    except ImportError as error:
+        raise ConfigError(
+            f"ART trajectory groups were asked for, but `import art` failed ({error}); "
+            "type: pip install 'nat_plugin_evsys[art]'"
+        ) from error
+    return [
+        art.TrajectoryGroup(
+            [_trajectory(art, reward, calls) for reward, calls in zip(group.rewards_G, group.calls_G, strict=True)],
+            metadata={"name": group.name},
+        )
+        for group in groups
+    ]
+
+
+def _trajectory(art: Any, reward: float, calls: list[Call]) -> art.Trajectory:
+    from art.trajectories import History
+
+    histories = [(_messages_and_choices(chain), chain[0].tools or None) for chain in message_chains(calls)]
+    messages, tools = histories[0] if histories else ([], None)
+    versions = [call.policy_version for call in calls]
+    return art.Trajectory(
+        messages_and_choices=messages,
+        tools=tools,
+        additional_histories=[History(messages_and_choices=m, tools=t) for m, t in histories[1:]],
+        reward=reward,
+        initial_policy_version=min(versions, default=None),
+        final_policy_version=max(versions, default=None),
+        metrics={"calls": len(calls), "sampled_tokens": sum(len(call.output_ids) for call in calls)},
+        metadata={"call_ids": ",".join(call.call_id for call in calls)},
+    )
+
+
+def _messages_and_choices(chain: list[Call]) -> list[Any]:
+    parents = [None, *chain[:-1]]
+    return [
+        entry
+        for call, parent in zip(chain, parents, strict=True)
+        for entry in (*new_messages(call, parent), _choice(call))
+    ]
+
+
+def _choice(call: Call) -> Any:
+    from openai.types.chat.chat_completion import Choice
+
+    reply = {"role": "assistant", "content": None, **call.reply}
+    tokens = [
+        {"token": f"token_id:{token}", "logprob": logprob, "bytes": [], "top_logprobs": []}
+        for token, logprob in zip(call.output_ids, call.logprobs, strict=True)
+    ]
+    stopped = "tool_calls" if reply.get("tool_calls") else call.stop_reason
+    return Choice.model_validate(
+        {
+            "index": call.index,
+            "finish_reason": "length" if call.stop_reason == "length" else stopped,
+            "message": reply,
+            "logprobs": {"content": tokens, "refusal": None},
+        }
+    )

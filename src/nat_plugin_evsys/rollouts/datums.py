@@ -1,0 +1,237 @@
+"""Recorded calls -> Datums. Token ids and logprobs are exactly the recorded ones."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tinker import Datum, ModelInput, TensorData
+
+from ..errors import DataError
+from ..types import Call
+from .advantages import AdvantageMethod, group_advantages, has_zero_variance
+from .trajectories import TrajectoryGroup
+
+LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
+"""Losses that read sampler logprobs and advantages."""
+
+PER_SEQUENCE_LOSSES = frozenset({"gspo"})
+"""Losses with one ratio per Datum: merging calls would average the ratio over turns, so each call stays a Datum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One call's sampled tokens within a Datum: rows ``start:stop`` of target_tokens."""
+
+    call_id: str
+    index: int
+    policy_version: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a Datum comes from."""
+
+    group: str
+    trajectory: int
+    spans: list[Span]
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Number of rows with an advantage."""
+        return sum(span.stop - span.start for span in self.spans)
+
+
+@dataclass(slots=True)
+class DatumSet:
+    """The Datums of a group and where every call went: ``calls == trained_calls + sum(dropped.values())``.
+
+    Attributes:
+        datums: length D.
+        provenance: of each Datum, length D.
+        calls: recorded calls that came in.
+        dropped: calls left out, by reason.
+        dropped_trajectories: trajectories without a single Datum, by reason.
+    """
+
+    datums: list[Datum] = field(default_factory=list)
+    provenance: list[Provenance] = field(default_factory=list)
+    calls: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    dropped_trajectories: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def trained_calls(self) -> int:
+        """Calls whose sampled tokens are in ``datums``."""
+        return sum(len(origin.spans) for origin in self.provenance)
+
+    @property
+    def trained_trajectories(self) -> int:
+        """Trajectories of one group that have a Datum."""
+        return len({origin.trajectory for origin in self.provenance})
+
+    @property
+    def tokens(self) -> int:
+        """Rows of all Datums together."""
+        return sum(datum.model_input.length for datum in self.datums)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Rows with an advantage, of all Datums together."""
+        return sum(origin.sampled_tokens for origin in self.provenance)
+
+
+def group_datums(
+    group: TrajectoryGroup,
+    *,
+    advantage: AdvantageMethod,
+    loss_fn: str = "importance_sampling",
+    merge_calls: bool = True,
+) -> DatumSet:
+    """The Datums of one group.
+
+    A group whose rewards are all equal has no advantage under the group methods and is left out
+    (``zero_variance_group``; ``single_trajectory_group`` if it has but one trajectory).
+
+    Args:
+        advantage: see ``group_advantages``.
+        loss_fn: one of ``LOSSES``.
+        merge_calls: make one Datum of calls whose tokens extend one another (not for ``PER_SEQUENCE_LOSSES``).
+
+    Raises:
+        DataError: unknown loss.
+    """
+    if loss_fn not in LOSSES:
+        raise DataError(f"no Datums for loss_fn `{loss_fn}`; it must be one of {', '.join(LOSSES)}")
+    result = DatumSet(calls=group.num_calls)
+    if not group.rewards_G:
+        return result
+    reason = _no_signal(group.rewards_G, advantage)
+    if reason is not None:
+        _drop(result, reason, group.num_calls)
+        result.dropped_trajectories[reason] += len(group.calls_G)
+        return result
+    merge = merge_calls and loss_fn not in PER_SEQUENCE_LOSSES
+    advantages_G = group_advantages(group.rewards_G, advantage)
+    for position, (calls, value) in enumerate(zip(group.calls_G, advantages_G, strict=True)):
+        usable = _usable(calls, result)
+        if not usable:
+            result.dropped_trajectories["no_usable_calls" if calls else "no_calls"] += 1
+        for chain in token_chains(usable) if merge else [[call] for call in usable]:
+            datum, spans = chain_datum(chain, value, loss_fn)
+            result.datums.append(datum)
+            result.provenance.append(Provenance(group=group.name, trajectory=position, spans=spans))
+    return result
+
+
+def token_chains(calls: list[Call]) -> list[list[Call]]:
+    """Group calls so that in each chain a call's prompt starts with all tokens (prompt and output) of the one before.
+
+    A call extends the longest chain that it can; a chain grows only at its end. Each call is in exactly one chain.
+    """
+    chains: list[list[Call]] = []
+    tokens: list[list[int]] = []
+    for call in calls:
+        fitting = [i for i, ids in enumerate(tokens) if call.prompt_ids[: len(ids)] == ids]
+        full = call.prompt_ids + call.output_ids
+        if fitting:
+            longest = max(fitting, key=lambda i: len(tokens[i]))
+            chains[longest].append(call)
+            tokens[longest] = full
+        else:
+            chains.append([call])
+            tokens.append(full)
+    return chains
+
+
+def chain_datum(chain: list[Call], advantage: float, loss_fn: str = "importance_sampling") -> tuple[Datum, list[Span]]:
+    """One Datum of a chain of calls, aligned as Tinker aligns it.
+
+    With ``t`` the n tokens of the last call (prompt and output): ``model_input = t[:-1]`` and, all of shape (n-1,),
+    ``target_tokens = t[1:]`` (int64), ``logprobs`` (the sampler's at sampled tokens, 0 at prompt tokens, float32),
+    ``advantages`` (``advantage`` at sampled tokens, else 0, float32). ``gspo`` also gets ``sequence_ratio_mask`` (1 at
+    sampled tokens, float32). Under every loss but ``dro`` a row with advantage 0 adds nothing; for ``dro`` see
+    ``with_prompt_logprobs``.
+
+    Several policy versions in one Datum are fine: logprobs are per token.
+    """
+    ids = chain[-1].prompt_ids + chain[-1].output_ids
+    rows = len(ids) - 1
+    logprobs = np.zeros(rows, dtype=np.float32)
+    sampled = np.zeros(rows, dtype=bool)
+    spans = []
+    for call in chain:
+        start = len(call.prompt_ids) - 1
+        stop = start + len(call.output_ids)
+        logprobs[start:stop] = call.logprobs
+        sampled[start:stop] = True
+        spans.append(Span(call.call_id, call.index, call.policy_version, start, stop))
+    inputs = {
+        "target_tokens": _tensor(np.asarray(ids[1:], dtype=np.int64)),
+        "logprobs": _tensor(logprobs),
+        "advantages": _tensor(np.where(sampled, np.float32(advantage), np.float32(0))),
+    }
+    if loss_fn == "gspo":
+        inputs["sequence_ratio_mask"] = _tensor(sampled.astype(np.float32))
+    return Datum(model_input=ModelInput.from_ints(ids[:-1]), loss_fn_inputs=inputs), spans
+
+
+def with_prompt_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
+    """A copy of ``datum`` whose prompt rows carry the learner's own logprobs; sampled rows keep the sampler's.
+
+    ``dro`` has no mask: ``-(lp A - beta/2 (lp - q)^2)`` would pull every prompt token towards its q of 0. With q the
+    learner's present lp, both that term and its gradient ``beta (lp - q)`` vanish, exactly as if the row were masked.
+
+    Args:
+        learner: logprobs of target_tokens under the weights that the gradient is taken at, shape (n-1,).
+    """
+    logprobs = np.array(learner.to_numpy(), dtype=np.float32)
+    recorded = datum.loss_fn_inputs["logprobs"].to_numpy()
+    for span in origin.spans:
+        logprobs[span.start : span.stop] = recorded[span.start : span.stop]
+    inputs = {**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)}
+    return Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
+
+
+def trained_rows(datum: Datum, origin: Provenance) -> Iterator[tuple[tuple[int, ...], int, float, float]]:
+    """``(context ids, target id, logprob, advantage)`` of every sampled token of a Datum."""
+    ids = datum.model_input.to_ints()
+    columns: list[list[Any]] = [datum.loss_fn_inputs[k].tolist() for k in ("target_tokens", "logprobs", "advantages")]
+    for span in origin.spans:
+        for row in range(span.start, span.stop):
+            yield tuple(ids[: row + 1]), columns[0][row], columns[1][row], columns[2][row]
+
+
+def _no_signal(rewards_G: list[float], advantage: AdvantageMethod) -> str | None:
+    if advantage == "reward" or not has_zero_variance(rewards_G):
+        return None
+    return "single_trajectory_group" if len(rewards_G) == 1 else "zero_variance_group"
+
+
+def _usable(calls: list[Call], result: DatumSet) -> list[Call]:
+    usable = []
+    for call in calls:
+        if not call.output_ids:
+            _drop(result, "empty_output", 1)
+        elif not call.prompt_ids:
+            _drop(result, "empty_prompt", 1)
+        elif not all(math.isfinite(logprob) for logprob in call.logprobs):
+            _drop(result, "non_finite_logprobs", 1)
+        else:
+            usable.append(call)
+    return usable
+
+
+def _drop(result: DatumSet, reason: str, calls: int) -> None:
+    if calls:
+        result.dropped[reason] += calls
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> TensorData:
+    return TensorData(data=array, dtype="int64" if array.dtype == np.int64 else "float32", shape=list(array.shape))

@@ -1,0 +1,109 @@
+"""Recorded calls <-> NAT trajectories, and the group of one dataset row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nat.data_models.finetuning import Trajectory
+
+from ..errors import DataError
+from ..types import Call
+from .episodes import episode_of
+from .roles import validate_episode_order
+
+CALLS_KEY = "calls"
+"""Key of ``Trajectory.metadata`` under which the exact tokens travel through NAT."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryGroup:
+    """All attempts at one dataset row.
+
+    Attributes:
+        name: what messages call the group.
+        rewards_G: reward of each trajectory.
+        calls_G: recorded calls of each trajectory.
+    """
+
+    name: str
+    rewards_G: list[float]
+    calls_G: list[list[Call]]
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of all trajectories together."""
+        return sum(len(calls) for calls in self.calls_G)
+
+
+def build_trajectory(calls: list[Call], reward: float, metadata: dict[str, Any]) -> Trajectory:
+    """The trajectory of one attempt: its episode view, and in ``metadata["calls"]`` every call with its exact tokens.
+
+    Raises:
+        DataError: no calls, or ``metadata`` already has the key ``calls``.
+    """
+    if not calls:
+        raise DataError("a trajectory needs at least one recorded call; count this attempt as dropped (`no_calls`)")
+    if CALLS_KEY in metadata:
+        raise DataError(f"metadata key `{CALLS_KEY}` is reserved for the recorded calls; name it differently")
+    ordered = sorted(calls, key=lambda call: (call.sequence, call.index))
+    return Trajectory(
+        episode=episode_of(ordered),
+        reward=reward,
+        metadata={**metadata, CALLS_KEY: [call.to_dict() for call in ordered]},
+    )
+
+
+def calls_of(trajectory: Trajectory, name: str = "trajectory") -> list[Call]:
+    """The recorded calls that ``build_trajectory`` put in; checked for shape.
+
+    Raises:
+        DataError: there are none recorded, or one is malformed.
+    """
+    recorded = (trajectory.metadata or {}).get(CALLS_KEY)
+    if not isinstance(recorded, list):
+        raise DataError(
+            f"{name}: no recorded calls in metadata['{CALLS_KEY}']; text is never tokenised again, so only "
+            "trajectories of the evsys_trajectory_builder can be trained on"
+        )
+    return [_checked_call(entry, f"{name}, call {position}") for position, entry in enumerate(recorded)]
+
+
+def group_of(trajectories: list[Trajectory], index: int) -> TrajectoryGroup:
+    """Validate the trajectories of one dataset row and read their rewards and calls.
+
+    Args:
+        index: position of the group in its collection.
+
+    Raises:
+        DataError: role order, reward or recorded calls are wrong; names the trajectory.
+    """
+    group = TrajectoryGroup(name=_group_name(trajectories, index), rewards_G=[], calls_G=[])
+    for position, trajectory in enumerate(trajectories):
+        name = f"trajectory {position} of {group.name}"
+        validate_episode_order(trajectory, name)
+        if not math.isfinite(trajectory.reward):
+            raise DataError(f"{name}: reward {trajectory.reward} is not finite; a failed evaluation is not a reward")
+        group.rewards_G.append(trajectory.reward)
+        group.calls_G.append(calls_of(trajectory, name))
+    return group
+
+
+def _group_name(trajectories: list[Trajectory], index: int) -> str:
+    row = (trajectories[0].metadata or {}).get("row_id") if trajectories else None
+    return f"group {index}" if row is None else f"group {index} (row {row})"
+
+
+def _checked_call(entry: Any, name: str) -> Call:
+    try:
+        call = entry if isinstance(entry, Call) else Call(**entry)
+    except TypeError as error:
+        raise DataError(f"{name}: not a recorded call: {error}") from error
+    if len(call.output_ids) != len(call.logprobs):
+        raise DataError(f"{name} ({call.call_id}): {len(call.output_ids)} output_ids, {len(call.logprobs)} logprobs")
+    for what, ids in (("prompt_ids", call.prompt_ids), ("output_ids", call.output_ids)):
+        wrong = next((token for token in ids if type(token) is not int or token < 0), None)
+        if wrong is not None:
+            raise DataError(f"{name} ({call.call_id}): {what} holds {wrong!r}, which is no token id")
+    return call
