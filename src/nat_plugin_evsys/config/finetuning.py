@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from nat.data_models.component_ref import LLMRef
 from nat.data_models.finetuning import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -28,7 +29,7 @@ class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapte
 
     model_config = ConfigDict(extra="forbid")
 
-    policy: str = Field(description="Name of the `evsys_policy` LLM to train.")
+    policy: LLMRef = Field(description="Name of the `evsys_policy` LLM to train.")
     loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = Field(
         default="importance_sampling", description="Tinker's name of the loss."
     )

@@ -1,0 +1,68 @@
+# Two commands: `make quickstart` and `make test`. Each installs what it needs into .venv first.
+#
+#   PYTHON=/path/to/python3.12   the interpreter for .venv; default: the first of python3.13 … python3 that fits
+#   PIP_ARGS=…                   more arguments for pip, e.g. for PyTorch without CUDA (a much smaller download):
+#                                PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard examples/*/pyproject.toml))
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+SOURCES := $(wildcard src tests examples benchmarks scripts)
+
+.PHONY: help quickstart install install-dev test check format clean distclean
+
+help:
+	@echo "make quickstart   install, finetune the example agent, print what it gained"
+	@echo "make test         install the test tools, run all tests"
+	@echo "make check        lint, format check, types"
+	@echo "make install      only install into $(VENV)"
+	@echo "make format       rewrite the sources in the project's format"
+	@echo "make clean        delete caches and build output; distclean deletes $(VENV) too"
+
+# NAT asks a first-time user on a terminal about telemetry; a build must not stop for that, and asking is not consent.
+quickstart: $(INSTALLED)
+	@NAT_TELEMETRY_ENABLED=$${NAT_TELEMETRY_ENABLED:-false} $(BIN)/nat finetune --config_file configs/quickstart.yml
+
+install: $(INSTALLED)
+
+install-dev: $(INSTALLED_DEV)
+
+test: $(INSTALLED_DEV)
+	@$(BIN)/python -m pytest
+
+check: $(INSTALLED_DEV)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+
+format: $(INSTALLED_DEV)
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+clean:
+	@rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)
+	@find src examples -name '*.egg-info' -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@scripts/make-venv $(VENV) $(PYTHON)
+
+$(INSTALLED): pyproject.toml constraints.txt $(EXAMPLES:%=%/pyproject.toml) | $(BIN)/python
+	@echo "Installing into $(VENV) (the first time takes some minutes: PyTorch is large)"
+	@$(PIP) -e . $(EXAMPLES:%=-e %)
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "Installing the test tools into $(VENV)"
+	@$(PIP) -e '.[dev]'
+	@touch $@

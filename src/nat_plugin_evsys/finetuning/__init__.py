@@ -1,0 +1,1 @@
+"""NAT's three finetuning interfaces: trajectory builder, trainer adapter and trainer."""

@@ -1,0 +1,156 @@
+"""The books of one run: where every call and trajectory went, the rewards, and what is committed to disk."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from nat.data_models.finetuning import TrainingJobStatus
+
+from ..errors import ConfigError
+from ..policy.recorder import RecorderTotals
+from ..report.metrics import MetricsLog
+from ..report.summary import RunSummary
+from ..runs import RunDirectory, RunState
+from ..types import CallTally
+from .trajectory_builder import RolloutReport
+
+
+class RunBooks:
+    """Counts in memory during an epoch; ``commit`` puts them on disk together with the checkpoint's name."""
+
+    def __init__(self, run_dir: RunDirectory) -> None:
+        self.run_dir = run_dir
+        self.metrics = MetricsLog(run_dir.metrics_path)
+        self._tally = CallTally(
+            run_dir.state.tally["calls"], run_dir.state.tally["trained"], Counter(run_dir.state.tally["dropped"])
+        )
+        self._trained_trajectories = int(run_dir.state.trajectories["trained"])
+        self._dropped_trajectories = Counter(run_dir.state.trajectories["dropped"])
+        self._seconds_before = run_dir.state.seconds
+        self._started = time.monotonic()
+
+    @classmethod
+    def open(cls, output_dir: Path, config: Mapping[str, Any], *, resume: bool) -> RunBooks:
+        """A new run directory, or the newest one again.
+
+        Raises:
+            ConfigError: nothing to resume, the settings changed, or another process runs it.
+        """
+        if not resume:
+            return cls(RunDirectory.create(output_dir, config))
+        run_dir = RunDirectory.newest(output_dir)
+        if run_dir is None:
+            raise ConfigError(f"resume: there is no run under {output_dir}; set resume: false to start one")
+        run_dir.check_config(config)
+        run_dir.lock()
+        run_dir.discard_unrecorded()
+        return cls(run_dir)
+
+    @property
+    def state(self) -> RunState:
+        """What has been committed, plus what ``commit`` will."""
+        return self.run_dir.state
+
+    def rewind(self) -> None:
+        """Forget the rows of an epoch that was not finished."""
+        self.metrics.truncate_after(self.state.epochs_done)
+        self.state.status, self.state.error = "running", None
+
+    # -- counting ---------------------------------------------------------------------------------------------------
+
+    def count_rollouts(self, report: RolloutReport) -> None:
+        """Calls made, and those of rollouts that cannot be trained on."""
+        self._tally.add(report.tally)
+        self._dropped_trajectories.update(report.lost)
+
+    def count_dropped(self, calls: Mapping[str, int], trajectories: Mapping[str, int]) -> None:
+        """Calls and trajectories held back under a reason."""
+        self._tally.dropped.update(calls)
+        self._dropped_trajectories.update(trajectories)
+
+    def count_job(self, status: TrainingJobStatus) -> None:
+        """What the training job trained on and dropped, as its final status says."""
+        metadata = status.metadata or {}
+        self._tally.trained += int(metadata["trained"])
+        self._tally.dropped.update(metadata["dropped"])
+        self._trained_trajectories += int(metadata["trajectories"]["trained"])
+        self._dropped_trajectories.update(metadata["trajectories"]["dropped"])
+
+    def count_stray_calls(self, totals: RecorderTotals) -> None:
+        """Calls that reached the endpoint but belong to no rollout, or got no answer."""
+        strays = {
+            "unattributed": totals.unattributed,
+            "call_failed": totals.failures,
+            "client_disconnected": totals.disconnected,
+        }
+        for reason, number in strays.items():
+            self._tally.calls += number
+            self._tally.drop(reason, number)
+
+    def reward_of_last_checkpoint(self, reward: float) -> None:
+        """Without held-out data a checkpoint's reward is that of the rollouts which its policy made."""
+        record = self.state.last_checkpoint()
+        if record is not None:
+            self.run_dir.record_checkpoint(
+                record.name,
+                record.epoch,
+                reward,
+                adapter=self.run_dir.locate(record.adapter),
+                training_state=None if record.training_state is None else self.run_dir.locate(record.training_state),
+            )
+
+    # -- committing -------------------------------------------------------------------------------------------------
+
+    def commit(
+        self, epochs_done: int, name: str, uri: str, reward: float | None, *, curriculum: dict[str, Any], keep: int
+    ) -> None:
+        """An epoch is finished: its checkpoint and metrics are on disk, now the state names them."""
+        state = self.state
+        state.epochs_done = epochs_done
+        state.curriculum = curriculum
+        self.run_dir.record_checkpoint(name, epochs_done, reward, adapter=uri, training_state=uri)
+        self._save_counts()
+        self.run_dir.prune(keep)
+
+    def stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
+        """Note why the run ended early. Counts since the last commit are forgotten: that epoch will be run again."""
+        self.state.status, self.state.error = status, why
+        self.run_dir.save_state()
+
+    def finish(self, serve_command: str) -> RunSummary:
+        """Write ``summary.json``; the run is done."""
+        state = self.state
+        state.status = "finished"
+        self._save_counts()
+        self.run_dir.save_state()
+        record = state.last_checkpoint()
+        summary = RunSummary(
+            train_reward_before=state.train_reward_before,
+            train_reward_after=state.train_reward_after,
+            heldout_reward_before=state.heldout_reward_before,
+            heldout_reward_after=state.heldout_reward_after,
+            seconds=round(state.seconds, 3),
+            calls=self._tally.calls,
+            trained=self._tally.trained,
+            dropped=dict(self._tally.dropped),
+            adapter=None if record is None else str(self.run_dir.locate(record.adapter)),
+            trajectories=state.trajectories,
+            epochs=state.epochs_done,
+            serve_command=serve_command,
+            run_dir=str(self.run_dir.path),
+        )
+        summary.write(self.run_dir.summary_path)
+        return summary
+
+    def _save_counts(self) -> None:
+        tally, state = self._tally, self.state
+        state.tally = {"calls": tally.calls, "trained": tally.trained, "dropped": dict(tally.dropped)}
+        state.trajectories = {
+            "trained": self._trained_trajectories,
+            "dropped": dict(self._dropped_trajectories),
+        }
+        state.seconds = self._seconds_before + time.monotonic() - self._started

@@ -1,0 +1,213 @@
+"""One evaluation run of the workflow with the policy: rollouts, their rewards, and what became of each."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nat.data_models.evaluate_runtime import EvaluationRunConfig
+from nat.plugins.eval.runtime.evaluate import EvaluationRun
+
+from ..errors import EvsysError
+from ..report.quiet import quiet_tqdm
+from ..types import Call
+from .sessions import RecordedSessions, Rollouts
+
+if TYPE_CHECKING:
+    from nat.data_models.config import Config
+    from nat.data_models.evaluator import EvalInputItem
+    from nat.runtime.session import SessionManager
+
+logger = logging.getLogger(__name__)
+
+_REP_SUFFIX = re.compile(r"_rep\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One rollout: which row it tried, the calls it made, and its reward or the reason it has none.
+
+    Attributes:
+        row_id: id of the dataset row.
+        run_id: NAT's workflow_run_id of the rollout.
+        reward: the evaluator's score, or None when there is a ``lost`` reason.
+        lost: ``evaluator_error``, ``infrastructure_error``, ``rollout_timeout`` or None.
+        error: what the workflow raised, or what went wrong, or None.
+    """
+
+    row_id: str
+    run_id: str
+    calls: list[Call]
+    reward: float | None
+    lost: str | None
+    error: str | None
+
+
+class PolicyEvaluation(EvaluationRun):
+    """NAT's EvaluationRun with recorded sessions. The workflow is built once for all repetitions."""
+
+    def __init__(self, config: EvaluationRunConfig, rollouts: Rollouts) -> None:
+        super().__init__(config)
+        self._rollouts = rollouts
+
+    async def run_workflow_local(self, session_manager: SessionManager, http_connection: Any = None) -> None:
+        """Run all items through recorded sessions."""
+        self._rollouts.total = len(self.eval_input.eval_input_items) if self.eval_input else 0
+        recorded: Any = RecordedSessions(session_manager, self._rollouts)
+        await super().run_workflow_local(recorded, http_connection=http_connection)
+
+
+async def evaluate_policy(
+    config: Config, rollouts: Rollouts, *, reward_name: str, dataset: str | None, reps: int, max_concurrency: int | None
+) -> list[Attempt]:
+    """Run the workflow ``reps`` times on each dataset row and score every attempt.
+
+    Args:
+        config: the resolved NAT configuration; it is not changed.
+        reward_name: the evaluator whose score is the reward.
+        dataset: overrides the configured dataset's path.
+
+    Raises:
+        EvsysError: not a single attempt could be scored; the message has the first cause.
+    """
+    run_config = EvaluationRunConfig(
+        config_file=evaluation_config(config, reward_name, max_concurrency),
+        dataset=dataset,
+        reps=reps,
+        write_output=False,
+    )
+    with quiet_tqdm(), quiet_nat():
+        output = await PolicyEvaluation(run_config, rollouts).run_and_evaluate()
+    scores = {
+        str(item.id): item
+        for name, result in output.evaluation_results
+        if name == reward_name
+        for item in result.eval_output_items
+    }
+    attempts = [_attempt(item, scores.get(str(item.id)), rollouts) for item in output.eval_input.eval_input_items]
+    _refuse_total_loss(attempts)
+    return attempts
+
+
+def evaluation_config(config: Config, reward_name: str, max_concurrency: int | None) -> Config:
+    """A copy of the configuration that one evaluation run needs, and no more.
+
+    Without the finetuning components (NAT would build and close them each time), without ``run_configuration`` (it
+    contains the configuration itself: NAT logs it and ends in a RecursionError), without NAT's own output directory
+    (it is wiped at every evaluation), and with the reward's evaluator alone.
+    """
+    general = config.eval.general.model_copy(
+        update={
+            "output": None,
+            "profiler": None,
+            "max_concurrency": max_concurrency or config.eval.general.max_concurrency,
+        }
+    )
+    evaluators = {reward_name: config.eval.evaluators[reward_name]}
+    return config.model_copy(
+        update={
+            "finetuning": config.finetuning.model_copy(update={"run_configuration": None, "enabled": False}),
+            "trainers": {},
+            "trainer_adapters": {},
+            "trajectory_builders": {},
+            "eval": config.eval.model_copy(update={"general": general, "evaluators": evaluators}),
+        }
+    )
+
+
+def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
+    run_id = _run_id(item)
+    if run_id is None:
+        return Attempt(_row_id(item), "", [], None, "infrastructure_error", "NAT recorded no WORKFLOW_START step")
+    infrastructure = rollouts.recorder.failures(run_id)
+    calls = rollouts.recorder.close_run(run_id)
+    failure = rollouts.failures.get(run_id)
+    lost, error = None, None if failure is None else f"{type(failure).__name__}: {failure}"
+    if run_id in rollouts.timeouts:
+        lost, error = "rollout_timeout", f"cut off after {rollouts.timeout} s"
+    elif infrastructure or _is_connection_error(failure):
+        lost, error = "infrastructure_error", str(infrastructure[0]) if infrastructure else error
+    else:
+        problem = _evaluator_problem(score)
+        if problem is not None:
+            lost, error = "evaluator_error", problem
+    reward = float(score.score) if lost is None else None
+    return Attempt(_row_id(item), run_id, calls, reward, lost, error)
+
+
+def _row_id(item: EvalInputItem) -> str:
+    return _REP_SUFFIX.sub("", str(item.id))
+
+
+def _run_id(item: EvalInputItem) -> str | None:
+    for step in item.trajectory:
+        metadata = step.payload.metadata
+        fields = metadata if isinstance(metadata, dict) else {} if metadata is None else metadata.model_dump()
+        provided = fields.get("provided_metadata") or {}
+        if "workflow_run_id" in provided:
+            return str(provided["workflow_run_id"])
+    return None
+
+
+def _is_connection_error(error: BaseException | None) -> bool:
+    """True when the cause chain says that the endpoint failed or could not be reached: not the policy's doing."""
+    from openai import APIConnectionError, InternalServerError
+
+    while error is not None:
+        if isinstance(error, APIConnectionError | InternalServerError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _evaluator_problem(score: Any) -> str | None:
+    """Why this is no score. NAT turns an evaluator's exception into score 0.0 with ``reasoning.error``."""
+    if score is None:
+        return "the evaluator returned nothing for this item"
+    if score.error:
+        return str(score.error)
+    reasoning = score.reasoning
+    if isinstance(reasoning, dict) and str(reasoning.get("error", "")).startswith("Evaluator error"):
+        return str(reasoning["error"])
+    if isinstance(score.score, bool) or not isinstance(score.score, int | float) or not math.isfinite(score.score):
+        return f"the evaluator's score is {score.score!r}, not a finite number"
+    return None
+
+
+def _refuse_total_loss(attempts: list[Attempt]) -> None:
+    if attempts and all(attempt.lost for attempt in attempts):
+        first = attempts[0]
+        raise EvsysError(
+            f"none of the {len(attempts)} rollouts has a reward ({first.lost}); the first one: {first.error}. "
+            "Run `nat eval` on the same config to see it alone"
+        )
+
+
+@contextmanager
+def quiet_nat() -> Iterator[None]:
+    """Hold back the log lines that NAT and httpx write for every rollout; failures are counted and reported."""
+    levels = {
+        "nat.plugins.eval": logging.WARNING,
+        "httpx": logging.WARNING,
+        "httpx2": logging.WARNING,
+        "nat.runtime": logging.CRITICAL,
+        "nat.builder": logging.CRITICAL,
+        "nat.plugins.langchain": logging.CRITICAL,
+        "nat.plugins.profiler": logging.ERROR,
+    }
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"nat\.")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

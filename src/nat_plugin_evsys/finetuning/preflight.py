@@ -1,0 +1,192 @@
+"""What must hold before a model is loaded or a token is sampled. Every failure is one line that says what to type."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from ..config import EvsysPolicyConfig, EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
+from ..errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from nat.data_models.config import Config
+    from nat.data_models.dataset_handler import EvalDatasetBaseConfig
+    from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig
+
+
+def check_run(config: Config, finetuning: FinetuneConfig) -> None:
+    """Check everything that can be checked without a model.
+
+    Raises:
+        ConfigError: settings that cannot work together; the message names the setting and the change.
+        DataError: a dataset row that cannot be used.
+    """
+    run = finetuning.run_configuration
+    if run is not None and run.endpoint is not None:
+        raise ConfigError("--endpoint: rollouts must run in this process so that their tokens are recorded; remove it")
+    check_profiler()
+    check_reward(config, finetuning)
+    policy_name, policy, adapter = check_policy(config, finetuning)
+    check_workflow_uses(config, policy_name)
+    check_output_dirs(policy_name, policy, finetuning.output_dir)
+    check_group_size(config, finetuning, adapter)
+    check_dataset(config, None if run is None else run.dataset)
+
+
+def check_profiler() -> None:
+    """NAT records LLM and tool steps only when its profiler package is installed."""
+    if importlib.util.find_spec("nat.plugins.profiler") is None:
+        raise ConfigError("nvidia-nat-profiler is absent, so NAT records no LLM steps; pip install nvidia-nat-profiler")
+
+
+def check_reward(config: Config, finetuning: FinetuneConfig) -> None:
+    """The reward must name a configured evaluator."""
+    evaluators = sorted(config.eval.evaluators)
+    reward = finetuning.reward_function
+    if reward is None:
+        raise ConfigError(
+            f"finetuning.reward_function is not set; set `reward_function: {{name: …}}` to one of {evaluators}"
+        )
+    if reward.name not in config.eval.evaluators:
+        raise ConfigError(
+            f"finetuning.reward_function names `{reward.name}`, but eval.evaluators has {evaluators}; name one of these"
+        )
+
+
+def check_policy(
+    config: Config, finetuning: FinetuneConfig
+) -> tuple[str, EvsysPolicyConfig, EvsysTrainerAdapterConfig]:
+    """The adapter's policy must be an ``evsys_policy`` LLM of this YAML."""
+    adapter = config.trainer_adapters.get(finetuning.trainer_adapter or "")
+    if not isinstance(adapter, EvsysTrainerAdapterConfig):
+        raise ConfigError(
+            f"finetuning.trainer_adapter is `{finetuning.trainer_adapter}`, which is not an evsys_trainer_adapter; "
+            "the evsys trainer needs `_type: evsys_trainer_adapter`"
+        )
+    policy = config.llms.get(adapter.policy)
+    if not isinstance(policy, EvsysPolicyConfig):
+        policies = sorted(name for name, llm in config.llms.items() if isinstance(llm, EvsysPolicyConfig))
+        raise ConfigError(
+            f"trainer adapter: policy `{adapter.policy}` is not an evsys_policy LLM; `llms:` has {policies}"
+        )
+    return adapter.policy, policy, adapter
+
+
+def check_workflow_uses(config: Config, policy_name: str) -> None:
+    """The workflow, or a function that it can call, must use the policy as its LLM."""
+    used = {ref for part in (config.workflow, *config.functions.values()) for ref in _llm_refs(part)}
+    if policy_name not in used:
+        seen = f"uses {sorted(used)}" if used else "names no LLM"
+        raise ConfigError(
+            f"the workflow {seen}, not the policy `{policy_name}`, so nothing of it would be trained; "
+            f"set `workflow.llm_name: {policy_name}`"
+        )
+
+
+def _llm_refs(value: Any) -> Iterator[str]:
+    from nat.data_models.component_ref import LLMRef
+
+    if isinstance(value, LLMRef):
+        yield str(value)
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _llm_refs(getattr(value, name))
+        for extra in (value.model_extra or {}).values():
+            yield from _llm_refs(extra)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _llm_refs(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _llm_refs(item)
+
+
+def check_output_dirs(policy_name: str, policy: EvsysPolicyConfig, output_dir: Path) -> None:
+    """``checkpoint: latest`` looks where the runs are written."""
+    if policy.output_dir.resolve() != output_dir.resolve():
+        raise ConfigError(
+            f"llms.{policy_name}.output_dir is {policy.output_dir}, but finetuning.output_dir is {output_dir}; "
+            "set both to the same directory, so that the trained adapter is found when it is served"
+        )
+
+
+def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysTrainerAdapterConfig) -> None:
+    """A group-relative advantage needs at least two attempts at each row."""
+    builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    if not isinstance(builder, EvsysTrajectoryBuilderConfig):
+        raise ConfigError(
+            f"finetuning.trajectory_builder is `{finetuning.trajectory_builder}`, which is not an "
+            "evsys_trajectory_builder; the evsys trainer needs `_type: evsys_trajectory_builder`"
+        )
+    if builder.num_generations == 1 and adapter.advantage != "reward":
+        raise ConfigError(
+            f"num_generations is 1, but advantage `{adapter.advantage}` compares the attempts of a group; "
+            "set num_generations to 2 or more, or advantage: reward"
+        )
+
+
+def check_dataset(config: Config, dataset: str | Path | None, what: str = "dataset") -> None:
+    """Every row must have a unique id, a question and an answer (NAT skips or zeroes such rows without a word).
+
+    Args:
+        dataset: overrides ``eval.general.dataset.file_path``, as `--dataset` does.
+
+    Raises:
+        ConfigError: no dataset, or no such file.
+        DataError: names the first bad row.
+    """
+    from nat.data_models.dataset_handler import EvalDatasetJsonConfig
+
+    dataset_config = config.eval.general.dataset
+    if dataset_config is None:
+        raise ConfigError("eval.general.dataset is not set; give it a `file_path` or use --dataset")
+    source = EvalDatasetJsonConfig(file_path=dataset) if dataset else dataset_config
+    if not hasattr(source, "parser") or dataset_config.remote_file_path or dataset_config.type == "custom":
+        return  # read by NAT's own loader only
+    if not Path(source.file_path).is_file():
+        raise ConfigError(f"{what}: no file at {source.file_path}; check the path (it is relative to where nat runs)")
+    parser, kwargs = source.parser()
+    try:
+        frame = parser(source.file_path, **kwargs)
+    except ValueError as error:
+        raise DataError(f"{what} {source.file_path}: cannot be parsed as {source.type}: {error}") from error
+    _check_rows(frame, dataset_config, f"{what} {source.file_path}")
+
+
+def _check_rows(frame: pd.DataFrame, dataset_config: EvalDatasetBaseConfig, name: str) -> None:
+    if frame.empty:
+        raise DataError(f"{name}: has no rows")
+    structure = dataset_config.structure
+    keys = [dataset_config.id_key]
+    if not structure.disable:
+        keys += [structure.question_key, structure.answer_key]
+    for key in keys:
+        missing = frame[key].isnull() if key in frame.columns else None
+        if missing is None or missing.any():
+            row = 0 if missing is None else int(missing.to_numpy().argmax())
+            raise DataError(
+                f"{name}: row {row + 1} has no `{key}`; add it, or name the right key under eval.general.dataset "
+                "(id_key, structure.question_key, structure.answer_key)"
+            )
+    twice = frame[dataset_config.id_key].duplicated()
+    if twice.any():
+        row = int(twice.to_numpy().argmax())
+        raise DataError(
+            f"{name}: row {row + 1} has the id `{frame[dataset_config.id_key].iloc[row]}` of an earlier row, which NAT "
+            "would drop; make the ids unique"
+        )
+
+
+def resolve_config(run: FinetuneRunConfig | None) -> Config:
+    """The configuration object behind a run: as the CLI passes it, or loaded from its path."""
+    from nat.data_models.config import Config
+    from nat.runtime.loader import load_config
+
+    if run is None or run.config_file is None:
+        raise ConfigError("finetuning.run_configuration has no config_file; start the run with `nat finetune`")
+    return run.config_file if isinstance(run.config_file, Config) else load_config(Path(str(run.config_file)))

@@ -1,0 +1,154 @@
+"""NAT sessions that choose the run id of each rollout and turn a rollout's failure into data.
+
+NAT's EvaluationRun drops the steps of a workflow that raises and stops starting others. A failed rollout is exactly
+the negative sample that a group needs, so here it ends with an empty output and a recorded cause instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nat.builder.context import ContextState
+from nat.runtime.runner import Runner, RunnerState
+from nat.runtime.session import Session, SessionManager
+from pydantic import BaseModel
+
+from ..policy.recorder import Recorder
+from ..rollouts.seeds import rollout_seed
+from ..types import RunKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Rollouts:
+    """The rollouts of one evaluation run: their ids, what ended them early, and how many are done.
+
+    Attributes:
+        name: prefix of the run ids; unique per evaluation run.
+        failures: run id -> the exception that ended the rollout.
+        timeouts: ids of rollouts that were cut off.
+    """
+
+    name: str
+    kind: RunKind
+    seed: int
+    recorder: Recorder
+    result_json_path: str = "$"
+    timeout: float | None = None
+    on_done: Callable[[int, int], None] | None = None
+    failures: dict[str, Exception] = field(default_factory=dict)
+    timeouts: set[str] = field(default_factory=set)
+    done: int = 0
+    total: int = 0
+    _attempts: dict[str, int] = field(default_factory=dict)
+
+    def open(self, message: Any) -> str:
+        """Open a recorded run for the next attempt at ``message``, with a seed of its own."""
+        attempt = self._attempts.get(key := str(message), 0)
+        self._attempts[key] = attempt + 1
+        run_id = f"{self.name}/{sum(self._attempts.values()) - 1:06d}"
+        self.recorder.open_run(run_id, self.kind, rollout_seed(self.seed, self.name, key, attempt))
+        return run_id
+
+    def close(self, run_id: str, error: Exception | None) -> None:
+        """Note how a rollout ended."""
+        if error is not None:
+            self.failures[run_id] = error
+        self.done += 1
+        if self.on_done is not None:
+            self.on_done(self.done, self.total)
+
+
+class RecordedSessions:
+    """A SessionManager whose sessions run recorded rollouts; everything else is the wrapped manager's."""
+
+    def __init__(self, sessions: SessionManager, rollouts: Rollouts) -> None:
+        self._sessions = sessions
+        self._rollouts = rollouts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sessions, name)
+
+    @asynccontextmanager
+    async def session(self, **kwargs: Any) -> AsyncIterator[RecordedSession]:
+        """A session of the wrapped manager, recorded."""
+        async with self._sessions.session(**kwargs) as session:
+            yield RecordedSession(session, self._rollouts)
+
+
+class RecordedSession:
+    """A Session whose runs are recorded rollouts."""
+
+    def __init__(self, session: Session, rollouts: Rollouts) -> None:
+        self._session = session
+        self._rollouts = rollouts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    @asynccontextmanager
+    async def run(self, message: Any, **kwargs: Any) -> AsyncIterator[RecordedRunner]:
+        """Run the workflow once, as a recorded rollout."""
+        async with self._session.run(message, **kwargs) as runner:
+            yield RecordedRunner(runner, self._rollouts, self._rollouts.open(message))
+
+
+class RecordedRunner:
+    """A Runner that never raises what the workflow raised: the output is then empty and the cause recorded."""
+
+    def __init__(self, runner: Runner, rollouts: Rollouts, run_id: str) -> None:
+        self._runner = runner
+        self._rollouts = rollouts
+        self._run_id = run_id
+
+    async def result(self) -> Any:
+        """The workflow's output after ``result_json_path``; "" when the rollout failed."""
+        token = ContextState.get().workflow_run_id.set(self._run_id)
+        error: Exception | None = None
+        output: Any = ""
+        try:
+            async with asyncio.timeout(self._rollouts.timeout) as deadline:
+                output = self._extract(await self._runner.result())
+        except Exception as caught:  # noqa: BLE001 - a failed rollout is data: its cause is recorded and counted
+            error = caught
+            if deadline.expired():
+                self._rollouts.timeouts.add(self._run_id)
+                self._end_cancelled_run()
+            logger.debug("rollout %s failed: %s", self._run_id, caught)
+        finally:
+            ContextState.get().workflow_run_id.reset(token)
+        self._rollouts.close(self._run_id, error)
+        return output
+
+    def convert(self, value: Any, to_type: type) -> Any:
+        """The output is final already."""
+        return value
+
+    def _extract(self, output: Any) -> Any:
+        from jsonpath_ng import parse
+
+        with suppress(ValueError):
+            output = self._runner.convert(output, to_type=str)
+        if isinstance(output, BaseModel):
+            return output.model_dump_json(indent=2)
+        found = parse(self._rollouts.result_json_path).find(output)
+        if not found:
+            raise ValueError(f"the workflow's output has nothing at {self._rollouts.result_json_path}")
+        return found[0].value
+
+    def _end_cancelled_run(self) -> None:
+        # NAT's Runner ends its event stream and sets its state for an Exception, but not when it is cancelled;
+        # whoever reads the stream would wait for ever.
+        stream = ContextState.get().event_stream.get()
+        if stream is not None:
+            stream.on_complete()
+        self._runner._state = RunnerState.FAILED

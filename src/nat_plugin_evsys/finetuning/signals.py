@@ -1,0 +1,40 @@
+"""SIGTERM as a cancellation, so that a killed run cleans up and stays resumable."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def sigterm_cancels() -> Iterator[None]:
+    """Within it, SIGTERM cancels the current task; the process then exits with 143, as an uncaught SIGTERM would.
+
+    NAT runs no cleanup on SIGTERM of its own. Outside the main thread, or where loops take no signal handlers, the
+    signal keeps its default effect.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    received = False
+
+    def cancel() -> None:
+        nonlocal received
+        received = True
+        if task is not None:
+            task.cancel()
+
+    try:
+        loop.add_signal_handler(signal.SIGTERM, cancel)
+    except (NotImplementedError, RuntimeError, ValueError):
+        yield
+        return
+    try:
+        yield
+    except asyncio.CancelledError:
+        if received:
+            sys.exit(128 + signal.SIGTERM)
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

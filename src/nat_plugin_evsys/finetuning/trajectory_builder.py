@@ -1,0 +1,200 @@
+"""Rollouts of the workflow -> trajectories, one group per dataset row."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nat.data_models.config import Config
+from nat.data_models.finetuning import FinetuneConfig, Trajectory, TrajectoryCollection
+from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
+
+from ..config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
+from ..errors import ConfigError
+from ..policy.policy import Policy
+from ..rollouts.trajectories import build_trajectory
+from ..types import CallTally, RunKind
+from .evaluation import Attempt, evaluate_policy
+from .preflight import check_dataset, check_policy, check_run, resolve_config
+from .sessions import Rollouts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class RolloutReport:
+    """What one evaluation run of the workflow came to.
+
+    Attributes:
+        rewards: reward of every scored attempt.
+        tally: calls made, and those already dropped; what is left is in the trajectories.
+        lost: trajectories without a reward or without calls, by reason.
+        errors: first error text seen for each kind of failed rollout.
+    """
+
+    rewards: list[float] = field(default_factory=list)
+    tally: CallTally = field(default_factory=CallTally)
+    lost: Counter[str] = field(default_factory=Counter)
+    failed_rollouts: int = 0
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def mean_reward(self) -> float:
+        """Mean over the scored attempts."""
+        return sum(self.rewards) / len(self.rewards) if self.rewards else float("nan")
+
+
+class EvsysTrajectoryBuilder(TrajectoryBuilder):
+    """NAT's TrajectoryBuilder on recorded calls."""
+
+    def __init__(self, trajectory_builder_config: EvsysTrajectoryBuilderConfig) -> None:
+        super().__init__(trajectory_builder_config)
+        self.config = trajectory_builder_config
+        self.report: RolloutReport | None = None
+        self.on_rollout: Callable[[int, int], None] | None = None
+        self._runs: dict[str, asyncio.Task[list[Attempt]]] = {}
+        self._nat_config: Config | None = None
+        self._policy_config: EvsysPolicyConfig | None = None
+
+    async def initialize(self, run_config: FinetuneConfig) -> None:
+        """Check the whole configuration; nothing is loaded.
+
+        Raises:
+            ConfigError, DataError: see ``preflight``.
+        """
+        await super().initialize(run_config)
+        self._nat_config = resolve_config(run_config.run_configuration)
+        check_run(self._nat_config, run_config)
+        self._policy_config = check_policy(self._nat_config, run_config)[1]
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that the rollouts are made with."""
+        if self._policy_config is None:
+            raise ConfigError("the trajectory builder is not initialized; await initialize() first")
+        return Policy.of(self._policy_config)
+
+    async def start_run(self, run_id: str, meta: dict[str, Any] | None = None) -> None:
+        """Start the rollouts of one epoch in the background.
+
+        Args:
+            run_id: unique id of this collection of rollouts.
+            meta: ``epoch`` names the rollouts (and so their seeds).
+
+        Raises:
+            ValueError: this run id is in use.
+        """
+        if run_id in self._runs:
+            raise ValueError(f"run `{run_id}` has been started already; finalize it first")
+        epoch = int((meta or {}).get("epoch", 0))
+        self._runs[run_id] = asyncio.create_task(
+            self._roll_out(f"epoch-{epoch:04d}", "rollout", self.config.num_generations), name=f"rollouts-{run_id}"
+        )
+
+    async def finalize(self, run_id: str, meta: dict[str, Any] | None = None) -> TrajectoryCollection:
+        """Wait for the rollouts and build one group of trajectories per dataset row; see also ``report``.
+
+        Raises:
+            ValueError: unknown run id.
+        """
+        if run_id not in self._runs:
+            raise ValueError(f"run `{run_id}` is unknown; known: {sorted(self._runs)}; call start_run first")
+        try:
+            attempts = await self._runs[run_id]
+        finally:
+            self._runs.pop(run_id, None)
+        groups, self.report = self._build(attempts)
+        return TrajectoryCollection(trajectories=groups, run_id=run_id)
+
+    async def evaluate(self, name: str, dataset: str | Path | None, config: Config | None = None) -> RolloutReport:
+        """Score the policy once on each row of a dataset, without training on it.
+
+        Args:
+            name: names the evaluation (and so its seeds).
+            dataset: path that overrides the configured dataset.
+            config: another NAT configuration, as `--validation_config_file` gives.
+        """
+        check_dataset(config or self._config, dataset, what=name)
+        attempts = await self._roll_out(name, "evaluation", 1, dataset=dataset, config=config)
+        report = RolloutReport()
+        for attempt in attempts:
+            self._account(report, attempt)
+            report.tally.drop("validation", len(attempt.calls))
+        return report
+
+    async def cancel(self) -> None:
+        """Stop rollouts in flight."""
+        for task in self._runs.values():
+            task.cancel()
+        await asyncio.gather(*self._runs.values(), return_exceptions=True)
+        self._runs.clear()
+
+    def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
+        """Append a JSON line to ``trajectory_builder.jsonl`` in ``output_dir`` (default: finetuning.output_dir)."""
+        path = Path(output_dir or self.run_config.output_dir) / "trajectory_builder.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"run_id": run_id, **metrics}) + "\n")
+
+    @property
+    def _config(self) -> Config:
+        if self._nat_config is None:
+            raise ConfigError("the trajectory builder is not initialized; await initialize() first")
+        return self._nat_config
+
+    async def _roll_out(
+        self, name: str, kind: RunKind, reps: int, *, dataset: str | Path | None = None, config: Config | None = None
+    ) -> list[Attempt]:
+        run = self.run_config.run_configuration
+        reward = self.run_config.reward_function
+        if run is None or reward is None:
+            raise ConfigError("finetuning.reward_function and run_configuration must be set; use `nat finetune`")
+        source = dataset if dataset is not None else run.dataset
+        rollouts = Rollouts(
+            name=name,
+            kind=kind,
+            seed=self.policy.config.seed,
+            recorder=self.policy.recorder,
+            result_json_path=run.result_json_path,
+            timeout=self.config.rollout_timeout,
+            on_done=self.on_rollout,
+        )
+        return await evaluate_policy(
+            config or self._config,
+            rollouts,
+            reward_name=reward.name,
+            dataset=None if source is None else str(source),
+            reps=reps,
+            max_concurrency=self.config.max_concurrency,
+        )
+
+    def _build(self, attempts: list[Attempt]) -> tuple[list[list[Trajectory]], RolloutReport]:
+        report = RolloutReport()
+        groups: dict[str, list[Trajectory]] = {}
+        for attempt in attempts:
+            self._account(report, attempt)
+            group = groups.setdefault(attempt.row_id, [])
+            if attempt.reward is None:
+                report.lost[attempt.lost or "unknown"] += 1
+                report.tally.drop(attempt.lost or "unknown", len(attempt.calls))
+            elif not attempt.calls:
+                report.lost["no_calls"] += 1
+            else:
+                metadata = {"row_id": attempt.row_id, "rollout_id": attempt.run_id, "error": attempt.error}
+                group.append(build_trajectory(attempt.calls, attempt.reward, metadata))
+        return [group for group in groups.values() if group], report
+
+    @staticmethod
+    def _account(report: RolloutReport, attempt: Attempt) -> None:
+        report.tally.calls += len(attempt.calls)
+        if attempt.reward is not None:
+            report.rewards.append(attempt.reward)
+        if attempt.error is not None:
+            report.failed_rollouts += 1
+            report.errors.setdefault(attempt.lost or "workflow_error", attempt.error)

@@ -1,0 +1,78 @@
+"""Supervised finetuning on demonstrations, before the first epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..algorithms.sft import SftStep, build_sft_datums, train_sft
+from ..errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from ..config import WarmStartConfig
+    from ..policy.policy import Policy
+
+
+def load_demonstrations(path: Path) -> list[dict[str, Any]]:
+    """Read demonstrations from a JSON array or JSON lines.
+
+    Returns:
+        One ``{"messages": [...], "tools": [...]}`` per demonstration, in OpenAI form.
+
+    Raises:
+        ConfigError: no such file.
+        DataError: not JSON, empty, or a row without messages or without an assistant message; names the row.
+    """
+    if not path.is_file():
+        raise ConfigError(f"warm_start.demonstrations: no file at {path}; check the path (relative to where nat runs)")
+    text = path.read_text(encoding="utf-8")
+    try:
+        lines = [line for line in text.splitlines() if line.strip()]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: neither a JSON array nor JSON lines: {error}") from error
+    if not rows:
+        raise DataError(f"{path}: has no demonstrations")
+    for number, row in enumerate(rows, start=1):
+        messages = row.get("messages") if isinstance(row, dict) else None
+        if not messages or not any(message.get("role") == "assistant" for message in messages):
+            raise DataError(f"{path}: demonstration {number} has no `messages` with an assistant message to learn")
+    return rows
+
+
+async def warm_start(
+    policy: Policy, config: WarmStartConfig, on_step: Callable[[SftStep], None]
+) -> dict[str, float]:
+    """Train the policy's adapter on demonstrations and publish the result.
+
+    Args:
+        on_step: called after each optimizer step.
+
+    Returns:
+        ``demonstrations``, ``steps``, and the mean loss per reply token of the first and the last step.
+    """
+    rows = load_demonstrations(config.demonstrations)
+    renderer = policy.renderer
+    datums = build_sft_datums(
+        rows,
+        render=lambda messages, tools: renderer.render([dict(message) for message in messages], tools),
+        render_reply=lambda message: renderer.render_reply(dict(message)),
+    )
+    steps = await train_sft(
+        policy.backend,
+        datums,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        on_step=on_step,
+    )
+    await policy.publish()
+    return {
+        "demonstrations": len(rows),
+        "steps": len(steps),
+        "loss_first": steps[0].loss,
+        "loss_last": steps[-1].loss,
+    }

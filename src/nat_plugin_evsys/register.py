@@ -1,0 +1,73 @@
+"""What NAT discovers through the ``nat.plugins`` entry point: one short function a component, imports light."""
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from nat.builder.builder import Builder
+from nat.builder.framework_enum import LLMFrameworkEnum
+from nat.builder.llm import LLMProviderInfo
+from nat.cli.register_workflow import (
+    register_llm_client,
+    register_llm_provider,
+    register_trainer,
+    register_trainer_adapter,
+    register_trajectory_builder,
+)
+
+from .config import (
+    EvsysPolicyConfig,
+    EvsysTrainerAdapterConfig,
+    EvsysTrainerConfig,
+    EvsysTrajectoryBuilderConfig,
+)
+
+if TYPE_CHECKING:
+    from langchain_openai import ChatOpenAI
+
+    from .finetuning.trainer import EvsysTrainer
+    from .finetuning.trainer_adapter import EvsysTrainerAdapter
+    from .finetuning.trajectory_builder import EvsysTrajectoryBuilder
+
+
+@register_llm_provider(config_type=EvsysPolicyConfig)
+async def evsys_policy(config: EvsysPolicyConfig, _builder: Builder) -> AsyncIterator[LLMProviderInfo]:
+    """The LLM under training."""
+    yield LLMProviderInfo(config=config, description="A policy that `nat finetune` trains and `nat run` serves.")
+
+
+@register_llm_client(config_type=EvsysPolicyConfig, wrapper_type=LLMFrameworkEnum.LANGCHAIN)
+async def evsys_policy_langchain(config: EvsysPolicyConfig, _builder: Builder) -> "AsyncIterator[ChatOpenAI]":
+    """An ordinary ChatOpenAI bound to the policy's endpoint."""
+    from .policy.policy import Policy
+
+    async with Policy.of(config).langchain_client() as client:
+        yield client
+
+
+@register_trajectory_builder(config_type=EvsysTrajectoryBuilderConfig)
+async def evsys_trajectory_builder(
+    config: EvsysTrajectoryBuilderConfig, _builder: Builder
+) -> "AsyncIterator[EvsysTrajectoryBuilder]":
+    """Rollouts -> trajectory groups."""
+    from .finetuning.trajectory_builder import EvsysTrajectoryBuilder
+
+    yield EvsysTrajectoryBuilder(config)
+
+
+@register_trainer_adapter(config_type=EvsysTrainerAdapterConfig)
+async def evsys_trainer_adapter(
+    config: EvsysTrainerAdapterConfig, builder: Builder
+) -> "AsyncIterator[EvsysTrainerAdapter]":
+    """Trajectory groups -> training jobs."""
+    from .finetuning.trainer_adapter import EvsysTrainerAdapter
+    from .policy.policy import Policy
+
+    yield EvsysTrainerAdapter(config, Policy.named(config.policy, builder))
+
+
+@register_trainer(config_type=EvsysTrainerConfig)
+async def evsys_trainer(config: EvsysTrainerConfig, _builder: Builder) -> "AsyncIterator[EvsysTrainer]":
+    """The epochs."""
+    from .finetuning.trainer import EvsysTrainer
+
+    yield EvsysTrainer(config)

@@ -1,0 +1,1 @@
+"""What a run shows: metrics, reward plot, progress display and summary."""

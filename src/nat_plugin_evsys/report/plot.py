@@ -1,0 +1,99 @@
+"""``rewards.png``: reward over epochs, from the rows of ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files import atomic_write
+from .metrics import EPOCH, VALIDATION
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = Mapping[str, Any]
+
+TRAINING_COLOUR = "#2f6fba"
+VALIDATION_COLOUR = "#d1690e"
+
+
+def plot_rewards(rows: Iterable[Row], path: Path, title: str = "Reward") -> None:
+    """Draw the training reward (mean, and the range from min to max) and the held-out reward to a PNG.
+
+    The x-axis is the number of epochs that the policy has been trained for: the rollouts of epoch k come from a policy
+    with k-1 epochs behind it. So both curves show the same policy at the same place.
+
+    Args:
+        rows: rows of a MetricsLog; ``epoch`` rows give ``reward_mean`` (and ``reward_min``, ``reward_max``),
+            ``validation`` rows give ``reward``. Rows without a number are left out.
+        path: replaced as a whole.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: a user's own backend and figures stay as they are
+    axes = figure.add_subplot()
+    kept = list(rows)
+    _draw_training(axes, kept)
+    _draw_validation(axes, kept)
+    _label(axes, title)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    atomic_write(path, image.getvalue())
+
+
+def _draw_training(axes: Axes, rows: list[Row]) -> None:
+    points = [row for row in rows if row.get("event") == EPOCH and _number(row.get("reward_mean"))]
+    if not points:
+        return
+    x = [row["epoch"] - 1 for row in points]
+    banded = [row for row in points if _number(row.get("reward_min")) and _number(row.get("reward_max"))]
+    if banded:
+        axes.fill_between(
+            [row["epoch"] - 1 for row in banded],
+            [row["reward_min"] for row in banded],
+            [row["reward_max"] for row in banded],
+            color=TRAINING_COLOUR,
+            alpha=0.15,
+            linewidth=0,
+            label="training, min to max",
+        )
+    axes.plot(x, [row["reward_mean"] for row in points], "o-", color=TRAINING_COLOUR, label="training, mean")
+
+
+def _draw_validation(axes: Axes, rows: list[Row]) -> None:
+    points = [row for row in rows if row.get("event") == VALIDATION and _number(row.get("reward"))]
+    if points:
+        axes.plot(
+            [row["epoch"] for row in points],
+            [row["reward"] for row in points],
+            "s--",
+            color=VALIDATION_COLOUR,
+            label="held-out, mean",
+        )
+
+
+def _label(axes: Axes, title: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title)
+    axes.set_xlabel("epochs trained")
+    axes.set_ylabel("reward")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "no reward yet", ha="center", va="center", transform=axes.transAxes)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,109 @@
+"""The result of a run: ``summary.json`` and the text that ends it."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..files import atomic_write, to_json
+
+
+@dataclass(slots=True)
+class RunSummary:
+    """What a run did. Rewards are means; None where nothing was measured.
+
+    Attributes:
+        seconds: time of the run, over all sittings.
+        calls: LLM calls that the training rollouts made.
+        trained: calls that were trained on.
+        dropped: reason -> calls that were not; ``trained + sum(dropped.values()) == calls``.
+        adapter: where the adapter lies.
+        trajectories: ``{"trained": n, "dropped": {reason: n}}``.
+        epochs: epochs finished.
+        serve_command: what to type to serve the adapter.
+        run_dir: the run directory.
+    """
+
+    train_reward_before: float | None
+    train_reward_after: float | None
+    heldout_reward_before: float | None
+    heldout_reward_after: float | None
+    seconds: float
+    calls: int
+    trained: int
+    dropped: dict[str, int]
+    adapter: str | None
+    trajectories: dict[str, Any] = field(default_factory=lambda: {"trained": 0, "dropped": {}})
+    epochs: int = 0
+    serve_command: str | None = None
+    run_dir: str | None = None
+
+    def write(self, path: Path) -> None:
+        """Write ``summary.json``, whole or not at all."""
+        atomic_write(path, to_json(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> RunSummary:
+        """The summary at ``path``.
+
+        Raises:
+            DataError: missing, or not a summary.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{item.name: data[item.name] for item in fields(cls)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a run's summary: {error!r}") from error
+
+    def format(self, path: Path) -> str:
+        """The text that ends a run; its last line is ``path``, where the summary was written."""
+        trajectories = self.trajectories
+        lines = [
+            f"Finished {_count(self.epochs, 'epoch')} in {self.seconds:.1f} s",
+            f"  training reward  {_change(self.train_reward_before, self.train_reward_after)}",
+            f"  held-out reward  {_change(self.heldout_reward_before, self.heldout_reward_after)}",
+            f"  trajectories     {trajectories['trained']} trained, {_dropped(trajectories['dropped'])}",
+            f"  calls            {self.calls} made, {self.trained} trained, {_dropped(self.dropped)}",
+            f"  adapter          {self.adapter or 'none was saved'}",
+        ]
+        if self.serve_command:
+            lines.append(f"  serve it with    {self.serve_command}")
+        return "\n".join([*lines, str(path)])
+
+
+def print_at_exit(text: str) -> None:
+    """Print ``text`` to stdout when the process ends: after every line that NAT still logs once a run is over."""
+
+    def write() -> None:
+        sys.stderr.flush()
+        print(text, flush=True)
+
+    atexit.register(write)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if before is None and after is None:
+        return "not measured"
+    gain = f"  ({after - before:+.3f})" if before is not None and after is not None else ""
+    return f"{_reward(before)} -> {_reward(after)}{gain}"
+
+
+def _reward(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"
+
+
+def _dropped(reasons: dict[str, int]) -> str:
+    total = sum(reasons.values())
+    if not total:
+        return "0 dropped"
+    parts = (f"{name} {count}" for name, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+    return f"{total} dropped ({', '.join(parts)})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

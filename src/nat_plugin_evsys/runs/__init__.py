@@ -1,0 +1,11 @@
+"""Runs on disk: the run directory, its state, and the checkpoints that it names.
+
+Standard library and PyYAML only, so that serving a checkpoint can ask where it lies without importing the trainer.
+"""
+
+from .checkpoints import resolve_checkpoint
+from .directory import RunDirectory
+from .settings import changed_settings, redact
+from .state import CheckpointRecord, RunState
+
+__all__ = ["CheckpointRecord", "RunDirectory", "RunState", "changed_settings", "redact", "resolve_checkpoint"]

@@ -1,0 +1,99 @@
+"""Where a checkpoint lies: from what the YAML says to a directory.
+
+A checkpoint is a directory with a ``manifest.json``. Whoever writes one renames it into place when it is whole, so a
+half-written one is never seen here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import CheckpointError, ConfigError
+from .directory import RunDirectory
+from .state import CheckpointRecord
+
+MANIFEST = "manifest.json"
+
+
+def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | None:
+    """The checkpoint that ``spec`` means, as an absolute path, or None for ``none`` (the base model).
+
+    Args:
+        output_dir: where the runs lie (``finetuning.output_dir``).
+        spec: ``none``, ``latest`` or ``best`` (of the newest run), or the path of a checkpoint.
+
+    Raises:
+        ConfigError: ``spec`` is empty.
+        CheckpointError: there is no such run or checkpoint; the message says what to type.
+    """
+    word = spec.strip()
+    if not word:
+        raise ConfigError("checkpoint is empty; set it to none, latest, best or the path of a checkpoint")
+    if word == "none":
+        return None
+    if word in ("latest", "best"):
+        return _of_newest_run(Path(output_dir), word)
+    return _of_path(Path(word).expanduser())
+
+
+def _of_newest_run(output_dir: Path, word: str) -> Path:
+    run = RunDirectory.newest(output_dir)
+    if run is None:
+        raise CheckpointError(
+            f"checkpoint: {word}: no run under {output_dir} yet: run `nat finetune --config_file …` first, "
+            "or set checkpoint: none to serve the base model"
+        )
+    record = run.state.last_checkpoint() if word == "latest" else run.state.best_checkpoint()
+    if record is None:
+        raise CheckpointError(f"checkpoint: {word}: {_why_none(run, word)}{_other_run(run)}")
+    return _existing(run, record)
+
+
+def _why_none(run: RunDirectory, word: str) -> str:
+    if run.state.checkpoints:
+        return f"no checkpoint of run {run.path} has a reward; set checkpoint: latest"
+    return (
+        f"the newest run, {run.path}, has no checkpoint yet (it is {run.state.status}); let it finish an epoch, "
+        "or set checkpoint: none"
+    )
+
+
+def _other_run(run: RunDirectory) -> str:
+    """Names the newest older run that has a checkpoint: a run that failed at its start must not hide it."""
+    if run.state.checkpoints:
+        return ""
+    for other in reversed(RunDirectory.all(run.path.parent)):
+        record = other.state.last_checkpoint()
+        if other.path != run.path and record is not None:
+            return f", or to an older run's: {other.locate(record.adapter)}"
+    return ""
+
+
+def _existing(run: RunDirectory, record: CheckpointRecord) -> Path:
+    where = run.locate(record.adapter)
+    if isinstance(where, str):
+        raise CheckpointError(
+            f"the checkpoint of epoch {record.epoch} of run {run.path} lies at {where}, not on this machine's disk"
+        )
+    if not (where / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{where} (epoch {record.epoch} of run {run.path}) has been moved or deleted; "
+            "set checkpoint: to a path that exists, or to none"
+        )
+    return where
+
+
+def _of_path(path: Path) -> Path:
+    absolute = Path(os.path.abspath(path))
+    if (absolute / MANIFEST).is_file():
+        return absolute
+    if (absolute / RunDirectory.STATE).is_file():
+        run = RunDirectory.open(absolute)
+        names = ", ".join(str(run.locate(record.adapter)) for record in run.state.checkpoints) or "none yet"
+        raise CheckpointError(f"checkpoint: {path} is a run, not a checkpoint; it has: {names}")
+    if absolute.exists():
+        raise CheckpointError(f"checkpoint: {path} is not a checkpoint: it has no {MANIFEST}")
+    raise CheckpointError(
+        f"checkpoint: there is no {absolute}; set it to none, latest, best or the path of a checkpoint directory"
+    )

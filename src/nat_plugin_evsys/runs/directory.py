@@ -1,0 +1,268 @@
+"""The directory of one ``nat finetune``.
+
+    <output_dir>/latest                     name of the newest run
+    <output_dir>/run-YYYYmmdd-HHMMSS[-n]/
+        config.yml       the resolved config, secrets redacted
+        state.json       RunState: written whole at the end of each epoch
+        metrics.jsonl    one row per epoch, validation and warm start
+        jobs.jsonl       the ledger of training jobs
+        rewards.png      the reward curve
+        summary.json     the result
+        checkpoints/     weights
+
+``state.json`` is the commit: what it does not name did not happen, whatever else lies in the directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import yaml
+
+from ..errors import CheckpointError, ConfigError
+from ..files import atomic_write, to_json
+from .settings import changed_settings, redact, settings_hash
+from .state import CheckpointRecord, RunState
+
+
+class RunDirectory:
+    """One run on disk: its paths, its state and its checkpoints."""
+
+    LATEST: ClassVar[str] = "latest"
+    STATE: ClassVar[str] = "state.json"
+
+    def __init__(self, path: Path, state: RunState) -> None:
+        self.path = Path(os.path.abspath(path))
+        self.state = state
+        self.checkpoints_dir = self.path / "checkpoints"
+        self.state_path = self.path / self.STATE
+        self.config_path = self.path / "config.yml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.jobs_path = self.path / "jobs.jsonl"
+        self.plot_path = self.path / "rewards.png"
+        self.summary_path = self.path / "summary.json"
+        self._lock: IO[str] | None = None
+
+    # -- finding ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, output_dir: Path | str, config: Mapping[str, Any] | None = None) -> RunDirectory:
+        """A new run, which `latest` then names.
+
+        Args:
+            config: the resolved config in JSON's types; it is written without its secrets.
+
+        Raises:
+            ConfigError: ``output_dir`` cannot be written.
+        """
+        parent = Path(os.path.abspath(output_dir))
+        try:
+            run = cls(_new_directory(parent), RunState())
+            run.checkpoints_dir.mkdir()
+            run.lock()
+            if config is not None:
+                atomic_write(run.config_path, yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True))
+                run.state.config_hash = settings_hash(config)
+            run.save_state()
+            atomic_write(parent / cls.LATEST, run.path.name + "\n")
+        except OSError as error:
+            raise ConfigError(f"finetuning.output_dir: cannot write to {parent}: {error}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunDirectory:
+        """An existing run.
+
+        Raises:
+            CheckpointError: not a run, or its state cannot be read.
+        """
+        source = Path(path) / cls.STATE
+        try:
+            data = json.loads(source.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is not a run: it has no {cls.STATE}") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{source} cannot be read: {error}") from error
+        return cls(Path(path), RunState.from_dict(data, source))
+
+    @classmethod
+    def newest(cls, output_dir: Path | str) -> RunDirectory | None:
+        """The run that `latest` names; without that file, the run with the newest name. None when there is none."""
+        parent = Path(output_dir)
+        try:
+            name = (parent / cls.LATEST).read_text(encoding="utf-8").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            name = ""
+        if name and (parent / name / cls.STATE).is_file():
+            return cls.open(parent / name)
+        runs = cls.all(parent)
+        return runs[-1] if runs else None
+
+    @classmethod
+    def all(cls, output_dir: Path | str) -> list[RunDirectory]:
+        """All runs, oldest first."""
+        found = [path.parent for path in Path(output_dir).glob(f"run-*/{cls.STATE}")]
+        return [cls.open(path) for path in sorted(found, key=_age)]
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def save_state(self) -> None:
+        """Commit ``state``. Call it last: after the checkpoint and the metrics of the epoch are on disk."""
+        atomic_write(self.state_path, to_json(self.state.to_dict(), indent=1) + "\n")
+
+    def lock(self) -> None:
+        """Hold this run until ``unlock`` or the end of the process, so that two processes never write to it.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        if self._lock is not None:
+            return
+        try:
+            import fcntl
+        except ImportError:  # a system without flock runs without this guard
+            return
+        handle = open(self.path / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - held until unlock
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise ConfigError(
+                f"run {self.path} is in use by another process; wait for it to end, or set resume: false"
+            ) from error
+        self._lock = handle
+
+    def unlock(self) -> None:
+        """Let another process resume this run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse to go on with settings that would make this another run.
+
+        Raises:
+            ConfigError: lists each setting that changed, with both values.
+        """
+        if self.state.config_hash is None or self.state.config_hash == settings_hash(config):
+            return
+        before = yaml.safe_load(self.config_path.read_text(encoding="utf-8")) if self.config_path.is_file() else {}
+        changes = changed_settings(before, config) or [f"{self.config_path} was edited"]
+        raise ConfigError(
+            f"cannot resume {self.path}: its settings changed ({'; '.join(changes)}); "
+            "put them back, or set resume: false to start a new run"
+        )
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def record_checkpoint(
+        self,
+        name: str,
+        epoch: int,
+        reward: float | None,
+        *,
+        adapter: Path | str | None = None,
+        training_state: Path | str | None = None,
+    ) -> CheckpointRecord:
+        """Note a checkpoint that lies on disk already. ``save_state`` makes it count.
+
+        Args:
+            name: the name it was saved under.
+            epoch: epochs finished.
+            reward: what `best` compares; None when it was not measured.
+            adapter: where the weights for sampling lie (path or URI); default ``checkpoints/<name>``.
+            training_state: where the weights with optimizer state lie, if anywhere.
+        """
+        record = CheckpointRecord(
+            name=name,
+            epoch=epoch,
+            reward=reward,
+            adapter=self._stored(self.checkpoints_dir / name if adapter is None else adapter),
+            training_state=None if training_state is None else self._stored(training_state),
+        )
+        self.state.checkpoints = [old for old in self.state.checkpoints if old.epoch != epoch] + [record]
+        best = self.state.best_checkpoint()
+        self.state.best_epoch = None if best is None else best.epoch
+        self.state.best_reward = None if best is None else best.reward
+        return record
+
+    def prune(self, keep: int) -> list[str]:
+        """Forget and delete all checkpoints but the last, the best and the ``keep`` newest others.
+
+        Returns:
+            The names of the deleted checkpoints.
+        """
+        last, best = self.state.last_checkpoint(), self.state.best_checkpoint()
+        others = sorted(
+            (record for record in self.state.checkpoints if record is not last and record is not best),
+            key=lambda record: record.epoch,
+        )
+        stale = others[: max(0, len(others) - keep)]
+        self.state.checkpoints = [record for record in self.state.checkpoints if record not in stale]
+        self.save_state()  # before deleting: what the state names must exist
+        kept = self._named_paths()
+        for record in stale:
+            for where in (record.adapter, record.training_state):
+                path = None if where is None else self.locate(where)
+                if isinstance(path, Path) and path not in kept:
+                    _delete(path, self.path)
+        return [record.name for record in stale]
+
+    def discard_unrecorded(self) -> list[Path]:
+        """Delete checkpoints that no finished epoch names: what an interrupted epoch left. For a run being resumed."""
+        kept = self._named_paths()
+        found = [path.parent for path in sorted(self.checkpoints_dir.rglob("manifest.json"))]
+        stray = [path for path in found if path not in kept]
+        for path in stray:
+            _delete(path, self.path)
+        return stray
+
+    def locate(self, where: str) -> Path | str:
+        """The absolute path of a recorded place, or the URI that it is."""
+        return where if "://" in where else Path(os.path.abspath(self.path / where))
+
+    def _stored(self, where: Path | str) -> str:
+        if isinstance(where, str) and "://" in where:
+            return where
+        absolute = Path(os.path.abspath(where))
+        inside = absolute.is_relative_to(self.path)
+        return str(absolute.relative_to(self.path) if inside else absolute)
+
+    def _named_paths(self) -> set[Path | str]:
+        places = [place for record in self.state.checkpoints for place in (record.adapter, record.training_state)]
+        return {self.locate(place) for place in places if place is not None}
+
+
+def _new_directory(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("run-%Y%m%d-%H%M%S")
+    number = 1
+    while True:
+        path = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def _age(path: Path) -> tuple[str, int]:
+    """Sorts ``run-…-10`` after ``run-…-2``."""
+    parts = path.name.split("-")
+    return "-".join(parts[:3]), int(parts[3]) if len(parts) > 3 and parts[3].isdigit() else 1
+
+
+def _delete(path: Path, run: Path) -> None:
+    """Take the checkpoint out of sight in one step, then delete it; never anything outside of the run."""
+    if not path.is_relative_to(run) or not path.is_dir():
+        return
+    hidden = path.with_name(f".deleted-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)

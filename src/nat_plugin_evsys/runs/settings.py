@@ -1,0 +1,99 @@
+"""A run's resolved config as it may lie on disk: without secrets, and comparable with the next one's."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..files import jsonable, to_json
+
+REDACTED = "<redacted>"
+
+_SECRET_KEY = re.compile(
+    r"(^|[_-])(key|apikey|token|secret|password|passwd|pwd|passphrase|authorization|credentials?|cookie)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(r"\b(?:Bearer\s+\S+|sk-[\w-]{16,}|hf_\w{16,}|nvapi-[\w-]{16,}|gh[pousr]_\w{16,})")
+_URL_USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
+
+NOT_COMPARED = (
+    "general.*",
+    "finetuning.num_epochs",
+    "finetuning.output_dir",
+    "finetuning.run_configuration*",
+    "eval.general.output*",
+    "eval.general.max_concurrency",
+    "trainers.*.resume",
+    "trainers.*.progress",
+    "trainers.*.keep_checkpoints",
+    "trainers.*.validation_interval",
+    "trajectory_builders.*.max_concurrency",
+    "trajectory_builders.*.rollout_timeout",
+    "trainer_adapters.*.save_datums",
+    "llms.*.checkpoint",
+    "llms.*.output_dir",
+    "llms.*.host",
+    "llms.*.port",
+    "llms.*.device",
+    "llms.*.request_timeout",
+    "llms.*.max_batch_size",
+)
+"""Settings that may change between a run and its resumption: they say how long, where and how fast, not what."""
+
+
+def redact(config: Any) -> Any:
+    """``config`` in JSON's types with every secret replaced: by the name of its key, or by its own well-known shape."""
+    return _redact(jsonable(config))
+
+
+def _redact(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _redact(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_redact(item, key) for item in value]
+    if isinstance(value, str) and value:
+        if _SECRET_KEY.search(key):
+            return REDACTED
+        return _URL_USER.sub(rf"\g<scheme>{REDACTED}@", _SECRET_VALUE.sub(REDACTED, value))
+    return value
+
+
+def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"finetuning.reward_function.name": …}``: the settings that decide what a run computes, secrets redacted."""
+    flat = dict(_flatten(redact(config), ""))
+    return {name: value for name, value in sorted(flat.items()) if not _is_free(name)}
+
+
+def settings_hash(config: Mapping[str, Any]) -> str:
+    """A hash of ``compared_settings``."""
+    return hashlib.sha256(to_json(compared_settings(config)).encode()).hexdigest()[:16]
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each compared setting that differs: ``name: was A, is B``."""
+    old, new = compared_settings(before), compared_settings(now)
+    return [
+        f"{name}: was {_show(old, name)}, is {_show(new, name)}"
+        for name in sorted(old.keys() | new.keys())
+        if name not in old or name not in new or old[name] != new[name]
+    ]
+
+
+def _show(settings: Mapping[str, Any], name: str) -> str:
+    return to_json(settings[name]) if name in settings else "not set"
+
+
+def _is_free(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in NOT_COMPARED)
+
+
+def _flatten(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else key)
+    elif value is not None and value != {} and value != []:
+        # what is unset by default may be absent in one dump and null in the next
+        yield prefix, value

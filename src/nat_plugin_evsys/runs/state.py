@@ -1,0 +1,100 @@
+"""What a run knows about itself between two epochs: the content of ``state.json``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import CheckpointError
+
+RunStatus = Literal["running", "finished", "failed", "interrupted"]
+
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class CheckpointRecord:
+    """One saved epoch.
+
+    Attributes:
+        name: the name it was saved under.
+        epoch: epochs finished when it was saved; 0 is before the first one.
+        reward: the reward that `best` compares, or None when it was not measured.
+        adapter: where the weights for sampling lie: a path (relative to the run directory if inside it) or a URI.
+        training_state: where the weights with the optimizer state lie, or None.
+    """
+
+    name: str
+    epoch: int
+    reward: float | None
+    adapter: str
+    training_state: str | None = None
+
+
+@dataclass(slots=True)
+class RunState:
+    """Everything that a resumed run needs beyond the weights. Rewards are means over rollouts.
+
+    Attributes:
+        epochs_done: epochs whose training, checkpoint and metrics are all on disk.
+        tally: calls, ``{"calls": n, "trained": n, "dropped": {reason: n}}``.
+        trajectories: ``{"trained": n, "dropped": {reason: n}}``.
+        seconds: time spent so far, over all sittings.
+        rewards: one row an epoch, as the trainer gave it.
+        curriculum: the curriculum's own state.
+        config_hash: hash of the settings that decide what a run computes.
+        notes: what else the trainer wants to find again.
+    """
+
+    status: RunStatus = "running"
+    error: str | None = None
+    epochs_done: int = 0
+    warm_started: bool = False
+    best_epoch: int | None = None
+    best_reward: float | None = None
+    train_reward_before: float | None = None
+    train_reward_after: float | None = None
+    heldout_reward_before: float | None = None
+    heldout_reward_after: float | None = None
+    tally: dict[str, Any] = field(default_factory=lambda: {"calls": 0, "trained": 0, "dropped": {}})
+    trajectories: dict[str, Any] = field(default_factory=lambda: {"trained": 0, "dropped": {}})
+    seconds: float = 0.0
+    rewards: list[dict[str, Any]] = field(default_factory=list)
+    curriculum: dict[str, Any] = field(default_factory=dict)
+    config_hash: str | None = None
+    checkpoints: list[CheckpointRecord] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; ``RunState.from_dict`` gives the state back."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: Path) -> RunState:
+        """The state in ``data``.
+
+        Raises:
+            CheckpointError: written by another version of this package, or not a run's state at all.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            seen = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise CheckpointError(
+                f"{source}: not a run state of format {FORMAT} (seen: {seen}); use the version that wrote it"
+            )
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(data) - known - {"format"})
+        if unknown:
+            raise CheckpointError(f"{source}: unknown entries {unknown}; use the version that wrote it")
+        values = {name: data[name] for name in known if name in data}
+        values["checkpoints"] = [CheckpointRecord(**record) for record in values.get("checkpoints", [])]
+        return cls(**values)
+
+    def last_checkpoint(self) -> CheckpointRecord | None:
+        """The newest saved epoch."""
+        return max(self.checkpoints, key=lambda record: record.epoch, default=None)
+
+    def best_checkpoint(self) -> CheckpointRecord | None:
+        """The saved epoch with the highest reward; the earliest of equals."""
+        measured = [record for record in self.checkpoints if record.reward is not None]
+        return max(measured, key=lambda record: (record.reward, -record.epoch), default=None)

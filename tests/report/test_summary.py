@@ -1,0 +1,84 @@
+"""summary.json and the text that ends a run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.report.summary import RunSummary
+
+SUMMARY = RunSummary(
+    train_reward_before=0.25,
+    train_reward_after=0.75,
+    heldout_reward_before=0.2,
+    heldout_reward_after=0.9,
+    seconds=83.4,
+    calls=100,
+    trained=90,
+    dropped={"zero_variance": 8, "rollout_timeout": 2},
+    adapter="/runs/r/checkpoints/epoch-4",
+    trajectories={"trained": 45, "dropped": {"zero_variance": 4, "rollout_timeout": 1}},
+    epochs=4,
+    serve_command="nat serve --config_file configs/quickstart.yml",
+    run_dir="/runs/r",
+)
+
+
+def test_keys_and_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    SUMMARY.write(path)
+    data = json.loads(path.read_text())
+    required = {"train_reward_before", "train_reward_after", "heldout_reward_before", "heldout_reward_after"}
+    required |= {"seconds", "calls", "trained", "dropped", "adapter"}
+    assert required <= data.keys()
+    assert data["dropped"] == {"zero_variance": 8, "rollout_timeout": 2}
+    assert RunSummary.read(path) == SUMMARY
+
+
+def test_text_tells_everything_and_ends_with_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    lines = SUMMARY.format(path).splitlines()
+    assert lines[-1] == str(path)
+    text = "\n".join(lines)
+    for part in (
+        "0.250 -> 0.750  (+0.500)",
+        "0.200 -> 0.900  (+0.700)",
+        "45 trained, 5 dropped (zero_variance 4, rollout_timeout 1)",
+        "100 made, 90 trained, 10 dropped (zero_variance 8, rollout_timeout 2)",
+        "/runs/r/checkpoints/epoch-4",
+        "nat serve --config_file configs/quickstart.yml",
+        "4 epochs in 83.4 s",
+    ):
+        assert part in text, part
+
+
+def test_without_a_held_out_dataset(tmp_path: Path) -> None:
+    summary = replace(SUMMARY, heldout_reward_before=None, heldout_reward_after=None, adapter=None, dropped={})
+    text = summary.format(tmp_path / "summary.json")
+    assert "held-out reward  not measured" in text
+    assert "none was saved" in text
+    assert "90 trained, 0 dropped" in text
+
+
+def test_a_file_that_is_no_summary(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"calls": 1}')
+    with pytest.raises(DataError, match=r"summary\.json is not a run's summary"):
+        RunSummary.read(tmp_path / "summary.json")
+
+
+def test_print_at_exit_comes_after_later_log_lines() -> None:
+    code = (
+        "import logging; from nat_plugin_evsys.report.summary import print_at_exit\n"
+        "logging.basicConfig(level='INFO'); print_at_exit('the\\nlast'); logging.info('after the run'); print('out')"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+    )
+    assert shown.stdout.splitlines()[-2:] == ["the", "last"]
+    assert "after the run" in shown.stdout

@@ -1,0 +1,95 @@
+"""From `checkpoint: none|latest|best|<path>` to a directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nat_plugin_evsys.errors import CheckpointError, ConfigError
+from nat_plugin_evsys.runs import RunDirectory, resolve_checkpoint
+
+
+def run_with(output_dir: Path, rewards: dict[int, float | None]) -> RunDirectory:
+    run = RunDirectory.create(output_dir)
+    for epoch, reward in rewards.items():
+        path = run.checkpoints_dir / f"epoch-{epoch}"
+        path.mkdir()
+        (path / "manifest.json").write_text("{}")
+        run.record_checkpoint(path.name, epoch, reward)
+    run.save_state()
+    return run
+
+
+def test_the_words(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {1: 0.5, 2: 0.8, 3: 0.6})
+    assert resolve_checkpoint(tmp_path, "none") is None
+    assert resolve_checkpoint(tmp_path, "latest") == run.checkpoints_dir / "epoch-3"
+    assert resolve_checkpoint(tmp_path, "best") == run.checkpoints_dir / "epoch-2"
+
+
+def test_a_path_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_with(tmp_path, {1: 0.5})
+    monkeypatch.chdir(tmp_path)
+    expected = run.checkpoints_dir / "epoch-1"
+    assert resolve_checkpoint(Path("elsewhere"), str(expected)) == expected
+    assert resolve_checkpoint(Path("."), f"{run.path.name}/checkpoints/epoch-1") == expected
+    assert resolve_checkpoint(Path("."), "latest") == expected
+
+
+def test_no_run_yet_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no run under .*: run `nat finetune .*` first, .*checkpoint: none"):
+        resolve_checkpoint(tmp_path / "nothing", "latest")
+
+
+def test_a_run_without_a_checkpoint_names_an_older_one_that_has_one(tmp_path: Path) -> None:
+    old = run_with(tmp_path, {1: 0.5})
+    new = run_with(tmp_path, {})
+    with pytest.raises(CheckpointError) as caught:
+        resolve_checkpoint(tmp_path, "latest")
+    assert str(new.path) in str(caught.value)
+    assert str(old.checkpoints_dir / "epoch-1") in str(caught.value)
+
+
+def test_best_without_rewards(tmp_path: Path) -> None:
+    run_with(tmp_path, {1: None})
+    with pytest.raises(CheckpointError, match="set checkpoint: latest"):
+        resolve_checkpoint(tmp_path, "best")
+
+
+def test_a_deleted_checkpoint_is_named(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {1: 0.5})
+    (run.checkpoints_dir / "epoch-1" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"epoch-1.*moved or deleted"):
+        resolve_checkpoint(tmp_path, "latest")
+
+
+def test_a_checkpoint_on_a_service_is_named(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path)
+    run.record_checkpoint("epoch-1", 1, 0.5, adapter="tinker://run/sampler_weights/epoch-1")
+    run.save_state()
+    with pytest.raises(CheckpointError, match="tinker://run/sampler_weights/epoch-1"):
+        resolve_checkpoint(tmp_path, "latest")
+
+
+def test_wrong_paths(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {1: 0.5})
+    with pytest.raises(CheckpointError, match=r"is a run, not a checkpoint; it has: .*epoch-1"):
+        resolve_checkpoint(tmp_path, str(run.path))
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+        resolve_checkpoint(tmp_path, str(run.checkpoints_dir))
+    with pytest.raises(CheckpointError, match="none, latest, best"):
+        resolve_checkpoint(tmp_path, "lastest")
+    with pytest.raises(ConfigError, match="checkpoint is empty"):
+        resolve_checkpoint(tmp_path, " ")
+
+
+def test_asking_loads_no_torch_and_no_nat() -> None:
+    code = (
+        "import sys, nat_plugin_evsys.runs\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'transformers', 'nat', 'pydantic'}))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
