@@ -106,7 +106,12 @@ def trainable(base_of: Callable[[str], BaseModel]) -> Callable[..., TrainableMod
     """``trainable(family, seed=…, perturbed=…, **lora)``."""
 
     def make(
-        family: str = "qwen3", *, seed: int = 0, perturbed: bool = False, token_budget: int | None = None, **lora: object
+        family: str = "qwen3",
+        *,
+        seed: int = 0,
+        perturbed: bool = False,
+        token_budget: int | None = None,
+        **lora: object,
     ) -> TrainableModel:
         base = base_of(family)
         shape = {"rank": 4, "alpha": 8.0, "train_unembed": False, **lora}

@@ -160,4 +160,11 @@ def test_incremental_decoding_is_decoding(renderer: ChatRenderer, data: st.DataO
     decoder = TokenDecoder(renderer)
     parts = [decoder.feed([token_id]) for token_id in ids]
     assert "".join(parts) + decoder.finish() == renderer.decode(ids)
-    assert not any("\ufffd" in part for part in parts[-1:])
+
+
+def test_characters_are_never_cut(renderer: ChatRenderer) -> None:
+    text = "Grüße, 世界 🎉🎉 e\u0301"
+    decoder = TokenDecoder(renderer)
+    parts = [decoder.feed([token_id]) for token_id in renderer.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert "".join(parts) == text
+    assert not any("\ufffd" in part for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call
 def parse(text: str, tool_format: Any = "hermes", thinking: bool = False, cuts: list[int] | None = None) -> Any:
     parser = create_parser(tool_format, reply_id="r", thinking=thinking)
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts or []), len(text)]
-    pieces = [piece for a, b in zip(edges, edges[1:], strict=False) for piece in parser.feed(text[a:b])]
+    pieces = [piece for a, b in pairwise(edges) for piece in parser.feed(text[a:b])]
     return assemble(pieces + parser.finish())
 
 

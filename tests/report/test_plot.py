@@ -17,9 +17,9 @@ from nat_plugin_evsys.report.plot import TRAINING_COLOUR, VALIDATION_COLOUR, plo
 
 ROWS: list[dict[str, Any]] = [
     {"event": "validation", "epoch": 0, "reward": 0.1},
-    {"event": "epoch", "epoch": 1, "reward_mean": 0.2, "reward_min": 0.0, "reward_max": 0.5},
+    {"event": "epoch", "epoch": 1, "reward_mean": 0.2, "reward_std": 0.3, "reward_min": 0.0, "reward_max": 0.4},
     {"event": "epoch", "epoch": 2, "reward_mean": None},
-    {"event": "epoch", "epoch": 3, "reward_mean": 0.6, "reward_min": 0.1, "reward_max": 1.0},
+    {"event": "epoch", "epoch": 3, "reward_mean": 0.6, "reward_std": 0.2, "reward_min": 0.1, "reward_max": 1.0},
     {"event": "validation", "epoch": 3, "reward": 0.7},
     {"event": "warm_start", "epoch": 0, "loss": 2.0},
 ]
@@ -50,6 +50,9 @@ def test_draws_both_curves_on_labelled_axes(tmp_path: Path, monkeypatch: pytest.
     training, heldout = axes.get_lines()
     assert list(zip(*training.get_data(), strict=True)) == [(0, 0.2), (2, 0.6)]
     assert list(zip(*heldout.get_data(), strict=True)) == [(0, 0.1), (3, 0.7)]
+    (band,) = axes.collections
+    corners = {(float(x), round(float(y), 6)) for x, y in band.get_paths()[0].vertices}
+    assert corners == {(0, 0.0), (0, 0.4), (2, 0.4), (2, 0.8)}  # one deviation, within what was seen
     assert imread(path).shape[:2] == (600, 1050)
 
 

@@ -85,7 +85,6 @@ def test_state_round_trip(tmp_path: Path) -> None:
     run.state.epochs_done = 2
     run.state.tally = {"calls": 9, "trained": 8, "dropped": {"zero_variance": 1}}
     run.state.curriculum = {"included_groups": ["a", 3]}
-    run.state.rewards.append({"epoch": 1, "reward_mean": 0.5})
     run.record_checkpoint("epoch-1", 1, 0.5, training_state=run.checkpoints_dir / "epoch-1-state")
     run.save_state()
     assert RunDirectory.open(run.path).state == run.state

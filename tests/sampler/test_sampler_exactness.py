@@ -150,3 +150,18 @@ def test_running_out_of_kv_memory_changes_nothing(base, adapter, make_sampler):
         assert [s.tokens for s in a.sequences] == [s.tokens for s in b.sequences]
         assert len(a.sequences[0].tokens) == 50
     assert tight.fed_tokens > plenty.fed_tokens  # rows did go back to waiting and were prefilled again
+
+
+def test_bfloat16_agrees_within_its_precision(make_adapter, make_sampler, plain_logits, tokenizer, make_base):
+    import copy
+
+    from nat_plugin_evsys.engine.model import wrap_model
+
+    base = wrap_model("bf16", copy.deepcopy(make_base("gemma3-window").model).to(torch.bfloat16), tokenizer)
+    adapter = make_adapter(base).snapshot(torch.bfloat16)
+    prompt = prompt_of(15)
+    client = make_sampler(base).client(adapter, 0)
+    result = client.sample(ModelInput.from_ints(prompt), 3, SamplingParams(max_tokens=30, seed=1, stop=[]))
+    for sequence in result.result(TIMEOUT).sequences:
+        want = reference(plain_logits(base, adapter, prompt + sequence.tokens), prompt, sequence.tokens, 1.0)
+        assert (torch.tensor(sequence.logprobs) - want).abs().mean() < 0.05

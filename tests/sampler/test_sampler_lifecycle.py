@@ -154,6 +154,50 @@ def test_versions_in_flight_do_not_wait_for_each_other_nor_mix(base, make_adapte
     assert order.index("new") < len(order) - 1 - order[::-1].index("old")
 
 
+def test_two_clients_of_the_bare_model_report_their_own_versions(base, make_sampler):
+    sampler = make_sampler(base)
+    futures = [short(sampler.client(None, version)) for version in (0, 6, 0)]
+    assert [f.result(TIMEOUT).policy_version for f in futures] == [0, 6, 0]
+    assert len({tuple(f.result().sequences[0].tokens) for f in futures}) == 1
+
+
+def test_training_beside_changes_no_sample(base, adapter, make_sampler):
+    """Another thread trains its own adapter through the same base model while requests are decoded."""
+    from nat_plugin_evsys.engine.lora import LoraAdapter, applied
+
+    client = make_sampler(base).client(adapter, 0)
+    params = SamplingParams(max_tokens=60, seed=1, stop=[])
+    prompts = [ModelInput.from_ints([i, i + 1, i + 2]) for i in range(1, 30)]
+    want = [client.sample(p, 1, params).result(TIMEOUT).sequences[0] for p in prompts]
+    live = LoraAdapter.create(base.model, rank=2, alpha=4)
+    stop, losses = threading.Event(), []
+
+    def train():
+        while not stop.is_set():
+            with applied(live):
+                logits = base.model(input_ids=torch.arange(1, 30)[None]).logits
+            loss = -logits.log_softmax(-1)[..., 5].sum()
+            loss.backward()
+            with torch.no_grad():
+                for _, tensor in live.named_tensors():
+                    tensor -= 1e-3 * tensor.grad
+                    tensor.grad = None
+            losses.append(float(loss.detach()))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        got = [f.result(TIMEOUT).sequences[0] for f in [client.sample(p, 1, params) for p in prompts * 3]]
+    finally:
+        stop.set()
+        thread.join()
+    for sequence, expected in zip(got, want * 3, strict=True):
+        assert sequence.tokens == expected.tokens
+        assert np.allclose(sequence.logprobs_np, expected.logprobs_np, atol=1e-5)
+    assert len(losses) > 3
+    assert losses[-1] < losses[0]
+
+
 def test_a_prompt_is_prefilled_once_for_its_samples_and_for_its_twins(base, adapter, make_sampler):
     prompt = ModelInput.from_ints(list(range(1, 61)))
     one = SamplingParams(max_tokens=1, seed=0)

@@ -99,7 +99,7 @@ class DecodeBatch:
     def _score(self) -> None:
         """Prompt logprobs of some waiting requests, in one batch. Always from the whole prompt."""
         batch: list[SampleRequest] = []
-        while self._to_score and len(batch) < self._row_limit(1) and self._fits(batch, self._to_score[0]):
+        while self._to_score and self._fits(batch, self._to_score[0]):
             request = self._to_score.popleft()
             if request.dead:
                 request.acknowledge_cancel()
@@ -108,17 +108,16 @@ class DecodeBatch:
         if not batch:
             return
         self._at_stake = batch
-        first = len(self._rows)
-        scores = self._runner.score(
-            self.policy.adapter, self.store, first, [r.prompt for r in batch], max(r.topk_prompt for r in batch)
-        )
-        for slot, (request, (logprobs, topk_ids, topk_logprobs)) in enumerate(zip(batch, scores, strict=True), first):
+        # A store of its own: one long prompt must not lengthen the slots of every row.
+        store = SlotStore(self._runner.layout)
+        prompts, topk = [r.prompt for r in batch], max(r.topk_prompt for r in batch)
+        scores = self._runner.score(self.policy.adapter, store, prompts, topk)
+        for slot, (request, (logprobs, topk_ids, topk_logprobs)) in enumerate(zip(batch, scores, strict=True)):
             if np.isnan(logprobs[1:]).any():
-                self.store.wipe(slot)
                 request.fail(self._not_finite())
                 continue
             request.score(logprobs, topk_ids, topk_logprobs)
-            self._prefixes.add(self.policy.ident, request.prompt, self.store, slot)
+            self._prefixes.add(self.policy.ident, request.prompt, store, slot)
             if request.sequences:
                 self._waiting.extend(request.sequences)
             else:

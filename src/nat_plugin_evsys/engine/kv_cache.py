@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from nat_plugin_evsys.errors import ModelError
 
 _FIRST_LENGTH = 64
-_FIRST_SLOTS = 8
+_LONG = 1024
+_SLOTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class KVLayout:
 
 
 class SlotStore:
-    """KV memory ``[layers, 2, slots, kv_heads, length, head_dim]`` that grows by doubling."""
+    """KV memory ``[layers, 2, slots, kv_heads, length, head_dim]`` that grows as asked."""
 
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
@@ -76,16 +77,19 @@ class SlotStore:
         self._data = self._zeros(0, 0)
 
     def reserve(self, slots: int, length: int) -> None:
-        """Make room for ``slots`` slots of ``length`` tokens, keeping what is there."""
+        """Make room for ``slots`` slots of ``length`` tokens, keeping what is in the first ``slots``."""
         if slots <= self.slots and length <= self.length:
             return
-        old, old_slots, old_length = self._data, self.slots, self.length
-        self.slots = _doubled(self.slots or _FIRST_SLOTS, slots)
-        self.length = _doubled(self.length or _FIRST_LENGTH, length)
+        old, old_length = self._data, self.length
+        if length > self.length:
+            # Longer slots may have to be fewer to stay within memory: those beyond ``slots`` are given up.
+            self.length = rounded_length(length)
+            self.slots = 0
+        self.slots = max(self.slots, slots if self.length > _LONG else _rounded(slots, _SLOTS_AT_ONCE))
         # Zeros, not uninitialised memory: a masked column still meets its value as 0 * v, and 0 * NaN is NaN.
         self._data = self._zeros(self.slots, self.length)
-        self._data[:, :, :old_slots, :, :old_length] = old
-        del old
+        kept = min(self.slots, old.shape[2])
+        self._data[:, :, :kept, :, :old_length] = old[:, :, :kept]
         self._views = [
             (self._data[i, 0, :, :heads, :, :k_dim], self._data[i, 1, :, :heads, :, :v_dim])
             for i, (heads, k_dim, v_dim) in enumerate(self.layout.layers)
@@ -209,11 +213,14 @@ class AttentionMasks:
 
 
 def rounded_length(length: int) -> int:
-    """Tokens a slot that a new ``SlotStore`` makes room for when ``length`` are asked for."""
-    return _doubled(_FIRST_LENGTH, length)
-
-
-def _doubled(size: int, needed: int) -> int:
-    while size < needed:
+    """Tokens a slot that a ``SlotStore`` makes room for when ``length`` are asked for."""
+    if length > _LONG:
+        return _rounded(length, _LONG)
+    size = _FIRST_LENGTH
+    while size < length:
         size *= 2
     return size
+
+
+def _rounded(number: int, step: int) -> int:
+    return -(-number // step) * step

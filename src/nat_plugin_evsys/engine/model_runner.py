@@ -72,10 +72,8 @@ class ModelRunner:
             logits.append(out[:, -1])
         return torch.cat(logits)
 
-    def score(
-        self, adapter: LoraAdapter | None, store: SlotStore, first: int, prompts: list[list[int]], topk: int
-    ) -> list[Score]:
-        """Prompt logprobs at temperature 1, computed from the whole prompts in slots ``first``, ``first + 1``, ...
+    def score(self, adapter: LoraAdapter | None, store: SlotStore, prompts: list[list[int]], topk: int) -> list[Score]:
+        """Prompt logprobs at temperature 1, computed from the whole prompts in slots 0, 1, ...
 
         Only a bounded piece of the ``(rows, width, V)`` logits is in memory at a time.
         """
@@ -85,7 +83,7 @@ class ModelRunner:
         values = np.zeros((feed.rows, feed.width, topk), dtype=np.float32)
         piece = max(1, min(self.prefill_tokens // feed.rows, _MOST_LOGITS // (feed.rows * self.vocab_size)))
         for begin in range(0, feed.width, piece):
-            out = self._feed(adapter, store, first, feed, begin, begin + piece, keep=0).float().log_softmax(dim=-1)
+            out = self._feed(adapter, store, 0, feed, begin, begin + piece, keep=0).float().log_softmax(dim=-1)
             # Column c predicts the token in column c + 1; the last column predicts nothing that is known.
             known = min(begin + piece, feed.width - 1) - begin
             if known <= 0:

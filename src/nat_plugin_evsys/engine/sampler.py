@@ -64,7 +64,8 @@ class Sampler:
         self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else _kv_budget(base.device)
         self._batches: dict[int, DecodeBatch] = {}
         self._spare: SlotStore | None = None
-        self._policy_idents = count(1)
+        self._policy_idents = count()
+        self._bare_idents: dict[int, int] = {}
         self._inbox: list[tuple[SamplingPolicy, SampleRequest]] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -77,7 +78,10 @@ class Sampler:
         """
         if adapter is not None and any(tensor.requires_grad for _, tensor in adapter.named_tensors()):
             adapter = adapter.snapshot()
-        ident = 0 if adapter is None else next(self._policy_idents)
+        if adapter is None:
+            ident = self._bare_idents.setdefault(policy_version, next(self._policy_idents))
+        else:
+            ident = next(self._policy_idents)
         return LocalSamplingClient(self, SamplingPolicy(ident, policy_version, adapter))
 
     @property

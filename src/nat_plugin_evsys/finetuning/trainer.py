@@ -162,8 +162,12 @@ class EvsysTrainer(Trainer):
     # -- the steps of a run -----------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        config = resolve_config(self.run_config.run_configuration)
-        dump = config.model_dump(mode="json", by_alias=True, exclude={"finetuning": {"run_configuration"}})
+        run = self.run_config.run_configuration
+        dump = resolve_config(run).model_dump(mode="json", by_alias=True, exclude={"finetuning": {"run_configuration"}})
+        if run is not None:
+            dump["command_line"] = run.model_dump(
+                mode="json", include={"dataset", "validation_dataset", "validation_config_file", "result_json_path"}
+            )
         self._open_books = RunBooks.open(self.run_config.output_dir, dump, resume=self.config.resume)
         run_dir = self._open_books.run_dir
         self.trainer_adapter.run_dir = run_dir.path
@@ -248,7 +252,7 @@ class EvsysTrainer(Trainer):
     # -- helpers ----------------------------------------------------------------------------------------------------
 
     def _show_warm_start(self, step: SftStep) -> None:
-        self._progress.steps(step.step, step.total_steps, step.loss)
+        self._progress.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")
 
     async def _validate(self, epochs_done: int) -> float | None:
         """Held-out reward, also written to metrics.jsonl; None without a validation dataset."""

@@ -21,14 +21,14 @@ VALIDATION_COLOUR = "#d1690e"
 
 
 def plot_rewards(rows: Iterable[Row], path: Path, title: str = "Reward") -> None:
-    """Draw the training reward (mean, and the range from min to max) and the held-out reward to a PNG.
+    """Draw the training reward (mean and standard deviation over rollouts) and the held-out reward to a PNG.
 
     The x-axis is the number of epochs that the policy has been trained for: the rollouts of epoch k come from a policy
     with k-1 epochs behind it. So both curves show the same policy at the same place.
 
     Args:
-        rows: rows of a MetricsLog; ``epoch`` rows give ``reward_mean`` (and ``reward_min``, ``reward_max``),
-            ``validation`` rows give ``reward``. Rows without a number are left out.
+        rows: rows of a MetricsLog; ``epoch`` rows give ``reward_mean`` (and ``reward_std``, ``reward_min``,
+            ``reward_max``), ``validation`` rows give ``reward``. Rows without a number are left out.
         path: replaced as a whole.
 
     Raises:
@@ -54,16 +54,16 @@ def _draw_training(axes: Axes, rows: list[Row]) -> None:
     if not points:
         return
     x = [row["epoch"] - 1 for row in points]
-    banded = [row for row in points if _number(row.get("reward_min")) and _number(row.get("reward_max"))]
+    banded = [row for row in points if _number(row.get("reward_std"))]
     if banded:
         axes.fill_between(
             [row["epoch"] - 1 for row in banded],
-            [row["reward_min"] for row in banded],
-            [row["reward_max"] for row in banded],
+            [_clipped(row, -1) for row in banded],
+            [_clipped(row, +1) for row in banded],
             color=TRAINING_COLOUR,
             alpha=0.15,
             linewidth=0,
-            label="training, min to max",
+            label="training, one standard deviation",
         )
     axes.plot(x, [row["reward_mean"] for row in points], "o-", color=TRAINING_COLOUR, label="training, mean")
 
@@ -93,6 +93,13 @@ def _label(axes: Axes, title: str) -> None:
         axes.legend(frameon=False)
     else:
         axes.text(0.5, 0.5, "no reward yet", ha="center", va="center", transform=axes.transAxes)
+
+
+def _clipped(row: Row, sign: int) -> float:
+    """One standard deviation from the mean, but not beyond what was really seen."""
+    edge = row["reward_mean"] + sign * row["reward_std"]
+    low, high = row.get("reward_min"), row.get("reward_max")
+    return min(max(edge, low if _number(low) else edge), high if _number(high) else edge)
 
 
 def _number(value: Any) -> bool:

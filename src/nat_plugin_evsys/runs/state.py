@@ -41,10 +41,8 @@ class RunState:
         tally: calls, ``{"calls": n, "trained": n, "dropped": {reason: n}}``.
         trajectories: ``{"trained": n, "dropped": {reason: n}}``.
         seconds: time spent so far, over all sittings.
-        rewards: one row an epoch, as the trainer gave it.
         curriculum: the curriculum's own state.
         config_hash: hash of the settings that decide what a run computes.
-        notes: what else the trainer wants to find again.
     """
 
     status: RunStatus = "running"
@@ -60,11 +58,9 @@ class RunState:
     tally: dict[str, Any] = field(default_factory=lambda: {"calls": 0, "trained": 0, "dropped": {}})
     trajectories: dict[str, Any] = field(default_factory=lambda: {"trained": 0, "dropped": {}})
     seconds: float = 0.0
-    rewards: list[dict[str, Any]] = field(default_factory=list)
     curriculum: dict[str, Any] = field(default_factory=dict)
     config_hash: str | None = None
     checkpoints: list[CheckpointRecord] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict; ``RunState.from_dict`` gives the state back."""

@@ -1,7 +1,7 @@
 """Captures every chat completion of a process at the HTTP client's transport, knowing nothing of the plugin.
 
 Put this directory on PYTHONPATH and name a file in EVSYS_TEST_HTTP_CAPTURE. The capture asks for token ids (vLLM's
-``return_token_ids``) in each request, and writes one JSON line per exchange: url, headers, request, status, response text.
+``return_token_ids``) in each request, and writes one JSON line per exchange.
 """
 
 import importlib

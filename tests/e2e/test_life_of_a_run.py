@@ -1,0 +1,102 @@
+"""Acceptance: a killed run resumes, a failing loss fails the command, the same YAML serves what was trained."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nat_process import ROOT, first_rows, json_lines, newest_run, run_nat, start_nat
+
+
+def small(config: dict[str, Any], tmp_path: Path) -> None:
+    """The quickstart on few rows."""
+    dataset = config["eval"]["general"]["dataset"]
+    train = ROOT / dataset["file_path"]
+    dataset["file_path"] = str(first_rows(train, 6, tmp_path / "train.json"))
+    held_out = first_rows(train.parent / "heldout.json", 4, tmp_path / "heldout.json")
+    config["trainers"]["trainer"]["validation_dataset"] = str(held_out)
+    config["trainers"]["trainer"]["validation_interval"] = 1
+    config["trajectory_builders"]["builder"]["num_generations"] = 4
+
+
+def finished_epochs(run: Path) -> int:
+    return json.loads((run / "state.json").read_text())["epochs_done"]
+
+
+def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callable[..., Path]) -> None:
+    config = make_config("quickstart", lambda settings: small(settings, tmp_path))
+    arguments = ("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "4")
+    process = start_nat(*arguments, log=tmp_path / "first.log")
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        if (tmp_path / "runs" / "latest").exists() and finished_epochs(newest_run(tmp_path)) == 1:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143, (tmp_path / "first.log").read_text()[-3000:]
+
+    run = newest_run(tmp_path)
+    assert finished_epochs(run) == 1
+    assert json.loads((run / "state.json").read_text())["status"] == "interrupted"
+
+    done = run_nat(*arguments, "-o", "trainers.trainer.resume", "true")
+    assert done.code == 0, done.text[-4000:]
+    assert newest_run(tmp_path) == run
+    epochs = [row["epoch"] for row in json_lines(run / "metrics.jsonl") if row["event"] == "epoch"]
+    validations = [row["epoch"] for row in json_lines(run / "metrics.jsonl") if row["event"] == "validation"]
+    assert epochs == [1, 2, 3, 4]
+    assert validations == [0, 1, 2, 3, 4]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["epochs"] == 4
+    assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())
+    assert done.out.rstrip().splitlines()[-1] == str(run / "summary.json")
+
+
+def test_the_same_yaml_serves_what_was_trained(tmp_path: Path, make_config: Callable[..., Path]) -> None:
+    config = make_config("quickstart", lambda settings: small(settings, tmp_path))
+    done = run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "1")
+    assert done.code == 0, done.text[-4000:]
+    run = newest_run(tmp_path)
+    last = [row for row in json_lines(run / "metrics.jsonl") if row["event"] == "validation"][-1]
+
+    output = tmp_path / "eval"
+    scored = run_nat(
+        "eval",
+        "--config_file",
+        str(config),
+        "--dataset",
+        str(tmp_path / "heldout.json"),
+        "-o",
+        "eval.general.output_dir",
+        str(output),
+    )
+    assert scored.code == 0, scored.text[-4000:]
+    assert str(run / "checkpoints" / "epoch-0001") in scored.text
+    (result,) = output.glob("*_output.json")
+    items = json.loads(result.read_text())["eval_output_items"] if "workflow" not in result.name else []
+    scores = [item["score"] for item in items]
+    assert sum(scores) / len(scores) == pytest.approx(last["reward"])
+
+    answered = run_nat("run", "--config_file", str(config), "--input", "the wifi is slow")
+    assert answered.code == 0, answered.text[-4000:]
+    assert "Workflow Result" in answered.text
+    assert str(run / "checkpoints" / "epoch-0001") in answered.text
+
+
+def test_a_failing_loss_fails_the_command_with_its_cause(tmp_path: Path, make_config: Callable[..., Path]) -> None:
+    def change(settings: dict[str, Any]) -> None:
+        small(settings, tmp_path)
+        settings["trainer_adapters"]["adapter"]["learning_rate"] = 1e30
+
+    config = make_config("quickstart", change)
+    done = run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "3")
+    assert done.code != 0
+    state = json.loads((newest_run(tmp_path) / "state.json").read_text())
+    assert state["status"] == "failed"
+    last = done.err.rstrip().splitlines()[-1]
+    assert last.startswith("Error: "), done.text[-2000:]

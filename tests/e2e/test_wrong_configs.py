@@ -1,0 +1,85 @@
+"""Acceptance: a wrong config ends soon, with one readable error line that says what to change."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nat_process import ROOT, run_nat
+
+Config = dict[str, Any]
+
+
+def unknown_field(config: Config, tmp_path: Path) -> None:
+    config["trajectory_builders"]["builder"]["num_generatons"] = 5
+
+
+def wrong_reward(config: Config, tmp_path: Path) -> None:
+    config["finetuning"]["reward_function"]["name"] = "rewrad"
+
+
+def no_reward(config: Config, tmp_path: Path) -> None:
+    del config["finetuning"]["reward_function"]
+
+
+def one_generation(config: Config, tmp_path: Path) -> None:
+    config["trajectory_builders"]["builder"]["num_generations"] = 1
+
+
+def missing_model(config: Config, tmp_path: Path) -> None:
+    config["llms"]["policy"]["base_model"] = "./models/not-there"
+
+
+def no_answer(config: Config, tmp_path: Path) -> None:
+    dataset = config["eval"]["general"]["dataset"]
+    rows = json.loads((ROOT / dataset["file_path"]).read_text())
+    del rows[2]["answer"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    dataset["file_path"] = str(tmp_path / "rows.json")
+
+
+def other_llm(config: Config, tmp_path: Path) -> None:
+    config["llms"]["other"] = {"_type": "openai", "model_name": "gpt", "api_key": "x"}
+    config["workflow"]["llm_name"] = "other"
+
+
+def other_output_dir(config: Config, tmp_path: Path) -> None:
+    config["llms"]["policy"]["output_dir"] = str(tmp_path / "elsewhere")
+
+
+def missing_demonstrations(config: Config, tmp_path: Path) -> None:
+    config["trainers"]["trainer"]["warm_start"]["demonstrations"] = "nowhere.json"
+
+
+CASES = [
+    (unknown_field, ["num_generatons", "Extra inputs are not permitted"]),
+    (wrong_reward, ["`rewrad`", "eval.evaluators"]),
+    (no_reward, ["finetuning.reward_function is not set"]),
+    (one_generation, ["num_generations is 1", "set num_generations to 2 or more"]),
+    (missing_model, ["./models/not-there", "no such directory"]),
+    (no_answer, ["row 3 has no `answer`"]),
+    (other_llm, ["uses ['other']", "set `workflow.llm_name: policy`"]),
+    (other_output_dir, ["set both to the same directory"]),
+    (missing_demonstrations, ["nowhere.json", "check the path"]),
+]
+
+
+@pytest.mark.parametrize(("change", "wanted"), CASES, ids=[change.__name__ for change, _ in CASES])
+def test_wrong_config(
+    change: Callable[[Config, Path], None], wanted: list[str], tmp_path: Path, make_config: Callable[..., Path]
+) -> None:
+    config = make_config("quickstart", lambda settings: change(settings, tmp_path))
+    started = time.monotonic()
+    done = run_nat("finetune", "--config_file", str(config), timeout=60)
+    seconds = time.monotonic() - started
+    assert done.code != 0
+    last = done.err.rstrip().splitlines()[-1]
+    assert last.startswith("Error: "), done.text[-3000:]
+    for text in wanted:
+        assert text in last, last
+    assert "Traceback" not in last
+    assert seconds < 15, f"{seconds:.1f} s"

@@ -1,0 +1,228 @@
+"""What the adapter trains on, and that it trains."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nat.data_models.finetuning import EpisodeItem, TrainingStatusEnum, Trajectory, TrajectoryCollection
+from tinker import types
+
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.rollouts.trajectories import calls_of
+
+Fixture = Any
+
+
+def calls_in(collection: TrajectoryCollection) -> dict[str, Any]:
+    return {c.call_id: c for row in collection.trajectories for trajectory in row for c in calls_of(trajectory)}
+
+
+async def run(adapter: Any, collection: TrajectoryCollection) -> Any:
+    return await adapter.wait_until_complete(await adapter.submit(collection))
+
+
+async def test_it_learns(policy: Fixture, make_adapter: Fixture) -> None:
+    adapter = make_adapter(policy, learning_rate=0.05)
+    rewards = []
+    for epoch in range(6):
+        collection = await policy.collection(groups=4, size=16, seed=epoch)
+        rewards.append(sum(t.reward for row in collection.trajectories for t in row) / 64)
+        assert (await run(adapter, collection)).status is TrainingStatusEnum.COMPLETED
+    # By chance the wanted token is 1 of 32.
+    assert rewards[0] < 0.08
+    assert rewards[-1] > rewards[0] + 0.15
+
+
+async def test_settings_reach_the_backend(policy: Fixture, make_adapter: Fixture) -> None:
+    adam = {
+        "learning_rate": 3e-3,
+        "beta1": 0.8,
+        "beta2": 0.9,
+        "eps": 1e-6,
+        "weight_decay": 0.05,
+        "grad_clip_norm": 0.7,
+    }
+    clip = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.4}
+    adapter = make_adapter(policy, loss_fn="ppo", loss_fn_config=clip, groups_per_step=2, passes=2, **adam)
+    await run(adapter, await policy.collection(groups=3, size=4))
+    assert policy.backend.calls == [
+        entry
+        for datums in (8, 4, 8, 4)
+        for entry in (("forward_backward", (datums, "ppo", clip)), ("optim_step", types.AdamParams(**adam)))
+    ]
+
+
+async def test_every_trained_id_was_served(policy: Fixture, make_adapter: Fixture, tmp_path: Path) -> None:
+    collection = await policy.collection(groups=2, size=4, turns=3)
+    adapter = make_adapter(policy, save_datums=True, passes=2)
+    status = await run(adapter, collection)
+    served = calls_in(collection)
+    lines = (tmp_path / "run" / f"datums-{status.metadata['job_id']}.jsonl").read_text().splitlines()
+    assert len(lines) == 8  # once each, though trained on twice
+    trained = []
+    for datum in map(json.loads, lines):
+        tokens = [*datum["model_input"], datum["target_tokens"][-1]]
+        assert datum["target_tokens"] == tokens[1:]
+        for span in datum["calls"]:
+            call = served[span["call_id"]]
+            trained.append(call.call_id)
+            assert tokens[: span["stop"] + 1] == call.prompt_ids + call.output_ids
+            assert datum["logprobs"][span["start"] : span["stop"]] == pytest.approx(call.logprobs, abs=1e-7)
+            assert len(set(datum["advantages"][span["start"] : span["stop"]])) == 1
+    assert sorted(trained) == sorted(served)
+    assert status.metadata["trained"] == status.metadata["calls"] == len(served) == 24
+    adapter.run_dir = None
+    with pytest.raises(ConfigError, match="save_datums is set"):
+        await adapter.submit(collection)
+
+
+async def test_merged_calls_give_the_same_step(make_policy: Fixture, make_adapter: Fixture) -> None:
+    results = []
+    for merge in (True, False):
+        policy = make_policy()
+        start = policy.weights()
+        collection = await policy.collection(groups=2, size=4, turns=3)
+        # A large eps makes the step proportional to the gradient, so that rounding is not blown up to +-lr.
+        await run(make_adapter(policy, merge_calls=merge, eps=1.0, learning_rate=1.0), collection)
+        assert policy.backend.calls[0][1][0] == (8 if merge else 24)
+        results.append({name: tensor - start[name] for name, tensor in policy.weights().items()})
+    scale = max(float(delta.abs().max()) for delta in results[0].values())
+    assert scale > 0
+    for name, delta in results[0].items():
+        torch.testing.assert_close(delta, results[1][name], rtol=0, atol=1e-5 * scale)
+
+
+async def test_dro_does_not_pull_at_the_prompt(make_policy: Fixture, make_adapter: Fixture) -> None:
+    beta = 0.5
+    policy, reference = make_policy(), make_policy()
+    collection = await policy.collection(groups=1, size=4, turns=2)
+    start = policy.weights()
+    adapter = make_adapter(
+        policy, loss_fn="dro", loss_fn_config={"beta": beta}, eps=1.0, learning_rate=1.0, merge_calls=False
+    )
+    status = await run(adapter, collection)
+    assert status.status is TrainingStatusEnum.COMPLETED, status.message
+
+    # The same loss by hand, over sampled tokens only.
+    row = collection.trajectories[0]
+    mean = math.fsum(t.reward for t in row) / len(row)
+    calls = [(call, t.reward - mean) for t in row for call in calls_of(t)]
+
+    def loss(data: Any, logprobs: list[torch.Tensor]) -> Any:
+        total = torch.zeros(())
+        for (call, advantage), lp in zip(calls, logprobs, strict=True):
+            sampled = lp[-len(call.output_ids) :]
+            gap = sampled - torch.tensor(call.logprobs)
+            total = total - (sampled * advantage - 0.5 * beta * gap**2).sum()
+        return total, {}
+
+    data = [_language_model_datum(call.prompt_ids + call.output_ids) for call, _ in calls]
+    await reference.backend.forward_backward_custom_async(data, loss)
+    await reference.backend.optim_step_async(types.AdamParams(learning_rate=1.0, eps=1.0, beta1=0.9, beta2=0.95))
+    expected = {name: tensor - start[name] for name, tensor in reference.weights().items()}
+    scale = max(float(delta.abs().max()) for delta in expected.values())
+    assert scale > 0
+    for name, tensor in policy.weights().items():
+        torch.testing.assert_close(tensor - start[name], expected[name], rtol=0, atol=1e-4 * scale)
+
+
+def _language_model_datum(ids: list[int]) -> types.Datum:
+    target = types.TensorData(data=ids[1:], dtype="int64", shape=[len(ids) - 1])
+    return types.Datum(model_input=types.ModelInput.from_ints(ids[:-1]), loss_fn_inputs={"target_tokens": target})
+
+
+@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo", "dro", "gspo"])
+async def test_every_loss_of_the_config_trains(policy: Fixture, make_adapter: Fixture, loss_fn: str) -> None:
+    start = policy.weights()
+    status = await run(make_adapter(policy, loss_fn=loss_fn), await policy.collection(turns=2))
+    assert status.status is TrainingStatusEnum.COMPLETED, status.message
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in policy.weights().items())
+
+
+async def test_nothing_to_train_completes_with_zero_steps_and_says_so(policy: Fixture, make_adapter: Fixture) -> None:
+    collection = await policy.collection(groups=2, size=4)
+    for trajectory in (t for row in collection.trajectories for t in row):
+        trajectory.reward = 0.25
+    collection.trajectories[1] = collection.trajectories[1][:1]
+    start = policy.weights()
+    status = await run(make_adapter(policy), collection)
+    assert (status.status, status.progress) == (TrainingStatusEnum.COMPLETED, 100.0)
+    assert status.message == (
+        "nothing to train: every call was dropped (single_trajectory_group: 1, zero_variance_group: 4); "
+        "the policy is unchanged"
+    )
+    metadata = status.metadata
+    assert (metadata["steps"], metadata["calls"], metadata["trained"]) == (0, 5, 0)
+    assert metadata["dropped"] == {"zero_variance_group": 4, "single_trajectory_group": 1}
+    assert metadata["policy_version"] is None
+    assert policy.backend.calls == []
+    assert policy.client.policy_version == 0
+    assert all(torch.equal(tensor, start[name]) for name, tensor in policy.weights().items())
+
+
+async def test_groups_without_signal_do_not_fill_a_step(policy: Fixture, make_adapter: Fixture) -> None:
+    collection = await policy.collection(groups=3, size=4)
+    for trajectory in collection.trajectories[1]:
+        trajectory.reward = 1.0
+    status = await run(make_adapter(policy, groups_per_step=2), collection)
+    assert [call for call in policy.backend.calls if call[0] == "forward_backward"] == [
+        ("forward_backward", (8, "importance_sampling", None))
+    ]
+    assert (status.metadata["trained"], status.metadata["dropped"]) == (8, {"zero_variance_group": 4})
+
+
+async def test_a_bad_collection_raises_before_anything_starts(policy: Fixture, make_adapter: Fixture) -> None:
+    adapter = make_adapter(policy)
+    collection = await policy.collection()
+    last = collection.trajectories[-1][-1]
+    backwards = last.model_copy(update={"episode": last.episode[::-1]})
+    textual = Trajectory(
+        episode=[EpisodeItem(role="user", content="q"), EpisodeItem(role="assistant", content="a", logprobs=[-1.0])],
+        reward=1.0,
+    )
+    cases = [
+        ([], "holds no trajectory"),
+        ([[], []], "holds no trajectory"),
+        (
+            [*collection.trajectories[:1], [last, backwards]],
+            r"trajectory 1 of group 1 \(row .*\), item 0, role `assist",
+        ),
+        ([[textual]], "trajectory 0 of group 0: no recorded calls"),
+    ]
+    for rows, text in cases:
+        with pytest.raises(ValueError, match=text):
+            await adapter.submit(TrajectoryCollection(trajectories=rows, run_id="run"))
+    assert adapter.training_jobs == {}
+    assert policy.backend.calls == []
+    with pytest.raises(ValueError, match="item 0, role `assistant`: the first item"):
+        await adapter._validate_episode_order(backwards)
+
+
+async def test_groups_on_request_as_art(policy: Fixture, make_adapter: Fixture) -> None:
+    art = pytest.importorskip("art")
+    collection = await policy.collection(groups=2, size=3)
+    groups = await make_adapter(policy)._construct_trajectory_groups(collection.trajectories, kind="art")
+    assert [type(group) for group in groups] == [art.TrajectoryGroup] * 2
+    assert [t.reward for t in groups[0]] == [t.reward for t in collection.trajectories[0]]
+
+
+async def test_group_order_depends_on_seed_pass_and_epoch_only(make_policy: Fixture, make_adapter: Fixture) -> None:
+    async def steps(seed: int, epoch: int | None) -> list[Any]:
+        policy = make_policy()
+        collection = await policy.collection(groups=1, size=2)
+        row = collection.trajectories[0]
+        sizes = [[*row, *[row[0]] * extra] for extra in range(5)]  # told apart by their number of Datums
+        adapter = make_adapter(policy, groups_per_step=1, passes=2, shuffle_seed=seed)
+        ref = await adapter.submit(TrajectoryCollection(trajectories=sizes, run_id="run"), epoch=epoch)
+        await adapter.wait_until_complete(ref)
+        return [detail[0] for name, detail in policy.backend.calls if name == "forward_backward"]
+
+    first = await steps(0, 1)
+    assert sorted(first[:5]) == sorted(first[5:]) == [2, 3, 4, 5, 6]
+    assert first[:5] != first[5:]
+    assert await steps(0, 1) == first
+    assert await steps(1, 1) != first
+    assert await steps(0, 2) != first

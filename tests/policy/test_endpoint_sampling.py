@@ -1,0 +1,166 @@
+"""The endpoint in front of the engine's own sampler and a real (tiny, random) model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from nat_plugin_evsys.engine.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model import BaseModel, load_base_model
+from nat_plugin_evsys.engine.sampler import Sampler
+from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.types import RUN_ID_HEADER, Call
+
+MODEL = "builtin/tiny"
+MESSAGES: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+@pytest.fixture(scope="module")
+def base(model_dir: Path) -> Iterator[BaseModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load_base_model(str(model_dir), device="cpu")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: BaseModel) -> LoraAdapter:
+    """An adapter whose B is not zero any more."""
+    made = LoraAdapter.create(base.model, rank=4, alpha=8, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, b in made.weights.values():
+            b.normal_(std=0.05, generator=generator)
+    return made.snapshot()
+
+
+@pytest.fixture
+def sampler(base: BaseModel) -> Iterator[Sampler]:
+    made = Sampler(base, max_batch_size=32)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def served(serve: Any, sampler: Sampler, adapter: LoraAdapter) -> Any:
+    return serve(sampling_client=sampler.client(adapter, policy_version=3))
+
+
+async def ask(served: Any, run: str | None = None, **options: Any) -> Any:
+    headers = {RUN_ID_HEADER: run} if run else {}
+    request: dict[str, Any] = dict(model=MODEL, messages=MESSAGES, temperature=1.0, max_tokens=24)
+    async with served.client() as client:
+        return await client.chat.completions.create(
+            **{**request, **options}, extra_headers=headers, extra_body={"return_token_ids": True}
+        )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+async def test_recorded_logprobs_are_the_models(
+    served: Any, base: BaseModel, adapter: LoraAdapter, renderer: ChatRenderer, temperature: float
+) -> None:
+    served.recorder.open_run("run", "rollout", 5)
+    answer = await ask(served, "run", temperature=temperature, n=3, logprobs=True)
+    calls = served.recorder.close_run("run")
+    assert len({tuple(call.output_ids) for call in calls}) == 3
+    for choice, call in zip(answer.choices, calls, strict=True):
+        assert call.prompt_ids == answer.model_extra["prompt_token_ids"] == renderer.render(MESSAGES)
+        assert call.output_ids == choice.model_extra["token_ids"]
+        assert call.policy_version == 3
+        assert call.logprobs == [entry.logprob for entry in choice.logprobs.content]
+        assert call.reply["content"] == renderer.parse(call.output_ids).content
+        with torch.no_grad(), applied(adapter):
+            logits = base.model(input_ids=torch.tensor([call.prompt_ids + call.output_ids])).logits[0].float()
+        start = len(call.prompt_ids) - 1
+        plain = torch.log_softmax(logits[start:-1] / temperature, dim=-1)
+        expected = plain[torch.arange(len(call.output_ids)), call.output_ids]
+        assert torch.tensor(call.logprobs) == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+async def test_a_stream_records_the_same_call(served: Any) -> None:
+    records: list[Call] = []
+    for stream in (False, True):
+        run = f"run {stream}"
+        served.recorder.open_run(run, "rollout", 9)
+        answer = await ask(served, run, stream=stream)
+        if stream:
+            chunks = [chunk async for chunk in answer]
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            ids = [i for chunk in chunks for i in chunk.choices[0].model_extra.get("token_ids") or []]
+            assert len(chunks) > 5
+        else:
+            text, ids = answer.choices[0].message.content, answer.choices[0].model_extra["token_ids"]
+        (call,) = served.recorder.close_run(run)
+        assert (call.reply["content"], call.output_ids) == (text, ids)
+        records.append(call)
+    plain, streamed = records
+    assert plain.output_ids == streamed.output_ids
+    # Another batch's rounding may show in the last digits; nothing else may differ.
+    assert plain.logprobs == pytest.approx(streamed.logprobs, abs=1e-5)
+    assert (plain.prompt_ids, plain.reply, plain.stop_reason) == (
+        streamed.prompt_ids,
+        streamed.reply,
+        streamed.stop_reason,
+    )
+
+
+async def test_a_runs_replies_do_not_depend_on_the_other_runs(served: Any) -> None:
+    async def episode(run: str, seed: int) -> list[list[int]]:
+        served.recorder.open_run(run, "rollout", seed)
+        for _ in range(2):
+            await ask(served, run, max_tokens=12)
+        return [call.output_ids for call in served.recorder.close_run(run)]
+
+    together = await asyncio.gather(*(episode(f"a{seed}", seed) for seed in range(16)))
+    alone = [await episode(f"b{seed}", seed) for seed in (3, 11)]
+    assert [together[3], together[11]] == alone
+    assert len({tuple(ids) for calls in together for ids in calls}) == 32
+
+
+async def test_stop_strings_end_the_sampling(served: Any) -> None:
+    whole = (await ask(served, seed=4, max_tokens=40)).choices[0]
+    text = whole.message.content
+    stop = text[len(text) // 2 : len(text) // 2 + 3]
+    cut = (await ask(served, seed=4, max_tokens=40, stop=[stop])).choices[0]
+    assert cut.finish_reason == "stop"
+    assert cut.message.content == text[: text.index(stop)]
+    ids = cut.model_extra["token_ids"]
+    assert ids == whole.model_extra["token_ids"][: len(ids)]
+    assert len(ids) < len(whole.model_extra["token_ids"])
+
+
+async def test_top_logprobs_of_greedy_sampling(served: Any) -> None:
+    answer = await ask(served, temperature=0.0, logprobs=True, top_logprobs=2, max_tokens=4)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry.top_logprobs[0].token == entry.token
+        assert entry.top_logprobs[0].logprob == entry.logprob
+
+
+async def test_the_context_window(served: Any, base: BaseModel) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"{base.context_length}") as error:
+        await ask(served, messages=[{"role": "user", "content": "word " * base.context_length}])
+    assert error.value.code == "context_length_exceeded"
+
+
+async def test_a_client_that_goes_away_frees_the_sampler(served: Any, sampler: Sampler) -> None:
+    asking = asyncio.create_task(ask(served, max_tokens=3000, seed=1))
+    while sampler.fed_tokens < 40:  # noqa: ASYNC110 - counted in another thread
+        await asyncio.sleep(0.005)
+    asking.cancel()
+    deadline = time.monotonic() + 10
+    before = -1
+    while before != sampler.fed_tokens:
+        assert time.monotonic() < deadline
+        before = sampler.fed_tokens
+        await asyncio.sleep(0.2)
+    assert before < 3000
+    assert (await ask(served, max_tokens=2)).usage.completion_tokens <= 2

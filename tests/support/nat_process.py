@@ -1,0 +1,70 @@
+"""Runs the real ``nat`` command in a process of its own, and reads what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+NAT = Path(sys.executable).parent / "nat"
+CAPTURE_DIR = ROOT / "tests" / "e2e" / "http_capture"
+
+
+@dataclass
+class Finished:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "NAT_TELEMETRY_ENABLED": "false", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **extra}
+
+
+def run_nat(*args: str, timeout: float = 240, **env: str) -> Finished:
+    """`nat <args>` from the repository's root, as the README says."""
+    done = subprocess.run(
+        [str(NAT), *args],
+        cwd=ROOT,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def start_nat(*args: str, log: Path, **env: str) -> subprocess.Popen[bytes]:
+    """The same, left running; its output goes to ``log``."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [str(NAT), *args], cwd=ROOT, env=environment(**env), stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def first_rows(path: Path, count: int, target: Path) -> Path:
+    """A JSON dataset of the first ``count`` rows of another."""
+    target.write_text(json.dumps(json.loads(path.read_text())[:count]))
+    return target
+
+
+def newest_run(tmp_path: Path) -> Path:
+    """The run directory of the newest run."""
+    runs = tmp_path / "runs"
+    return runs / (runs / "latest").read_text().strip()
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
