@@ -65,13 +65,13 @@ def test_an_unreachable_hub_is_one_readable_line(monkeypatch: pytest.MonkeyPatch
         raise socket.gaierror("no network in this test")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    with pytest.raises(ModelError, match="no-such-org/no-such-model.*hub") as caught:
+    with pytest.raises(ModelError, match=r"no-such-org/no-such-model.*hub") as caught:
         load_base_model("no-such-org/no-such-model")
     assert "\n" not in str(caught.value)
 
 
 def test_incomplete_directories(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="without config.json"):
+    with pytest.raises(ModelError, match=r"without config\.json"):
         load_base_model(str(tmp_path))
     partial = shutil.copytree(model_dir("llama"), tmp_path / "partial")
     (partial / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""Malformed Datums and settings are refused before any compute, by name, and training goes on as if nothing had been."""
+"""Malformed Datums and settings are refused before any compute, by name, and change nothing."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_decoupled_decay_by_hand() -> None:
     weights = {"w": torch.tensor([2.0]).requires_grad_()}
     AdamW(weights).step({"w": torch.tensor([3.0])}, types.AdamParams(learning_rate=0.1, weight_decay=0.5, eps=1e-12))
     # First step: m_hat / sqrt(v_hat) is the gradient's sign; the decay acts on the weight alone.
-    assert float(weights["w"]) == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-6)
+    assert weights["w"].item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

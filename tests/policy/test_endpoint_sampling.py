@@ -57,9 +57,10 @@ async def ask(served: Any, run: str | None = None, **options: Any) -> Any:
     headers = {RUN_ID_HEADER: run} if run else {}
     request: dict[str, Any] = dict(model=MODEL, messages=MESSAGES, temperature=1.0, max_tokens=24)
     async with served.client() as client:
-        return await client.chat.completions.create(
+        answer = await client.chat.completions.create(
             **{**request, **options}, extra_headers=headers, extra_body={"return_token_ids": True}
         )
+        return [chunk async for chunk in answer] if options.get("stream") else answer
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -91,10 +92,9 @@ async def test_a_stream_records_the_same_call(served: Any) -> None:
         served.recorder.open_run(run, "rollout", 9)
         answer = await ask(served, run, stream=stream)
         if stream:
-            chunks = [chunk async for chunk in answer]
-            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-            ids = [i for chunk in chunks for i in chunk.choices[0].model_extra.get("token_ids") or []]
-            assert len(chunks) > 5
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+            ids = [i for chunk in answer for i in chunk.choices[0].model_extra.get("token_ids") or []]
+            assert len(answer) > 5
         else:
             text, ids = answer.choices[0].message.content, answer.choices[0].model_extra["token_ids"]
         (call,) = served.recorder.close_run(run)

@@ -61,7 +61,10 @@ def test_calls_that_extend_one_another_become_one_datum(call: Make) -> None:
 def test_a_rewritten_history_is_not_merged(call: Make) -> None:
     first = call([1, 2], [3, 4])
     stripped = call([1, 2, 4, 5], [6])  # the template dropped token 3, as reasoning-stripping templates do
-    assert token_chains([first, stripped]) == [[first], [stripped]]
+    other_end = call([1, 2, 3, 5], [6])
+    shorter = call([1, 2, 3], [6])
+    calls = [first, stripped, other_end, shorter]
+    assert token_chains(calls) == [[c] for c in calls]
 
 
 def test_gspo_gets_its_mask_and_keeps_one_sequence_per_call(call: Make) -> None:
@@ -131,8 +134,8 @@ def trajectories(draw: st.DrawFn) -> list[Call]:
         parent = draw(st.sampled_from([None, *calls]))
         base = [] if parent is None else parent.prompt_ids + parent.output_ids
         output = draw(IDS)
-        logprob = st.sampled_from([-0.5, -1.25, 0.0, float("nan")])
-        logprobs = [draw(logprob) for _ in output]
+        broken = draw(st.integers(0, 9)) == 0
+        logprobs = [float("nan") if broken else draw(st.sampled_from([-0.5, -1.25, 0.0])) for _ in output]
         ids = [f"c{number}", 0, None, None, number, base + draw(IDS), output, logprobs]
         calls.append(Call(*ids, "stop", 1.0, 1.0, [], [], {}, number))
     return calls

@@ -109,15 +109,23 @@ def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, 
     nan = LoraAdapter(
         adapter.rank, adapter.alpha, {n: (a, torch.full_like(b, float("nan"))) for n, (a, b) in adapter.weights.items()}
     )
+    long = ModelInput.from_ints(list(range(1, 31)))
     before = short(sampler.client(adapter, 0)).result(TIMEOUT).sequences[0].tokens
     broken = sampler.client(nan, 1)
     with pytest.raises(ModelError, match="not finite"):
-        broken.sample(PROMPT, 4, LONG).result(TIMEOUT)
+        broken.sample(long, 4, LONG).result(TIMEOUT)
     with pytest.raises(ModelError, match="not finite"):
         broken.compute_logprobs(PROMPT).result(TIMEOUT)
     wait_idle(sampler)
-    # the same memory serves the next policy
-    assert short(sampler.client(adapter, 2)).result(TIMEOUT).sequences[0].tokens == before
+    # The same memory serves the next policy: the short row's masked columns lie where the broken rows were.
+    gate = threading.Event()
+    client = sampler.client(adapter, 2)
+    first = client.sample(PROMPT, 1, SamplingParams(max_tokens=1), on_tokens=lambda *_: gate.wait(TIMEOUT))
+    futures = [short(client), client.sample(long, 1, SamplingParams(max_tokens=5, seed=0, stop=[]))]
+    gate.set()
+    assert len(first.result(TIMEOUT).sequences[0].tokens) == 1
+    results = [f.result(TIMEOUT) for f in futures]
+    assert results[0].sequences[0].tokens == before
 
 
 def test_closing_fails_what_is_in_flight(base, make_sampler):

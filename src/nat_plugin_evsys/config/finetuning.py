@@ -8,7 +8,7 @@ from nat.data_models.finetuning import TrainerAdapterConfig, TrainerConfig, Traj
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class EvsysTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="evsys_trajectory_builder"):
+class EvsysTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="evsys_trajectory_builder"):  # type: ignore[call-arg]
     """Rolls the workflow out over the dataset and turns the recorded calls into trajectories, one group per row."""
 
     model_config = ConfigDict(extra="forbid")
@@ -24,7 +24,7 @@ class EvsysTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="evsys_trajecto
     )
 
 
-class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapter"):
+class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapter"):  # type: ignore[call-arg]
     """Turns trajectory groups into importance_sampling Datums and trains the policy's LoRA adapter on them."""
 
     model_config = ConfigDict(extra="forbid")
@@ -83,7 +83,7 @@ class WarmStartConfig(BaseModel):
     seed: int = Field(default=0, description="Seed of the order of the demonstrations.")
 
 
-class EvsysTrainerConfig(TrainerConfig, name="evsys_trainer"):
+class EvsysTrainerConfig(TrainerConfig, name="evsys_trainer"):  # type: ignore[call-arg]
     """Runs the epochs: warm start, rollouts, training, validation, checkpoints, resume and the reports."""
 
     model_config = ConfigDict(extra="forbid")

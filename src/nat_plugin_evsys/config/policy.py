@@ -10,7 +10,7 @@ DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
 """NAT's own default of ``finetuning.output_dir``."""
 
 
-class EvsysPolicyConfig(LLMBaseConfig, name="evsys_policy"):
+class EvsysPolicyConfig(LLMBaseConfig, name="evsys_policy"):  # type: ignore[call-arg]
     """The LLM under training: a base model plus a LoRA adapter, served by an OpenAI-compatible endpoint on loopback.
 
     The workflow and the trainer adapter both refer to it by name. `nat finetune` trains its adapter;

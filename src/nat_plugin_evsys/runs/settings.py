@@ -13,7 +13,8 @@ from ..files import jsonable, to_json
 REDACTED = "<redacted>"
 
 _SECRET_KEY = re.compile(
-    r"(^|[_-])(key|apikey|token|secret|password|passwd|pwd|passphrase|authorization|credentials?|cookie)$",
+    r"^key$|(api|access|secret|private|auth|account|signing|encryption)[_-]?key$"
+    r"|(^|[_-])(token|secret|password|passwd|pwd|passphrase|authorization|credentials?|cookie)$",
     re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(r"\b(?:Bearer\s+\S+|sk-[\w-]{16,}|hf_\w{16,}|nvapi-[\w-]{16,}|gh[pousr]_\w{16,})")
