@@ -273,7 +273,7 @@ for attempt in range(50):
         model.step += 1
         save_checkpoint(directory, "last", model, kind="training")
         save_checkpoint(directory, f"step-{model.step % 3}", model, kind="sampler")
-    time.sleep(rng.uniform(0.005, 0.1))
+    time.sleep(rng.uniform(0.005, 0.05))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     model.step = load_checkpoint(directory / "last", probe, with_optimizer=True).step
@@ -288,5 +288,5 @@ def test_kill_nine_during_saves(model_dir: Callable[[str], Path], tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     saves, leftovers = map(int, done.stdout.split())
-    assert saves > 20, "the child must have saved between the kills"
+    assert saves > 10, "the child must have saved between the kills"
     assert leftovers > 5, "the kills must have hit saves in progress"
