@@ -1,5 +1,6 @@
 """What the adapter trains on, and that it trains."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -201,12 +202,20 @@ async def test_a_bad_collection_raises_before_anything_starts(policy: Fixture, m
         await adapter._validate_episode_order(backwards)
 
 
-async def test_groups_on_request_as_art(policy: Fixture, make_adapter: Fixture) -> None:
-    art = pytest.importorskip("art")
+async def test_groups_on_request_as_art_while_training_goes_on(policy: Fixture, make_adapter: Fixture) -> None:
+    if importlib.util.find_spec("art") is None:
+        pytest.skip("needs openpipe-art (extra `art`)")
     collection = await policy.collection(groups=2, size=3)
-    groups = await make_adapter(policy)._construct_trajectory_groups(collection.trajectories, kind="art")
+    adapter = make_adapter(policy, passes=20)
+    ref = await adapter.submit(collection)
+    groups = await adapter._construct_trajectory_groups(collection.trajectories, kind="art")
+    import art
+
     assert [type(group) for group in groups] == [art.TrajectoryGroup] * 2
     assert [t.reward for t in groups[0]] == [t.reward for t in collection.trajectories[0]]
+    # art patches transformers as it is imported; the engine must not notice.
+    assert (await adapter.wait_until_complete(ref)).status is TrainingStatusEnum.COMPLETED
+    assert (await run(adapter, collection)).status is TrainingStatusEnum.COMPLETED
 
 
 async def test_group_order_depends_on_seed_pass_and_epoch_only(make_policy: Fixture, make_adapter: Fixture) -> None:

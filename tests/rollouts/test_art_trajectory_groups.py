@@ -10,6 +10,7 @@ from nat_plugin_evsys.rollouts.art_groups import to_art_groups
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 
 Make = Any
+HAS_ART = importlib.util.find_spec("art") is not None
 
 
 @pytest.fixture
@@ -25,8 +26,11 @@ def group(call: Make) -> TrajectoryGroup:
 
 
 def test_art_groups_carry_the_exact_tokens(group: TrajectoryGroup) -> None:
-    art = pytest.importorskip("art")
+    if not HAS_ART:
+        pytest.skip("needs openpipe-art (extra `art`)")
     (converted,) = to_art_groups([group])
+    import art
+
     assert isinstance(converted, art.TrajectoryGroup)
     assert [trajectory.reward for trajectory in converted] == [1.0, 0.0]
     trajectory = converted.trajectories[0]
@@ -43,7 +47,7 @@ def test_art_groups_carry_the_exact_tokens(group: TrajectoryGroup) -> None:
 
 
 def test_without_art_the_error_says_what_to_type(group: TrajectoryGroup) -> None:
-    if importlib.util.find_spec("art") is not None:
+    if HAS_ART:
         pytest.skip("openpipe-art is installed here")
     with pytest.raises(ConfigError, match=r"pip install 'nat_plugin_evsys\[art\]'"):
         to_art_groups([group])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -20,11 +24,15 @@ def to_art_groups(groups: list[TrajectoryGroup]) -> list[art.TrajectoryGroup]:
     ``additional_histories``. Replies are ``Choice`` objects whose logprobs carry the token ids in the ``token_id:<id>``
     form that ART reads; sampled tokens are never re-tokenised by it.
 
+    The first call imports art, which takes seconds. Its patch of transformers is kept out, because the engine runs on
+    transformers in the same process; a program that trains with ART itself imports art before.
+
     Raises:
         ConfigError: openpipe-art is not installed.
     """
     try:
-        import art
+        with _transformers_left_alone():
+            import art
     except ImportError as error:
         raise ConfigError(
             f"ART trajectory groups were asked for, but `import art` failed ({error}); "
@@ -37,6 +45,29 @@ def to_art_groups(groups: list[TrajectoryGroup]) -> list[art.TrajectoryGroup]:
         )
         for group in groups
     ]
+
+
+@contextmanager
+def _transformers_left_alone() -> Iterator[None]:
+    """Import art without its patch of ``masking_utils._preprocess_mask_arguments``.
+
+    The patch has the signature of an older transformers, so that every later forward pass would raise TypeError. A
+    stand-in keeps it from being applied even for the seconds of the import, in which a training step may be running.
+    """
+    from transformers import masking_utils
+
+    name = "art.transformers.patches"
+    stand_in: Any = ModuleType(name)
+    stand_in.patch_preprocess_mask_arguments = lambda: None
+    before = getattr(masking_utils, "_preprocess_mask_arguments", None)
+    sys.modules.setdefault(name, stand_in)
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+        if before is not None:
+            masking_utils._preprocess_mask_arguments = before
 
 
 def _trajectory(art: Any, reward: float, calls: list[Call]) -> art.Trajectory:
