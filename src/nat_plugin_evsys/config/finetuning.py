@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class EvsysTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="evsys_trajectory_builder"):  # type: ignore[call-arg]
     """Rolls the workflow out over the dataset and turns the recorded calls into trajectories, one group per row."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     num_generations: int = Field(default=8, ge=1, description="Attempts at each dataset row (the group size).")
     max_concurrency: int | None = Field(
@@ -27,7 +27,7 @@ class EvsysTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="evsys_trajecto
 class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapter"):  # type: ignore[call-arg]
     """Turns trajectory groups into importance_sampling Datums and trains the policy's LoRA adapter on them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     policy: LLMRef = Field(description="Name of the `evsys_policy` LLM to train.")
     loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = Field(
@@ -56,7 +56,9 @@ class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapte
         default=False, description="Write every trained Datum (token ids, logprobs, advantages) to the run directory."
     )
     merge_calls: bool = Field(
-        default=True, description="Train calls whose tokens extend one another as one Datum (same gradient, less work)."
+        default=True,
+        description="Train calls whose tokens extend one another as one Datum (same gradient, less work); gspo never "
+        "does, since its ratio is one per Datum.",
     )
 
     @model_validator(mode="after")
@@ -72,7 +74,7 @@ class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapte
 class WarmStartConfig(BaseModel):
     """Supervised finetuning on demonstrations before the first epoch, so that a first reward can be found."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     demonstrations: Path = Field(
         description="JSON or JSON-lines file of `{messages: [...], tools: [...]}`; every assistant message is learnt."
@@ -86,7 +88,7 @@ class WarmStartConfig(BaseModel):
 class EvsysTrainerConfig(TrainerConfig, name="evsys_trainer"):  # type: ignore[call-arg]
     """Runs the epochs: warm start, rollouts, training, validation, checkpoints, resume and the reports."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     validation_dataset: Path | None = Field(
         default=None, description="Held-out dataset, scored before, during and after; `--validation_dataset` wins."

@@ -17,7 +17,7 @@ class EvsysPolicyConfig(LLMBaseConfig, name="evsys_policy"):  # type: ignore[cal
     `nat run`, `nat eval` and `nat serve` on the same YAML serve the checkpoint that `checkpoint` names.
     """
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     base_model: str = Field(
         description="A Hugging Face id, a local directory of any causal LM that transformers loads, or `builtin/tiny` "
