@@ -3,10 +3,12 @@
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from nat.builder.builder import Builder
+from nat.builder.builder import Builder, EvalBuilder
+from nat.builder.evaluator import EvaluatorInfo
 from nat.builder.framework_enum import LLMFrameworkEnum
 from nat.builder.llm import LLMProviderInfo
 from nat.cli.register_workflow import (
+    register_evaluator,
     register_llm_client,
     register_llm_provider,
     register_trainer,
@@ -15,6 +17,7 @@ from nat.cli.register_workflow import (
 )
 
 from .config import (
+    EvsysExactMatchConfig,
     EvsysPolicyConfig,
     EvsysTrainerAdapterConfig,
     EvsysTrainerConfig,
@@ -42,6 +45,15 @@ async def evsys_policy_langchain(config: EvsysPolicyConfig, _builder: Builder) -
 
     async with Policy.of(config).langchain_client() as client:
         yield client
+
+
+@register_evaluator(config_type=EvsysExactMatchConfig)
+async def evsys_exact_match(config: EvsysExactMatchConfig, _builder: EvalBuilder) -> AsyncIterator[EvaluatorInfo]:
+    """Output against answer."""
+    from .evaluators import ExactMatchEvaluator
+
+    evaluator = ExactMatchEvaluator(config)
+    yield EvaluatorInfo(config=config, evaluate_fn=evaluator.evaluate, description="Output matches the answer")
 
 
 @register_trajectory_builder(config_type=EvsysTrajectoryBuilderConfig)

@@ -1,17 +1,23 @@
-"""Supervised finetuning on demonstrations: cross entropy on every assistant reply."""
+"""Supervised finetuning on demonstrations: cross entropy on every assistant reply.
+
+    L = -sum_t log p(token t | tokens before it), over the tokens of assistant replies only.
+
+Source: Tinker's sl_loop (sum over tokens, learning rate falling linearly to zero). Simplified: every reply token weighs
+1, and no packing of several conversations into one Datum.
+"""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinker import types
 
+from nat_plugin_evsys.algorithms.steps import check_schedule, count_steps, epoch_batches, optimizer_step
 from nat_plugin_evsys.backends.base import Backend
-from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.errors import DataError
 
 Message = Mapping[str, Any]
 Render = Callable[[list[Message], list[Any]], list[int]]
@@ -62,14 +68,25 @@ def build_sft_datums(
     """
     datums: list[types.Datum] = []
     for index, example in enumerate(examples):
-        messages = example.get("messages")
-        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise DataError(f"examples[{index}] has no list of messages; give {{'messages': [...], 'tools': [...]}}")
+        messages = messages_of(example, index)
         turns = list(_turns(messages, list(example.get("tools") or []), render, render_reply, f"examples[{index}]"))
         if not turns:
             raise DataError(f"examples[{index}] has no assistant message to learn from")
         datums.extend(_datum(tokens, mask) for tokens, mask in _merge(turns))
     return datums
+
+
+def messages_of(example: Mapping[str, Any], index: int) -> list[Message]:
+    """The example's messages; DataError, naming its index, if it has none."""
+    messages = example.get("messages")
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise DataError(f"examples[{index}] has no list of messages; give {{'messages': [...], 'tools': [...]}}")
+    return list(messages)
+
+
+def reply_datum(prompt_ids: Sequence[int], reply_ids: Sequence[int]) -> types.Datum:
+    """A cross_entropy Datum of one reply: shape (P + T - 1,), weight 1 on its T tokens and 0 on the P prompt tokens."""
+    return _datum([*prompt_ids, *reply_ids], [0] * len(prompt_ids) + [1] * len(reply_ids))
 
 
 def _turns(
@@ -125,21 +142,15 @@ async def train_sft(
         ConfigError: a setting is out of range.
         DataError: ``datums`` is empty, or the backend refuses one.
     """
-    if epochs < 1 or batch_size < 1 or not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise ConfigError(
-            f"sft needs epochs >= 1, batch_size >= 1, learning_rate > 0; got {epochs}, {batch_size}, {learning_rate}"
-        )
+    check_schedule("sft", epochs, batch_size, learning_rate)
     if not datums:
         raise DataError("sft has no Datums to train on; give at least one demonstration")
-    total = epochs * math.ceil(len(datums) / batch_size)
+    total = count_steps(len(datums), epochs, batch_size)
     history: list[SftStep] = []
-    for epoch, batch in _batches(datums, epochs, batch_size, seed):
+    for epoch, batch in epoch_batches(datums, epochs, batch_size, seed):
         rate = learning_rate * (1 - len(history) / total)
-        # Both are submitted before the first is awaited, so that the engine never waits for this loop.
-        forward_backward = backend.forward_backward_async(batch, loss_fn="cross_entropy")
-        optim_step = backend.optim_step_async(types.AdamParams(learning_rate=rate, eps=1e-8))
-        metrics = (await forward_backward).metrics
-        optim_metrics = (await optim_step).metrics or {}
+        pending = backend.forward_backward_async(batch, loss_fn="cross_entropy")
+        metrics = await optimizer_step(backend, pending, types.AdamParams(learning_rate=rate, eps=1e-8))
         tokens = metrics["weights:sum"]
         history.append(
             SftStep(
@@ -149,20 +160,9 @@ async def train_sft(
                 loss=metrics["loss:sum"] / tokens if tokens else 0.0,
                 tokens=round(tokens),
                 learning_rate=rate,
-                grad_norm=optim_metrics.get("grad_norm", math.nan),
+                grad_norm=metrics.get("grad_norm", math.nan),
             )
         )
         if on_step is not None:
             on_step(history[-1])
     return history
-
-
-def _batches(
-    datums: Sequence[types.Datum], epochs: int, batch_size: int, seed: int
-) -> Iterator[tuple[int, list[types.Datum]]]:
-    shuffle = random.Random(seed)
-    for epoch in range(1, epochs + 1):
-        order = list(range(len(datums)))
-        shuffle.shuffle(order)
-        for start in range(0, len(order), batch_size):
-            yield epoch, [datums[i] for i in order[start : start + batch_size]]

@@ -1,15 +1,16 @@
-"""``builtin/…`` base models: made on the spot, without a download, the same on every machine.
+"""``builtin/…`` base models: made on the spot, without a download.
 
-``builtin/tiny`` is transformers' own Qwen3 with random weights, a byte-level BPE tokenizer trained on
-``builtin_data/corpus.txt`` (agent prompts and tool schemas as NAT sends them, and plain English) and a ChatML chat
-template with Qwen/Hermes-style tool calls. It knows nothing before it is trained: it is there to try the whole way of
-finetuning in a minute or two on a CPU, and for tests.
+``builtin/tiny`` is transformers' own Qwen3, a byte-level BPE tokenizer trained on ``builtin_data/corpus.txt`` (agent
+prompts and tool schemas as NAT sends them, and plain English) and a ChatML chat template with Qwen/Hermes-style tool
+calls. It knows what ``builtin_pretraining`` teaches it in half a minute, and no more: it is there to try the whole way
+of finetuning in a minute or two on a CPU, and for tests.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
@@ -19,10 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nat_plugin_evsys.engine import builtin_pretraining
+from nat_plugin_evsys.engine.builtin_pretraining import pretrain
 from nat_plugin_evsys.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "builtin/"
 
@@ -51,7 +56,10 @@ class BuiltinSpec:
     vocab_size: int
     weight_std: float
     seed: int
-    recipe: int = 1
+    pretraining_steps: int
+    pretraining_batch_tokens: int
+    pretraining_lr: float
+    recipe: int = 3
 
 
 SPECS = {
@@ -64,8 +72,11 @@ SPECS = {
         head_dim=32,
         max_position_embeddings=4096,
         vocab_size=2048,
-        weight_std=0.1,
+        weight_std=0.05,
         seed=0,
+        pretraining_steps=240,
+        pretraining_batch_tokens=1536,
+        pretraining_lr=3e-3,
     )
 }
 
@@ -119,7 +130,7 @@ def _data(file: str) -> str:
 
 
 def _digest(spec: BuiltinSpec) -> str:
-    recipe = json.dumps([asdict(spec), SPECIAL_TOKENS, MARKER_TOKENS, SPLIT_PATTERN], sort_keys=True)
+    recipe = json.dumps([asdict(spec), SPECIAL_TOKENS, MARKER_TOKENS, SPLIT_PATTERN, *_lessons()], sort_keys=True)
     text = "\0".join([recipe, _data("corpus.txt"), _data("chat_template.jinja")])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -127,7 +138,22 @@ def _digest(spec: BuiltinSpec) -> str:
 def _build(spec: BuiltinSpec, directory: Path) -> None:
     tokenizer = _tokenizer(spec)
     tokenizer.save_pretrained(directory)
-    _model(spec, tokenizer).save_pretrained(directory)
+    model = _model(spec, tokenizer)
+    logger.info("builtin model: pretraining %d steps, once; this takes half a minute", spec.pretraining_steps)
+    pretrain(
+        model,
+        tokenizer,
+        seed=spec.seed,
+        steps=spec.pretraining_steps,
+        batch_tokens=spec.pretraining_batch_tokens,
+        lr=spec.pretraining_lr,
+    )
+    model.save_pretrained(directory)
+
+
+def _lessons() -> list[object]:
+    """What the pretraining is made of; the first chats stand for the code that makes them."""
+    return [list(builtin_pretraining.chats(0, 40)), builtin_pretraining.PROMPT_WEIGHT]
 
 
 def _tokenizer(spec: BuiltinSpec) -> PreTrainedTokenizerBase:
@@ -183,8 +209,8 @@ def _model(spec: BuiltinSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
         initializer_range=spec.weight_std,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(IM_END),
-        pad_token_id=tokenizer.convert_tokens_to_ids(END_OF_TEXT),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):

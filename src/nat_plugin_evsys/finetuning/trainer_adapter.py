@@ -27,8 +27,8 @@ from ..rollouts.trajectories import TrajectoryGroup, group_of
 if TYPE_CHECKING:
     import art
 
+    from ..algorithms.policy_gradient import TrainingSettings
     from ..backends.base import Backend
-    from ..jobs.training import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
     def _settings(self, epoch: int | None) -> TrainingSettings:
         from tinker import types
 
-        from ..jobs.training import TrainingSettings
+        from ..algorithms.policy_gradient import TrainingSettings
 
         config = self.config
         names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from tinker import Datum, types
+from tinker import types
 
+from ..algorithms.policy_gradient import TrainingSettings, build_datums, plan_steps, step_data
 from ..backends.base import Backend
 from ..errors import JobError, NonFiniteGradientError
-from ..rollouts.advantages import AdvantageMethod
-from ..rollouts.datums import DatumSet, group_datums, with_prompt_logprobs
+from ..rollouts.datums import DatumSet
 from ..rollouts.trajectories import TrajectoryGroup
 from ..types import CallTally
 from .datum_log import datum_records
@@ -34,23 +32,6 @@ POLL_SECONDS = 0.2
 
 STEPS_SHARE = 98.0
 """Progress when all optimizer steps are done; publishing is the rest."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSettings:
-    """What a job needs to know of the adapter's config; see ``EvsysTrainerAdapterConfig`` for the meanings.
-
-    ``shuffle_key`` decides the order of the groups, together with the number of the pass.
-    """
-
-    loss_fn: types.LossFnType
-    adam: types.AdamParams
-    loss_fn_config: dict[str, Any] | None = None
-    advantage: AdvantageMethod = "group_mean"
-    groups_per_step: int | None = None
-    passes: int = 1
-    shuffle_key: str = "0"
-    merge_calls: bool = True
 
 
 class TrainingWork:
@@ -91,7 +72,7 @@ class TrainingWork:
         """
         report.enter("preparing")
         backend = await self._open_backend()
-        self._sets = await asyncio.to_thread(self._build)
+        self._sets = await asyncio.to_thread(build_datums, self._groups, self._settings)
         steps = plan_steps(self._sets, self._settings)
         report.steps = len(steps)
         if not steps:
@@ -120,13 +101,6 @@ class TrainingWork:
                 account.calls.drop(lost_reason, datums.trained_calls)
                 account.dropped_trajectories[lost_reason] += datums.trained_trajectories
         return account
-
-    def _build(self) -> list[DatumSet]:
-        s = self._settings
-        return [
-            group_datums(group, advantage=s.advantage, loss_fn=s.loss_fn, merge_calls=s.merge_calls)
-            for group in self._groups
-        ]
 
     async def _step(self, backend: Backend, indices: list[int], report: JobReport, total: int) -> None:
         batch = [self._sets[index] for index in indices]
@@ -162,21 +136,10 @@ class TrainingWork:
         self, backend: Backend, batch: list[DatumSet], report: JobReport, advance: Callable[[float], None]
     ) -> types.ForwardBackwardOutput:
         settings = self._settings
-        data = [datum for datums in batch for datum in datums.datums]
-        if settings.loss_fn == "dro":
-            data = await self._with_prompt_logprobs(backend, batch, data)
-            report.beat()
+        data = await step_data(backend, batch, settings)
+        report.beat()
         pending = backend.forward_backward_async(data, loss_fn=settings.loss_fn, loss_fn_config=settings.loss_fn_config)
         return await _watched(pending, backend, advance)
-
-    async def _with_prompt_logprobs(self, backend: Backend, batch: list[DatumSet], data: list[Datum]) -> list[Datum]:
-        settings = self._settings
-        output = await backend.forward_async(data, loss_fn=settings.loss_fn, loss_fn_config=settings.loss_fn_config)
-        origins = [origin for datums in batch for origin in datums.provenance]
-        return [
-            with_prompt_logprobs(datum, origin, result["logprobs"])
-            for datum, origin, result in zip(data, origins, output.loss_fn_outputs, strict=True)
-        ]
 
     async def _publish_to(self, report: JobReport) -> None:
         report.policy_version = await self._publish()
@@ -190,21 +153,6 @@ class TrainingWork:
         dropped = sum((datums.dropped for datums in self._sets), start=Counter[str]())
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items())) or "there were none"
         return f"nothing to train: every call was dropped ({reasons}); the policy is unchanged"
-
-
-def plan_steps(sets: list[DatumSet], settings: TrainingSettings) -> list[list[int]]:
-    """Positions of the groups of each optimizer step, over all passes; groups without a Datum take no part.
-
-    Each pass has its own order, which depends on ``shuffle_key`` and the pass alone.
-    """
-    trainable = [index for index, datums in enumerate(sets) if datums.datums]
-    size = settings.groups_per_step or max(len(trainable), 1)
-    steps = []
-    for number in range(settings.passes):
-        order = trainable.copy()
-        random.Random(f"{settings.shuffle_key}/{number}").shuffle(order)
-        steps += [order[start : start + size] for start in range(0, len(order), size)]
-    return steps
 
 
 async def _watched(pending: Awaitable[T], backend: Backend, advance: Callable[[float], None]) -> T:
