@@ -1,14 +1,16 @@
 """Every exception this package raises on purpose.
 
-    EvsysError                     shown to the user as it is: what failed, what was seen, what to type
-    ├── ConfigError                a setting is wrong or does not fit another one (also a ValueError)
-    ├── DataError                  a Datum, dataset row or demonstration is malformed (also a ValueError)
-    ├── ModelError                 a base model or tokenizer cannot be loaded, or lacks what was asked of it
-    ├── PromptTooLongError         prompt + max_tokens do not fit the context window (also a ValueError)
-    ├── CheckpointError            a checkpoint is missing, torn, or belongs to another model
-    ├── NonFiniteGradientError     an optimizer step was refused; weights and moments are as they were
-    ├── JobError                   a training job failed; carries the first cause
-    └── EngineClosedError          an operation was sent to an engine that has been closed
+EvsysError                     shown to the user as it is: what failed, what was seen, what to type
+├── ConfigError                a setting is wrong or does not fit another one (also a ValueError)
+├── DataError                  a Datum, dataset row or demonstration is malformed (also a ValueError)
+├── ModelError                 a base model or tokenizer cannot be loaded, or lacks what was asked of it
+├── PromptTooLongError         prompt + max_tokens do not fit the context window (also a ValueError)
+├── CheckpointError            a checkpoint is missing, torn, or belongs to another model
+├── NonFiniteGradientError     an optimizer step was refused; weights and moments are as they were
+├── JobError                   a training job failed; carries the first cause
+├── EngineClosedError          an operation was sent to an engine that has been closed
+└── UnsupportedError           a call of another service's API that this engine does not offer (also a
+                               NotImplementedError)
 """
 
 
@@ -55,3 +57,7 @@ class JobError(EvsysError):
 
 class EngineClosedError(EvsysError):
     """The engine has been closed and takes no more operations."""
+
+
+class UnsupportedError(EvsysError, NotImplementedError):
+    """A call or option of another service's API that this engine does not offer; the message says why."""

@@ -2,13 +2,20 @@
 
 A *call* is one LLM request with its exact tokens. Everything that is trained on comes from calls; text is never
 tokenised again.
+
+The types of the training API (``Datum``, ``AdamParams``, ``SamplingParams`` …) are here too, ``from nat_plugin_evsys
+import types``: those of ``tinker.types`` and this package's extensions of them, imported when first asked for
+(``clients.types``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.clients.types import *  # noqa: F403 - what ``__getattr__`` finds
 
 StopReason = Literal["stop", "length"]
 """``stop``: a stop token or stop string ended the sequence. ``length``: max_tokens or the context did."""
@@ -80,3 +87,11 @@ class CallTally:
         """Count calls that will not be trained on, under a named reason."""
         if calls:
             self.dropped[reason] += calls
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nat_plugin_evsys.clients import types as training_types
+
+    return getattr(training_types, name)

@@ -13,8 +13,9 @@ from nat_plugin_evsys.backends.base import LossCallable, SamplingClient
 from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
 from nat_plugin_evsys.engine.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model import BaseModel, load_base_model
-from nat_plugin_evsys.engine.operations import OperationFuture, OperationQueue
+from nat_plugin_evsys.engine.operations import OperationFuture
 from nat_plugin_evsys.engine.training import Progress, TrainableModel
+from nat_plugin_evsys.engine.training_queue import TrainingQueue
 
 if TYPE_CHECKING:
     import tinker
@@ -32,7 +33,6 @@ class LocalBackend:
     Attributes:
         base: the base model.
         checkpoint_dir: where ``save_for_sampler`` and ``save_full_state`` write; may be set at any time.
-        progress: ``(done tokens, total tokens)`` of the forward_backward that runs or ran last.
         policy_version: of the latest snapshot, -1 before the first.
     """
 
@@ -41,11 +41,10 @@ class LocalBackend:
     ) -> None:
         self.base = base
         self.checkpoint_dir = Path(checkpoint_dir)
-        self.progress: tuple[int, int] = (0, 0)
         self.policy_version = -1
         self._max_batch_size = max_batch_size
         self._model = TrainableModel(base, adapter)
-        self._queue = OperationQueue("evsys-training")
+        self._queue = TrainingQueue(self._model)
         self._sampler: Any = None
 
     @classmethod
@@ -95,6 +94,11 @@ class LocalBackend:
             return cls(base, adapter, checkpoint_dir=checkpoint_dir, max_batch_size=max_batch_size)
 
         return await asyncio.to_thread(build)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """``(done tokens, total tokens)`` of the forward_backward that runs or ran last."""
+        return self._queue.progress
 
     @property
     def step(self) -> int:
@@ -184,14 +188,8 @@ class LocalBackend:
         self._model.discard_gradient()
 
     def _submit(self, operation: Callable[[Progress], T]) -> OperationFuture[T]:
-        def run(future: OperationFuture[T]) -> T:
-            def report(done: int, total: int) -> None:
-                self.progress = (done, total)
-                future.check_cancelled()
-
-            return operation(report)
-
-        return self._queue.submit(run)
+        future: OperationFuture[T] = OperationFuture()
+        return self._queue.submit(lambda _, progress: operation(progress), future)
 
     def _get_sampler(self) -> Any:
         if self._sampler is None:

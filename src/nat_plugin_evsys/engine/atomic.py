@@ -57,6 +57,25 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
+def replace_file(target: Path, text: str) -> None:
+    """Write a file that is either the old one or, whole, the new one, whenever the process dies."""
+    temporary = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex[:12]}")
+    try:
+        temporary.write_text(text)
+        _sync(temporary)
+        temporary.replace(target)
+        _sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_directory(target: Path) -> None:
+    """Delete a directory: its name is free at once, whenever the process dies."""
+    dying = target.parent / f".{target.name}.tmp-{uuid.uuid4().hex[:12]}"
+    target.rename(dying)
+    shutil.rmtree(dying, ignore_errors=True)
+
+
 def restore_set_aside(target: Path) -> None:
     """Bring back a directory that ``_swap`` had set aside when the process died between its two renames."""
     if target.exists():

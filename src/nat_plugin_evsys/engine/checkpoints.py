@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nat_plugin_evsys.engine.atomic import atomic_directory, restore_set_aside
+from nat_plugin_evsys.engine.atomic import atomic_directory, remove_directory, replace_file, restore_set_aside
 from nat_plugin_evsys.engine.lora import LoraAdapter
 from nat_plugin_evsys.engine.model import BaseModel
 from nat_plugin_evsys.engine.peft_format import adapter_config, from_peft_names, to_peft_names
@@ -54,6 +54,7 @@ class CheckpointInfo:
         rank, alpha, targets: the LoRA shape.
         files: file name -> {"sha256", "bytes"}.
         user_metadata: what the caller gave.
+        expires_at: seconds since the epoch after which it may be deleted; None is never.
     """
 
     path: Path
@@ -67,10 +68,17 @@ class CheckpointInfo:
     targets: list[str]
     files: dict[str, dict[str, Any]]
     user_metadata: dict[str, Any]
+    expires_at: float | None = None
 
 
 def save_checkpoint(
-    directory: Path, name: str, model: TrainableModel, *, kind: Kind, user_metadata: Mapping[str, Any] | None = None
+    directory: Path,
+    name: str,
+    model: TrainableModel,
+    *,
+    kind: Kind,
+    user_metadata: Mapping[str, Any] | None = None,
+    expires_at: float | None = None,
 ) -> Path:
     """Write ``directory/name`` atomically, replacing one of that name; returns its path.
 
@@ -104,6 +112,7 @@ def save_checkpoint(
                 "targets": list(adapter.weights),
                 "files": {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(work.iterdir())},
                 "user_metadata": dict(user_metadata or {}),
+                "expires_at": expires_at,
             }
             (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     except OSError as exc:
@@ -120,7 +129,7 @@ def load_checkpoint(path: Path | str, model: TrainableModel, *, with_optimizer: 
         CheckpointError: missing, torn, made for another base model or LoRA shape, or without the optimizer asked for.
     """
     info = read_checkpoint(path)
-    _check_base(info, model.base)
+    check_base(info, model.base)
     adapter = model.adapter
     here = (adapter.rank, adapter.alpha, sorted(adapter.weights))
     if (info.rank, info.alpha, sorted(info.targets)) != here:
@@ -156,7 +165,7 @@ def load_adapter(path: Path | str, base: BaseModel) -> LoraAdapter:
         CheckpointError: missing, torn, or made for another base model.
     """
     info = read_checkpoint(path)
-    _check_base(info, base)
+    check_base(info, base)
     tensors = from_peft_names(_load_tensors(info.path / ADAPTER), info.targets, info.path)
 
     def on_device(name: str, side: str) -> Tensor:
@@ -186,6 +195,36 @@ def read_checkpoint(path: Path | str) -> CheckpointInfo:
     return manifest
 
 
+def set_expiry(path: Path | str, expires_at: float | None) -> None:
+    """Change when a checkpoint expires (seconds since the epoch; None is never).
+
+    Raises:
+        CheckpointError: missing, torn, or the disk refused the write.
+    """
+    directory = read_checkpoint(path).path
+    manifest = {**json.loads((directory / MANIFEST).read_text()), "expires_at": expires_at}
+    try:
+        replace_file(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    except OSError as exc:
+        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} could not be written: {exc}") from exc
+
+
+def delete_checkpoint(path: Path | str) -> None:
+    """Delete a checkpoint; it is gone from every listing in one step.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or the disk refused.
+    """
+    directory = Path(path)
+    restore_set_aside(directory)
+    if not (directory / MANIFEST).is_file():
+        raise CheckpointError(f"checkpoint {directory} does not exist; there is nothing to delete")
+    try:
+        remove_directory(directory)
+    except OSError as exc:
+        raise CheckpointError(f"checkpoint {directory} could not be deleted: {exc}") from exc
+
+
 def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
     """All whole checkpoints of a directory, oldest first; torn and half-written ones are left out."""
     if not directory.is_dir():
@@ -209,7 +248,7 @@ def checkpoint_path(directory: Path, name: str) -> Path:
     Raises:
         CheckpointError: the name is not a plain one and could leave the directory or hide in it.
     """
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CheckpointError(
             f"checkpoint name {name!r} is refused: use letters, digits and . _ = + - only, at most 200, no leading dot"
         )
@@ -233,7 +272,8 @@ def _read_manifest(directory: Path) -> CheckpointInfo:
     return info
 
 
-def _check_base(info: CheckpointInfo, base: BaseModel) -> None:
+def check_base(info: CheckpointInfo, base: BaseModel) -> None:
+    """Raises CheckpointError unless the checkpoint was made for this base model."""
     differing = [key for key in base.identity if info.base_identity.get(key) != base.identity[key]]
     if differing:
         seen = ", ".join(f"{key} {info.base_identity.get(key)} / {base.identity[key]}" for key in differing[:2])

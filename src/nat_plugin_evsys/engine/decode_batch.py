@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nat_plugin_evsys.engine.decoding import RowParams, draw, sampled_logprobs, uniforms
+from nat_plugin_evsys.engine.decoding import RowParams, draw, penalised, sampled_logprobs, uniforms
 from nat_plugin_evsys.engine.kv_cache import SlotStore, rounded_length
 from nat_plugin_evsys.engine.lora import LoraAdapter
 from nat_plugin_evsys.engine.model_runner import ModelRunner
@@ -220,6 +220,13 @@ class DecodeBatch:
 
     def _sample(self, rows: list[SampleSequence], logits: Tensor, params: RowParams) -> None:
         """Sample one token a row from ``logits`` (B, V) and hand it to its sequence."""
+        penalties = [
+            (i, [*s.request.prompt, *s.tokens], s.request.repetition_penalty)
+            for i, s in enumerate(rows)
+            if s.request.repetition_penalty != 1.0
+        ]
+        if penalties:
+            logits = penalised(logits, penalties)
         logprobs = sampled_logprobs(logits, params)
         keys = np.array([s.key for s in rows], dtype=np.uint64)
         counters = np.array([len(s.tokens) for s in rows], dtype=np.uint64)

@@ -2,6 +2,7 @@
 
 The sampled distribution of a row is built in this order, and logprobs are those of the result:
 
+0. repetition penalty, if any: ``penalised`` changes the logits of tokens that were seen before;
 1. temperature: ``z = logits / T`` (fp32);
 2. top_k: keep the k largest z (ties at the border: the lower token ids);
 3. top_p: over what top_k left, renormalised, in falling order, keep each token whose predecessors sum to less than
@@ -14,6 +15,7 @@ that of temperature 1, since the greedy distribution itself is a point mass.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +91,20 @@ class RowParams:
             any_greedy=any(greedy),
             all_greedy=all(greedy),
         )
+
+
+def penalised(logits: Tensor, rows: Iterable[tuple[int, Sequence[int], float]]) -> Tensor:
+    """``logits`` (B, V) where each ``(row, seen token ids, penalty)`` has made seen tokens less likely in its row.
+
+    A seen token's logit is divided by the penalty where positive and multiplied by it where negative, once however
+    often it was seen (CTRL, arXiv 1909.05858, section 4.1; transformers' RepetitionPenaltyLogitsProcessor).
+    """
+    logits = logits.clone()
+    for row, seen, penalty in rows:
+        ids = torch.tensor(sorted(set(seen)), device=logits.device)
+        values = logits[row, ids]
+        logits[row, ids] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
 
 
 def restrict(z: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from nat_plugin_evsys.engine.identity import model_identity
 from nat_plugin_evsys.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
+
+# transformers patches its modules while it loads: of two loads at once, one misses tied weights, and so does every
+# later one.
+_LOADING = threading.Lock()
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_TIMEOUT_S = 8.0
@@ -186,8 +191,9 @@ def _load(
 ) -> tuple[Any, PreTrainedModel]:
     common = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **common)
+        with _LOADING:
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **common)
     except Exception as exc:
         # Boundary: transformers raises many types; all become one readable line.
         raise ModelError(f"base_model {base_model!r} cannot be loaded from {source}: {one_line(exc)}") from exc

@@ -8,27 +8,34 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
+
+from tinker import APIFuture
 
 from nat_plugin_evsys.errors import EngineClosedError
 
 T = TypeVar("T")
+F = TypeVar("F", bound="OperationFuture[Any]")
 
 
 class OperationCancelled(Exception):
     """Raised inside a running operation whose awaiting task was cancelled."""
 
 
-class OperationFuture(Generic[T]):
+class OperationFuture(APIFuture[T]):
     """The result of one operation: ``await`` it in any event loop, or block on ``result(timeout)``.
 
-    Cancelling the awaiting task cancels the operation: one that has not started never does, a running one stops at its
-    next ``check_cancelled``.
+    A ``tinker.APIFuture``. Cancelling the awaiting task cancels the operation: one that has not started never does, a
+    running one stops at its next ``check_cancelled``.
+
+    Args:
+        future: what the operation's result arrives in, if there is something already.
     """
 
-    def __init__(self) -> None:
-        self._future: Future[T] = Future()
+    def __init__(self, future: Future[T] | None = None) -> None:
+        self._future: Future[T] = Future() if future is None else future
         self._cancel_requested = threading.Event()
+        self._worker: threading.Thread | None = None
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._wait().__await__()
@@ -41,8 +48,30 @@ class OperationFuture(Generic[T]):
             raise
 
     def result(self, timeout: float | None = None) -> T:
-        """Block until done (``TimeoutError`` after ``timeout`` seconds) and return the result or raise its error."""
+        """Block until done (``TimeoutError`` after ``timeout`` seconds) and return the result or raise its error.
+
+        Raises:
+            RuntimeError: called by an operation that itself stands before this one in the queue, which would wait for
+                ever.
+        """
+        if self._worker is threading.current_thread() and not self._future.done():
+            raise RuntimeError("an operation cannot wait for one that is queued behind it; wait outside of it")
         return self._future.result(timeout)
+
+    async def result_async(self, timeout: float | None = None) -> T:  # noqa: ASYNC109 - tinker.APIFuture's signature
+        """Like ``await``, with a limit: ``TimeoutError`` after ``timeout`` seconds; the operation then goes on."""
+        if timeout is None:
+            return await self
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(asyncio.wrap_future(self._future))
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+    def future(self) -> Future[T]:
+        """The ``concurrent.futures.Future`` beneath, for ``concurrent.futures.wait`` and done-callbacks."""
+        return self._future
 
     def done(self) -> bool:
         """True once there is a result, an error or a cancellation."""
@@ -73,7 +102,7 @@ class OperationQueue:
     """Runs callables one after the other in a thread of its own. A failure reaches its own future only."""
 
     def __init__(self, name: str) -> None:
-        self._queue: queue.Queue[tuple[OperationFuture[Any], Callable[[OperationFuture[Any]], Any]] | None]
+        self._queue: queue.Queue[tuple[OperationFuture[Any], Callable[[Any], Any]] | None]
         self._queue = queue.Queue()
         self._lock = threading.Lock()
         self._closed = False
@@ -86,13 +115,13 @@ class OperationQueue:
         """True after ``close`` was called."""
         return self._closed
 
-    def submit(self, operation: Callable[[OperationFuture[T]], T]) -> OperationFuture[T]:
-        """Queue ``operation(future)``; never blocks.
+    def submit(self, operation: Callable[[F], Any], future: F) -> F:
+        """Queue ``operation(future)``, whose result goes into ``future``; never blocks. Returns ``future``.
 
         Raises:
             EngineClosedError: the queue has been closed.
         """
-        future: OperationFuture[T] = OperationFuture()
+        future._worker = self._thread
         with self._lock:
             if self._closed:
                 raise EngineClosedError("the engine has been closed; create a new one")
@@ -114,6 +143,8 @@ class OperationQueue:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             self._run(*item)
+            # An idle thread must not keep the last operation alive, and with it a model that nobody else knows.
+            del item
 
     def _run(self, future: OperationFuture[T], operation: Callable[[OperationFuture[T]], T]) -> None:
         if self._closed:

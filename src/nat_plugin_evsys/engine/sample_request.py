@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import secrets
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,13 +13,15 @@ from typing import Any
 
 import numpy as np
 from tinker import types
-from tinker.types.topk_logprobs import TopkLogprobs
+from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 
 from nat_plugin_evsys.engine.decoding import stream_keys
 from nat_plugin_evsys.engine.sample_result import SampledSequence, SampleResult
 from nat_plugin_evsys.engine.stopping import StopRule, StopTextMatcher
 from nat_plugin_evsys.errors import DataError, PromptTooLongError
 from nat_plugin_evsys.types import StopReason
+
+_COLDEST = 1e-6
 
 TokenCallback = Callable[[int, list[int], list[float]], None]
 """``(sample index, new token ids, their logprobs)``, called from the sampler's thread."""
@@ -86,8 +89,10 @@ class SampleRequest:
     Args:
         prompt: text-only ``ModelInput`` or token ids, length P >= 1.
         num_samples: sequences wanted.
-        params: Tinker's sampling parameters. ``max_tokens`` is cut to the room that the context leaves.
+        params: Tinker's sampling parameters, with or without a ``repetition_penalty`` (*extension*). ``max_tokens`` is
+            cut to the room that the context leaves.
         tokenizer: for stop strings and ``text``.
+        prompt_last_n: give the logprobs of the last n prompt tokens only.
 
     Raises:
         DataError: the prompt is empty, has tokens outside the vocabulary or chunks that are no text; a parameter is out
@@ -106,6 +111,7 @@ class SampleRequest:
         prompt_logprobs: bool = False,
         topk_prompt: int = 0,
         topk_sample: int = 0,
+        prompt_last_n: int | None = None,
         on_tokens: TokenCallback | None = None,
     ) -> None:
         self.ident = uuid.uuid4().hex
@@ -117,11 +123,13 @@ class SampleRequest:
         _check_params(params, num_samples, limits, topk_prompt, topk_sample)
         self.max_tokens = _room(len(self.prompt), num_samples, params.max_tokens, limits.context_length)
         self.temperature, self.top_k, self.top_p = float(params.temperature), int(params.top_k), float(params.top_p)
+        self.repetition_penalty = _repetition_penalty(params)
         self.stop = StopRule.parse(params.stop, limits.eos, limits.vocab_size)
         if self.stop.strings and tokenizer is None:
             raise DataError("stop strings need a tokenizer, and this base model has none; give stop token ids")
         self.want_prompt_logprobs = prompt_logprobs
         self.topk_prompt, self.topk_sample = topk_prompt, topk_sample
+        self.prompt_last_n = _checked_last_n(prompt_last_n, len(self.prompt), prompt_logprobs)
         self.on_tokens = on_tokens
         self.prompt_logprobs: np.ndarray | None = None
         self.prompt_topk: TopkLogprobs | None = None
@@ -137,10 +145,14 @@ class SampleRequest:
 
     def score(self, logprobs: np.ndarray, topk_ids: np.ndarray | None, topk_logprobs: np.ndarray | None) -> None:
         """Set the prompt's logprobs: float32 (P,), NaN at 0; and the k likeliest tokens there, (P, >= k) each."""
-        self.prompt_logprobs = logprobs
+        unwanted = 0 if self.prompt_last_n is None else len(self.prompt) - self.prompt_last_n
+        self.prompt_logprobs = logprobs.copy()
+        self.prompt_logprobs[:unwanted] = np.nan
         if self.topk_prompt and topk_ids is not None and topk_logprobs is not None:
             k = self.topk_prompt
             self.prompt_topk = TopkLogprobs(topk_ids[:, :k].copy(), topk_logprobs[:, :k].copy())
+            self.prompt_topk.token_ids[:unwanted] = 0
+            self.prompt_topk.logprobs[:unwanted] = MASK_LOGPROB
 
     @property
     def dead(self) -> bool:
@@ -173,7 +185,7 @@ class SampleRequest:
         """Tinker's form of the finished request; for a request without samples, the prompt's logprobs as a list."""
         if not self.sequences:
             assert self.prompt_logprobs is not None
-            return [None, *self.prompt_logprobs[1:].tolist()]
+            return [None if math.isnan(value) else value for value in self.prompt_logprobs.tolist()]
         return SampleResult(
             sequences=[sequence.result() for sequence in self.sequences],
             prompt_logprobs_np=self.prompt_logprobs if self.want_prompt_logprobs else None,
@@ -193,7 +205,7 @@ def _checked_prompt(prompt: types.ModelInput | Sequence[int], limits: Limits) ->
             raise DataError(f"the prompt has a {odd[0]}; only text (EncodedTextChunk) can be sampled from")
         tokens = prompt.to_ints()
     else:
-        tokens = [int(token) for token in prompt]
+        tokens = _plain_ids(prompt)
     if not tokens:
         raise DataError("the prompt is empty; give at least one token (for instance the BOS token)")
     if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
@@ -205,13 +217,44 @@ def _checked_prompt(prompt: types.ModelInput | Sequence[int], limits: Limits) ->
     return tokens
 
 
+def _plain_ids(prompt: Any) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as exc:
+        raise DataError(
+            f"the prompt is a {type(prompt).__name__}; give a tinker.ModelInput, or a list of token ids"
+        ) from exc
+
+
+def _repetition_penalty(params: types.SamplingParams) -> float:
+    penalty = float(getattr(params, "repetition_penalty", 1.0))
+    if not (math.isfinite(penalty) and penalty > 0):
+        raise DataError(f"repetition_penalty must be a positive number (1 is off), got {penalty}")
+    return penalty
+
+
+def _checked_last_n(last_n: int | None, prompt_tokens: int, prompt_logprobs: bool) -> int | None:
+    if last_n is None:
+        return None
+    if not prompt_logprobs:
+        raise DataError("prompt_logprobs_last_n is about prompt logprobs; set include_prompt_logprobs")
+    if not 1 <= last_n <= prompt_tokens - 1:
+        raise DataError(f"prompt_logprobs_last_n must lie between 1 and {prompt_tokens - 1} here, got {last_n}")
+    return last_n
+
+
 def _check_params(
     p: types.SamplingParams, num_samples: int, limits: Limits, topk_prompt: int, topk_sample: int
 ) -> None:
     problems = {
-        f"num_samples must not be negative, got {num_samples}": num_samples < 0,
+        f"num_samples must be a whole number that is not negative, got {num_samples}": (
+            not hasattr(num_samples, "__index__") or num_samples < 0
+        ),
         f"temperature must be 0 (greedy) or a positive number, got {p.temperature}": not (
             math.isfinite(p.temperature) and p.temperature >= 0
+        ),
+        f"temperature {p.temperature} is too small to divide logits by; give 0 for greedy or at least {_COLDEST:g}": (
+            0 < p.temperature < _COLDEST
         ),
         f"top_p must lie between 0 and 1, got {p.top_p}": not 0 <= p.top_p <= 1,
         f"top_k must be -1 or 0 (off) or positive, got {p.top_k}": p.top_k < -1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,27 @@ from tinker import types
 from tinker.types.topk_logprobs import MASK_LOGPROB
 
 
+class FieldAccess:
+    """Lets a result's public attributes be read as a dict's items too: ``result["tokens"]``. *Extension.*"""
+
+    def __getitem__(self, key: str) -> Any:
+        if not isinstance(key, str) or key.startswith("_") or callable(getattr(type(self), key, None)):
+            raise KeyError(key)
+        try:
+            return getattr(self, key)
+        except AttributeError:
+            raise KeyError(key) from None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The item, or ``default`` where there is none."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+
 @dataclass(frozen=True)
-class SampledSequence(types.SampledSequence):
+class SampledSequence(FieldAccess, types.SampledSequence):
     """Tinker's sampled sequence, and its text."""
 
     decode: Callable[[list[int]], str] | None = field(default=None, repr=False, compare=False, kw_only=True)
@@ -25,7 +45,7 @@ class SampledSequence(types.SampledSequence):
 
 
 @dataclass(frozen=True)
-class SampleResult(types.SampleResponse):
+class SampleResult(FieldAccess, types.SampleResponse):
     """Tinker's sample response, and the policy version that every sequence in it was sampled from. *Extension.*"""
 
     policy_version: int = field(kw_only=True)

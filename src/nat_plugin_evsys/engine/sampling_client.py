@@ -48,6 +48,7 @@ class LocalSamplingClient:
         topk_prompt_logprobs: int = 0,
         *,
         topk_sample_logprobs: int = 0,
+        prompt_logprobs_last_n: int | None = None,
         on_tokens: TokenCallback | None = None,
     ) -> Future[SampleResult]:
         """Sample ``num_samples`` sequences after ``prompt``.
@@ -73,6 +74,7 @@ class LocalSamplingClient:
             prompt_logprobs=include_prompt_logprobs,
             topk_prompt=topk_prompt_logprobs,
             topk_sample=topk_sample_logprobs,
+            prompt_last_n=prompt_logprobs_last_n,
             on_tokens=on_tokens,
         )
 
@@ -99,14 +101,17 @@ class LocalSamplingClient:
         )
         return await asyncio.wrap_future(future)
 
-    def compute_logprobs(self, prompt: Prompt) -> Future[list[float | None]]:
+    def compute_logprobs(self, prompt: Prompt, prompt_logprobs_last_n: int | None = None) -> Future[list[float | None]]:
         """Log-probability (temperature 1) of each prompt token given those before it; None for the first.
+
+        With ``prompt_logprobs_last_n``, None for all but the last n.
 
         Raises, through the future:
             PromptTooLongError: the prompt is longer than the context.
             DataError: a malformed prompt.
         """
-        return self._submit(prompt, 0, types.SamplingParams(), prompt_logprobs=True)
+        params = types.SamplingParams()
+        return self._submit(prompt, 0, params, prompt_logprobs=True, prompt_last_n=prompt_logprobs_last_n)
 
     async def compute_logprobs_async(self, prompt: Prompt) -> list[float | None]:
         """Like ``compute_logprobs``; raises what that one's future raises."""

@@ -1,0 +1,93 @@
+"""What the clients' calls return: ``OperationFuture`` and what Weaver's and Tinker's examples do with it besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from nat_plugin_evsys.clients.results import ForwardBackwardOutput
+from nat_plugin_evsys.engine.operations import OperationFuture
+
+T = TypeVar("T")
+C = TypeVar("C")
+F = TypeVar("F", bound=OperationFuture[Any])
+
+
+class ResultFuture(OperationFuture[T]):
+    """An ``OperationFuture`` that may be read as its result: indexing, ``get``, ``len``, iterating and ``str`` wait.
+
+    *Extension*, for Weaver's ``sampling_client.sample(…)["sequences"][0]`` and its list of ``compute_logprobs(…)``.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        result: Any = self.result()
+        return result[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """``result().get(key, default)``."""
+        result: Any = self.result()
+        return result.get(key, default)
+
+    def __len__(self) -> int:
+        result: Any = self.result()
+        return len(result)
+
+    def __iter__(self) -> Iterator[Any]:
+        result: Any = self.result()
+        return iter(result)
+
+    def __bool__(self) -> bool:
+        # ``if future:`` must not wait, as it would through __len__.
+        return True
+
+    def __str__(self) -> str:
+        """The result's text (Weaver prints the logprobs); waits for it. ``repr`` does not."""
+        return repr(self) if self._future.exception() is not None else str(self.result())
+
+    def __repr__(self) -> str:
+        return _repr(self)
+
+
+class ForwardBackwardFuture(ResultFuture[ForwardBackwardOutput]):
+    """What ``forward``, ``forward_backward`` and ``forward_backward_custom`` return (Loops' name)."""
+
+
+class ClientFuture(OperationFuture[C]):
+    """A future of a client that may be used as the client itself: an attribute of it waits until the client is there.
+
+    Tinker's examples leave ``.result()`` away, and its SDK allows it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.result(), name)
+
+    def __repr__(self) -> str:
+        return _repr(self)
+
+
+def after(future: F, wait: bool) -> F:
+    """``future``; with ``wait`` only once it is done, raising its error if it failed."""
+    if wait:
+        future.result()
+    return future
+
+
+def failed(future: F, error: Exception) -> F:
+    """``future``, failed."""
+    future.future().set_exception(error)
+    return future
+
+
+def _repr(future: OperationFuture[Any]) -> str:
+    inner = future.future()
+    if not inner.done():
+        state = "pending"
+    elif inner.cancelled():
+        state = "cancelled"
+    elif (error := inner.exception()) is not None:
+        state = f"failed: {error!r}"
+    else:
+        state = repr(inner.result())
+    return f"<{type(future).__name__} {state}>"

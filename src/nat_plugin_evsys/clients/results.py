@@ -1,0 +1,38 @@
+"""Results of the training calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinker import types
+
+from nat_plugin_evsys.engine.sample_result import FieldAccess
+
+
+class ForwardBackwardOutput(FieldAccess, types.ForwardBackwardOutput):
+    """Tinker's output of ``forward`` and ``forward_backward``, plus the loss where other APIs look for it. *Extension.*
+
+    ``output["result"]`` is Weaver's dict: ``loss_fn_outputs``, and ``metrics`` with the average ``loss`` beside
+    Tinker's ``name:reduction`` keys.
+    """
+
+    @classmethod
+    def of(cls, output: types.ForwardBackwardOutput) -> ForwardBackwardOutput:
+        """The engine's output in this type."""
+        return cls(output.loss_fn_output_type, output.loss_fn_outputs, output.metrics)
+
+    @property
+    def loss(self) -> float:
+        """``metrics["loss:sum"]``, the sum that the gradient is of (Tinker's examples print it)."""
+        return self.metrics["loss:sum"]
+
+    @property
+    def average_loss(self) -> float:
+        """``loss:sum`` divided by the number of trained tokens, ``tokens:sum``; 0 where there are none."""
+        tokens = self.metrics.get("tokens:sum", 0.0)
+        return self.loss / tokens if tokens else 0.0
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Weaver's form."""
+        return {"loss_fn_outputs": self.loss_fn_outputs, "metrics": {**self.metrics, "loss": self.average_loss}}

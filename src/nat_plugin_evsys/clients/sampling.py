@@ -1,0 +1,146 @@
+"""Samples from one fixed policy version."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+from tinker import types
+
+from nat_plugin_evsys.clients.arguments import check_int, refuse_options
+from nat_plugin_evsys.clients.futures import ResultFuture, after, failed
+from nat_plugin_evsys.clients.methods import answers, awaits, refuses
+from nat_plugin_evsys.engine.model import BaseModel
+from nat_plugin_evsys.engine.sample_request import TokenCallback
+from nat_plugin_evsys.engine.sample_result import SampleResult
+from nat_plugin_evsys.engine.sampling_client import LocalSamplingClient, Prompt
+from nat_plugin_evsys.errors import DataError, EvsysError
+
+_IN_THIS_PROCESS = "the weights are in this process; save them and create a sampling client from the path there"
+
+
+class SamplingClient:
+    """Tinker's SamplingClient over the engine in this process. Get one from a ServiceClient or a TrainingClient.
+
+    It never waits for a training operation, and every result says which ``policy_version`` it ran. Safe to use from
+    several threads and event loops at once.
+
+    Attributes:
+        policy_version: optimizer steps that made the weights; -1 is the bare base model. *Extension* (Loops).
+        model_path: the checkpoint that it was created from, or None.
+    """
+
+    def __init__(self, engine: LocalSamplingClient, base: BaseModel, model_path: str | None = None) -> None:
+        self.policy_version = engine.policy_version
+        self.model_path = model_path
+        self._engine = engine
+        self._base = base
+        self._tokenizer: Any = None
+        self._tokenizer_lock = threading.Lock()
+
+    def sample(
+        self,
+        prompt: Prompt,
+        num_samples: int,
+        sampling_params: types.SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: types.TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
+        *,
+        on_tokens: TokenCallback | None = None,
+        wait: bool = False,
+    ) -> ResultFuture[SampleResult]:
+        """Sample ``num_samples`` sequences after ``prompt``.
+
+        The result is a ``types.SampleResult``: Tinker's SampleResponse with ``policy_version``, whose sequences also
+        have their ``text``. It, and the future, may be read like dicts (Weaver): ``future["sequences"][0]["tokens"]``.
+
+        Args:
+            prompt: token ids, as a ModelInput or a list.
+            num_samples: sequences, at least 1.
+            sampling_params: Tinker's, or ``nat_plugin_evsys.types.SamplingParams`` for ``repetition_penalty``. Logprobs
+                are those of the distribution sampled; ``engine.decoding`` states the order of its steps.
+            include_prompt_logprobs: give each prompt token's log-probability at temperature 1; None for the first.
+            topk_prompt_logprobs: and those of the k likeliest tokens there.
+            topk_sample_logprobs: the k likeliest tokens of each sampled position.
+            target_prompt_logprobs, prompt_alt_tokens_k: refused.
+            prompt_logprobs_last_n: give only the last n prompt tokens' logprobs.
+            on_tokens: called from the sampler's thread as tokens arrive. *Extension.*
+            wait: return only when it is done, raising its error. *Extension* (Weaver).
+
+        Raises, through the future:
+            DataError: a malformed prompt or parameter.
+            PromptTooLongError: the prompt leaves no room for a token.
+            ModelError: the model failed, or gave logits that are not finite.
+            UnsupportedError: a refused option.
+            EngineClosedError: the ServiceClient has been closed.
+        """
+        try:
+            refuse_options(target_prompt_logprobs=target_prompt_logprobs, prompt_alt_tokens_k=prompt_alt_tokens_k)
+            if not isinstance(sampling_params, types.SamplingParams):
+                raise DataError(f"sampling_params is a {type(sampling_params).__name__}; give types.SamplingParams")
+            check_int("num_samples", num_samples, least=1, error=DataError)
+            check_int("topk_prompt_logprobs", topk_prompt_logprobs, least=0, error=DataError)
+            check_int("topk_sample_logprobs", topk_sample_logprobs, least=0, error=DataError)
+            _check_last_n(prompt_logprobs_last_n)
+        except EvsysError as error:
+            return after(failed(ResultFuture(), error), wait)
+        future = self._engine.sample(
+            prompt,
+            num_samples,
+            sampling_params.model_copy(),
+            include_prompt_logprobs,
+            topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            prompt_logprobs_last_n=prompt_logprobs_last_n,
+            on_tokens=on_tokens,
+        )
+        return after(ResultFuture(future), wait)
+
+    sample_async = awaits(sample)
+
+    def compute_logprobs(
+        self, prompt: Prompt, prompt_logprobs_last_n: int | None = None, *, wait: bool = False
+    ) -> ResultFuture[list[float | None]]:
+        """Log-probability (temperature 1) of each prompt token given those before it; None for the first.
+
+        With ``prompt_logprobs_last_n``, None for all but the last n. Raises through the future what ``sample`` does.
+        """
+        try:
+            _check_last_n(prompt_logprobs_last_n)
+        except EvsysError as error:
+            return after(failed(ResultFuture(), error), wait)
+        return after(ResultFuture(self._engine.compute_logprobs(prompt, prompt_logprobs_last_n)), wait)
+
+    compute_logprobs_async = awaits(compute_logprobs)
+
+    def get_tokenizer(self) -> Any:
+        """The base model's Hugging Face tokenizer: a copy, so that its settings are this client's own."""
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = copy.deepcopy(self._base.tokenizer)
+            return self._tokenizer
+
+    def get_base_model(self) -> str:
+        """The base model's name, as the user typed it."""
+        return self._base.name
+
+    get_base_model_async = answers(get_base_model)
+
+    def __reduce__(self) -> Any:
+        return refuses("SamplingClient", "pickling", _IN_THIS_PROCESS)(self)
+
+    create = staticmethod(refuses("SamplingClient", "create", "use ServiceClient.create_sampling_client"))
+    get_sampler_handle = refuses("SamplingClient", "get_sampler_handle", _IN_THIS_PROCESS)
+    from_sampler_handle = staticmethod(refuses("SamplingClient", "from_sampler_handle", _IN_THIS_PROCESS))
+    get_telemetry = refuses("SamplingClient", "get_telemetry", "nothing is reported to anyone")
+    on_queue_state_change = refuses("SamplingClient", "on_queue_state_change", "there is no server queue to observe")
+
+
+def _check_last_n(last_n: Any) -> None:
+    if last_n is not None:
+        check_int("prompt_logprobs_last_n", last_n, least=1, error=DataError)

@@ -1,0 +1,398 @@
+"""The way in: makes training and sampling clients over base models that are loaded once."""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any, Self, TypeVar
+
+from tinker import types
+
+from nat_plugin_evsys.clients.arguments import (
+    DEFAULT_RANK,
+    check_flag,
+    check_int,
+    check_lora_config,
+    check_metadata,
+    check_optimizer,
+    check_seed,
+    check_text,
+    refuse_options,
+)
+from nat_plugin_evsys.clients.capabilities import capabilities
+from nat_plugin_evsys.clients.futures import ClientFuture, ResultFuture
+from nat_plugin_evsys.clients.methods import answers, awaits, refuses
+from nat_plugin_evsys.clients.registry import BaseModels, SharedBase
+from nat_plugin_evsys.clients.rest import RestClient
+from nat_plugin_evsys.clients.runs import RunRecord
+from nat_plugin_evsys.clients.sampling import SamplingClient
+from nat_plugin_evsys.clients.store import CheckpointStore, default_store
+from nat_plugin_evsys.clients.training import TrainingClient
+from nat_plugin_evsys.engine.checkpoints import check_base, load_adapter, load_checkpoint, read_checkpoint
+from nat_plugin_evsys.engine.lora import LoraAdapter
+from nat_plugin_evsys.engine.targets import linear_roles
+from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.errors import ConfigError, EngineClosedError
+
+F = TypeVar("F", bound=ClientFuture[Any] | ResultFuture[Any])
+
+LORA_ALPHA = 32.0
+"""Tinker's alpha; the delta is scaled by ``alpha / rank``, which makes the learning rate independent of the rank."""
+
+BASE_POLICY_VERSION = -1
+
+_WORKERS = 4
+
+
+class ServiceClient:
+    """Tinker's ServiceClient with the engine in this process: no server, no key.
+
+    Each base model is loaded once, however many training and sampling clients use it. Creating calls check their
+    arguments at once and return a future of the client, which may be used as the client itself. Also a context manager.
+
+    Args:
+        user_metadata: put into the metadata of each training run.
+        project_id, display_name, base_url, api_key, default_headers_overrides: refused, as there is no server.
+        store: directory of the checkpoints; default ``$EVSYS_HOME/checkpoints``, else ``./.evsys/checkpoints``.
+            *Extension*, as are all below.
+        device, dtype: see ``engine.model.load_base_model``.
+        context_length: most tokens of a sequence, if fewer than the model's own.
+        max_batch_size: most sequences of one policy version that are decoded together.
+        trust_remote_code: let a model run code of its own.
+        cache_dir: where ``builtin/…`` models are kept.
+
+    Raises:
+        UnsupportedError: a refused argument.
+        ConfigError: a malformed one.
+    """
+
+    def __init__(
+        self,
+        user_metadata: dict[str, str] | None = None,
+        project_id: None = None,
+        *,
+        display_name: None = None,
+        base_url: None = None,
+        api_key: None = None,
+        default_headers_overrides: None = None,
+        store: Path | str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        context_length: int | None = None,
+        max_batch_size: int = 64,
+        trust_remote_code: bool = False,
+        cache_dir: Path | str | None = None,
+    ) -> None:
+        refuse_options(
+            project_id=project_id,
+            display_name=display_name,
+            base_url=base_url,
+            api_key=api_key,
+            default_headers_overrides=default_headers_overrides,
+        )
+        if context_length is not None:
+            check_int("context_length", context_length, least=2)
+        self.session_id = str(uuid.uuid4())
+        self.store = CheckpointStore(default_store() if store is None else Path(store))
+        self._user_metadata = check_metadata(user_metadata)
+        self._bases = BaseModels(
+            max_batch_size=check_int("max_batch_size", max_batch_size, least=1),
+            device=check_text("device", device),
+            dtype=check_text("dtype", dtype),
+            context_length=context_length,
+            trust_remote_code=check_flag("trust_remote_code", trust_remote_code),
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+        )
+        self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="evsys-service")
+        self._lock = Lock()
+        self._clients: weakref.WeakValueDictionary[str, TrainingClient] = weakref.WeakValueDictionary()
+        self._models = 0
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # -- training clients
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = DEFAULT_RANK,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: dict[str, str] | None = None,
+        optimizer: types.OptimizerConfig | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """A future of a client with a fresh adapter: A kaiming-uniform, B zero, alpha 32, scale alpha / rank.
+
+        Args:
+            base_model: ``builtin/tiny``, a directory, or a Hugging Face hub id.
+            rank: r of the LoRA matrices.
+            seed: of A; None draws one.
+            train_mlp, train_attn, train_unembed: which layers get matrices; at least one.
+            user_metadata: strings by strings, of the training run.
+            optimizer: AdamW, the only one.
+
+        Raises:
+            ConfigError: a malformed argument.
+            UnsupportedError: another optimizer.
+            EngineClosedError: the ServiceClient has been closed.
+            ModelError: (through the future) the model cannot be loaded or lacks a layer asked for.
+        """
+        check_text("base_model", base_model)
+        lora: dict[str, Any] = {
+            "rank": check_int("rank", rank, least=1),
+            "seed": check_seed(seed),
+            "train_mlp": check_flag("train_mlp", train_mlp),
+            "train_attn": check_flag("train_attn", train_attn),
+            "train_unembed": check_flag("train_unembed", train_unembed),
+        }
+        if not (train_mlp or train_attn or train_unembed):
+            raise ConfigError("nothing to train: set at least one of train_mlp, train_attn, train_unembed to True")
+        check_optimizer(optimizer)
+        metadata, model_id = self._metadata(user_metadata), self._next_model_id()
+
+        def create() -> TrainingClient:
+            shared = self._bases.get(base_model)
+            model = shared.train(LoraAdapter.create(shared.base.model, alpha=LORA_ALPHA, **lora))
+            return self._register(model_id, shared, model, metadata)
+
+        return self._submit(create, ClientFuture)
+
+    create_lora_training_client_async = awaits(create_lora_training_client)
+
+    def create_model(
+        self, base_model: str, lora_config: Mapping[str, Any] | types.LoraConfig | None = None
+    ) -> ClientFuture[TrainingClient]:
+        """Weaver's name for ``create_lora_training_client``. *Extension.*
+
+        Args:
+            base_model: as there.
+            lora_config: ``rank``, ``seed``, ``train_mlp``, ``train_attn``, ``train_unembed``; a dict or a
+                ``types.LoraConfig``.
+
+        Raises:
+            ConfigError: an unknown key or a malformed value.
+        """
+        return self.create_lora_training_client(base_model, **check_lora_config(lora_config).model_dump())
+
+    create_model_async = awaits(create_model)
+
+    def create_training_client_from_state(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: types.OptimizerConfig | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """A future of a client with a checkpoint's LoRA shape and weights, and a fresh optimizer.
+
+        Args:
+            path: ``tinker://…`` of this store, or a checkpoint's directory.
+            base_model: where the base model is, if no longer where the checkpoint says; it must be the same model.
+            user_metadata: of the new training run.
+            weights_access_token: refused.
+            optimizer: AdamW, the only one.
+
+        Raises:
+            ConfigError, UnsupportedError, EngineClosedError: as ``create_lora_training_client``.
+            CheckpointError: (through the future) missing, expired, torn, or made for another base model.
+            ModelError: (through the future) the base model cannot be loaded.
+        """
+        check_optimizer(optimizer)
+        return self._from_state(path, base_model, user_metadata, weights_access_token, with_optimizer=False)
+
+    create_training_client_from_state_async = awaits(create_training_client_from_state)
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str,
+        base_model: str | None = None,
+        user_metadata: dict[str, str] | None = None,
+        weights_access_token: str | None = None,
+    ) -> ClientFuture[TrainingClient]:
+        """``create_training_client_from_state`` with the optimizer's moments: training resumes bit for bit (CPU)."""
+        return self._from_state(path, base_model, user_metadata, weights_access_token, with_optimizer=True)
+
+    create_training_client_from_state_with_optimizer_async = awaits(create_training_client_from_state_with_optimizer)
+
+    # -- sampling clients
+
+    def create_sampling_client(
+        self,
+        model_path: str | None = None,
+        base_model: str | None = None,
+        retry_config: None = None,
+        record_stability_info: bool = False,
+    ) -> ClientFuture[SamplingClient]:
+        """A future of a client that samples from saved weights, or from a bare base model.
+
+        Args:
+            model_path: ``tinker://…`` of this store, or a checkpoint's directory.
+            base_model: alone, the base model to sample from; beside model_path, where the checkpoint's base model is.
+            retry_config, record_stability_info: refused.
+
+        Raises:
+            ConfigError: neither was given, or one is malformed.
+            UnsupportedError: a refused argument.
+            EngineClosedError: the ServiceClient has been closed.
+            CheckpointError: (through the future) missing, expired, torn, or made for another base model.
+            ModelError: (through the future) the base model cannot be loaded.
+        """
+        refuse_options(retry_config=retry_config, record_stability_info=record_stability_info)
+        if model_path is None and base_model is None:
+            raise ConfigError("create_sampling_client needs model_path (saved weights) or base_model (the bare model)")
+        if base_model is not None:
+            check_text("base_model", base_model)
+
+        def create() -> SamplingClient:
+            if model_path is None:
+                assert base_model is not None
+                shared = self._bases.get(base_model)
+                return SamplingClient(shared.sampler.client(None, BASE_POLICY_VERSION), shared.base)
+            info = read_checkpoint(self.store.resolve(model_path))
+            shared = self._bases.get(base_model or info.base_model)
+            adapter = load_adapter(info.path, shared.base)
+            return SamplingClient(shared.sampler.client(adapter, info.step), shared.base, str(model_path))
+
+        return self._submit(create, ClientFuture)
+
+    create_sampling_client_async = awaits(create_sampling_client)
+
+    # -- the rest
+
+    def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
+        """The builtin models and the models in memory. Any directory and hub id is a base model besides.
+
+        Raises:
+            EngineClosedError: the ServiceClient has been closed.
+        """
+        self._check_open()
+        return capabilities(self._bases.loaded())
+
+    get_server_capabilities_async = answers(get_server_capabilities)
+
+    def create_rest_client(self) -> RestClient:
+        """A client that lists and deletes this store's checkpoints and training runs.
+
+        Raises:
+            EngineClosedError: the ServiceClient has been closed.
+        """
+        self._check_open()
+        return RestClient(self)
+
+    def close(self, status: str = "success", detail: str | None = None) -> ResultFuture[None]:
+        """Close all training clients, fail what is being sampled, let go of the base models. Idempotent.
+
+        ``status`` and ``detail`` are Tinker's; there is no session to mark with them, so they change nothing.
+
+        Returns:
+            a future that is done.
+        """
+        with self._lock:
+            self._closed = True
+            clients = list(self._clients.values())
+        for client in clients:
+            client.close()
+        self._bases.close()
+        self._executor.shutdown(wait=False)
+        done: ResultFuture[None] = ResultFuture()
+        done.future().set_result(None)
+        return done
+
+    copy_weights = refuses("ServiceClient", "copy_weights", "there are no projects; copy the checkpoint's directory")
+    create_custom_loss = refuses(
+        "ServiceClient", "create_custom_loss", "pass the Python function to forward_backward_custom"
+    )
+    get_console_url = refuses("ServiceClient", "get_console_url", "there is no console")
+    get_telemetry = refuses("ServiceClient", "get_telemetry", "nothing is reported to anyone")
+
+    def live_runs(self) -> list[RunRecord]:
+        """The records of the training clients that are open."""
+        with self._lock:
+            return [client.record for client in self._clients.values()]
+
+    def run_in_background(self, call: Callable[[], Any]) -> ResultFuture[Any]:
+        """A future of what ``call`` returns, in a thread of the service's.
+
+        Raises:
+            EngineClosedError: the ServiceClient has been closed.
+        """
+        return self._submit(call, ResultFuture)
+
+    def _from_state(
+        self, path: str, base_model: str | None, user_metadata: Any, token: str | None, *, with_optimizer: bool
+    ) -> ClientFuture[TrainingClient]:
+        refuse_options(weights_access_token=token)
+        if base_model is not None:
+            check_text("base_model", base_model)
+        metadata, model_id = self._metadata(user_metadata), self._next_model_id()
+
+        def create() -> TrainingClient:
+            info = read_checkpoint(self.store.resolve(path))
+            shared = self._bases.get(base_model or info.base_model)
+            check_base(info, shared.base)
+            roles = linear_roles(shared.base.model)
+            trained = {f"train_{role}": role in {roles.get(t) for t in info.targets} for role in roles.values()}
+            flags = {"train_attn": False, "train_mlp": False, "train_unembed": False, **trained}
+            adapter = LoraAdapter.create(shared.base.model, rank=info.rank, alpha=info.alpha, **flags)
+            model = shared.train(adapter)
+            load_checkpoint(info.path, model, with_optimizer=with_optimizer)
+            return self._register(model_id, shared, model, metadata)
+
+        return self._submit(create, ClientFuture)
+
+    def _register(
+        self, model_id: str, shared: SharedBase, model: TrainableModel, metadata: dict[str, str]
+    ) -> TrainingClient:
+        roles = linear_roles(shared.base.model)
+        trained = {roles[name] for name in model.adapter.weights}
+        record = RunRecord(
+            model_id=model_id,
+            base_model=shared.base.name,
+            lora_rank=model.adapter.rank,
+            train_attn="attn" in trained,
+            train_mlp="mlp" in trained,
+            train_unembed="unembed" in trained,
+            user_metadata=metadata,
+        )
+        client = TrainingClient(self, record, shared, model)
+        with self._lock:
+            if not self._closed:
+                self._clients[model_id] = client
+                return client
+        client.close()
+        raise EngineClosedError("the ServiceClient was closed while the training client was being created")
+
+    def _metadata(self, user_metadata: Any) -> dict[str, str]:
+        return {**self._user_metadata, **check_metadata(user_metadata)}
+
+    def _next_model_id(self) -> str:
+        with self._lock:
+            self._models += 1
+            return f"{self.session_id}:train:{self._models - 1}"
+
+    def _submit(self, call: Callable[[], Any], future_type: type[F]) -> F:
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            return future_type(self._executor.submit(call))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _closed()
+
+
+def _closed() -> EngineClosedError:
+    return EngineClosedError("the ServiceClient has been closed; create a new one")

@@ -1,0 +1,428 @@
+"""Trains one LoRA adapter: Tinker's TrainingClient over the engine in this process."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tinker import types
+
+from nat_plugin_evsys.clients.arguments import (
+    check_data,
+    check_flag,
+    check_loss_fn,
+    check_loss_fn_config,
+    check_metadata,
+    check_ttl,
+    refuse_options,
+)
+from nat_plugin_evsys.clients.custom_loss import CustomLoss, checked_loss
+from nat_plugin_evsys.clients.extensions import ModelData
+from nat_plugin_evsys.clients.futures import ClientFuture, ForwardBackwardFuture, ResultFuture, after, failed
+from nat_plugin_evsys.clients.methods import answers, awaits, refuses, submits
+from nat_plugin_evsys.clients.registry import SharedBase
+from nat_plugin_evsys.clients.results import ForwardBackwardOutput
+from nat_plugin_evsys.clients.runs import RunRecord
+from nat_plugin_evsys.clients.sampling import SamplingClient
+from nat_plugin_evsys.clients.store import CheckpointStore
+from nat_plugin_evsys.engine.checkpoints import Kind, load_checkpoint
+from nat_plugin_evsys.engine.operations import OperationFuture
+from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.training_queue import Operation, TrainingQueue
+from nat_plugin_evsys.errors import ConfigError, EngineClosedError, EvsysError, UnsupportedError
+
+if TYPE_CHECKING:
+    import tinker
+
+    from nat_plugin_evsys.clients.service import ServiceClient
+
+F = TypeVar("F", bound=OperationFuture[Any])
+
+
+class TrainingClient:
+    """One adapter under training. Get one from a ServiceClient.
+
+    Every call submits at once and returns a future (``.result(timeout)``, or ``await``); what is wrong with a call's
+    arguments is raised through its future too. Operations of one client run in submission order in a thread of its
+    own; those of several clients run side by side. An operation that fails, fails its own future and changes nothing.
+    A call on a closed client raises EngineClosedError at once. With ``wait=True`` (*extension*, Weaver) a call returns
+    only when it is done, and raises its error itself. Safe to use from several threads and event loops at once.
+
+    Attributes:
+        model_id: ``<session_id>:train:<n>``.
+    """
+
+    def __init__(self, service: ServiceClient, record: RunRecord, shared: SharedBase, model: TrainableModel) -> None:
+        self.model_id = record.model_id
+        self.record = record
+        self._service = service
+        self._store: CheckpointStore = service.store
+        self._shared = shared
+        self._model = weakref.ref(model)
+        self._queue = TrainingQueue(model)
+        self._tokenizer: Any = None
+        self._tokenizer_lock = threading.Lock()
+        # A client that nobody refers to any more, and that has nothing left to do, takes its thread and model along.
+        weakref.finalize(self, self._queue.close, 0.0).atexit = False
+
+    @property
+    def policy_version(self) -> int:
+        """Optimizer steps that made the current weights; what a sampling client made now would report. *Extension*.
+
+        Raises:
+            EngineClosedError: the client has been closed.
+        """
+        model = self._model()
+        if model is None or self._queue.closed:
+            raise EngineClosedError("the training client has been closed; create a new one")
+        return model.step
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """``(done tokens, total tokens)`` of the operation that runs or ran last. *Extension.*"""
+        return self._queue.progress
+
+    # -- losses
+
+    def forward(
+        self,
+        data: list[tinker.Datum],
+        loss_fn: types.LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+        *,
+        wait: bool = False,
+    ) -> ForwardBackwardFuture:
+        """Loss, logprobs and metrics of ``data`` without a gradient; see ``forward_backward``."""
+        return self._loss(TrainableModel.forward, data, loss_fn, loss_fn_config, wait)
+
+    forward_async = submits(forward)
+
+    def forward_backward(
+        self,
+        data: list[tinker.Datum],
+        loss_fn: types.LossFnType,
+        loss_fn_config: Mapping[str, float | str] | None = None,
+        *,
+        wait: bool = False,
+    ) -> ForwardBackwardFuture:
+        """Loss of ``data``, a *sum* over its tokens, and its gradient, which accumulates until ``optim_step``.
+
+        Args:
+            data: ``types.Datum`` each, at least one; lengths may differ.
+            loss_fn: ``cross_entropy``, ``importance_sampling``, ``ppo``, ``cispo``, ``dro`` or ``gspo``; formulas,
+                inputs and config keys are in ``engine.losses``.
+            loss_fn_config: the loss function's options.
+            wait: return only when it is done, raising its error.
+
+        Returns:
+            a future of ``types.ForwardBackwardOutput``: per Datum ``logprobs`` and ``elementwise_loss`` in the shape of
+            its target_tokens; ``metrics`` with ``loss:sum`` and more; ``loss``.
+
+        Raises, through the future:
+            DataError: ``data`` or ``loss_fn`` is malformed (before any compute).
+            ConfigError: ``loss_fn_config`` is wrong (before any compute).
+        """
+        return self._loss(TrainableModel.forward_backward, data, loss_fn, loss_fn_config, wait)
+
+    forward_backward_async = submits(forward_backward)
+
+    def forward_backward_custom(
+        self, data: list[tinker.Datum], loss_fn: CustomLoss, *, loss_type_input: None = None, wait: bool = False
+    ) -> ForwardBackwardFuture:
+        """``forward_backward`` with ``loss_fn(data, logprobs) -> (loss, metrics)``, which runs in the client's thread.
+
+        The gradient is exact (Tinker's two passes: logprobs, then cross_entropy weighted with -dC/dlogprobs). The
+        metrics are the loss's own, ``loss:sum`` and ``surrogate_loss:sum``.
+
+        Raises, through the future:
+            DataError: ``data`` is malformed, or the loss returned something else than it should.
+            UnsupportedError: loss_type_input was given.
+            whatever ``loss_fn`` raised.
+        """
+
+        def prepare() -> Operation:
+            refuse_options(loss_type_input=loss_type_input)
+            rows, loss = check_data(data), checked_loss(loss_fn)
+            return lambda model, progress: ForwardBackwardOutput.of(model.forward_backward_custom(rows, loss, progress))
+
+        return self._submit(prepare, ForwardBackwardFuture(), wait)
+
+    forward_backward_custom_async = submits(forward_backward_custom)
+
+    def optim_step(
+        self,
+        optim_params: types.OptimParams | None = None,
+        *,
+        adam_params: types.AdamParams | None = None,
+        wait: bool = False,
+    ) -> ResultFuture[types.OptimStepResponse]:
+        """One AdamW step (== ``torch.optim.AdamW``) on the accumulated gradient, which it then clears.
+
+        Args:
+            optim_params: ``types.AdamParams``: the learning rate and the other values are of this step.
+            adam_params: the same under its older name.
+            wait: return only when it is done, raising its error.
+
+        Returns:
+            a future of ``types.OptimStepResponse`` with metrics ``grad_norm`` (before clipping), ``clip_coefficient``,
+            ``learning_rate`` and ``step``.
+
+        Raises, through the future:
+            ConfigError: no AdamParams, both names used, or a value out of range; the gradient stays.
+            DataError: no gradient has accumulated.
+            NonFiniteGradientError: weights and moments are as they were, the gradient is cleared.
+        """
+
+        def prepare() -> Operation:
+            if optim_params is not None and adam_params is not None:
+                raise ConfigError("optim_step takes optim_params or, as its older name, adam_params; not both")
+            given: Any = optim_params if optim_params is not None else adam_params
+            if not isinstance(given, types.AdamParams):
+                raise ConfigError(
+                    f"optim_step takes tinker.AdamParams, got {type(given).__name__}; AdamW is the only optimizer"
+                )
+            adam = given.model_copy()
+            return lambda model, _: model.optim_step(adam)
+
+        return self._submit(prepare, ResultFuture(), wait)
+
+    optim_step_async = submits(optim_step)
+
+    # -- checkpoints
+
+    def save_state(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+        *,
+        wait: bool = False,
+    ) -> ResultFuture[types.SaveWeightsResponse]:
+        """Save weights and optimizer state, atomically, as ``tinker://<model_id>/weights/<name>``.
+
+        Args:
+            name: letters, digits and ``. _ = + -``.
+            ttl_seconds: after how long it may be deleted, one hour to ten years; None is never.
+            overwrite: replace the one of that name, with its metadata and expiry.
+            user_metadata: strings by strings.
+            wait: return only when it is done, raising its error.
+
+        Raises, through the future:
+            CheckpointError: the name is refused or taken, or the disk refused the write.
+            ConfigError: ttl_seconds or user_metadata is malformed.
+        """
+
+        def respond(path: str) -> types.SaveWeightsResponse:
+            return types.SaveWeightsResponse(path=path, type="save_weights")
+
+        def prepare() -> Operation:
+            return self._saving("training", name, ttl_seconds, overwrite, user_metadata, respond)
+
+        return self._submit(prepare, ResultFuture(), wait)
+
+    save_state_async = submits(save_state)
+
+    def save_weights_for_sampler(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        user_metadata: dict[str, str] | None = None,
+        *,
+        overwrite: bool = False,
+        wait: bool = False,
+    ) -> ResultFuture[types.SaveWeightsForSamplerResponse]:
+        """Save the weights, atomically, as ``tinker://<model_id>/sampler_weights/<name>``, a PEFT directory.
+
+        Arguments and errors are those of ``save_state``; ``overwrite`` is an *extension*.
+        """
+
+        def respond(path: str) -> types.SaveWeightsForSamplerResponse:
+            return types.SaveWeightsForSamplerResponse(path=path, type="save_weights_for_sampler")
+
+        def prepare() -> Operation:
+            return self._saving("sampler", name, ttl_seconds, overwrite, user_metadata, respond)
+
+        return self._submit(prepare, ResultFuture(), wait)
+
+    save_weights_for_sampler_async = submits(save_weights_for_sampler)
+
+    def load_state(
+        self, path: str, weights_access_token: str | None = None, *, wait: bool = False
+    ) -> ResultFuture[types.LoadWeightsResponse]:
+        """Put a checkpoint's weights in place of the current ones; the optimizer starts afresh, the gradient is gone.
+
+        It may be called at any time (Tinker: as the first call only).
+
+        Args:
+            path: ``tinker://…`` of this store, or a checkpoint's directory.
+            weights_access_token: refused.
+            wait: return only when it is done, raising its error.
+
+        Raises, through the future:
+            CheckpointError: missing, expired, torn, or made for another base model or LoRA shape. Nothing has changed.
+        """
+        return self._load(path, weights_access_token, False, wait)
+
+    load_state_async = submits(load_state)
+
+    def load_state_with_optimizer(
+        self, path: str, weights_access_token: str | None = None, *, wait: bool = False
+    ) -> ResultFuture[types.LoadWeightsResponse]:
+        """``load_state``, and the optimizer's moments with it: training goes on bit for bit (on the CPU)."""
+        return self._load(path, weights_access_token, True, wait)
+
+    load_state_with_optimizer_async = submits(load_state_with_optimizer)
+
+    # -- sampling
+
+    def create_sampling_client(
+        self, model_path: str, retry_config: None = None, record_stability_info: bool = False
+    ) -> ClientFuture[SamplingClient]:
+        """A client of saved weights over this client's base model; see ``ServiceClient.create_sampling_client``."""
+        return self._service.create_sampling_client(
+            model_path, self._shared.base.name, retry_config, record_stability_info
+        )
+
+    create_sampling_client_async = awaits(create_sampling_client)
+
+    def save_weights_and_get_sampling_client(
+        self,
+        name: str | None = None,
+        retry_config: None = None,
+        record_stability_info: bool = False,
+        kind: types.SamplingClientKind = "snapshot",
+    ) -> ClientFuture[SamplingClient]:
+        """Freeze the weights as they are after the operations submitted so far; returns a future of a client of them.
+
+        The snapshot is in memory and goes with the client. With ``name`` the weights are also saved as by
+        ``save_weights_for_sampler``, in place of any of that name. The future may be used as the client itself.
+
+        Raises, through the future:
+            UnsupportedError: ``kind="inflight"``, retry_config or record_stability_info.
+            CheckpointError: the name is refused, or the disk refused the write.
+        """
+
+        def prepare() -> Operation:
+            refuse_options(retry_config=retry_config, record_stability_info=record_stability_info)
+            if kind != "snapshot":
+                raise UnsupportedError(
+                    f"kind={kind!r} is not offered: no sequence mixes two policy versions here; take snapshots"
+                )
+
+            def snapshot(model: TrainableModel, _: Any) -> SamplingClient:
+                path = None
+                if name is not None:
+                    path = self._store.save(
+                        self.record,
+                        model,
+                        name,
+                        kind="sampler",
+                        overwrite=True,
+                        ttl_seconds=None,
+                        user_metadata={},
+                    )
+                client = self._shared.sampler.client(model.adapter, model.step)
+                return SamplingClient(client, self._shared.base, path)
+
+            return snapshot
+
+        return self._submit(prepare, ClientFuture(), False)
+
+    save_weights_and_get_sampling_client_async = awaits(save_weights_and_get_sampling_client)
+
+    # -- facts
+
+    def get_info(self) -> types.GetInfoResponse:
+        """The model's id, base model and LoRA rank. Answers at once."""
+        base, rank = self._shared.base, self.record.lora_rank
+        data = ModelData(
+            arch=base.model.config.model_type,
+            model_name=base.name,
+            tokenizer_id=getattr(base.tokenizer, "name_or_path", None) or base.name,
+            model_id=self.model_id,
+            lora_rank=rank,
+        )
+        return types.GetInfoResponse(
+            type="get_info",
+            model_data=data,
+            model_id=self.model_id,
+            is_lora=True,
+            lora_rank=rank,
+            model_name=base.name,
+        )
+
+    get_info_async = answers(get_info)
+
+    def get_tokenizer(self) -> Any:
+        """The base model's Hugging Face tokenizer: a copy, so that its settings are this client's own."""
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = copy.deepcopy(self._shared.base.tokenizer)
+            return self._tokenizer
+
+    def close(self) -> None:
+        """Stop at the next micro-batch, fail what is queued with EngineClosedError, free the adapter. *Extension.*
+
+        Its checkpoints, and sampling clients made from it, live on.
+        """
+        self._queue.close()
+
+    save_weights_external = refuses(
+        "TrainingClient", "save_weights_external", "a sampler checkpoint is a PEFT directory: save_weights_for_sampler"
+    )
+    save_weights_external_async = save_weights_external
+    get_console_url = refuses("TrainingClient", "get_console_url", "there is no console")
+    get_telemetry = refuses("TrainingClient", "get_telemetry", "nothing is reported to anyone")
+
+    def _loss(
+        self, method: Callable[..., types.ForwardBackwardOutput], data: Any, loss_fn: Any, config: Any, wait: bool
+    ) -> ForwardBackwardFuture:
+        def prepare() -> Operation:
+            rows, name, options = check_data(data), check_loss_fn(loss_fn), check_loss_fn_config(config)
+            return lambda model, progress: ForwardBackwardOutput.of(method(model, rows, name, options, progress))
+
+        return self._submit(prepare, ForwardBackwardFuture(), wait)
+
+    def _saving(
+        self, kind: Kind, name: str, ttl: Any, overwrite: Any, metadata: Any, respond: Callable[[str], Any]
+    ) -> Operation:
+        options: dict[str, Any] = {
+            "overwrite": check_flag("overwrite", overwrite),
+            "ttl_seconds": check_ttl(ttl),
+            "user_metadata": check_metadata(metadata),
+        }
+        return lambda model, _: respond(self._store.save(self.record, model, name, kind=kind, **options))
+
+    def _load(
+        self, path: str, weights_access_token: str | None, with_optimizer: bool, wait: bool
+    ) -> ResultFuture[types.LoadWeightsResponse]:
+        def load(model: TrainableModel, _: Any) -> types.LoadWeightsResponse:
+            load_checkpoint(self._store.resolve(path), model, with_optimizer=with_optimizer)
+            return types.LoadWeightsResponse(path=str(path), model_id=self.model_id, type="load_weights")
+
+        def prepare() -> Operation:
+            refuse_options(weights_access_token=weights_access_token)
+            return load
+
+        return self._submit(prepare, ResultFuture(), wait)
+
+    def _submit(self, prepare: Callable[[], Operation], future: F, wait: bool) -> F:
+        """Check the arguments, then queue the operation."""
+        if self._queue.closed:
+            raise EngineClosedError(f"the training client {self.model_id} has been closed; create a new one")
+        try:
+            operation = prepare()
+        except EvsysError as error:
+            return after(failed(future, error), wait)
+
+        def run(model: TrainableModel, progress: Any) -> Any:
+            # Referring to self, a queued operation keeps its client from being collected.
+            self.record.last_request_at = time.time()
+            return operation(model, progress)
+
+        return after(self._queue.submit(run, future), wait)
