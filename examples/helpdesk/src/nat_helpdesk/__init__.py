@@ -1,1 +1,1 @@
-"""A help desk agent to learn on: one tool, six teams."""
+"""A help desk agent to learn on: one tool, four teams."""

@@ -6,13 +6,15 @@ from typing import Literal, cast
 from nat.plugin_api import Builder, FunctionBaseConfig, FunctionInfo, register_function
 from pydantic import BaseModel, ConfigDict, Field
 
-Team = Literal["network", "printing", "accounts", "payroll", "hardware", "building"]
+Team = Literal["network", "printing", "accounts", "payroll"]
 
-DESKS: dict[Team, int] = {"network": 12, "printing": 27, "accounts": 34, "payroll": 48, "hardware": 51, "building": 69}
+DESKS: dict[Team, int] = {"network": 12, "printing": 27, "accounts": 34, "payroll": 48}
+
+DESCRIPTION = "Route the ticket to a team. Returns its desk."
 
 
 class RouteTicketConfig(FunctionBaseConfig, name="helpdesk_route_ticket"):
-    """Routes a ticket to one of the six teams of the help desk and tells at which desk the team sits."""
+    """Routes a ticket to one of the four teams of the help desk and tells at which desk the team sits."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -33,6 +35,4 @@ async def route_ticket(config: RouteTicketConfig, builder: Builder) -> AsyncIter
     async def _route_ticket(team: str) -> str:
         return f"desk {config.desks[cast(Team, team)]}"
 
-    yield FunctionInfo.from_fn(
-        _route_ticket, input_schema=RouteTicketInput, description="Route the ticket to a team. Returns its desk."
-    )
+    yield FunctionInfo.from_fn(_route_ticket, input_schema=RouteTicketInput, description=DESCRIPTION)
