@@ -95,6 +95,6 @@ def test_every_step_is_adamws(base_of: Any, measured: Any) -> None:
     assert clipped > 5
     for key, value in worst.items():
         measured(
-            "6 optimizer and PEFT", f"weights after each AdamW step vs {key} in float64 (relative)",
+            "9 optimizer and PEFT", f"weights after each AdamW step vs {key} in float64 (relative)",
             worst=value, bound=TOLERANCE, schedules=runs, steps=steps, clipped=clipped,
         )  # fmt: skip

@@ -10,8 +10,9 @@ from pathlib import Path
 
 TRIES = {"renameat2": 50, "plain renames": 12}
 
-# One process loads torch and forks a child for every try. All B matrices of a save hold the number of its step, so
-# that whatever is loaded tells which save it came from. "plain renames" is what a kernel without renameat2 gives.
+# One process loads torch and forks a child for every try, which is killed at a random moment after its first or
+# second save began. All B matrices and first moments of a save hold the number of its step, so that whatever is loaded
+# tells which save it came from. "plain renames" is what a kernel without renameat2 gives.
 PROGRAM = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -54,13 +55,19 @@ def kill(tries):
     rng, step, seen = random.Random(0), 1, set()
     found = {"lost": 0, "mixed": 0, "torn_listed": 0, "mid_save": 0, "saves": 0}
     for attempt in range(tries):
+        finished, tell = os.pipe()
         child = os.fork()
         while child == 0:
             save(model.step + 1)
+            os.write(tell, b".")
             save_checkpoint(directory, f"step-{model.step % 3}", model, kind="sampler")
-        time.sleep(rng.uniform(0, 2 * typical))
+        os.close(tell)
+        for _ in range(rng.randrange(2)):
+            os.read(finished, 1)
+        time.sleep(rng.uniform(0, typical))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(finished)
         names = {p.name for p in directory.iterdir()}
         found["mid_save"] += any(".tmp-" in name for name in names - seen)
         seen = names

@@ -63,4 +63,4 @@ async def test_the_merged_model_has_the_engines_logits(
     with_head = " with the unembedding" if unembed else ""
     for what, worst in (("PEFT's logits", attached), ("merged logits", merged)):
         compared = f"{what}{with_head} vs the engine's (relative)"
-        measured("6 optimizer and PEFT", compared, family, worst=worst, bound=TOLERANCE, logits=engine.numel())
+        measured("9 optimizer and PEFT", compared, family, worst=worst, bound=TOLERANCE, logits=engine.numel())

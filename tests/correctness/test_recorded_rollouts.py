@@ -37,11 +37,8 @@ TOOL = {
 
 
 @pytest_asyncio.fixture
-async def policy(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Policy]:
+async def policy(tmp_path: Path) -> AsyncIterator[Policy]:
     """A policy over builtin/tiny in fp32, as `nat finetune` begins with it."""
-    monkeypatch.setenv("EVSYS_CACHE", str(tmp_path_factory.getbasetemp() / "builtin"))
     config = EvsysPolicyConfig(
         base_model="builtin/tiny", output_dir=tmp_path, lora_rank=8, device="cpu", dtype="float32", max_batch_size=6
     )

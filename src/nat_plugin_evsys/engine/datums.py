@@ -68,7 +68,6 @@ def check_datums(data: Sequence[tinker.Datum], loss_fn: str, *, vocab_size: int,
         for key, value in inputs.items():
             inputs[key] = _floats(value, where, key, targets.shape)
         _check_gspo(inputs, where, loss_fn)
-        _check_thresholds(inputs, where)
         examples.append(Example(tokens, targets, inputs))
     return examples
 
@@ -145,10 +144,29 @@ def _check_gspo(inputs: Mapping[str, Tensor], where: str, loss_fn: str) -> None:
         raise DataError(f"{where}: sequence_ratio_mask is zero everywhere; mark the sampled tokens with 1")
 
 
-def _check_thresholds(inputs: Mapping[str, Tensor], where: str) -> None:
-    low, high = inputs.get("clip_low_threshold"), inputs.get("clip_high_threshold")
-    if low is not None and high is not None and bool((low > high).any()):
-        raise DataError(f"{where}: clip_low_threshold is above clip_high_threshold at {int((low > high).nonzero()[0])}")
+def check_thresholds(examples: Sequence[Example], config: Mapping[str, float]) -> None:
+    """Per-token thresholds against each other, and against the config's where only one of the two is per token.
+
+    Raises:
+        DataError: a threshold is negative, or the low one is above the high one.
+    """
+    keys = ("clip_low_threshold", "clip_high_threshold")
+    for index, example in enumerate(examples):
+        for key in keys:
+            if key in example.inputs and bool((example.inputs[key] < 0).any()):
+                at = int((example.inputs[key] < 0).nonzero()[0])
+                raise DataError(
+                    f"data[{index}]: {key}[{at}] is {example.inputs[key][at].item()}; a ratio is never below 0"
+                )
+        if not any(key in example.inputs for key in keys):
+            continue
+        low, high = (torch.as_tensor(example.inputs.get(key, config[key])).expand(len(example)) for key in keys)
+        if bool((low > high).any()):
+            at = int((low > high).nonzero()[0])
+            raise DataError(
+                f"data[{index}]: clip_low_threshold {low[at].item():g} is above clip_high_threshold "
+                f"{high[at].item():g} at {at}"
+            )
 
 
 def _shape(tensor: Tensor) -> str:

@@ -54,7 +54,7 @@ def cross_entropy(logprobs: Tensor, inputs: Inputs, config: Config) -> LossResul
 
 def importance_sampling(logprobs: Tensor, inputs: Inputs, config: Config) -> LossResult:
     """``-sum(r * A)``. Source: Tinker docs, losses (importance_sampling)."""
-    ratio = torch.exp(logprobs - inputs["logprobs"])
+    ratio = _ratio(logprobs, inputs)
     return _result(-ratio * inputs["advantages"], logprobs, inputs, ratio)
 
 
@@ -63,7 +63,7 @@ def ppo(logprobs: Tensor, inputs: Inputs, config: Config) -> LossResult:
 
     Source: arXiv 1707.06347 eq. 7; Tinker docs, losses (ppo), whose fixed epsilon 0.2 gives the defaults 0.8 and 1.2.
     """
-    ratio = torch.exp(logprobs - inputs["logprobs"])
+    ratio = _ratio(logprobs, inputs)
     return _clipped_surrogate(ratio, ratio, logprobs, inputs, config)
 
 
@@ -73,7 +73,7 @@ def cispo(logprobs: Tensor, inputs: Inputs, config: Config) -> LossResult:
     Source: arXiv 2506.13585; Tinker docs, losses (cispo), defaults 0 and 4.
     """
     advantages = inputs["advantages"]
-    ratio = torch.exp(logprobs - inputs["logprobs"]).detach()
+    ratio = _ratio(logprobs, inputs).detach()
     low, high = _thresholds(inputs, config)
     outside = (ratio < low) | (ratio > high)
     elementwise = -torch.clamp(ratio, low, high) * logprobs * advantages
@@ -103,6 +103,11 @@ def gspo(logprobs: Tensor, inputs: Inputs, config: Config) -> LossResult:
     sequence_ratio = torch.exp(gap[mask].mean()) if bool(mask.any()) else torch.ones_like(gap[:1]).squeeze()
     ratio = sequence_ratio * torch.exp(logprobs - logprobs.detach())
     return _clipped_surrogate(ratio, torch.exp(gap), logprobs, inputs, config)
+
+
+def _ratio(logprobs: Tensor, inputs: Inputs) -> Tensor:
+    """``r``, and 1 in masked rows (``A == 0``), where a placeholder such as -99999 as ``q`` would make 0 * inf."""
+    return torch.exp((logprobs - inputs["logprobs"]).masked_fill(inputs["advantages"] == 0, 0.0))
 
 
 def _clipped_surrogate(
@@ -150,6 +155,12 @@ def gradient_rows(loss_fn: str, inputs: Inputs, config: Config) -> Tensor:
     """(N,) bool: rows whose logprob gets a gradient from the loss; the others need no backward pass."""
     rows = trained_rows(inputs)
     return torch.ones_like(rows) if loss_fn == "dro" and config["beta"] != 0 else rows
+
+
+def read_rows(loss_fn: str, inputs: Inputs, config: Config) -> Tensor:
+    """(N,) bool: rows whose logprob changes the loss or its metrics: ``gradient_rows`` and gspo's mask."""
+    rows = gradient_rows(loss_fn, inputs, config)
+    return rows | (inputs["sequence_ratio_mask"] != 0) if "sequence_ratio_mask" in inputs else rows
 
 
 @dataclass(frozen=True)

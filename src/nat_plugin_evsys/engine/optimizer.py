@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from tinker import types
 
 
+_LARGEST = 1e18
+"""Beyond this, squares and products of two values leave float32's range."""
+
+_LEAST_EPS = 1e-37
+"""Below this, float32 rounds eps to zero, and a parameter that has no gradient yet (0 / 0) would become NaN."""
+
+
 class AdamW:
     """Decoupled weight decay (arXiv 1711.05101), bias-corrected moments in fp32, global-norm clipping before the step.
 
@@ -31,7 +38,8 @@ class AdamW:
 
         Raises:
             ConfigError: a value of ``adam`` is out of range.
-            NonFiniteGradientError: the gradient has an inf or NaN; weights and moments are as they were.
+            NonFiniteGradientError: the gradient has an inf or NaN, or an entry whose square is beyond float32 and would
+                leave an inf in the second moment for ever; weights and moments are as they were.
         """
         check_adam(adam)
         grad_norm = global_norm(gradient)
@@ -44,6 +52,14 @@ class AdamW:
             )
         # torch.nn.utils.clip_grad_norm_ has the same 1e-6.
         clip = min(1.0, adam.grad_clip_norm / (grad_norm + 1e-6)) if adam.grad_clip_norm > 0 else 1.0
+        if grad_norm * clip > _LARGEST:
+            largest, name = max((float(g.abs().max()), name) for name, g in gradient.items())
+            if largest * clip > _LARGEST:
+                raise NonFiniteGradientError(
+                    f"optim_step refused: the gradient has an entry of {largest:.3g} in {name}, whose square is not "
+                    "finite in float32; weights and moments are unchanged and the gradient is cleared. Set "
+                    "grad_clip_norm, or look for extreme logprobs or advantages in the last batch"
+                )
         group = self._optimizer.param_groups[0]
         group.update(
             lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
@@ -94,3 +110,8 @@ def check_adam(adam: types.AdamParams) -> None:
         if not math.isfinite(value) or value < 0 or not below_one:
             limit = "0 <= value < 1" if name.startswith("beta") else "a finite value >= 0"
             raise ConfigError(f"AdamParams.{name} is {value}; expected {limit}")
+    if adam.eps < _LEAST_EPS:
+        raise ConfigError(f"AdamParams.eps is {adam.eps}; expected at least {_LEAST_EPS:g}: it keeps 0 / 0 from NaN")
+    for name in ("learning_rate", "weight_decay", "eps"):
+        if getattr(adam, name) > _LARGEST:
+            raise ConfigError(f"AdamParams.{name} is {getattr(adam, name)}; expected at most {_LARGEST:g}")
