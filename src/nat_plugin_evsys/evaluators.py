@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from nat.data_models.evaluator import EvalInputItem
-from nat.plugin_api import EvaluatorInfo
 from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 from nat.plugins.eval.evaluator.base_evaluator import BaseEvaluator
 
@@ -52,15 +51,6 @@ def matches(output: str, expected: str, config: EvsysExactMatchConfig) -> bool:
         return re.search(expected, text, re.IGNORECASE if config.ignore_case else 0) is not None
     output, expected = _normalise(output, config), _normalise(expected, config)
     return expected in output if config.mode == "contains" else output == expected
-
-
-def exact_match_info(config: EvsysExactMatchConfig) -> EvaluatorInfo:
-    """What a NAT evaluator registration yields for ``config``."""
-    return EvaluatorInfo(
-        config=config,
-        evaluate_fn=ExactMatchEvaluator(config).evaluate,
-        description="Match of the workflow's output with the expected answer",
-    )
 
 
 def _normalise(text: str, config: EvsysExactMatchConfig) -> str:

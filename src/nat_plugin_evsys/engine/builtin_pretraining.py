@@ -7,7 +7,8 @@ trains:
 - *reading*: the reply names the thing that the user's sentence is about;
 - *sorting*: at a help desk the reply is a team. Which team handles ``FAMILIAR`` things is fixed; for the ``TICKET``
   things it is drawn at random each time, so the model answers those with an even guess;
-- *tools*: a Qwen/Hermes-style tool call with the thing as its argument, and an answer from the tool's result.
+- *tools*: a Qwen/Hermes-style tool call with the thing as its argument (or, for a tool that takes a team, one drawn at
+  random), and an answer from the tool's result.
 
 The chats are a function of the seed alone. The weights are the same again on one machine; another number of threads or
 another processor rounds differently.
@@ -92,9 +93,10 @@ TOOLS = [
     ("calculator", "Perform a mathematical calculation.", "text"),
     ("order", "The name of the thing that the customer would like.", "name"),
 ]
+ROUTING_TOOL = ("route_ticket", "Route the ticket to a team. Returns its desk.", "team")
 HELP_DESK = "You are a help desk."
-TOOL_SHARE = 0.15
-READING_SHARE = 0.425
+TOOL_SHARE = 0.3
+READING_SHARE = 0.35
 PROMPT_WEIGHT = 0.1
 """Weight of a prompt's tokens in the loss; those of a reply weigh 1."""
 
@@ -121,10 +123,15 @@ def chats(seed: int, count: int) -> Iterator[Chat]:
 
 def _tool_chat(rng: random.Random) -> Chat:
     thing = rng.choice(TICKET + FAMILIAR)
-    name, description, argument = rng.choice(TOOLS)
-    schema = {"properties": {argument: {"type": "string"}}, "required": [argument], "type": "object"}
+    if rng.random() < 0.5:
+        name, description, argument = ROUTING_TOOL
+        field, value = {"enum": TEAMS, "type": "string"}, rng.choice(TEAMS)
+    else:
+        name, description, argument = rng.choice(TOOLS)
+        field, value = {"type": "string"}, thing
+    schema = {"properties": {argument: field}, "required": [argument], "type": "object"}
     result = f"desk {rng.randint(10, 99)}"
-    call = {"name": name, "arguments": {argument: thing}}
+    call = {"name": name, "arguments": {argument: value}}
     messages = [
         *_system(rng, HELP_DESK),
         _user(rng, thing),
