@@ -67,14 +67,14 @@ def answer(team: Team) -> str:
 
 
 def routing_tickets() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Rows of the quickstart's training and held-out datasets: one of each for every word."""
+    """Rows of the quickstart: for every word two training tickets and, in another sentence, one held-out ticket."""
     train: list[dict[str, str]] = []
     heldout: list[dict[str, str]] = []
     words = [(word, team) for team in TEAMS for word in (*WORDS[team], SHOWN[team])]
     for number, (word, team) in enumerate(words):
-        for rows, name, shift in ((train, "train", 0), (heldout, "heldout", 3)):
+        for rows, name, shift in ((train, "train", 0), (train, "train", 5), (heldout, "heldout", 3)):
             sentence = ROUTING_SENTENCES[(number + shift) % len(ROUTING_SENTENCES)]
-            rows.append({"id": f"{name}-{number + 1:02}", "question": sentence.format(word), "answer": team})
+            rows.append({"id": f"{name}-{len(rows) + 1:02}", "question": sentence.format(word), "answer": team})
     return train, heldout
 
 

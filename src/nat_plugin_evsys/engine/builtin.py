@@ -76,7 +76,7 @@ SPECS = {
         vocab_size=2048,
         weight_std=0.05,
         seed=0,
-        pretraining_steps=280,
+        pretraining_steps=200,
         pretraining_batch_tokens=1792,
         pretraining_lr=3e-3,
     )
