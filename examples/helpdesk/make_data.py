@@ -4,10 +4,10 @@
 the words, never a sentence with its word.
 
 ``tools_train`` and ``tools_heldout`` are for the agents with a tool: two words of one team, the answer is the desk that
-the tool tells. ``demonstrations`` and ``react_demonstrations`` show such an agent how to call the tool and how to answer.
-They show the right team for one word that no ticket has, and for one word of two teams; for every other word they go
-through the teams in turn, so that the warm start leaves the agent guessing there: which word belongs to which team is
-what reinforcement finetuning learns.
+the tool tells. ``demonstrations`` and ``react_demonstrations`` show such an agent how to call the tool and how to
+answer. They show the right team for one word that no ticket has, and for one word of two teams; for every other word
+they go through the teams in turn, so that the warm start leaves the agent guessing there: which word belongs to which
+team is what reinforcement finetuning learns.
 """
 
 import json

@@ -40,21 +40,23 @@ def read_exchange(record: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "workflow", "streaming"),
     [
-        ("quickstart", "tool_calling_agent", False),
-        ("quickstart", "tool_calling_agent", True),
+        ("helpdesk_tools", "tool_calling_agent", False),
+        ("helpdesk_tools", "tool_calling_agent", True),
         ("react", "react_agent", True),
     ],
 )
 def test_trained_tokens_are_the_tokens_on_the_wire(
     name: str, workflow: str, streaming: bool, tmp_path: Path, make_config: Callable[..., Path]
 ) -> None:
+    held_out: list[Path] = []
+
     def change(config: dict[str, Any]) -> None:
         assert config["workflow"]["_type"] == workflow
         config["llms"]["policy"]["disable_streaming"] = not streaming
         config["trajectory_builders"]["builder"]["num_generations"] = 4
         config["trainer_adapters"]["adapter"]["save_datums"] = True
         config["trainers"]["trainer"]["validation_interval"] = 1
-        config["trainers"]["trainer"].pop("validation_dataset", None)
+        held_out.append(ROOT / config["trainers"]["trainer"].pop("validation_dataset"))
 
     config = make_config(name, change)
     settings = yaml.safe_load(config.read_text())
@@ -67,7 +69,7 @@ def test_trained_tokens_are_the_tokens_on_the_wire(
         "--dataset",
         str(first_rows(train, 6, tmp_path / "train.json")),
         "--validation_dataset",
-        str(first_rows(train.parent / "heldout.json", 3, tmp_path / "heldout.json")),
+        str(first_rows(held_out[0], 3, tmp_path / "heldout.json")),
         "-o",
         "finetuning.num_epochs",
         "2",

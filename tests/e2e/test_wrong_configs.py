@@ -52,11 +52,11 @@ def other_output_dir(config: Config, tmp_path: Path) -> None:
 
 
 def missing_demonstrations(config: Config, tmp_path: Path) -> None:
-    config["trainers"]["trainer"]["warm_start"]["demonstrations"] = "nowhere.json"
+    config["trainers"]["trainer"]["warm_start"] = {"demonstrations": "nowhere.json"}
 
 
 CASES = [
-    (unknown_field, ["num_generatons", "Extra inputs are not permitted"]),
+    (unknown_field, ["no setting `num_generatons`", "did you mean `num_generations`?"]),
     (wrong_reward, ["`rewrad`", "eval.evaluators"]),
     (no_reward, ["finetuning.reward_function is not set"]),
     (one_generation, ["num_generations is 1", "set num_generations to 2 or more"]),

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nat_plugin_evsys.engine.builtin import ensure_builtin
+from nat_plugin_evsys.engine.model import default_cache_dir
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint, SamplingDefaults
 from nat_plugin_evsys.policy.recorder import Recorder
@@ -38,9 +39,9 @@ def add_tool() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_dir() -> Path:
     """The builtin model's directory."""
-    return ensure_builtin(MODEL, tmp_path_factory.mktemp("builtin"))
+    return ensure_builtin(MODEL, default_cache_dir())
 
 
 @pytest.fixture(scope="session")

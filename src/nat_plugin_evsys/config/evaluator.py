@@ -3,13 +3,13 @@
 from typing import Literal
 
 from nat.data_models.evaluator import EvaluatorBaseConfig
-from pydantic import ConfigDict, Field
+from pydantic import Field
+
+from .strict import StrictConfig
 
 
-class EvsysExactMatchConfig(EvaluatorBaseConfig, name="evsys_exact_match"):
+class EvsysExactMatchConfig(StrictConfig, EvaluatorBaseConfig, name="evsys_exact_match"):
     """Scores 1.0 when the workflow's output matches the row's expected answer, else 0.0."""
-
-    model_config = ConfigDict(extra="forbid")
 
     mode: Literal["exact", "contains", "regex"] = Field(
         default="exact",

@@ -5,13 +5,13 @@ from typing import Literal
 
 from nat.data_models.component_ref import LLMRef
 from nat.data_models.finetuning import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from .strict import StrictConfig
 
 
-class EvsysTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="evsys_trajectory_builder"):  # type: ignore[call-arg]
+class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys_trajectory_builder"):
     """Rolls the workflow out over the dataset and turns the recorded calls into trajectories, one group per row."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     num_generations: int = Field(default=8, ge=1, description="Attempts at each dataset row (the group size).")
     max_concurrency: int | None = Field(
@@ -24,10 +24,8 @@ class EvsysTrajectoryBuilderConfig(TrajectoryBuilderConfig, name="evsys_trajecto
     )
 
 
-class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapter"):  # type: ignore[call-arg]
+class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_trainer_adapter"):
     """Turns trajectory groups into importance_sampling Datums and trains the policy's LoRA adapter on them."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     policy: LLMRef = Field(description="Name of the `evsys_policy` LLM to train.")
     loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = Field(
@@ -71,10 +69,8 @@ class EvsysTrainerAdapterConfig(TrainerAdapterConfig, name="evsys_trainer_adapte
         return self
 
 
-class WarmStartConfig(BaseModel):
+class WarmStartConfig(StrictConfig):
     """Supervised finetuning on demonstrations before the first epoch, so that a first reward can be found."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     demonstrations: Path = Field(
         description="JSON or JSON-lines file of `{messages: [...], tools: [...]}`; every assistant message is learnt."
@@ -85,10 +81,8 @@ class WarmStartConfig(BaseModel):
     seed: int = Field(default=0, description="Seed of the order of the demonstrations.")
 
 
-class EvsysTrainerConfig(TrainerConfig, name="evsys_trainer"):  # type: ignore[call-arg]
+class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     """Runs the epochs: warm start, rollouts, training, validation, checkpoints, resume and the reports."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     validation_dataset: Path | None = Field(
         default=None, description="Held-out dataset, scored before, during and after; `--validation_dataset` wins."

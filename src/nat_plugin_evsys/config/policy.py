@@ -4,20 +4,20 @@ from pathlib import Path
 from typing import Literal
 
 from nat.data_models.llm import LLMBaseConfig
-from pydantic import ConfigDict, Field
+from pydantic import Field
+
+from .strict import StrictConfig
 
 DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
 """NAT's own default of ``finetuning.output_dir``."""
 
 
-class EvsysPolicyConfig(LLMBaseConfig, name="evsys_policy"):  # type: ignore[call-arg]
+class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     """The LLM under training: a base model plus a LoRA adapter, served by an OpenAI-compatible endpoint on loopback.
 
     The workflow and the trainer adapter both refer to it by name. `nat finetune` trains its adapter;
     `nat run`, `nat eval` and `nat serve` on the same YAML serve the checkpoint that `checkpoint` names.
     """
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     base_model: str = Field(
         description="A Hugging Face id, a local directory of any causal LM that transformers loads, or `builtin/tiny` "
@@ -39,7 +39,10 @@ class EvsysPolicyConfig(LLMBaseConfig, name="evsys_policy"):  # type: ignore[cal
     train_mlp: bool = Field(default=True, description="Put LoRA on the MLP projections.")
     train_unembed: bool = Field(default=False, description="Put LoRA on the unembedding (lm_head).")
     temperature: float = Field(
-        default=1.0, ge=0.0, description="Sampling temperature of training rollouts that do not state their own."
+        default=1.0,
+        ge=0.0,
+        description="Sampling temperature of training rollouts that do not state their own. Losses compare with the "
+        "learner at temperature 1, so far from 1 their ratios are far from 1: then choose a clipped loss.",
     )
     eval_temperature: float = Field(
         default=0.0,

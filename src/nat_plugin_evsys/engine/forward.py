@@ -1,4 +1,7 @@
-"""The plain forward pass: right-padded batches through the decoder, then the output head in chunks of rows."""
+"""The plain forward pass, which the fast one is tested against.
+
+Right-padded batches go through the decoder, then through the output head in chunks of rows.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,11 @@ _CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MiB in fp32
 class OutputHead:
     """``hidden [R, H] -> logits [R, V]`` in fp32, with what the model does after its ``lm_head``.
 
+    Attributes:
+        name: the module name of the linear layer.
+        linear: the layer itself.
+        scale, softcap: ``softcap * tanh(scale * linear(hidden) / softcap)``; ``softcap`` None means no cap.
+
     Raises:
         ModelError: the model post-processes its logits in a way that is not known here (checked on a probe).
     """
@@ -25,17 +33,18 @@ class OutputHead:
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
         self.linear = model.get_output_embeddings()
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
-        self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        self._softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self.name = next(name for name, module in model.named_modules() if module is self.linear)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         self._check(model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.linear(hidden)
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits.float()
 
     def _check(self, model: PreTrainedModel) -> None:

@@ -1,8 +1,9 @@
-"""LoRA as plain tensors and stateless hooks, so that many adapters share one frozen base model at once.
+"""LoRA as plain tensors apart from the model, so that many adapters share one frozen base model at once.
 
-``y = W x + (alpha / rank) * B A x`` (arXiv 2106.09685). The base model carries one forward hook per linear layer;
-the hook adds the delta of whichever adapter is *active in the current context*. A training thread and a sampling
-thread can therefore run the same model with different adapters and never see each other.
+``y = W x + (alpha / rank) * B A x`` (arXiv 2106.09685). The base model's linear layers add the delta of whichever
+adapter is *active in the current context*: a plain ``nn.Linear`` becomes a ``LoraLinear``, another kind of linear layer
+carries a forward hook. A training thread and a sampling thread can therefore run the same model with different
+adapters and never see each other.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nat_plugin_evsys.engine.lora_linear import lora_linear
 from nat_plugin_evsys.engine.targets import linear_roles, select_targets
 from nat_plugin_evsys.errors import ModelError
 
@@ -27,6 +29,7 @@ LoraWeights = dict[str, tuple[Tensor, Tensor]]
 """Module name -> ``(A [rank, in_features], B [out_features, rank])``."""
 
 _ACTIVE: ContextVar[LoraAdapter | None] = ContextVar("evsys_active_lora", default=None)
+_FUSED: ContextVar[bool] = ContextVar("evsys_fused_lora", default=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +117,17 @@ def _initial_pair(linear: nn.Linear, rank: int, key: str) -> tuple[Tensor, Tenso
 
 
 @contextmanager
-def applied(adapter: LoraAdapter | None) -> Iterator[None]:
-    """Forward passes inside the ``with`` block, in this thread or task, use ``adapter`` (None: the bare base model)."""
-    token = _ACTIVE.set(adapter)
+def applied(adapter: LoraAdapter | None, *, fused: bool = True) -> Iterator[None]:
+    """Forward passes inside the ``with`` block, in this thread or task, use ``adapter`` (None: the bare base model).
+
+    ``fused=False`` computes the delta as its formula says, operation by operation; it is what tests compare with.
+    """
+    token, fused_token = _ACTIVE.set(adapter), _FUSED.set(fused)
     try:
         yield
     finally:
         _ACTIVE.reset(token)
+        _FUSED.reset(fused_token)
 
 
 def active_adapter() -> LoraAdapter | None:
@@ -128,12 +135,36 @@ def active_adapter() -> LoraAdapter | None:
     return _ACTIVE.get()
 
 
+class LoraLinear(nn.Linear):
+    """What ``install`` makes of a plain ``nn.Linear``, in place: the same layer plus the active adapter's delta."""
+
+    lora_name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``."""
+        adapter = _ACTIVE.get()
+        pair = None if adapter is None else adapter.weights.get(self.lora_name)
+        if adapter is None or pair is None:
+            return F.linear(x, self.weight, self.bias)
+        if not _FUSED.get():
+            delta = adapter.delta(self.lora_name, x)
+            assert delta is not None
+            return F.linear(x, self.weight, self.bias) + delta
+        a, b = (weight.to(x.dtype) for weight in pair)
+        return lora_linear(x, self.weight, self.bias, a, b, adapter.scale)
+
+
 def install(model: PreTrainedModel) -> None:
-    """Put the LoRA hook on every linear layer that can be adapted. Calling it again changes nothing."""
+    """Make every linear layer that can be adapted add the active adapter's delta. Calling it again changes nothing."""
     if getattr(model, "_evsys_lora_installed", False):
         return
     for name in linear_roles(model):
-        model.get_submodule(name).register_forward_hook(_hook(name))
+        module = model.get_submodule(name)
+        if type(module) is nn.Linear:
+            module.__class__ = LoraLinear
+            module.lora_name = name  # type: ignore[assignment]
+        else:
+            module.register_forward_hook(_hook(name))
     model._evsys_lora_installed = True  # type: ignore[assignment]
 
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from tinker import types
 from torch import Tensor
 
-from nat_plugin_evsys.engine.batching import default_token_budget, plan_micro_batches
+from nat_plugin_evsys.engine.allocator import keep_memory
 from nat_plugin_evsys.engine.custom_loss import leaf_gradient, surrogate_datum, with_weights
-from nat_plugin_evsys.engine.datums import Example, check_datums
-from nat_plugin_evsys.engine.forward import OutputHead, hidden_rows, target_logprobs
-from nat_plugin_evsys.engine.lora import LoraAdapter, applied
-from nat_plugin_evsys.engine.losses import (
-    LOSSES,
-    gradient_rows,
-    resolve_config,
-)
+from nat_plugin_evsys.engine.datums import check_datums, check_thresholds
+from nat_plugin_evsys.engine.lora import LoraAdapter
+from nat_plugin_evsys.engine.losses import resolve_config
+from nat_plugin_evsys.engine.micro_batches import Loss, MicroBatches
 from nat_plugin_evsys.engine.model import BaseModel
 from nat_plugin_evsys.engine.optimizer import AdamW, check_adam
-from nat_plugin_evsys.engine.results import Outcome, build_output, split_rows, stack_targets
+from nat_plugin_evsys.engine.results import Outcome, build_output
 from nat_plugin_evsys.errors import DataError, NonFiniteGradientError
 
 if TYPE_CHECKING:
@@ -45,18 +41,33 @@ class TrainableModel:
         adapter: the trainable adapter, updated in place by ``optim_step``.
         optimizer: AdamW and its moments.
         step: optimizer steps that made the current weights.
-        token_budget: padded tokens of a micro-batch; bounds memory, changes results only by rounding.
+        token_budget: most tokens computed together (padding included on the plain path); bounds memory, changes results
+            only by rounding. None: what fits the memory that is free.
+        untrained_logprobs: whether ``forward_backward`` returns the logprobs of positions that its loss does not read;
+            if not, these are 0 and cost nothing. ``forward`` returns all.
     """
 
-    def __init__(self, base: BaseModel, adapter: LoraAdapter, *, token_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        adapter: LoraAdapter,
+        *,
+        token_budget: int | None = None,
+        path: Literal["auto", "plain"] = "auto",
+        untrained_logprobs: bool = True,
+    ) -> None:
+        """``path="plain"`` computes padded batches operation by operation: the reference for the fast path."""
         self.base = base
         self.adapter = adapter
         self.parameters: dict[str, Tensor] = dict(adapter.named_tensors())
         self.optimizer = AdamW(self.parameters)
         self.step = 0
-        self.token_budget = token_budget or default_token_budget(base)
-        self._head = OutputHead(base.model)
+        self.token_budget = token_budget
+        self.untrained_logprobs = untrained_logprobs
         self._gradient: dict[str, Tensor] | None = None
+        if base.device.type == "cpu":
+            keep_memory()
+        self._steps = MicroBatches(base, adapter, path)
 
     @property
     def gradient(self) -> Mapping[str, Tensor] | None:
@@ -80,7 +91,10 @@ class TrainableModel:
 
         Returns:
             per Datum ``logprobs`` and ``elementwise_loss`` in the shape of its target_tokens; metrics as
-            ``losses.summarise`` names them, plus ``entropy:mean`` (nats, over trained tokens).
+            ``losses.summarise`` names them, plus ``entropy:mean`` (nats, over trained tokens) and what the work was:
+            ``datum_tokens:sum`` (given), ``computed_tokens:sum`` (each distinct prefix once, and again where a step was
+            cut), ``plain_path_tokens:sum`` (of these, in padded batches), ``micro_batches:sum``,
+            ``activation_bytes:max`` (most that was kept for a backward pass) and ``activation_predicted_bytes:max``.
 
         Raises:
             DataError: a Datum is malformed (before any compute).
@@ -171,36 +185,16 @@ class TrainableModel:
     ) -> tuple[types.ForwardBackwardOutput, dict[str, Tensor]]:
         examples = check_datums(data, loss_fn, vocab_size=self.base.vocab_size, context_length=self.base.context_length)
         config = resolve_config(loss_fn, loss_fn_config)
+        check_thresholds(examples, config)
+        loss = Loss(loss_fn, config, all_logprobs=self.untrained_logprobs or not backward)
         total, done = sum(len(e) for e in examples), 0
         gradient = {name: torch.zeros_like(p) for name, p in self.parameters.items()} if backward else {}
         outcomes: dict[int, Outcome] = {}
-        for group in plan_micro_batches([len(e) for e in examples], self.token_budget):
-            part = [examples[i] for i in group]
-            outcomes.update(zip(group, self._micro_batch(part, loss_fn, config, gradient), strict=True))
-            done += sum(len(e) for e in part)
+        work = self._steps.plan(examples, loss, self.token_budget)
+        for batch in work:
+            outcomes.update(zip(batch.members, self._steps.run(batch, examples, loss, gradient), strict=True))
+            done += sum(len(examples[i]) for i in batch.members)
             if progress is not None:
                 progress(done, total)
-        return build_output([outcomes[i] for i in range(len(examples))], examples), gradient
-
-    def _micro_batch(
-        self, examples: Sequence[Example], loss_fn: str, config: Mapping[str, float], gradient: dict[str, Tensor]
-    ) -> list[Outcome]:
-        """Forward (and backward, if ``gradient`` has tensors to add to) of Datums that fit memory together."""
-        device = self.base.device
-        inputs = [{key: value.to(device) for key, value in e.inputs.items()} for e in examples]
-        needs_grad = torch.cat([gradient_rows(loss_fn, i, config) for i in inputs])
-        with torch.set_grad_enabled(bool(gradient) and bool(needs_grad.any())):
-            with applied(self.adapter):
-                hidden = hidden_rows(self.base.model, [e.tokens for e in examples], device)
-            targets = stack_targets(examples).to(device)
-            logprobs, entropy = target_logprobs(self._head, self.adapter, hidden, targets, needs_grad)
-            per_datum = split_rows(logprobs, examples)
-            results = [LOSSES[loss_fn].function(lp, i, config) for lp, i in zip(per_datum, inputs, strict=True)]
-            loss = torch.stack([r.loss for r in results]).sum()
-        if loss.requires_grad:
-            grads = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-            for name, grad in zip(self.parameters, grads, strict=True):
-                if grad is not None:
-                    gradient[name] += grad
-        entropies = entropy.split([len(e) for e in examples])
-        return [Outcome(lp, r, h) for lp, r, h in zip(per_datum, results, entropies, strict=True)]
+        output = build_output([outcomes[i] for i in range(len(examples))], examples)
+        return dataclasses.replace(output, metrics={**output.metrics, **self._steps.metrics(work, examples)}), gradient

@@ -42,9 +42,7 @@ def load_demonstrations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-async def warm_start(
-    policy: Policy, config: WarmStartConfig, on_step: Callable[[SftStep], None]
-) -> dict[str, float]:
+async def warm_start(policy: Policy, config: WarmStartConfig, on_step: Callable[[SftStep], None]) -> dict[str, float]:
     """Train the policy's adapter on demonstrations and publish the result.
 
     Args:

@@ -1,0 +1,44 @@
+"""The one place where the process's memory allocator is changed.
+
+glibc gives big buffers back to the kernel as soon as they are freed, and the kernel clears each page that is asked
+for again. An engine that makes and frees the same big tensors at every step spends up to half its time on that. So
+the C library is told, for the whole process and for good, to keep freed memory: resident memory then stays near its
+highest level. ``EVSYS_KEEP_MEMORY=0`` in the environment leaves the allocator as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+from functools import cache
+
+logger = logging.getLogger(__name__)
+
+# malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_KEEP_BYTES = 2**31 - 1
+_GROW_BYTES = 64 * 2**20
+
+
+@cache
+def keep_memory() -> bool:
+    """Tell glibc to keep freed memory, once a process; returns whether it does.
+
+    No buffer gets a mapping of its own (``M_MMAP_MAX=0``: the threshold itself cannot be raised above 32 MiB), the heap
+    is never trimmed, and threads started later share the main heap, because the other heaps are trimmed regardless.
+    """
+    if os.environ.get("EVSYS_KEEP_MEMORY", "1") == "0" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    options = {
+        _M_MMAP_MAX: 0,
+        _M_TRIM_THRESHOLD: _KEEP_BYTES,
+        _M_TOP_PAD: _GROW_BYTES,
+        _M_ARENA_MAX: 1,
+    }
+    done = all(mallopt(option, value) == 1 for option, value in options.items())
+    if not done:
+        logger.warning("glibc refused to keep freed memory; training steps will be slower")
+    return done
