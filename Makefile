@@ -15,6 +15,7 @@ EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard examples/*/pyproject.toml))
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts)
+BENCHMARK := $(wildcard benchmarks/cpu/train.py)
 
 .PHONY: help quickstart install install-dev test check format clean distclean
 
@@ -22,6 +23,9 @@ help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
 	@echo "make test         install the test tools, run all tests"
 	@echo "make check        lint, format check, types"
+ifneq ($(BENCHMARK),)
+	@echo "make bench        training steps beside their peers' (benchmarks/README.md); BENCH_ARGS=--small only tries it"
+endif
 	@echo "make install      only install into $(VENV)"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make clean        delete caches and build output; distclean deletes $(VENV) too"
@@ -41,6 +45,12 @@ check: $(INSTALLED_DEV)
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
+
+ifneq ($(BENCHMARK),)
+.PHONY: bench
+bench: $(INSTALLED_DEV)
+	@$(BIN)/python $(BENCHMARK) $(BENCH_ARGS)
+endif
 
 format: $(INSTALLED_DEV)
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -1,7 +1,7 @@
 """Writes ``data/*.json``: ``python examples/helpdesk/make_data.py``. The same files every time.
 
-``train`` and ``heldout`` are for the quickstart: one word of a team in a sentence, the answer is the team. The two share
-the words, never a sentence with its word.
+``train`` and ``heldout`` are for the quickstart: one word of a team in a sentence, the answer is the team. The two
+share the words, never a sentence with its word.
 
 ``tools_train`` and ``tools_heldout`` are for the agents with a tool: two words of one team, the answer is the desk that
 the tool tells. ``demonstrations`` and ``react_demonstrations`` show such an agent how to call the tool and how to

@@ -12,16 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One directory for the builtin model, which is made at its first use."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def run(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
     def script(name: str) -> str:
-        monkeypatch.setenv("EVSYS_CACHE", str(cache))
         monkeypatch.setattr(sys, "argv", [name])
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out

@@ -115,7 +115,7 @@ async def test_a_runs_replies_do_not_depend_on_the_other_runs(served: Any) -> No
     async def episode(run: str, seed: int) -> list[list[int]]:
         served.recorder.open_run(run, "rollout", seed)
         for _ in range(2):
-            await ask(served, run, max_tokens=12)
+            await ask(served, run, max_tokens=12, temperature=3.0)  # hot, so that every seed says something else
         return [call.output_ids for call in served.recorder.close_run(run)]
 
     together = await asyncio.gather(*(episode(f"a{seed}", seed) for seed in range(16)))

@@ -188,7 +188,7 @@ def pretrain(
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[dict[str, Any]] | None
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None
 ) -> tuple[list[int], list[float]]:
     """``(ids, weights)`` of a chat, both of its length."""
 

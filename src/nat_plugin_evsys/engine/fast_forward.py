@@ -136,38 +136,41 @@ class FastForward:
         return [p.view(t.shape) for p, t in zip(parts, targets, strict=True)], entropy
 
 
-_KNOWN: WeakKeyDictionary[BaseModel, tuple[FastForward | None, str]] = WeakKeyDictionary()
+# The verdict alone: a FastForward holds its base model, which would then stay alive as its own key.
+_REFUSALS: WeakKeyDictionary[BaseModel, str] = WeakKeyDictionary()
 
 
 def fast_forward(base: BaseModel, head: OutputHead) -> tuple[FastForward | None, str]:
     """``(the fast path, "")``, or ``(None, why this model cannot take it)``; found out once a base model."""
-    if base not in _KNOWN:
-        _KNOWN[base] = _find_out(base, head)
-        if _KNOWN[base][0] is None:
-            logger.warning("%s trains on padded batches, the slow way: %s", base.name, _KNOWN[base][1])
-    return _KNOWN[base]
+    fast = FastForward(base, head)
+    if base not in _REFUSALS:
+        _REFUSALS[base] = _find_out(base, fast)
+        if _REFUSALS[base]:
+            logger.warning("%s trains on padded batches, the slow way: %s", base.name, _REFUSALS[base])
+    refusal = _REFUSALS[base]
+    return (None, refusal) if refusal else (fast, "")
 
 
-def _find_out(base: BaseModel, head: OutputHead) -> tuple[FastForward | None, str]:
+def _find_out(base: BaseModel, fast: FastForward) -> str:
+    """Why the model cannot take the fast path, "" if it can; its attention is then installed."""
     config = base.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
     if kinds & _LENGTH_DEPENDENT_ROPE:
-        return None, f"its rotary embedding depends on the longest sequence of a batch ({', '.join(map(str, kinds))})"
+        return f"its rotary embedding depends on the longest sequence of a batch ({', '.join(map(str, kinds))})"
     before = config._attn_implementation
     if not install(base.model):
-        return None, f"its attention is {before!r}, not transformers' SDPA"
-    fast = FastForward(base, head)
+        return f"its attention is {before!r}, not transformers' SDPA"
     try:
         gap = _gap_on_probe(base, fast)
     except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; the plain path needs none of it
         reason = f"it does not run over a token trie: {one_line(exc)}"
     else:
         if gap <= (1e-4 if base.dtype == torch.float32 else 5e-2):
-            return fast, ""
+            return ""
         reason = f"over a token trie its hidden states are off by {gap:.1e}, relative to the largest"
     config._attn_implementation_internal = before
-    return None, reason
+    return reason
 
 
 def _gap_on_probe(base: BaseModel, fast: FastForward) -> float:

@@ -27,15 +27,27 @@ class SavedBytes:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Count what the forward passes in the ``with`` block keep."""
-        with torch.autograd.graph.saved_tensors_hooks(self._add, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
             yield
 
-    def _add(self, tensor: Tensor) -> Tensor:
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor
+        # The result of an operation holds the node that saves it here: without detach neither would ever be freed.
+        return tensor.detach(), tensor._version
+
+
+def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+    """What was packed. Autograd leaves it to its hooks to see that nobody wrote to it meanwhile."""
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {list(tensor.shape)} that the backward pass needs was changed in place "
+            f"(version {tensor._version}, saved at {version}); compute it out of place"
+        )
+    return tensor
 
 
 @dataclass(frozen=True)
