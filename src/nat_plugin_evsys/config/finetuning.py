@@ -70,15 +70,23 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
 
 
 class WarmStartConfig(StrictConfig):
-    """Supervised finetuning on demonstrations before the first epoch, so that a first reward can be found."""
+    """Training on demonstrations before the first epoch, so that a first reward can be found."""
 
+    algorithm: Literal["sft", "sdft"] = Field(
+        default="sft",
+        description="`sft`: learn every assistant message. `sdft`: self-distillation; the policy with the last "
+        "assistant message in its context teaches the policy without it (needs a model that follows its context).",
+    )
     demonstrations: Path = Field(
-        description="JSON or JSON-lines file of `{messages: [...], tools: [...]}`; every assistant message is learnt."
+        description="JSON or JSON-lines file of `{messages: [...], tools: [...]}` in OpenAI form."
     )
     epochs: int = Field(default=1, ge=1, description="Passes over the demonstrations.")
     batch_size: int = Field(default=8, ge=1, description="Demonstrations per optimizer step.")
     learning_rate: float = Field(default=1e-4, gt=0, description="AdamW learning rate, linearly decayed to zero.")
-    seed: int = Field(default=0, description="Seed of the order of the demonstrations.")
+    seed: int = Field(default=0, description="Seed of the order of the demonstrations (and of sdft's samples).")
+    candidates: int = Field(
+        default=64, ge=1, description="`sdft`: tokens per position that the reverse KL is taken over."
+    )
 
 
 class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):

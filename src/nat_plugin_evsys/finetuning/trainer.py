@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import shutil
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from nat.data_models.finetuning import (
 )
 from nat.finetuning.interfaces.finetuning_runner import Trainer
 
+from ..algorithms.sdft import SdftStep
 from ..algorithms.sft import SftStep
 from ..config import EvsysPolicyConfig, EvsysTrainerConfig
 from ..errors import ConfigError, JobError
@@ -39,6 +43,15 @@ logger = logging.getLogger(__name__)
 
 _STATUS_INTERVAL = 0.5
 """Seconds between two looks at a running job."""
+
+
+def _nat_command() -> str:
+    """What to type to run the `nat` of this process: its name where PATH finds it, else its path."""
+    program = Path(sys.argv[0])
+    found = shutil.which(program.name)
+    if found is not None and Path(found).resolve() == program.resolve():
+        return program.name
+    return os.path.relpath(program)
 
 
 class EvsysTrainer(Trainer):
@@ -251,7 +264,7 @@ class EvsysTrainer(Trainer):
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
-    def _show_warm_start(self, step: SftStep) -> None:
+    def _show_warm_start(self, step: SftStep | SdftStep) -> None:
         self._progress.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")
 
     async def _validate(self, epochs_done: int) -> float | None:
@@ -336,7 +349,7 @@ class EvsysTrainer(Trainer):
         config_file = Path(str(context.params.get("config_file", "CONFIG.yml"))) if context else Path("CONFIG.yml")
         if config_file.is_relative_to(Path.cwd()):
             config_file = config_file.relative_to(Path.cwd())
-        return f'nat run --config_file {config_file} --input "…"'
+        return f'{_nat_command() if context else "nat"} run --config_file {config_file} --input "…"'
 
     @property
     def _validation_dataset(self) -> Path | None:

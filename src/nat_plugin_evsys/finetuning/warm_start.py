@@ -1,12 +1,13 @@
-"""Supervised finetuning on demonstrations, before the first epoch."""
+"""Training on demonstrations, before the first epoch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..algorithms.sdft import SdftStep, build_lessons, train_sdft
 from ..algorithms.sft import SftStep, build_sft_datums, train_sft
 from ..errors import ConfigError, DataError
 
@@ -42,31 +43,20 @@ def load_demonstrations(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-async def warm_start(policy: Policy, config: WarmStartConfig, on_step: Callable[[SftStep], None]) -> dict[str, float]:
+async def warm_start(
+    policy: Policy, config: WarmStartConfig, on_step: Callable[[SftStep | SdftStep], None]
+) -> dict[str, float]:
     """Train the policy's adapter on demonstrations and publish the result.
 
     Args:
         on_step: called after each optimizer step.
 
     Returns:
-        ``demonstrations``, ``steps``, and the mean loss per reply token of the first and the last step.
+        ``demonstrations``, ``steps``, and the loss of the first and the last step: with sft the mean per reply token,
+        with sdft the reverse KL per sampled position.
     """
     rows = load_demonstrations(config.demonstrations)
-    renderer = policy.renderer
-    datums = build_sft_datums(
-        rows,
-        render=lambda messages, tools: renderer.render([dict(message) for message in messages], tools),
-        render_reply=lambda message: renderer.render_reply(dict(message)),
-    )
-    steps = await train_sft(
-        policy.backend,
-        datums,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        seed=config.seed,
-        on_step=on_step,
-    )
+    steps = await (_sft if config.algorithm == "sft" else _sdft)(policy, config, rows, on_step)
     await policy.publish()
     return {
         "demonstrations": len(rows),
@@ -74,3 +64,41 @@ async def warm_start(policy: Policy, config: WarmStartConfig, on_step: Callable[
         "loss_first": steps[0].loss,
         "loss_last": steps[-1].loss,
     }
+
+
+async def _sft(
+    policy: Policy, config: WarmStartConfig, rows: list[dict[str, Any]], on_step: Callable[[SftStep], None]
+) -> Sequence[SftStep]:
+    renderer = policy.renderer
+    return await train_sft(
+        policy.backend,
+        build_sft_datums(
+            rows,
+            render=lambda messages, tools: renderer.render([dict(message) for message in messages], tools),
+            render_reply=lambda message: renderer.render_reply(dict(message)),
+        ),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        on_step=on_step,
+    )
+
+
+async def _sdft(
+    policy: Policy, config: WarmStartConfig, rows: list[dict[str, Any]], on_step: Callable[[SdftStep], None]
+) -> Sequence[SdftStep]:
+    from tinker import types
+
+    renderer = policy.renderer
+    return await train_sdft(
+        policy.backend,
+        build_lessons(rows, lambda messages, tools: renderer.render([dict(message) for message in messages], tools)),
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        sampling=types.SamplingParams(max_tokens=policy.config.max_tokens),
+        candidates=config.candidates,
+        seed=config.seed,
+        on_step=on_step,
+    )

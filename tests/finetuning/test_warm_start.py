@@ -1,0 +1,61 @@
+"""The warm start on a real policy: both algorithms train the adapter and publish it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from nat_plugin_evsys.config import EvsysPolicyConfig, WarmStartConfig
+from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.finetuning.warm_start import load_demonstrations, warm_start
+from nat_plugin_evsys.policy.policy import Policy
+
+
+def demonstration(question: str, answer: str) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "sdft"])
+async def test_warm_start_trains_and_publishes(algorithm: str, tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.json"
+    path.write_text(json.dumps([demonstration("My wifi is late.", "network"), demonstration("My login?", "accounts")]))
+    policy = Policy.of(EvsysPolicyConfig(base_model="builtin/tiny", output_dir=tmp_path, lora_rank=4, max_tokens=4))
+    try:
+        policy.begin_training()
+        await policy.ensure_loaded()
+        before, served = policy.version, policy.endpoint.base_url
+        seen = []
+        config = WarmStartConfig(
+            demonstrations=path, algorithm=algorithm, epochs=6, batch_size=2, learning_rate=5e-3, candidates=32
+        )
+        metrics = await warm_start(policy, config, seen.append)
+        assert metrics["steps"] == len(seen) == 6
+        assert math.isfinite(metrics["loss_first"])
+        assert metrics["loss_last"] < metrics["loss_first"]
+        assert policy.version > before
+        assert policy.endpoint.base_url == served
+    finally:
+        await policy.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "wanted"),
+    [
+        ("[]", DataError, "has no demonstrations"),
+        ("{nope", DataError, "neither a JSON array nor JSON lines"),
+        ('[{"messages": [{"role": "user", "content": "hi"}]}]', DataError, "demonstration 1 has no"),
+    ],
+)
+def test_bad_demonstrations(text: str, error: type[Exception], wanted: str, tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.json"
+    path.write_text(text)
+    with pytest.raises(error, match=wanted):
+        load_demonstrations(path)
+
+
+def test_missing_demonstrations(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="check the path"):
+        load_demonstrations(tmp_path / "nowhere.json")
