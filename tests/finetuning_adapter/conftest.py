@@ -41,9 +41,34 @@ class PausingBackend(LocalBackend):
 
         return gated()
 
+    def forward_backward_custom_async(self, data: Any, loss_fn: Any) -> Any:
+        self.calls.append(("forward_backward_custom", len(data)))
+        submit = super().forward_backward_custom_async
+        if self.gate.is_set():  # train_dpo relies on its being submitted at once
+            return submit(data, loss_fn)
+
+        async def gated() -> Any:
+            await self.gate.wait()
+            return await submit(data, loss_fn)
+
+        return gated()
+
     def optim_step_async(self, adam: types.AdamParams) -> Any:
         self.calls.append(("optim_step", adam))
         return super().optim_step_async(adam)
+
+
+class LetterRenderer:
+    """A token per letter; 29 opens a user's message, 30 ends any, 31 opens the assistant's."""
+
+    def render(self, messages: Any, tools: Any) -> list[int]:
+        return [*(token for message in messages for token in (29, *self._ids(message), 30)), 31]
+
+    def render_reply(self, message: Any) -> list[int]:
+        return [*self._ids(message), 30]
+
+    def _ids(self, message: Any) -> list[int]:
+        return [ord(letter) - ord("a") for letter in message["content"]]
 
 
 class TinyPolicy:
@@ -51,6 +76,7 @@ class TinyPolicy:
 
     def __init__(self, backend: PausingBackend) -> None:
         self.backend = backend
+        self.renderer = LetterRenderer()
         self.client: Any = None
         self.health: Callable[[], Awaitable[bool]] = backend.is_healthy
 

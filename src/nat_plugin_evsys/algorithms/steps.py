@@ -29,7 +29,7 @@ def count_steps(rows: int, epochs: int, batch_size: int) -> int:
     return epochs * math.ceil(rows / batch_size)
 
 
-def epoch_batches(rows: Sequence[T], epochs: int, batch_size: int, seed: int) -> Iterator[tuple[int, list[T]]]:
+def epoch_batches(rows: Sequence[T], epochs: int, batch_size: int, seed: int | str) -> Iterator[tuple[int, list[T]]]:
     """``(epoch from 1, batch)``: all rows once an epoch, shuffled anew by ``seed``; an epoch's last may be smaller."""
     shuffle = random.Random(seed)
     for epoch in range(1, epochs + 1):

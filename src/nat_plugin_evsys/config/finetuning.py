@@ -25,14 +25,24 @@ class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="
 
 
 class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_trainer_adapter"):
-    """Turns trajectory groups into importance_sampling Datums and trains the policy's LoRA adapter on them."""
+    """Trains the policy's LoRA adapter on rewarded trajectory groups, or on preference pairs with DPO."""
 
     policy: LLMRef = Field(description="Name of the `evsys_policy` LLM to train.")
     loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = Field(
-        default="importance_sampling", description="Tinker's name of the loss."
+        default="importance_sampling",
+        description="Tinker's name of the loss of rewarded trajectories; preference pairs have DPO's.",
     )
     loss_fn_config: dict[str, float] | None = Field(
         default=None, description="Settings of the loss, by Tinker's names (e.g. clip_low_threshold)."
+    )
+    dpo_beta: float = Field(
+        default=0.1,
+        gt=0,
+        allow_inf_nan=False,
+        description="DPO's beta, for preference pairs: how much a departure from the policy at the job's start costs.",
+    )
+    dpo_batch_size: int = Field(
+        default=8, ge=1, description="Preference pairs per optimizer step; `groups_per_step` is for rewarded groups."
     )
     learning_rate: float = Field(default=1e-4, gt=0, description="AdamW learning rate.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta1.")
@@ -48,8 +58,10 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     groups_per_step: int | None = Field(
         default=None, ge=1, description="Trajectory groups per optimizer step; default: all of the epoch's in one."
     )
-    passes: int = Field(default=1, ge=1, description="Times that an epoch's trajectories are trained on.")
-    shuffle_seed: int = Field(default=0, description="Seed of the order of the groups.")
+    passes: int = Field(
+        default=1, ge=1, description="Times that an epoch's trajectories (or preference pairs) are trained on."
+    )
+    shuffle_seed: int = Field(default=0, description="Seed of the order of the groups or pairs.")
     save_datums: bool = Field(
         default=False, description="Write every trained Datum (token ids, logprobs, advantages) to the run directory."
     )

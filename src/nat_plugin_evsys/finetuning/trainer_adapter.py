@@ -21,19 +21,26 @@ from ..config import EvsysTrainerAdapterConfig
 from ..errors import ConfigError, DataError, EngineClosedError, ModelError
 from ..jobs.job import TrainingJob
 from ..jobs.ledger import JobLedger, append_json_lines
+from ..rollouts.preferences import has_preferences, preference_trajectories
 from ..rollouts.roles import validate_episode_order
 from ..rollouts.trajectories import TrajectoryGroup, group_of
 
 if TYPE_CHECKING:
     import art
+    from tinker import types
 
     from ..algorithms.policy_gradient import TrainingSettings
     from ..backends.base import Backend
+    from ..jobs.preference import PreferenceSettings, PreferenceWork, Renderer
+    from ..jobs.training import TrainingWork
 
 logger = logging.getLogger(__name__)
 
 BACKEND = "evsys"
 """``TrainingJobRef.backend`` of every job of this adapter."""
+
+NOT_FOR_PAIRS = ("loss_fn", "loss_fn_config", "advantage", "groups_per_step", "merge_calls")
+"""Settings that preference pairs have no use for; refused with them unless they have their defaults."""
 
 HEALTH_TIMEOUT = 30.0
 """Seconds that the policy's backend has to answer ``is_healthy``."""
@@ -45,6 +52,11 @@ class PolicyUnderTraining(Protocol):
     @property
     def backend(self) -> Backend:
         """The live training client; available once ``ensure_loaded`` has returned."""
+        ...
+
+    @property
+    def renderer(self) -> Renderer:
+        """Messages -> token ids; available once ``ensure_loaded`` has returned."""
         ...
 
     async def ensure_loaded(self) -> None:
@@ -111,21 +123,23 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """Validate a collection and start its training job; returns at once.
 
         Args:
-            trajectories: one list of trajectories per dataset row, as ``EvsysTrajectoryBuilder`` builds them.
+            trajectories: one list of trajectories per dataset row, as ``EvsysTrajectoryBuilder`` builds them; or
+                trajectories whose episodes are all preference pairs (``DPOItem``), which are trained with DPO.
             epoch: for the record, and part of the shuffle seed.
 
         Returns:
             a ref whose metadata holds ``job_id`` (a new one for every submit) and ``epoch`` if given.
 
         Raises:
-            ValueError: the collection is empty or a trajectory in it is invalid; nothing was started.
-            ConfigError: ``save_datums`` without a run directory.
+            ValueError: the collection is empty, mixes episodes with preference pairs, or a trajectory in it is
+                invalid; nothing was started.
+            ConfigError: ``save_datums`` without a run directory, or a setting that preference pairs have no use for.
             EngineClosedError: the adapter has been closed.
         """
         if self._closed:
             raise EngineClosedError("the trainer adapter is closed and takes no more jobs")
-        groups = await self._construct_trajectory_groups(trajectories.trajectories)
-        job = self._start(trajectories.run_id, groups, epoch)
+        work, sizes = await self._work(trajectories.trajectories, epoch)
+        job = self._start(trajectories.run_id, work, sizes, epoch)
         metadata: dict[str, Any] = {"job_id": job.job_id}
         if epoch is not None:
             metadata["epoch"] = epoch
@@ -242,22 +256,55 @@ class EvsysTrainerAdapter(TrainerAdapter):
 
         return await asyncio.to_thread(to_art_groups, groups)
 
-    def _start(self, run_id: str, groups: list[TrajectoryGroup], epoch: int | None) -> TrainingJob:
+    async def _work(
+        self, rows: list[list[Trajectory]], epoch: int | None
+    ) -> tuple[TrainingWork | PreferenceWork, dict[str, int]]:
+        """The work on a collection, and its sizes for the ledger."""
         from ..jobs.training import TrainingWork
 
+        if has_preferences(rows):
+            return self._preference_work(rows, epoch)
+        groups = await self._construct_trajectory_groups(rows)
+        work = TrainingWork(groups, self._settings(epoch), self._loaded_backend, self.policy.publish)
+        trajectories = sum(len(group.rewards_G) for group in groups)
+        calls = sum(group.num_calls for group in groups)
+        return work, {"groups": len(groups), "trajectories": trajectories, "calls": calls}
+
+    def _preference_work(
+        self, rows: list[list[Trajectory]], epoch: int | None
+    ) -> tuple[PreferenceWork, dict[str, int]]:
+        from ..jobs.preference import PreferenceWork
+
+        fields = type(self.config).model_fields
+        useless = [name for name in NOT_FOR_PAIRS if getattr(self.config, name) != fields[name].default]
+        if useless:
+            raise ConfigError(
+                f"the collection holds DPO preference pairs, for which {', '.join(useless)} would have no effect; "
+                "remove it from the trainer adapter's config (pairs are trained by dpo_beta and dpo_batch_size)"
+            )
+        found = preference_trajectories(rows)
+        work = PreferenceWork(
+            found,
+            self._preference_settings(epoch),
+            self._loaded_backend,
+            lambda: self.policy.renderer,
+            self.policy.publish,
+        )
+        pairs = sum(len(trajectory.items) for trajectory in found)
+        groups = len({trajectory.group for trajectory in found})
+        return work, {"groups": groups, "trajectories": len(found), "calls": 0, "pairs": pairs}
+
+    def _start(
+        self, run_id: str, work: TrainingWork | PreferenceWork, sizes: dict[str, int], epoch: int | None
+    ) -> TrainingJob:
         if self.config.save_datums and self.run_dir is None:
             raise ConfigError("save_datums is set, but the adapter has no run_dir to write to; set adapter.run_dir")
         ledger = JobLedger(self.run_dir) if self.run_dir is not None else None
-        work = TrainingWork(groups, self._settings(epoch), self._loaded_backend, self.policy.publish)
         job = TrainingJob(run_id, work, self._turn, epoch=epoch, on_end=lambda job: _record_end(ledger, job))
         if self.config.save_datums and self.run_dir is not None:
             work.datum_log = self.run_dir / f"datums-{job.job_id}.jsonl"
         if ledger is not None:
-            calls = sum(group.num_calls for group in groups)
-            trajectories = sum(len(group.rewards_G) for group in groups)
-            ledger.submitted(
-                job.job_id, run_id, epoch=epoch, groups=len(groups), trajectories=trajectories, calls=calls
-            )
+            ledger.submitted(job.job_id, run_id, epoch=epoch, **sizes)
         self._jobs[job.job_id] = job
         return job
 
@@ -266,22 +313,40 @@ class EvsysTrainerAdapter(TrainerAdapter):
         return self.policy.backend
 
     def _settings(self, epoch: int | None) -> TrainingSettings:
-        from tinker import types
-
         from ..algorithms.policy_gradient import TrainingSettings
 
         config = self.config
-        names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
         return TrainingSettings(
             loss_fn=config.loss_fn,
             loss_fn_config=config.loss_fn_config,
-            adam=types.AdamParams(**{name: getattr(config, name) for name in names}),
+            adam=self._adam(),
             advantage=config.advantage,
             groups_per_step=config.groups_per_step,
             passes=config.passes,
-            shuffle_key=f"{config.shuffle_seed}/{epoch or 0}",
+            shuffle_key=self._shuffle_key(epoch),
             merge_calls=config.merge_calls,
         )
+
+    def _preference_settings(self, epoch: int | None) -> PreferenceSettings:
+        from ..jobs.preference import PreferenceSettings
+
+        config = self.config
+        return PreferenceSettings(
+            adam=self._adam(),
+            beta=config.dpo_beta,
+            batch_size=config.dpo_batch_size,
+            passes=config.passes,
+            shuffle_key=self._shuffle_key(epoch),
+        )
+
+    def _adam(self) -> types.AdamParams:
+        from tinker import types
+
+        names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
+        return types.AdamParams(**{name: getattr(self.config, name) for name in names})
+
+    def _shuffle_key(self, epoch: int | None) -> str:
+        return f"{self.config.shuffle_seed}/{epoch or 0}"
 
     def _job(self, ref: TrainingJobRef) -> TrainingJob:
         job_id = (ref.metadata or {}).get("job_id")

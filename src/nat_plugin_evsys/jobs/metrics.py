@@ -11,21 +11,23 @@ class StepMetrics:
 
     Attributes:
         tokens: Datum tokens.
-        sampled_tokens: those with an advantage.
+        sampled_tokens: those with an advantage, or of the replies of preference pairs.
         seconds: forward_backward and optim_step together.
         values: what the backend returned; Tinker's names carry their reduction (``loss:sum``, ``ratio:mean``).
+        mean_over: how many things each ``:mean`` is over; None: the sampled tokens.
     """
 
     tokens: int
     sampled_tokens: int
     seconds: float
     values: dict[str, float]
+    mean_over: int | None = None
 
 
 def summarize(history: list[StepMetrics]) -> dict[str, float]:
     """Metrics of all steps, each reduced as its name says; a name without a reduction is averaged over the steps.
 
-    ``name:sum`` is summed, ``:min`` and ``:max`` are extremes, ``:mean`` is weighted by sampled tokens. Added are
+    ``name:sum`` is summed, ``:min`` and ``:max`` are extremes, ``:mean`` is weighted by ``mean_over``. Added are
     ``loss_per_token`` (loss:sum over sampled tokens), tokens, sampled_tokens, steps, seconds and tokens_per_second.
     """
     summary: dict[str, float] = {}
@@ -52,7 +54,7 @@ def _reduced(reduction: str, name: str, steps: list[StepMetrics]) -> float:
         case "max":
             return max(values)
         case "mean":
-            weights = [step.sampled_tokens for step in steps]
+            weights = [step.sampled_tokens if step.mean_over is None else step.mean_over for step in steps]
             return sum(value * weight for value, weight in zip(values, weights, strict=True)) / max(sum(weights), 1)
         case _:
             return sum(values) / len(values)

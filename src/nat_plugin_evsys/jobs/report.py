@@ -65,7 +65,7 @@ class Account:
 
     Attributes:
         calls: ``calls.calls == calls.trained + sum(calls.dropped.values())``.
-        trained_trajectories: trajectories with at least one trained call.
+        trained_trajectories: trajectories with at least one trained call or preference pair.
         dropped_trajectories: the others, by reason.
     """
 

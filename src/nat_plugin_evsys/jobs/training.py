@@ -33,6 +33,8 @@ POLL_SECONDS = 0.2
 STEPS_SHARE = 98.0
 """Progress when all optimizer steps are done; publishing is the rest."""
 
+ADVICE = "Lower learning_rate or set grad_clip_norm, and look for extreme rewards"
+
 
 class TrainingWork:
     """Trains a backend on trajectory groups.
@@ -114,7 +116,7 @@ class TrainingWork:
         report.enter("forward_backward")
         output = await self._forward_backward(backend, batch, report, advance)
         report.loss = output.metrics.get("loss:sum")
-        await _check_loss(backend, report)
+        await check_loss(backend, report, ADVICE)
         report.enter("optim_step")
         response = await backend.optim_step_async(self._settings.adam)
         advance(1.0)
@@ -139,7 +141,7 @@ class TrainingWork:
         data = await step_data(backend, batch, settings)
         report.beat()
         pending = backend.forward_backward_async(data, loss_fn=settings.loss_fn, loss_fn_config=settings.loss_fn_config)
-        return await _watched(pending, backend, advance)
+        return await watched(pending, backend, advance)
 
     async def _publish_to(self, report: JobReport) -> None:
         report.policy_version = await self._publish()
@@ -155,7 +157,7 @@ class TrainingWork:
         return f"nothing to train: every call was dropped ({reasons}); the policy is unchanged"
 
 
-async def _watched(pending: Awaitable[T], backend: Backend, advance: Callable[[float], None]) -> T:
+async def watched(pending: Awaitable[T], backend: Backend, advance: Callable[[float], None]) -> T:
     """Await an operation, asking the backend now and then how far it is: ``progress -> (done, total) tokens``."""
     future = asyncio.ensure_future(pending)
     seen = getattr(backend, "progress", None)
@@ -168,16 +170,20 @@ async def _watched(pending: Awaitable[T], backend: Backend, advance: Callable[[f
     return future.result()
 
 
-async def _check_loss(backend: Backend, report: JobReport) -> None:
-    """Refuse to step on a loss that is no finite number, and leave no gradient of it behind."""
+async def check_loss(backend: Backend, report: JobReport, advice: str) -> None:
+    """Refuse to step on a loss that is no finite number, and leave no gradient of it behind.
+
+    Args:
+        advice: what the user may try; ends the error's text.
+
+    Raises:
+        JobError: ``report.loss`` is None or not finite.
+    """
     if report.loss is not None and math.isfinite(report.loss):
         return
     await _discard_gradient(backend)
     seen = "the backend returned no `loss:sum`" if report.loss is None else f"the loss (`loss:sum`) is {report.loss}"
-    raise JobError(
-        f"step {report.step}/{report.steps}: {seen}; the weights are as the step before left them. "
-        "Lower learning_rate or set grad_clip_norm, and look for extreme rewards"
-    )
+    raise JobError(f"step {report.step}/{report.steps}: {seen}; the weights are as the step before left them. {advice}")
 
 
 async def _discard_gradient(backend: Backend) -> None:

@@ -35,8 +35,8 @@ def validate_episode_order(trajectory: Trajectory, name: str) -> None:
     for position, item in enumerate(episode):
         if isinstance(item, DPOItem):
             raise DataError(
-                f"{name}, item {position}: a DPO preference pair, but the evsys_trainer_adapter trains on rewarded "
-                "episodes (EpisodeItem); build this collection with evsys_trajectory_builder"
+                f"{name}, item {position}: a DPO preference pair, but an episode of items with roles (EpisodeItem) "
+                "is needed here; the evsys_trainer_adapter trains pairs when a collection holds nothing else"
             )
         _check_item(name, position, item, previous)
         previous = item.role

@@ -1,0 +1,56 @@
+"""NAT's DPO trajectories: episodes of preference pairs instead of items with roles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nat.data_models.finetuning import DPOItem, Trajectory
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceTrajectory:
+    """The preference items of one trajectory (at least one), and where it stands in its collection."""
+
+    group: int
+    position: int
+    items: list[DPOItem]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return _name(self.group, self.position)
+
+
+def has_preferences(rows: Sequence[Sequence[Trajectory]]) -> bool:
+    """True when any item of any trajectory is a preference pair."""
+    return any(isinstance(item, DPOItem) for row in rows for trajectory in row for item in trajectory.episode)
+
+
+def preference_trajectories(rows: Sequence[Sequence[Trajectory]]) -> list[PreferenceTrajectory]:
+    """The preference items of every trajectory of a collection, in its order.
+
+    Raises:
+        DataError: a trajectory is empty or has an item that is no preference pair; names it.
+    """
+    found = []
+    for group, row in enumerate(rows):
+        for position, trajectory in enumerate(row):
+            items = []
+            for number, item in enumerate(trajectory.episode):
+                if not isinstance(item, DPOItem):
+                    raise DataError(
+                        f"{_name(group, position)}, item {number}: an item with a role (`{item.role.value}`), but "
+                        "other items of the collection are DPO preference pairs; submit each kind on its own"
+                    )
+                items.append(item)
+            if not items:
+                raise DataError(f"{_name(group, position)}: the episode is empty; it must hold preference pairs")
+            found.append(PreferenceTrajectory(group, position, items))
+    return found
+
+
+def _name(group: int, position: int) -> str:
+    return f"trajectory {position} of group {group}"
