@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from nat_process import ROOT, first_rows, json_lines, newest_run, run_nat, start_nat
 
@@ -57,6 +59,27 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
     assert done.out.rstrip().splitlines()[-1] == str(run / "summary.json")
 
 
+def ask_server(config: Path, log: Path) -> str:
+    """What `nat serve` on the same YAML answers over HTTP."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = start_nat("serve", "--config_file", str(config), "--host", "127.0.0.1", "--port", str(port), log=log)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert server.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                url, question = f"http://127.0.0.1:{port}/generate", {"input_message": "My wifi is broken."}
+                return httpx.post(url, json=question, timeout=60, trust_env=False).json()["value"]
+            except httpx.TransportError:
+                time.sleep(0.5)
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
 def test_the_same_yaml_serves_what_was_trained(tmp_path: Path, make_config: Callable[..., Path]) -> None:
     output = tmp_path / "eval"
 
@@ -76,6 +99,8 @@ def test_the_same_yaml_serves_what_was_trained(tmp_path: Path, make_config: Call
     items = json.loads((output / "right_team_output.json").read_text())["eval_output_items"]
     scores = [item["score"] for item in items]
     assert sum(scores) / len(scores) == pytest.approx(last["reward"])
+
+    assert ask_server(config, tmp_path / "serve.log") in {"network", "printing", "accounts", "payroll"}
 
     answered = run_nat("run", "--config_file", str(config), "--input", "the wifi is slow")
     assert answered.code == 0, answered.text[-4000:]
