@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -125,8 +125,3 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Finish or cancel what is in flight and free the memory. *Extension.*"""
         ...
-
-
-def token_ids(prompt: types.ModelInput | Sequence[int]) -> list[int]:
-    """The token ids of a text-only ModelInput (or of a plain list)."""
-    return list(prompt.to_ints()) if hasattr(prompt, "to_ints") else list(prompt)

@@ -83,11 +83,6 @@ SPECS = {
 }
 
 
-def is_builtin(name: str) -> bool:
-    """Whether ``name`` asks for a builtin model (known or not)."""
-    return name.startswith(PREFIX)
-
-
 def ensure_builtin(name: str, cache_dir: Path) -> Path:
     """Return the Hugging Face directory of a builtin model, making it under ``cache_dir`` when it is not there.
 

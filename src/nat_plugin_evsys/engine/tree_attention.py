@@ -103,11 +103,6 @@ def attending(plan: TreePlan) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active_plan() -> TreePlan | None:
-    """The plan that forward passes of the current thread or task attend along."""
-    return _ACTIVE.get()
-
-
 def install(model: PreTrainedModel) -> bool:
     """Let ``model`` attend along tries inside ``attending``; elsewhere it computes what it did before.
 

@@ -6,7 +6,6 @@ The loss is that of ``algorithms/dpo.py``; the reference is the policy as it is 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from ..errors import DataError
 from ..rollouts.preferences import PreferenceTrajectory
 from .job import uninterrupted
 from .ledger import append_json_lines
-from .metrics import StepMetrics, summarize
+from .metrics import StepMetrics
 from .report import Account, JobReport
-from .training import STEPS_SHARE, check_loss, watched
+from .step import take_step, watched
 
 ADVICE = "Lower learning_rate or dpo_beta, or set grad_clip_norm"
 
@@ -150,32 +149,19 @@ class PreferenceWork:
         return examples
 
     async def _step(self, backend: Backend, batch: list[_Example], report: JobReport, total: int) -> None:
-        tokens = sum(example.tokens for example in batch)
-        before = sum(metrics.tokens for metrics in self._history)
-        started = time.monotonic()
-
-        def advance(fraction: float) -> None:
-            report.advance(STEPS_SHARE * (before + fraction * tokens) / total)
-
-        report.enter("forward_backward")
         data = [datum for example in batch for datum in example.pair]
-        output = await watched(backend.forward_backward_custom_async(data, self._loss), backend, advance)
-        report.loss = output.metrics.get("loss:sum")
-        await check_loss(backend, report, ADVICE)
-        report.enter("optim_step")
-        response = await backend.optim_step_async(self._settings.adam)
-        advance(1.0)
-        self._history.append(
-            StepMetrics(
-                tokens=tokens,
-                sampled_tokens=sum(example.reply_tokens for example in batch),
-                seconds=time.monotonic() - started,
-                values={**output.metrics, **(response.metrics or {})},
-                mean_over=len(batch),
-            )
+        await take_step(
+            backend,
+            report,
+            self._history,
+            lambda advance: watched(backend.forward_backward_custom_async(data, self._loss), backend, advance),
+            self._settings.adam,
+            tokens=sum(example.tokens for example in batch),
+            sampled_tokens=sum(example.reply_tokens for example in batch),
+            total_tokens=total,
+            advice=ADVICE,
+            mean_over=len(batch),
         )
-        report.metrics = summarize(self._history)
-        report.tokens_per_second = report.metrics["tokens_per_second"]
         self._trained.update(example.trajectory for example in batch)
         await self._log_datums(batch, report.step)
 

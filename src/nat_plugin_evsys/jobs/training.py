@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
 
 from tinker import types
 
 from ..algorithms.policy_gradient import TrainingSettings, build_datums, plan_steps, step_data
 from ..backends.base import Backend
-from ..errors import JobError, NonFiniteGradientError
 from ..rollouts.datums import DatumSet
 from ..rollouts.trajectories import TrajectoryGroup
 from ..types import CallTally
 from .datum_log import datum_records
 from .job import uninterrupted
 from .ledger import append_json_lines
-from .metrics import StepMetrics, summarize
+from .metrics import StepMetrics
 from .report import Account, JobReport
-
-T = TypeVar("T")
-
-POLL_SECONDS = 0.2
-"""How often a backend is asked how far its forward_backward is."""
-
-STEPS_SHARE = 98.0
-"""Progress when all optimizer steps are done; publishing is the rest."""
+from .step import Advance, take_step, watched
 
 ADVICE = "Lower learning_rate or set grad_clip_norm, and look for extreme rewards"
 
@@ -106,36 +94,23 @@ class TrainingWork:
 
     async def _step(self, backend: Backend, indices: list[int], report: JobReport, total: int) -> None:
         batch = [self._sets[index] for index in indices]
-        tokens = sum(datums.tokens for datums in batch)
-        before = sum(metrics.tokens for metrics in self._history)
-        started = time.monotonic()
-
-        def advance(fraction: float) -> None:
-            report.advance(STEPS_SHARE * (before + fraction * tokens) / total)
-
-        report.enter("forward_backward")
-        output = await self._forward_backward(backend, batch, report, advance)
-        report.loss = output.metrics.get("loss:sum")
-        await check_loss(backend, report, ADVICE)
-        report.enter("optim_step")
-        response = await backend.optim_step_async(self._settings.adam)
-        advance(1.0)
-        self._history.append(
-            StepMetrics(
-                tokens=tokens,
-                sampled_tokens=sum(datums.sampled_tokens for datums in batch),
-                seconds=time.monotonic() - started,
-                values={**output.metrics, **(response.metrics or {})},
-            )
+        await take_step(
+            backend,
+            report,
+            self._history,
+            lambda advance: self._forward_backward(backend, batch, report, advance),
+            self._settings.adam,
+            tokens=sum(datums.tokens for datums in batch),
+            sampled_tokens=sum(datums.sampled_tokens for datums in batch),
+            total_tokens=total,
+            advice=ADVICE,
         )
-        report.metrics = summarize(self._history)
-        report.tokens_per_second = report.metrics["tokens_per_second"]
         new = [index for index in indices if index not in self._trained]
         self._trained.update(indices)
         await self._log_datums(new, report.step)
 
     async def _forward_backward(
-        self, backend: Backend, batch: list[DatumSet], report: JobReport, advance: Callable[[float], None]
+        self, backend: Backend, batch: list[DatumSet], report: JobReport, advance: Advance
     ) -> types.ForwardBackwardOutput:
         settings = self._settings
         data = await step_data(backend, batch, settings)
@@ -155,46 +130,3 @@ class TrainingWork:
         dropped = sum((datums.dropped for datums in self._sets), start=Counter[str]())
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items())) or "there were none"
         return f"nothing to train: every call was dropped ({reasons}); the policy is unchanged"
-
-
-async def watched(pending: Awaitable[T], backend: Backend, advance: Callable[[float], None]) -> T:
-    """Await an operation, asking the backend now and then how far it is: ``progress -> (done, total) tokens``."""
-    future = asyncio.ensure_future(pending)
-    seen = getattr(backend, "progress", None)
-    while not future.done():
-        await asyncio.wait({future}, timeout=POLL_SECONDS)
-        now = getattr(backend, "progress", None)
-        if now is not None and now != seen:
-            done, total = seen = now
-            advance(min(done / total, 1.0) if total else 0.0)
-    return future.result()
-
-
-async def check_loss(backend: Backend, report: JobReport, advice: str) -> None:
-    """Refuse to step on a loss that is no finite number, and leave no gradient of it behind.
-
-    Args:
-        advice: what the user may try; ends the error's text.
-
-    Raises:
-        JobError: ``report.loss`` is None or not finite.
-    """
-    if report.loss is not None and math.isfinite(report.loss):
-        return
-    await _discard_gradient(backend)
-    seen = "the backend returned no `loss:sum`" if report.loss is None else f"the loss (`loss:sum`) is {report.loss}"
-    raise JobError(f"step {report.step}/{report.steps}: {seen}; the weights are as the step before left them. {advice}")
-
-
-async def _discard_gradient(backend: Backend) -> None:
-    """Clear the accumulated gradient, so that the next job does not start with it.
-
-    Where the backend has no call for it, a step that moves no weight does it: a gradient that is not finite is refused
-    and cleared, a finite one enters the moments only.
-    """
-    discard = getattr(backend, "discard_gradient_async", None)
-    if discard is not None:
-        await discard()
-        return
-    with contextlib.suppress(NonFiniteGradientError):
-        await backend.optim_step_async(types.AdamParams(learning_rate=0.0, weight_decay=0.0))
