@@ -1,0 +1,81 @@
+"""One operation that a client asked for, and how it ended. What the store keeps and the engine executes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+JSON = "application/json"
+PROTOBUF = "application/x-protobuf"
+
+
+class OperationKind(StrEnum):
+    """What is asked for; the value is the last part of the protocol's path."""
+
+    CREATE_MODEL = "create_model"
+    FORWARD_BACKWARD = "forward_backward"
+    """Also forward: the request says ``forward_only``."""
+    OPTIM_STEP = "optim_step"
+    SAVE_WEIGHTS = "save_weights"
+    SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
+    SAVE_WEIGHTS_EXTERNAL = "save_weights_external"
+    LOAD_WEIGHTS = "load_weights"
+    SAMPLE = "asample"
+
+
+class Effect(StrEnum):
+    """What an ended operation did to the model's weights, moments or gradient: what a replay has to do again."""
+
+    NONE = "none"
+    APPLIED = "applied"
+    CLEARED = "cleared"
+    """A refused optimizer step: the accumulated gradient was thrown away."""
+
+
+class FailureCategory(StrEnum):
+    """Who can mend a failure; the SDK's ``RequestErrorCategory``."""
+
+    USER = "user"
+    SERVER = "server"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One request, exactly as it came.
+
+    Attributes:
+        request_id: of its future; unique.
+        owner: identity of the key that sent it.
+        kind: what is asked for.
+        scope: the model id (training) or the sampling session id (``asample``) that orders and de-duplicates it.
+        seq_id: within its scope; training operations of one model run in the order of it.
+        payload: the request's body, decompressed: protobuf for ``forward_backward``, JSON for all others.
+        created_at: seconds since the epoch.
+    """
+
+    request_id: str
+    owner: str
+    kind: OperationKind
+    scope: str
+    seq_id: int
+    payload: bytes
+    created_at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an operation ended: the body that its future is answered with.
+
+    Attributes:
+        body: JSON, or protobuf for results of ``forward_backward`` and ``asample``; a failure is always JSON,
+            ``{"error": …, "category": …}``.
+        content_type: of the body.
+        failed: the body is a failure.
+        effect: see ``Effect``.
+    """
+
+    body: bytes
+    content_type: str
+    failed: bool = False
+    effect: Effect = Effect.NONE
