@@ -9,6 +9,8 @@ EvsysError                     shown to the user as it is: what failed, what was
 ├── NonFiniteGradientError     an optimizer step was refused; weights and moments are as they were
 ├── JobError                   a training job failed; carries the first cause
 ├── EngineClosedError          an operation was sent to an engine that has been closed
+├── StoreError                 the server's store on disk could not write or read what was asked
+├── QueueFullError             too many operations wait already; nothing was stored, try again later
 └── UnsupportedError           a call of another service's API that this engine does not offer (also a
                                NotImplementedError)
 """
@@ -57,6 +59,14 @@ class JobError(EvsysError):
 
 class EngineClosedError(EvsysError):
     """The engine has been closed and takes no more operations."""
+
+
+class StoreError(EvsysError):
+    """The server's store on disk could not write or read what was asked; nothing of that write is kept."""
+
+
+class QueueFullError(EvsysError):
+    """Too many operations wait already. The new one was not stored; sending it again later is safe."""
 
 
 class UnsupportedError(EvsysError, NotImplementedError):
