@@ -220,7 +220,7 @@ PATHS: list[tuple[str, Call, type[Exception], str]] = [
         ("tinker://m/weights", "is malformed; expected"),
         ("tinker://m/weights/a/b", "is malformed; expected"),
         ("tinker://m/other/a", "is malformed; expected"),
-        ("tinker://m/external_weights/a", "is malformed; expected"),
+        ("tinker://m/other_weights/a", "is malformed; expected"),
         ("tinker://../weights/a", "training run id '..' is malformed"),
         ("tinker:///weights/a", "training run id '' is malformed"),
         ("tinker://m/weights/..", "checkpoint name '..' is refused"),

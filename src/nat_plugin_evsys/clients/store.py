@@ -1,4 +1,4 @@
-"""Where the clients keep checkpoints: ``<root>/<model_id>/{weights|sampler_weights}/<name>``, by tinker:// path."""
+"""Where the clients keep checkpoints: ``<root>/<model_id>/<segment of its kind>/<name>``, by tinker:// path."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nat_plugin_evsys.engine.training import TrainableModel
 from nat_plugin_evsys.errors import CheckpointError
 
 SCHEME = "tinker://"
-SEGMENTS: dict[Kind, str] = {"training": "weights", "sampler": "sampler_weights"}
+SEGMENTS: dict[Kind, str] = {"training": "weights", "sampler": "sampler_weights", "external": "external_weights"}
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:=+-]{0,199}")
 
@@ -58,8 +58,11 @@ class CheckpointStore:
         overwrite: bool,
         ttl_seconds: int | None,
         user_metadata: Mapping[str, str],
+        request_id: str | None = None,
     ) -> str:
         """Save a checkpoint of a training run; returns its tinker:// path.
+
+        With ``request_id``, a checkpoint that the same request saved before is not in the way: it is saved again.
 
         Raises:
             CheckpointError: the name is refused or taken, or the disk refused the write.
@@ -67,7 +70,7 @@ class CheckpointStore:
         directory = self.root / record.model_id / SEGMENTS[kind]
         target = checkpoint_path(directory, name)
         path = f"{SCHEME}{record.model_id}/{SEGMENTS[kind]}/{name}"
-        if target.exists() and not overwrite:
+        if target.exists() and not overwrite and not _saved_by(target, request_id):
             raise CheckpointError(f"checkpoint {path} exists; choose another name or pass overwrite=True")
         expires_at = None if ttl_seconds is None else time.time() + ttl_seconds
         try:
@@ -75,7 +78,15 @@ class CheckpointStore:
             replace_file(self.root / record.model_id / RUN_FILE, record.to_json())
         except OSError as exc:
             raise CheckpointError(f"checkpoint {path} could not be written below {self.root}: {exc}") from exc
-        save_checkpoint(directory, name, model, kind=kind, user_metadata=user_metadata, expires_at=expires_at)
+        save_checkpoint(
+            directory,
+            name,
+            model,
+            kind=kind,
+            user_metadata=user_metadata,
+            expires_at=expires_at,
+            request_id=request_id,
+        )
         return path
 
     def resolve(self, path: str | Path) -> Path:
@@ -153,7 +164,7 @@ class CheckpointStore:
 
 
 def parse_path(path: str | Path) -> tuple[str, str, str]:
-    """``(model_id, segment, name)`` of ``tinker://<model_id>/{weights|sampler_weights}/<name>``.
+    """``(model_id, segment, name)`` of ``tinker://<model_id>/{weights|sampler_weights|external_weights}/<name>``.
 
     Raises:
         CheckpointError: it is none.
@@ -161,10 +172,19 @@ def parse_path(path: str | Path) -> tuple[str, str, str]:
     parts = path.removeprefix(SCHEME).split("/") if isinstance(path, str) and path.startswith(SCHEME) else []
     if len(parts) != 3 or parts[1] not in SEGMENTS.values():
         raise CheckpointError(
-            f"checkpoint path {path!r} is malformed; expected tinker://<model_id>/weights/<name> or "
-            "tinker://<model_id>/sampler_weights/<name>, as a save returned it"
+            f"checkpoint path {path!r} is malformed; expected tinker://<model_id>/weights/<name>, "
+            "…/sampler_weights/<name> or …/external_weights/<name>, as a save returned it"
         )
     return parts[0], parts[1], parts[2]
+
+
+def _saved_by(directory: Path, request_id: str | None) -> bool:
+    if request_id is None:
+        return False
+    try:
+        return read_checkpoint(directory).request_id == request_id
+    except CheckpointError:
+        return False
 
 
 def _expired(info: CheckpointInfo) -> bool:

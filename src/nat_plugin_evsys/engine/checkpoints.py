@@ -29,7 +29,7 @@ from nat_plugin_evsys.engine.peft_format import adapter_config, from_peft_names,
 from nat_plugin_evsys.engine.training import TrainableModel
 from nat_plugin_evsys.errors import CheckpointError
 
-Kind = Literal["sampler", "training"]
+Kind = Literal["sampler", "training", "external"]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -46,7 +46,8 @@ class CheckpointInfo:
 
     Attributes:
         path: the directory.
-        kind: ``sampler`` holds weights only, ``training`` the optimizer too.
+        kind: ``training`` holds weights and optimizer; ``sampler`` and ``external``, which is to be downloaded, weights
+            only.
         step: optimizer steps that made the weights.
         created_at: seconds since the epoch.
         base_model: the name that the base model was loaded by.
@@ -55,6 +56,7 @@ class CheckpointInfo:
         files: file name -> {"sha256", "bytes"}.
         user_metadata: what the caller gave.
         expires_at: seconds since the epoch after which it may be deleted; None is never.
+        request_id: the request that saved it, where a caller gave one.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class CheckpointInfo:
     files: dict[str, dict[str, Any]]
     user_metadata: dict[str, Any]
     expires_at: float | None = None
+    request_id: str | None = None
 
 
 def save_checkpoint(
@@ -79,6 +82,7 @@ def save_checkpoint(
     kind: Kind,
     user_metadata: Mapping[str, Any] | None = None,
     expires_at: float | None = None,
+    request_id: str | None = None,
 ) -> Path:
     """Write ``directory/name`` atomically, replacing one of that name; returns its path.
 
@@ -114,6 +118,8 @@ def save_checkpoint(
                 "user_metadata": dict(user_metadata or {}),
                 "expires_at": expires_at,
             }
+            if request_id is not None:
+                manifest["request_id"] = request_id
             (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     except OSError as exc:
         raise CheckpointError(f"checkpoint {target} could not be written: {exc}") from exc

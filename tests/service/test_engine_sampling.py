@@ -1,0 +1,239 @@
+"""Sampling through the engine of the server: what comes back, from which weights, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from byte_model import make_model
+from engine_operations import SESSION, EngineHarness, ModelOperations, make_datums, sample_operation
+
+from nat_plugin_evsys.errors import CheckpointError, ModelError
+from nat_plugin_evsys.service import samplers
+from nat_plugin_evsys.service.operations import OperationKind
+
+PROMPT = list(b"how are you?")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("engine") / "tiny", 0))
+
+
+@pytest.fixture
+def harness(tmp_path: Path, base: str) -> Iterator[EngineHarness]:
+    with EngineHarness(tmp_path / "store", [base]) as made:
+        yield made
+
+
+def train(harness: EngineHarness, model: ModelOperations, base: str) -> None:
+    """A step that changes what is sampled."""
+    if harness.store.model(model.model_id) is None:
+        harness.run(model.create(base))
+    harness.run(model.forward_backward(make_datums(model.next_seq)), model.optim_step(0.1))
+
+
+def test_everything_that_can_be_asked_for(harness: EngineHarness, base: str) -> None:
+    sampler = harness.add_sampler(0, base)
+    (result,) = harness.run(
+        sample_operation(
+            sampler,
+            1,
+            PROMPT,
+            max_tokens=5,
+            seed=3,
+            stop=[],
+            num_samples=4,
+            prompt_logprobs=True,
+            topk_prompt_logprobs=2,
+            topk_sample_logprobs=3,
+        )
+    )
+    assert [len(each.tokens) for each in result.sequences] == [5] * 4
+    assert len({tuple(each.tokens) for each in result.sequences}) == 4
+    assert all(each.stop_reason == "length" for each in result.sequences)
+    assert np.isnan(result.prompt_logprobs_np[0])
+    assert np.isfinite(result.prompt_logprobs_np[1:]).all()
+    assert result.topk_prompt_logprobs_np.token_ids.shape == (len(PROMPT), 2)
+    assert result.sequences[0].topk_logprobs_np.token_ids.shape == (5, 3)
+
+
+def test_a_seed_gives_the_same_set_and_no_seed_another(harness: EngineHarness, base: str) -> None:
+    sampler = harness.add_sampler(0, base)
+
+    def tokens(seq: int, seed: int | None) -> list[list[int]]:
+        options = {"max_tokens": 8, "stop": [], "num_samples": 3, "seed": seed}
+        return [each.tokens for each in harness.run(sample_operation(sampler, seq, PROMPT, **options))[0].sequences]
+
+    assert tokens(1, 7) == tokens(2, 7)
+    assert tokens(3, None) != tokens(4, None)
+
+
+def test_only_the_last_prompt_logprobs(harness: EngineHarness, base: str) -> None:
+    sampler = harness.add_sampler(0, base)
+    asked = {"max_tokens": 1, "prompt_logprobs": True, "prompt_logprobs_last_n": 3}
+    (result,) = harness.run(sample_operation(sampler, 1, PROMPT, **asked))
+    assert np.isnan(result.prompt_logprobs_np[:-3]).all()
+    assert np.isfinite(result.prompt_logprobs_np[-3:]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k is not offered"),
+        ({"record_stability_info": True}, "record_stability_info is not offered"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs is not offered"),
+        ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "'image' is not offered"),
+        ({"temperature": -1}, "temperature must be"),
+        ({"stop": ""}, "empty string"),
+        ({"max_tokens": 0}, "max_tokens must be positive"),
+        ({"num_samples": 10**9}, "num_samples"),
+        ({"prompt": {"chunks": []}}, "the prompt is empty"),
+        ({"prompt": {"chunks": [{"tokens": [1] * 300}]}}, "context length is 256"),
+    ],
+)
+def test_refused_by_name(harness: EngineHarness, base: str, options: dict[str, object], message: str) -> None:
+    sampler = harness.add_sampler(0, base)
+    good = {"max_tokens": 2, "stop": []}
+    bad, fine = harness.run(
+        sample_operation(sampler, 1, PROMPT, **{**good, **options}), sample_operation(sampler, 2, PROMPT, **good)
+    )
+    assert message in bad["error"]
+    assert bad["category"] == "user"
+    assert len(fine.sequences[0].tokens) == 2
+
+
+def test_named_and_ephemeral_weights_are_those_of_their_step(harness: EngineHarness, base: str) -> None:
+    model = ModelOperations()
+    train(harness, model, base)
+    (named,) = harness.run(model.save("one", OperationKind.SAVE_WEIGHTS_FOR_SAMPLER))
+    (ephemeral,) = harness.run(model.save_ephemeral(1))
+    assert ephemeral["sampling_session_id"] == f"{SESSION}:sample:1"
+    harness.add_sampler(2, base, named["path"])
+    train(harness, model, base)
+    harness.run(model.save_ephemeral(3))
+    asked = {"max_tokens": 1, "prompt_logprobs": True}
+    logprobs = [
+        harness.run(sample_operation(f"{SESSION}:sample:{number}", 1, PROMPT, **asked))[0].prompt_logprobs_np[1:]
+        for number in (1, 2, 3)
+    ]
+    assert (logprobs[0] == logprobs[1]).all()
+    assert np.abs(logprobs[0] - logprobs[2]).max() > 1e-2
+    # The trainer's own logprobs at these weights.
+    (forward,) = harness.run(model.forward_backward([_datum()], forward_only=True))
+    np.testing.assert_allclose(logprobs[2], forward.loss_fn_outputs[0]["logprobs"].tolist(), atol=1e-4)
+
+
+def test_an_overwritten_checkpoint_does_not_change_an_open_session(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelOperations()
+    train(harness, model, base)
+    kind = OperationKind.SAVE_WEIGHTS_FOR_SAMPLER
+    path = harness.run(model.save("one", kind))[0]["path"]
+    sampler = harness.add_sampler(1, base, path)
+    asked = {"max_tokens": 1, "prompt_logprobs": True}
+    (before,) = harness.run(sample_operation(sampler, 1, PROMPT, **asked))
+    train(harness, model, base)
+    harness.run(model.save("one", kind, overwrite=True))
+    (after,) = harness.run(sample_operation(sampler, 2, PROMPT, **asked))
+    assert (before.prompt_logprobs_np[1:] == after.prompt_logprobs_np[1:]).all()
+    harness.engine._samplers.close_session(SESSION)
+    (refused,) = harness.run(sample_operation(sampler, 3, PROMPT, **asked))
+    assert "was overwritten" in refused["error"]
+
+
+def test_memory_is_bounded_and_weights_come_back(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness.engine._samplers, "_memory_bytes", 1)
+    model = ModelOperations()
+    asked = {"max_tokens": 1, "prompt_logprobs": True}
+    first = []
+    for number in range(3):
+        train(harness, model, base)
+        harness.run(model.save_ephemeral(number))
+        sampler = f"{SESSION}:sample:{number}"
+        first.append(harness.run(sample_operation(sampler, 1, PROMPT, **asked))[0].prompt_logprobs_np[1:])
+        assert len(harness.engine._samplers._clients) == 1
+    for number in range(3):
+        (again,) = harness.run(sample_operation(f"{SESSION}:sample:{number}", 2, PROMPT, **asked))
+        np.testing.assert_allclose(again.prompt_logprobs_np[1:], first[number], atol=1e-6)
+
+
+def test_the_oldest_ephemeral_weights_are_dropped_by_name(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "KEPT_EPHEMERAL", 2)
+    model = ModelOperations()
+    for number in range(4):
+        train(harness, model, base)
+        harness.run(model.save_ephemeral(number))
+    results = harness.run(*(sample_operation(f"{SESSION}:sample:{n}", 1, PROMPT, max_tokens=1) for n in range(4)))
+    for refused in results[:2]:
+        assert "has ended: the newest 2 unnamed weights" in refused["error"]
+    assert all(len(each.sequences) == 1 for each in results[2:])
+    assert len(list((harness.store.root / "samplers" / model.model_id).iterdir())) == 2
+    (taken,) = harness.run(model.save_ephemeral(3))
+    assert "sampling_session_seq_id 3 is taken" in taken["error"]
+
+
+def test_a_cancelled_request_ends_and_the_next_one_runs(harness: EngineHarness, base: str) -> None:
+    sampler = harness.add_sampler(0, base)
+    long = sample_operation(sampler, 1, PROMPT, max_tokens=240, stop=[], num_samples=64)
+    harness.put(long)
+    harness.engine.cancel(long.request_id)
+    harness.engine.cancel("unknown")
+    (outcome,) = harness.wait(long.request_id)
+    assert b"cancelled" in outcome.body
+    (result,) = harness.run(sample_operation(sampler, 2, PROMPT, max_tokens=2))
+    assert len(result.sequences) == 1
+
+
+def test_models_by_name(harness: EngineHarness, base: str) -> None:
+    model = ModelOperations()
+    train(harness, model, base)
+    assert harness.engine.sampling_client(base, "anybody")[0].policy_version == -1
+    with pytest.raises(ModelError, match="there is no model"):
+        harness.engine.sampling_client(model.model_id, "local")
+    kind = OperationKind.SAVE_WEIGHTS_FOR_SAMPLER
+    path = harness.run(model.save("one", kind))[0]["path"]
+    train(harness, model, base)
+    harness.run(model.save("two", kind))
+    assert harness.engine.sampling_client(path, "local")[0].policy_version == 1
+    assert harness.engine.sampling_client(model.model_id, "local")[0].policy_version == 2
+    for name in (path, f"tinker://{model.model_id}/sampler_weights/..", "tinker://x"):
+        with pytest.raises(CheckpointError):
+            harness.engine.sampling_client(name, "another")
+    with pytest.raises(ModelError, match="there is no model"):
+        harness.engine.sampling_client(model.model_id, "another")
+    harness.store.publish(path, "local").result()
+    assert harness.engine.sampling_client(path, "another")[0].policy_version == 1
+
+
+def test_unfinished_samples_are_run_by_the_next_server(tmp_path: Path, base: str) -> None:
+    with EngineHarness(tmp_path / "store", [base]) as harness:
+        sampler = harness.add_sampler(0, base)
+        waiting = sample_operation(sampler, 1, PROMPT, max_tokens=240, stop=[], num_samples=64, seed=1)
+        harness.put(waiting)
+        harness.close(timeout=0.0)
+    with EngineHarness(tmp_path / "store", [base]) as harness:
+        (outcome,) = harness.wait(waiting.request_id)
+        assert not outcome.failed
+
+
+def _datum() -> object:
+    from tinker import types
+
+    return types.Datum(types.ModelInput.from_ints(PROMPT[:-1]), {"target_tokens": PROMPT[1:]})
