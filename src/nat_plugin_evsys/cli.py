@@ -1,4 +1,4 @@
-"""``nat evsys …``: look at runs."""
+"""``nat evsys …``: look at runs, serve the engine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_serve import serve_command, status_command
 from .errors import EvsysError
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ def _output_dir_option(command: Callable[..., None]) -> Callable[..., None]:
     )(command)
 
 
-@click.group(name="evsys", help="Look at the runs of the evsys finetuning plugin.")
+@click.group(name="evsys", help="Look at the runs of the evsys finetuning plugin; serve its engine.")
 def evsys() -> None:
     """The group."""
+
+
+evsys.add_command(serve_command)
+evsys.add_command(status_command)
 
 
 @evsys.command(name="runs")

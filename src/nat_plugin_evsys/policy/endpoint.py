@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,12 +19,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..errors import ConfigError, EvsysError
-from ..types import RUN_ID_HEADER, RunKind
+from ..types import RunKind
 from .api_errors import ApiError
 from .chat import ChatRenderer
-from .completions import Completion, PolicySource, SamplingDefaults, check_model
-from .event_stream import ClientGone, EventStream, Peer, completion_events
-from .protocol import ChatCompletion, ChatCompletionRequest, to_json
+from .chat_routes import ChatRoutes, error_response
+from .completions import PolicySource, SamplingDefaults, check_model
 from .recorder import Recorder
 
 if TYPE_CHECKING:
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
     from ..backends.base import SamplingClient
 
 __all__ = ["PolicyEndpoint", "SamplingDefaults"]
-
-logger = logging.getLogger(__name__)
 
 _START_SECONDS = 30.0
 _CLOSE_SECONDS = 10.0
@@ -70,10 +66,9 @@ class PolicyEndpoint:
         api_key: str | None = None,
     ) -> None:
         self.api_key = api_key or f"sk-evsys-{secrets.token_urlsafe(24)}"
-        self._source = PolicySource(renderer, sampling_client, recorder, defaults)
-        self._model_names = list(model_names)
+        source = PolicySource(renderer, sampling_client, recorder, defaults)
+        self._routes = ChatRoutes(_OnePolicy(source, list(model_names), self.api_key), recorder, self._is_closing)
         self._host, self._port = host, port
-        self._created = int(time.time())
         self._url: str | None = None
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
@@ -164,95 +159,43 @@ class PolicyEndpoint:
 
     def _app(self) -> Starlette:
         return Starlette(
-            routes=[
-                Route("/health", self._health, methods=["GET"]),
-                Route("/v1/models", self._guarded(self._models), methods=["GET"]),
-                Route("/v1/models/{name:path}", self._guarded(self._model), methods=["GET"]),
-                Route("/v1/chat/completions", self._guarded(self._completions), methods=["POST"]),
-            ],
+            routes=[Route("/health", _health, methods=["GET"]), *self._routes.routes("/v1")],
             exception_handlers={HTTPException: _unknown_route},
         )
 
-    # -- routes -----------------------------------------------------------------------------------------------------
+    def _is_closing(self) -> asyncio.Event:
+        assert self._closing is not None
+        return self._closing
 
-    def _guarded(self, handler: Callable[[Request], Coroutine[Any, Any, Response]]) -> Callable[[Request], Any]:
-        """Check the key, and turn every exception into OpenAI's error object."""
 
-        async def guarded(request: Request) -> Response:
-            try:
-                self._authorize(request)
-                return await handler(request)
-            except ClientGone:
-                self._source.recorder.disconnect()
-                return Response(status_code=499)  # nobody reads it
-            except Exception as error:  # noqa: BLE001 - the boundary: answered, counted and logged
-                return error_response(self._fail(error, request.headers.get(RUN_ID_HEADER)))
+class _OnePolicy:
+    """The ``ChatModels`` of one policy under fixed names."""
 
-        return guarded
+    def __init__(self, source: PolicySource, names: list[str], api_key: str) -> None:
+        self._source = source
+        self._names = names
+        self._api_key = api_key
 
-    def _fail(self, error: Exception, run_id: str | None) -> ApiError:
-        answer = ApiError.of(error)
-        if answer.is_infrastructure:
-            self._source.recorder.fail(run_id, answer.code or "internal_error", answer.message)
-            unexpected = not isinstance(error, ApiError | EvsysError)
-            logger.error("policy endpoint: %s", answer.message, exc_info=error if unexpected else None)
-        return answer
-
-    def _authorize(self, request: Request) -> None:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
+    def authorize(self, headers: Mapping[str, str]) -> str:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
             raise ApiError(
                 401,
                 "missing or wrong API key; use the key that the policy endpoint was started with",
                 code="invalid_api_key",
             )
+        return "local"
 
-    async def _health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+    async def names(self, caller: str) -> list[str]:
+        return self._names
 
-    async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model_object(name) for name in self._model_names]})
-
-    async def _model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        check_model(name, self._model_names)
-        return JSONResponse(self._model_object(name))
-
-    def _model_object(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "nat_plugin_evsys"}
-
-    async def _completions(self, request: Request) -> Response:
-        parsed = ChatCompletionRequest.parse(await request.body())
-        check_model(parsed.model, self._model_names)
-        assert self._closing is not None
-        peer = Peer(request.receive, self._closing)
-        try:
-            completion = await peer.guard(Completion.prepare(parsed, request.headers, self._source))
-            if parsed.stream:
-                events = completion_events(completion, peer, self._source.recorder, self._fail)
-                # Up to the first event an error still has a status of its own.
-                return EventStream(await anext(events), events, peer)
-            sequences = await peer.guard(completion.sample())
-        except BaseException:
-            peer.close()
-            raise
-        peer.close()
-        recorder = self._source.recorder
-        answer = ChatCompletion(
-            id=completion.id,
-            created=completion.created,
-            model=parsed.model,
-            system_fingerprint=completion.fingerprint,
-            choices=[completion.record(index, sequence, recorder) for index, sequence in enumerate(sequences)],
-            usage=completion.usage(sequences),
-            prompt_token_ids=completion.prompt_ids if parsed.return_token_ids else None,
-        )
-        return Response(to_json(answer), media_type="application/json")
+    async def source(self, name: str, caller: str) -> PolicySource:
+        check_model(name, self._names)
+        return self._source
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+async def _health(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
 
 
 async def _unknown_route(request: Request, error: Exception) -> Response:

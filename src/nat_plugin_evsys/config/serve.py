@@ -1,0 +1,101 @@
+"""The settings of ``nat evsys serve``."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from .strict import StrictConfig
+
+KEY_PREFIX = "tml-"
+"""What the tinker SDK insists that a key starts with."""
+
+
+def default_service_store() -> Path:
+    """``$EVSYS_HOME/service``, else ``./.evsys/service``."""
+    return Path(os.environ.get("EVSYS_HOME") or ".evsys").expanduser() / "service"
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address, or ``localhost``, that only this machine reaches."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class ServeConfig(StrictConfig):
+    """One training and sampling server over the engine of this machine."""
+
+    base_models: list[str] = Field(
+        min_length=1, description="Each a Hugging Face id, a local directory, or `builtin/tiny`; loaded at the start."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on; off loopback only with API keys.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    store: Path = Field(
+        default_factory=default_service_store, description="Directory of sessions, futures, model states, checkpoints."
+    )
+    api_keys: list[SecretStr] = Field(
+        default=[], description="Who may use the server; each key's runs are invisible to the others'."
+    )
+    policies: dict[str, str] = Field(
+        default={}, description="Names that the OpenAI endpoint serves beside paths: name -> tinker:// path."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: CUDA when present, else CPU.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="`auto`: bfloat16 on CUDA, float32 on CPU."
+    )
+    context_length: int | None = Field(
+        default=None, ge=2, description="Upper bound of tokens in a sequence; default is the model's own limit."
+    )
+    max_batch_size: int = Field(default=64, ge=1, description="Sequences of one policy that are decoded together.")
+    cache_dir: Path | None = Field(default=None, description="Where `builtin/…` models are kept.")
+    trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")
+    log_format: Literal["text", "json"] = Field(default="text", description="Of the log on stderr.")
+    session_timeout: float = Field(
+        default=1800.0, gt=0, description="Seconds without a request after which a session's models leave memory."
+    )
+    session_ttl: float = Field(
+        default=7 * 86400.0, gt=0, description="Seconds without a request after which a session is forgotten."
+    )
+    max_queued_per_owner: int = Field(default=4096, ge=1, description="Unfinished operations of one key.")
+    max_queued: int = Field(default=16384, ge=1, description="Unfinished operations of all keys.")
+    max_request_bytes: int = Field(default=64 << 20, ge=1024, description="Largest request body as it is sent.")
+    max_decompressed_bytes: int = Field(default=128 << 20, ge=1024, description="Largest request body decompressed.")
+    poll_seconds: float = Field(default=25.0, gt=0, le=40, description="How long a long poll is held at the most.")
+    housekeeping_seconds: float = Field(default=15.0, gt=0, description="Between two looks at idle sessions.")
+    shutdown_seconds: float = Field(default=30.0, gt=0, description="How long a shutdown waits for work to be parked.")
+    retain_operations: bool = Field(
+        default=False, description="Keep the payloads of all operations, so that the whole log can be run again."
+    )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_suit_the_sdk(cls, keys: list[SecretStr]) -> list[SecretStr]:
+        for key in keys:
+            text = key.get_secret_value()
+            # What a header cannot carry would never match; 16 is the least that is not guessed at once.
+            if not text.startswith(KEY_PREFIX) or len(text) < 16 or not text.isascii() or not text.isprintable():
+                raise ValueError(
+                    f"an API key must start with `{KEY_PREFIX}` (the tinker SDK insists), have at least 16 printable "
+                    "ASCII characters and no spaces at its ends; make one with "
+                    f"`echo {KEY_PREFIX}$(openssl rand -hex 24)`"
+                )
+            if text != text.strip():
+                raise ValueError("an API key must not begin or end with a space")
+        return keys
+
+    @model_validator(mode="after")
+    def _closed_off_loopback(self) -> ServeConfig:
+        if not self.api_keys and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and there is no API key; give --api-key "
+                "(or EVSYS_API_KEYS, or --api-key-file), or listen on 127.0.0.1"
+            )
+        if self.session_ttl < self.session_timeout:
+            raise ValueError("session_ttl must not be shorter than session_timeout")
+        return self

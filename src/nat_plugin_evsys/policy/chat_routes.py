@@ -1,0 +1,160 @@
+"""OpenAI's routes over any number of models: ``POST …/chat/completions`` and ``GET …/models``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..errors import EvsysError
+from ..types import RUN_ID_HEADER
+from .api_errors import ApiError
+from .completions import Completion, PolicySource
+from .event_stream import ClientGone, EventStream, Peer, completion_events
+from .protocol import ChatCompletion, ChatCompletionRequest, to_json
+from .recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class ChatModels(Protocol):
+    """The models that requests may ask for. Called in the event loop, for each request."""
+
+    def authorize(self, headers: Mapping[str, str]) -> str:
+        """Who sends the request.
+
+        Raises:
+            ApiError: 401, nobody who may.
+        """
+        ...
+
+    async def names(self, caller: str) -> list[str]:
+        """What ``GET …/models`` lists for this caller."""
+        ...
+
+    async def source(self, name: str, caller: str) -> PolicySource:
+        """What answers a request for a model.
+
+        Raises:
+            ApiError: 404 ``model_not_found``.
+        """
+        ...
+
+
+class ChatRoutes:
+    """The routes and what they share.
+
+    Args:
+        models: finds the model of a request.
+        recorder: counts what fails and keeps the calls.
+        closing: gives the event that is set when the server shuts down; requests in flight are then answered 503.
+        read: gives the body of a request; default is all of it.
+        note: told each request, the template of its route and its caller (none yet when it is refused).
+    """
+
+    def __init__(
+        self,
+        models: ChatModels,
+        recorder: Recorder,
+        closing: Callable[[], asyncio.Event],
+        *,
+        read: Callable[[Request], Coroutine[Any, Any, bytes]] | None = None,
+        note: Callable[[Request, str, str], None] | None = None,
+    ) -> None:
+        self._models = models
+        self._recorder = recorder
+        self._closing = closing
+        self._read = read or _read_all
+        self._note = note
+        self._created = int(time.time())
+
+    def routes(self, prefix: str) -> list[Route]:
+        """Starlette's routes below ``prefix`` (such as ``/v1``)."""
+        return [
+            self._route("GET", f"{prefix}/models", self._list),
+            self._route("GET", f"{prefix}/models/{{name:path}}", self._describe),
+            self._route("POST", f"{prefix}/chat/completions", self._completions),
+        ]
+
+    def _route(self, method: str, path: str, handler: Callable[[Request, str], Coroutine[Any, Any, Response]]) -> Route:
+        """Check the key, and turn every exception into OpenAI's error object."""
+
+        async def guarded(request: Request) -> Response:
+            caller = ""
+            try:
+                if self._note is not None:
+                    self._note(request, path, caller)
+                caller = self._models.authorize(request.headers)
+                if self._note is not None:
+                    self._note(request, path, caller)
+                return await handler(request, caller)
+            except ClientGone:
+                self._recorder.disconnect()
+                return Response(status_code=499)  # nobody reads it
+            except Exception as error:  # noqa: BLE001 - the boundary: answered, counted and logged
+                return error_response(self._fail(error, request.headers.get(RUN_ID_HEADER)))
+
+        return Route(path, guarded, methods=[method])
+
+    def _fail(self, error: Exception, run_id: str | None) -> ApiError:
+        answer = ApiError.of(error)
+        if answer.is_infrastructure:
+            self._recorder.fail(run_id, answer.code or "internal_error", answer.message)
+            unexpected = not isinstance(error, ApiError | EvsysError)
+            logger.error("policy endpoint: %s", answer.message, exc_info=error if unexpected else None)
+        return answer
+
+    async def _list(self, request: Request, caller: str) -> Response:
+        names = await self._models.names(caller)
+        return JSONResponse({"object": "list", "data": [self._model_object(name) for name in names]})
+
+    async def _describe(self, request: Request, caller: str) -> Response:
+        name = request.path_params["name"]
+        await self._models.source(name, caller)
+        return JSONResponse(self._model_object(name))
+
+    def _model_object(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "nat_plugin_evsys"}
+
+    async def _completions(self, request: Request, caller: str) -> Response:
+        parsed = ChatCompletionRequest.parse(await self._read(request))
+        peer = Peer(request.receive, self._closing())
+        try:
+            source = await peer.guard(self._models.source(parsed.model, caller))
+            completion = await peer.guard(Completion.prepare(parsed, request.headers, source))
+            if parsed.stream:
+                events = completion_events(completion, peer, self._recorder, self._fail)
+                # Up to the first event an error still has a status of its own.
+                return EventStream(await anext(events), events, peer)
+            sequences = await peer.guard(completion.sample())
+        except BaseException:
+            peer.close()
+            raise
+        peer.close()
+        answer = ChatCompletion(
+            id=completion.id,
+            created=completion.created,
+            model=parsed.model,
+            system_fingerprint=completion.fingerprint,
+            choices=[completion.record(index, sequence, self._recorder) for index, sequence in enumerate(sequences)],
+            usage=completion.usage(sequences),
+            prompt_token_ids=completion.prompt_ids if parsed.return_token_ids else None,
+        )
+        return Response(to_json(answer), media_type="application/json")
+
+
+async def _read_all(request: Request) -> bytes:
+    return await request.body()
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())

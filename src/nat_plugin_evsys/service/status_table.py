@@ -1,0 +1,65 @@
+"""What ``nat evsys status`` prints. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def status_table(status: dict[str, Any]) -> str:
+    """The answer of ``GET /status`` as text: a line for the server, then a table of the caller's models."""
+    lines = [
+        f"base models   {', '.join(status['base_models'])}",
+        f"queue         {_counts(status['queued'])}",
+        f"sampling      {_counts(status['sampling'])}",
+        f"tokens/s      {_counts(status['tokens_per_second'], 1)}",
+        f"tokens        {_counts(status['tokens'])}",
+        f"memory        {', '.join(f'{name} {_bytes(size)}' for name, size in status['memory'].items()) or '-'}",
+        f"sessions      {status['sessions']}   clients waiting {status['long_polls']}   up {_time(status['uptime'])}",
+        "",
+    ]
+    if not status["models"]:
+        return "\n".join([*lines, "no models"])
+    head = ("MODEL", "BASE", "STATE", "STEP", "QUEUED", "SECONDS", "TOKENS")
+    rows = [
+        (
+            model["model_id"],
+            model["base_model"],
+            model["state"],
+            _text(model["step"]),
+            _text(model["queued"]),
+            _text(model["engine_seconds"], 1),
+            _text(model["tokens_trained"]),
+        )
+        for model in status["models"]
+    ]
+    return "\n".join([*lines, *_columns([head, *rows])])
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _counts(values: dict[str, float], digits: int = 0) -> str:
+    return ", ".join(f"{name} {_text(value, digits)}" for name, value in values.items()) or "-"
+
+
+def _text(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _bytes(size: float) -> str:
+    for unit in _UNITS[:-1]:
+        if size < 1024:
+            return f"{size:.{0 if unit == 'B' else 1}f} {unit}"
+        size /= 1024
+    return f"{size:.1f} {_UNITS[-1]}"
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
