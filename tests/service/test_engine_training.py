@@ -298,6 +298,9 @@ def test_another_owners_checkpoint_is_like_none(harness: EngineHarness, base: st
     harness.store.publish(path, "local").result()
     (loaded,) = harness.run(theirs.load(path, optimizer=False))
     assert loaded["path"] == path
+    harness.run(mine.save("a", overwrite=True))  # a new one, which nobody has published
+    (refused,) = harness.run(theirs.load(path, optimizer=False))
+    assert "error" in refused
 
 
 def test_parked_and_returned_is_bit_equal(tmp_path: Path, base: str) -> None:

@@ -52,6 +52,10 @@ class CheckpointAccess:
         model_id, segment, name = parse_path(path)
         return checkpoint_path(self._checkpoints.root / model_id / segment, name)
 
+    def withdraw(self, path: str) -> None:
+        """Let nobody but its owner use a checkpoint any more."""
+        self._store.unpublish(path).result()
+
     def newest_sampler(self, model_id: str, owner: str) -> str | None:
         """The path of a training run's newest sampler checkpoint."""
         if self._store.run_owner(model_id) != owner:

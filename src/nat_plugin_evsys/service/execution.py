@@ -149,7 +149,7 @@ class Execution:
             raise DataError(f"{operation.kind} needs path, the name of the checkpoint")
         row = hosted.row()
         _check_owner(row, operation)
-        return self._checkpoints.save(
+        path = self._checkpoints.save(
             record_of(row),
             model,
             body.path,
@@ -159,6 +159,9 @@ class Execution:
             user_metadata=metadata_of(body.user_metadata),
             request_id=operation.request_id,
         )
+        # One of that name may have been published before it expired; nobody has published this one.
+        self._access.withdraw(path)
+        return path
 
     def _load(self, hosted: HostedModel, operation: Operation, stop: threading.Event) -> Outcome:
         body = parse(LoadWeights, operation.payload)
