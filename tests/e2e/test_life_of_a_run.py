@@ -120,3 +120,21 @@ def test_a_failing_loss_fails_the_command_with_its_cause(tmp_path: Path, make_co
     assert state["status"] == "failed"
     last = done.err.rstrip().splitlines()[-1]
     assert last.startswith("Error: "), done.text[-2000:]
+
+
+def test_overlapping_rollouts_are_at_most_one_version_old(tmp_path: Path, make_config: Callable[..., Path]) -> None:
+    def change(settings: dict[str, Any]) -> None:
+        small(settings, tmp_path)
+        settings["trainers"]["trainer"]["overlap_rollouts"] = True
+
+    config = make_config("quickstart", change)
+    done = run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "3")
+
+    assert done.code == 0, done.text[-4000:]
+    rows = [row for row in json_lines(newest_run(tmp_path) / "metrics.jsonl") if row["event"] == "epoch"]
+    assert set(rows[0]["staleness"]) == {"0"}
+    assert set(rows[1]["staleness"]) | set(rows[2]["staleness"]) in ({"1"}, {"0", "1"})
+    assert all(sum(row["staleness"].values()) == row["calls"] == 24 for row in rows)
+    assert "loss_fn is ppo" in done.text
+    summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())
+    assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())

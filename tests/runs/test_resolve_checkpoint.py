@@ -66,12 +66,14 @@ def test_a_deleted_checkpoint_is_named(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path, "latest")
 
 
-def test_a_checkpoint_on_a_service_is_named(tmp_path: Path) -> None:
+def test_a_checkpoint_on_a_service(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path)
     run.record_checkpoint("epoch-1", 1, 0.5, adapter="tinker://run/sampler_weights/epoch-1")
+    run.record_checkpoint("epoch-2", 2, 0.4, adapter="tinker://run/sampler_weights/epoch-2")
     run.save_state()
-    with pytest.raises(CheckpointError, match="tinker://run/sampler_weights/epoch-1"):
-        resolve_checkpoint(tmp_path, "latest")
+    assert resolve_checkpoint(tmp_path, "latest") == "tinker://run/sampler_weights/epoch-2"
+    assert resolve_checkpoint(tmp_path, "best") == "tinker://run/sampler_weights/epoch-1"
+    assert resolve_checkpoint(Path("elsewhere"), "tinker://other/weights/x") == "tinker://other/weights/x"
 
 
 def test_wrong_paths(tmp_path: Path) -> None:

@@ -112,6 +112,12 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     )
     warm_start: WarmStartConfig | None = Field(default=None, description="Supervised warm start; default none.")
     resume: bool = Field(default=False, description="Go on from the last finished epoch of the newest run.")
+    overlap_rollouts: bool = Field(
+        default=False,
+        description="Make the next epoch's rollouts while an epoch trains. A call is then up to one policy version old "
+        "when it is trained on (`staleness` in metrics.jsonl counts them), and the loss is `ppo` unless the adapter's "
+        "`loss_fn` is set.",
+    )
     keep_checkpoints: int = Field(
         default=2, ge=1, description="Checkpoints of epochs to keep besides the last and the best."
     )

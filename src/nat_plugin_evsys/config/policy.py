@@ -2,14 +2,27 @@
 
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from nat.data_models.llm import LLMBaseConfig
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from .strict import StrictConfig
 
 DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
 """NAT's own default of ``finetuning.output_dir``."""
+
+NOT_OVER_A_SERVICE = {
+    "lora_alpha": "a Tinker service has 32",
+    "device": "the service has its own",
+    "dtype": "the service has its own",
+    "max_batch_size": "the service has its own",
+    "trust_remote_code": "the service loads the model",
+}
+"""Settings of the embedded engine that cannot reach a service, and why; refused unless they have their defaults."""
+
+ONLY_OVER_A_SERVICE = ("api_key_env", "tokenizer")
+"""Settings that mean nothing without ``base_url``."""
 
 
 class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
@@ -23,6 +36,20 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         description="A Hugging Face id, a local directory of any causal LM that transformers loads, or `builtin/tiny` "
         "(a small Qwen3 model that is built on the spot and cached)."
     )
+    base_url: str | None = Field(
+        default=None,
+        description="Train and sample on the Tinker service at this URL (`nat evsys serve` on another machine, or any "
+        "other) instead of in this process; `base_model` is then the service's name of the model.",
+    )
+    api_key_env: str = Field(
+        default="TINKER_API_KEY",
+        description="Environment variable that holds the service's key; it may be unset where base_url is on loopback.",
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="With base_url: local directory or Hugging Face id of the model's tokenizer, where the service's "
+        "name of the model leads to none on this machine.",
+    )
     output_dir: Path = Field(
         default=DEFAULT_OUTPUT_DIR,
         description="Where the runs lie; must equal `finetuning.output_dir`, where `checkpoint: latest` looks.",
@@ -30,8 +57,8 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     checkpoint: str = Field(
         default="latest",
         description="What `nat run`, `nat eval` and `nat serve` serve: `none` (the base model), `latest` or `best` (of "
-        "the newest run in output_dir), or the path of a checkpoint. `nat finetune` starts a new adapter unless this "
-        "is a path.",
+        "the newest run in output_dir), or the path of a checkpoint (with base_url: a tinker:// path). `nat "
+        "finetune` starts a new adapter unless this is a path.",
     )
     lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter.")
     lora_alpha: float = Field(default=32.0, gt=0, description="LoRA scale numerator: the update is alpha/rank * B A x.")
@@ -74,3 +101,30 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         description="Let LangChain agents make plain calls even where they ask for a stream (same tokens, less CPU).",
     )
     trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")
+
+    @field_validator("base_url")
+    @classmethod
+    def _plain_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"base_url is {value!r}; it must be a URL such as http://127.0.0.1:8000")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("base_url must be scheme, host, port and path alone; put a key into the environment")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _settings_reach_the_engine(self) -> "EvsysPolicyConfig":
+        changed = {
+            name for name, field in type(self).model_fields.items() if getattr(self, name) != field.get_default()
+        }
+        if self.base_url is None:
+            useless = [name for name in ONLY_OVER_A_SERVICE if name in changed]
+            if useless:
+                raise ValueError(f"{', '.join(useless)}: set without base_url it has no effect; remove it")
+            return self
+        useless = [f"{name} ({why})" for name, why in NOT_OVER_A_SERVICE.items() if name in changed]
+        if useless:
+            raise ValueError(f"no effect over a service (base_url is set): {', '.join(useless)}; remove it")
+        return self

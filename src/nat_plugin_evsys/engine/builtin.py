@@ -96,11 +96,8 @@ def ensure_builtin(name: str, cache_dir: Path) -> Path:
     Raises:
         ModelError: no builtin model has that name, or ``cache_dir`` cannot be written.
     """
-    spec = SPECS.get(name)
-    if spec is None:
-        known = ", ".join(f"`{known}`" for known in sorted(SPECS))
-        raise ModelError(f"there is no builtin model `{name}`; base_model can be {known}, a hub id or a directory")
-    target = cache_dir / f"{name.removeprefix(PREFIX)}-{_digest(spec)}"
+    spec = _spec(name)
+    target = _directory(name, cache_dir)
     if target.is_dir():
         return target
     try:
@@ -119,6 +116,33 @@ def ensure_builtin(name: str, cache_dir: Path) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+def builtin_tokenizer(name: str, cache_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a builtin model, as in the directory that ``ensure_builtin`` makes; the model is not made.
+
+    Raises:
+        ModelError: no builtin model has that name.
+    """
+    spec = _spec(name)
+    made = _directory(name, cache_dir)
+    if not made.is_dir():
+        return _tokenizer(spec)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(made, local_files_only=True)
+
+
+def _spec(name: str) -> BuiltinSpec:
+    spec = SPECS.get(name)
+    if spec is None:
+        known = ", ".join(f"`{known}`" for known in sorted(SPECS))
+        raise ModelError(f"there is no builtin model `{name}`; base_model can be {known}, a hub id or a directory")
+    return spec
+
+
+def _directory(name: str, cache_dir: Path) -> Path:
+    return cache_dir / f"{name.removeprefix(PREFIX)}-{_digest(_spec(name))}"
 
 
 @cache

@@ -83,6 +83,26 @@ def load_base_model(
     return wrap_model(base_model, model, tokenizer, context_length=context_length)
 
 
+def load_tokenizer(base_model: str, *, cache_dir: Path | None = None) -> Any:
+    """The tokenizer alone of what ``load_base_model`` loads; no weights are read (a builtin model is not made).
+
+    Raises:
+        ModelError: it cannot be found or loaded; the message says what to type.
+    """
+    cache = cache_dir or default_cache_dir()
+    if base_model.startswith("builtin/"):
+        from nat_plugin_evsys.engine.builtin import builtin_tokenizer
+
+        return builtin_tokenizer(base_model, cache)
+    path = _local_directory(base_model, cache)
+    try:
+        with _LOADING:
+            return AutoTokenizer.from_pretrained(path or base_model, local_files_only=path is not None)
+    except Exception as exc:
+        # Boundary: transformers and the hub client raise many types; all become one readable line.
+        raise ModelError(f"the tokenizer of {base_model!r} cannot be loaded: {one_line(exc)}") from exc
+
+
 def wrap_model(name: str, model: PreTrainedModel, tokenizer: Any, *, context_length: int | None = None) -> BaseModel:
     """A ``BaseModel`` around a loaded transformers model: frozen, in eval mode, LoRA hooks installed.
 

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..policy.recorder import RecorderTotals
 from ..report.metrics import MetricsLog
 from ..report.summary import RunSummary
-from ..runs import RunDirectory, RunState
+from ..runs import RunDirectory, RunState, is_service_path
 from ..types import CallTally
 from .trajectory_builder import RolloutReport
 
@@ -106,15 +106,30 @@ class RunBooks:
     # -- committing -------------------------------------------------------------------------------------------------
 
     def commit(
-        self, epochs_done: int, name: str, uri: str, reward: float | None, *, curriculum: dict[str, Any], keep: int
-    ) -> None:
-        """An epoch is finished: its checkpoint and metrics are on disk, now the state names them."""
+        self,
+        epochs_done: int,
+        name: str,
+        adapter: str,
+        training_state: str,
+        reward: float | None,
+        *,
+        curriculum: dict[str, Any],
+        keep: int,
+    ) -> list[str]:
+        """An epoch is finished: its checkpoint and metrics are written, now the state names them.
+
+        Returns:
+            Checkpoints on a service that are not named any more; those on disk have been deleted.
+        """
         state = self.state
         state.epochs_done = epochs_done
         state.curriculum = curriculum
-        self.run_dir.record_checkpoint(name, epochs_done, reward, adapter=uri, training_state=uri)
+        self.run_dir.record_checkpoint(name, epochs_done, reward, adapter=adapter, training_state=training_state)
         self._save_counts()
+        before = self._on_service()
         self.run_dir.prune(keep)
+        after = self._on_service()
+        return [path for path in before if path not in after]
 
     def stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
         """Note why the run ended early. Counts since the last commit are forgotten: that epoch will be run again."""
@@ -145,6 +160,10 @@ class RunBooks:
         )
         summary.write(self.run_dir.summary_path)
         return summary
+
+    def _on_service(self) -> list[str]:
+        places = [place for record in self.state.checkpoints for place in (record.adapter, record.training_state)]
+        return [place for place in places if place is not None and is_service_path(place)]
 
     def _save_counts(self) -> None:
         tally, state = self._tally, self.state

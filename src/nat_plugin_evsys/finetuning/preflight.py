@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def check_run(config: Config, finetuning: FinetuneConfig) -> None:
-    """Check everything that can be checked without a model.
+    """Check everything that can be checked without a model; a Tinker service is asked, where ``base_url`` names one.
 
     Raises:
+        ServiceUnavailableError: the service does not answer.
         ConfigError: settings that cannot work together; the message names the setting and the change.
         DataError: a dataset row that cannot be used.
     """
@@ -36,6 +37,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_output_dirs(policy_name, policy, finetuning.output_dir)
     check_group_size(config, finetuning, adapter)
     check_dataset(config, None if run is None else run.dataset)
+    check_service(policy)
 
 
 def check_profiler() -> None:
@@ -113,6 +115,20 @@ def check_output_dirs(policy_name: str, policy: EvsysPolicyConfig, output_dir: P
             f"llms.{policy_name}.output_dir is {policy.output_dir}, but finetuning.output_dir is {output_dir}; "
             "set both to the same directory, so that the trained adapter is found when it is served"
         )
+
+
+def check_service(policy: EvsysPolicyConfig) -> None:
+    """With ``base_url``: the service must be there, take the key and serve the base model. Waits for seconds at most.
+
+    Raises:
+        ServiceUnavailableError: it does not answer.
+        ConfigError: there is no key, it refuses the key, or it does not serve ``base_model``.
+    """
+    if policy.base_url is None:
+        return
+    from ..backends.tinker_service import TinkerService
+
+    TinkerService.of(policy).check(policy.base_model)
 
 
 def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysTrainerAdapterConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nat.data_models.finetuning import (
     FinetuneConfig,
@@ -18,58 +18,24 @@ from nat.data_models.finetuning import (
 from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter
 
 from ..config import EvsysTrainerAdapterConfig
-from ..errors import ConfigError, DataError, EngineClosedError, ModelError
-from ..jobs.job import TrainingJob
-from ..jobs.ledger import JobLedger, append_json_lines
-from ..rollouts.preferences import has_preferences, preference_trajectories
+from ..errors import ConfigError, EngineClosedError, ModelError
+from ..jobs.ledger import append_json_lines
+from ..rollouts.preferences import has_preferences
 from ..rollouts.roles import validate_episode_order
-from ..rollouts.trajectories import TrajectoryGroup, group_of
+from ..rollouts.trajectories import TrajectoryGroup
+from .job_queue import BACKEND, JobQueue, progress_of
+from .job_work import JobWork, PolicyUnderTraining, groups_of
 
 if TYPE_CHECKING:
     import art
-    from tinker import types
 
-    from ..algorithms.policy_gradient import TrainingSettings
-    from ..backends.base import Backend
-    from ..jobs.preference import PreferenceSettings, PreferenceWork, Renderer
+    from ..jobs.preference import PreferenceWork
     from ..jobs.training import TrainingWork
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "evsys"
-"""``TrainingJobRef.backend`` of every job of this adapter."""
-
-NOT_FOR_PAIRS = ("loss_fn", "loss_fn_config", "advantage", "groups_per_step", "merge_calls")
-"""Settings that preference pairs have no use for; refused with them unless they have their defaults."""
-
 HEALTH_TIMEOUT = 30.0
 """Seconds that the policy's backend has to answer ``is_healthy``."""
-
-
-class PolicyUnderTraining(Protocol):
-    """What the adapter needs of the policy."""
-
-    @property
-    def backend(self) -> Backend:
-        """The live training client; available once ``ensure_loaded`` has returned."""
-        ...
-
-    @property
-    def renderer(self) -> Renderer:
-        """Messages -> token ids; available once ``ensure_loaded`` has returned."""
-        ...
-
-    async def ensure_loaded(self) -> None:
-        """Load the model unless it is loaded."""
-        ...
-
-    async def publish(self, name: str | None = None) -> int:
-        """Make the present weights the next served policy version and return its number."""
-        ...
-
-    async def is_healthy(self) -> bool:
-        """True when the backend answers a real request."""
-        ...
 
 
 class EvsysTrainerAdapter(TrainerAdapter):
@@ -86,14 +52,14 @@ class EvsysTrainerAdapter(TrainerAdapter):
         self.policy = policy
         self.run_dir: Path | None = None
         self.health_timeout = HEALTH_TIMEOUT
-        self._jobs: dict[str, TrainingJob] = {}
-        self._turn = asyncio.Lock()
+        self._work = JobWork(adapter_config, policy)
+        self._jobs = JobQueue()
         self._closed = False
 
     @property
     def training_jobs(self) -> dict[str, asyncio.Task[None]]:
         """The task of every job ever submitted, by job id, in the order of submission."""
-        return {job_id: job.task for job_id, job in self._jobs.items()}
+        return self._jobs.tasks
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
         """Take over the run's configuration and load the policy.
@@ -108,6 +74,13 @@ class EvsysTrainerAdapter(TrainerAdapter):
                 f"the backend of policy `{self.config.policy}` was loaded but did not answer a request within "
                 f"{self.health_timeout:g} s; see the log above for its error"
             )
+
+    def expect_stale_calls(self) -> None:
+        """Calls may be older than the policy that trains on them: clip their ratios, unless a loss was chosen."""
+        if "loss_fn" not in self.config.model_fields_set:
+            self.config = self.config.model_copy(update={"loss_fn": "ppo"})
+            self._work = JobWork(self.config, self.policy)
+            logger.info("trainer adapter: loss_fn is ppo, as rollouts overlap with training")
 
     async def is_healthy(self) -> bool:
         """Ask the policy's backend; an error or no answer in ``health_timeout`` seconds is logged and False."""
@@ -138,8 +111,15 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """
         if self._closed:
             raise EngineClosedError("the trainer adapter is closed and takes no more jobs")
-        work, sizes = await self._work(trajectories.trajectories, epoch)
-        job = self._start(trajectories.run_id, work, sizes, epoch)
+        rows = trajectories.trajectories
+        work: TrainingWork | PreferenceWork
+        if has_preferences(rows):
+            work, sizes = self._work.on_pairs(rows, epoch)
+        else:
+            work, sizes = self._work.on_groups(await self._construct_trajectory_groups(rows), epoch)
+        job = self._jobs.start(
+            trajectories.run_id, work, sizes, epoch, run_dir=self.run_dir, save_datums=self.config.save_datums
+        )
         metadata: dict[str, Any] = {"job_id": job.job_id}
         if epoch is not None:
             metadata["epoch"] = epoch
@@ -155,7 +135,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         Raises:
             ValueError: unknown job; the text lists what is known.
         """
-        return self._job(ref).status(BACKEND)
+        return self._jobs.find(ref).status(BACKEND)
 
     async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
         """Wait for a job's end and return its final status.
@@ -168,9 +148,9 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """
         if poll_interval <= 0:
             raise ValueError(f"poll_interval is {poll_interval}; it must be a positive number of seconds")
-        job = self._job(ref)
+        job = self._jobs.find(ref)
         while not await job.wait(poll_interval):
-            self.log_progress(ref, _progress(job.status(BACKEND)))
+            self.log_progress(ref, progress_of(job.status(BACKEND)))
         return job.status(BACKEND)
 
     async def cancel(self, ref: TrainingJobRef) -> TrainingJobStatus:
@@ -181,7 +161,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         Raises:
             ValueError: unknown job.
         """
-        job = self._job(ref)
+        job = self._jobs.find(ref)
         pending = job.state is TrainingStatusEnum.PENDING
         job.cancel()
         if pending:
@@ -203,12 +183,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
     async def close(self) -> None:
         """Cancel what is not finished and wait until nothing runs any more. The policy is left to its owner."""
         self._closed = True
-        open_jobs = [job for job in self._jobs.values() if not job.ended]
-        # Last first, so that no pending job gets its turn meanwhile.
-        for job in reversed(open_jobs):
-            job.cancel()
-        for job in open_jobs:
-            await job.wait()
+        await self._jobs.cancel_all()
 
     async def _validate_episode_order(self, traj: Trajectory) -> None:
         """Check the order of roles; see ``validate_episode_order``.
@@ -242,12 +217,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
             ValueError: there is no trajectory at all, or one is invalid.
             ConfigError: ``art`` was asked for and is not installed.
         """
-        groups = [group_of(row, index) for index, row in enumerate(trajectory_lists) if row]
-        if not groups:
-            raise DataError(
-                "the collection holds no trajectory, so there is nothing to train on; look at the dropped rollouts of "
-                "the trajectory builder"
-            )
+        groups = groups_of(trajectory_lists)
         if kind == "evsys":
             return groups
         if kind != "art":
@@ -255,120 +225,3 @@ class EvsysTrainerAdapter(TrainerAdapter):
         from ..rollouts.art_groups import to_art_groups
 
         return await asyncio.to_thread(to_art_groups, groups)
-
-    async def _work(
-        self, rows: list[list[Trajectory]], epoch: int | None
-    ) -> tuple[TrainingWork | PreferenceWork, dict[str, int]]:
-        """The work on a collection, and its sizes for the ledger."""
-        from ..jobs.training import TrainingWork
-
-        if has_preferences(rows):
-            return self._preference_work(rows, epoch)
-        groups = await self._construct_trajectory_groups(rows)
-        work = TrainingWork(groups, self._settings(epoch), self._loaded_backend, self.policy.publish)
-        trajectories = sum(len(group.rewards_G) for group in groups)
-        calls = sum(group.num_calls for group in groups)
-        return work, {"groups": len(groups), "trajectories": trajectories, "calls": calls}
-
-    def _preference_work(
-        self, rows: list[list[Trajectory]], epoch: int | None
-    ) -> tuple[PreferenceWork, dict[str, int]]:
-        from ..jobs.preference import PreferenceWork
-
-        fields = type(self.config).model_fields
-        useless = [name for name in NOT_FOR_PAIRS if getattr(self.config, name) != fields[name].default]
-        if useless:
-            raise ConfigError(
-                f"the collection holds DPO preference pairs, for which {', '.join(useless)} would have no effect; "
-                "remove it from the trainer adapter's config (pairs are trained by dpo_beta and dpo_batch_size)"
-            )
-        found = preference_trajectories(rows)
-        work = PreferenceWork(
-            found,
-            self._preference_settings(epoch),
-            self._loaded_backend,
-            lambda: self.policy.renderer,
-            self.policy.publish,
-        )
-        pairs = sum(len(trajectory.items) for trajectory in found)
-        groups = len({trajectory.group for trajectory in found})
-        return work, {"groups": groups, "trajectories": len(found), "calls": 0, "pairs": pairs}
-
-    def _start(
-        self, run_id: str, work: TrainingWork | PreferenceWork, sizes: dict[str, int], epoch: int | None
-    ) -> TrainingJob:
-        if self.config.save_datums and self.run_dir is None:
-            raise ConfigError("save_datums is set, but the adapter has no run_dir to write to; set adapter.run_dir")
-        ledger = JobLedger(self.run_dir) if self.run_dir is not None else None
-        job = TrainingJob(run_id, work, self._turn, epoch=epoch, on_end=lambda job: _record_end(ledger, job))
-        if self.config.save_datums and self.run_dir is not None:
-            work.datum_log = self.run_dir / f"datums-{job.job_id}.jsonl"
-        if ledger is not None:
-            ledger.submitted(job.job_id, run_id, epoch=epoch, **sizes)
-        self._jobs[job.job_id] = job
-        return job
-
-    async def _loaded_backend(self) -> Backend:
-        await self.policy.ensure_loaded()
-        return self.policy.backend
-
-    def _settings(self, epoch: int | None) -> TrainingSettings:
-        from ..algorithms.policy_gradient import TrainingSettings
-
-        config = self.config
-        return TrainingSettings(
-            loss_fn=config.loss_fn,
-            loss_fn_config=config.loss_fn_config,
-            adam=self._adam(),
-            advantage=config.advantage,
-            groups_per_step=config.groups_per_step,
-            passes=config.passes,
-            shuffle_key=self._shuffle_key(epoch),
-            merge_calls=config.merge_calls,
-        )
-
-    def _preference_settings(self, epoch: int | None) -> PreferenceSettings:
-        from ..jobs.preference import PreferenceSettings
-
-        config = self.config
-        return PreferenceSettings(
-            adam=self._adam(),
-            beta=config.dpo_beta,
-            batch_size=config.dpo_batch_size,
-            passes=config.passes,
-            shuffle_key=self._shuffle_key(epoch),
-        )
-
-    def _adam(self) -> types.AdamParams:
-        from tinker import types
-
-        names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
-        return types.AdamParams(**{name: getattr(self.config, name) for name in names})
-
-    def _shuffle_key(self, epoch: int | None) -> str:
-        return f"{self.config.shuffle_seed}/{epoch or 0}"
-
-    def _job(self, ref: TrainingJobRef) -> TrainingJob:
-        job_id = (ref.metadata or {}).get("job_id")
-        of_run = [job for job in self._jobs.values() if job.run_id == ref.run_id]
-        fitting = of_run if job_id is None else [job for job in of_run if job.job_id == job_id]
-        if ref.backend == BACKEND and fitting:
-            return fitting[-1]
-        known = ", ".join(f"{job.job_id} (run {job.run_id})" for job in self._jobs.values()) or "none"
-        raise ValueError(
-            f"no training job for run_id `{ref.run_id}`, backend `{ref.backend}`, job_id `{job_id}`; "
-            f"known jobs of backend `{BACKEND}`: {known}"
-        )
-
-
-def _record_end(ledger: JobLedger | None, job: TrainingJob) -> None:
-    if ledger is not None:
-        status = job.status(BACKEND)
-        fields = {"status": status.status.value, "progress": status.progress, "message": status.message}
-        details = {key: value for key, value in (status.metadata or {}).items() if key != "job_id"}
-        ledger.finished(job.job_id, job.run_id, **fields, **details)
-
-
-def _progress(status: TrainingJobStatus) -> dict[str, Any]:
-    details = {key: value for key, value in (status.metadata or {}).items() if key != "job_id"}
-    return {"status": status.status.value, "progress": status.progress, **details}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nat.data_models.config import Config
-from nat.data_models.finetuning import FinetuneConfig, Trajectory, TrajectoryCollection
+from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig, Trajectory, TrajectoryCollection
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
 
 from ..config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
@@ -36,6 +36,7 @@ class RolloutReport:
         tally: calls made, and those already dropped; what is left is in the trajectories.
         lost: trajectories without a reward or without calls, by reason.
         errors: first error text seen for each kind of failed rollout.
+        staleness: calls of the trajectories by how many policy versions they were old when these were built.
     """
 
     rewards: list[float] = field(default_factory=list)
@@ -43,6 +44,7 @@ class RolloutReport:
     lost: Counter[str] = field(default_factory=Counter)
     failed_rollouts: int = 0
     errors: dict[str, str] = field(default_factory=dict)
+    staleness: Counter[int] = field(default_factory=Counter)
 
     @property
     def mean_reward(self) -> float:
@@ -58,7 +60,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         self.config = trajectory_builder_config
         self.report: RolloutReport | None = None
         self.on_rollout: Callable[[int, int], None] | None = None
-        self._runs: dict[str, asyncio.Task[list[Attempt]]] = {}
+        self._runs: dict[str, tuple[asyncio.Task[list[Attempt]], Rollouts]] = {}
         self._nat_config: Config | None = None
         self._policy_config: EvsysPolicyConfig | None = None
 
@@ -81,7 +83,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         return Policy.of(self._policy_config)
 
     async def start_run(self, run_id: str, meta: dict[str, Any] | None = None) -> None:
-        """Start the rollouts of one epoch in the background.
+        """Start the rollouts of one epoch in the background; ``on_rollout`` hears of them once they are waited for.
 
         Args:
             run_id: unique id of this collection of rollouts.
@@ -92,10 +94,13 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         """
         if run_id in self._runs:
             raise ValueError(f"run `{run_id}` has been started already; finalize it first")
-        epoch = int((meta or {}).get("epoch", 0))
-        self._runs[run_id] = asyncio.create_task(
-            self._roll_out(f"epoch-{epoch:04d}", "rollout", self.config.num_generations), name=f"rollouts-{run_id}"
-        )
+        rollouts = self._rollouts(f"epoch-{int((meta or {}).get('epoch', 0)):04d}", "rollout")
+        work = self._roll_out(rollouts, self.config.num_generations)
+        self._runs[run_id] = asyncio.create_task(work, name=f"rollouts-{run_id}"), rollouts
+
+    def is_started(self, run_id: str) -> bool:
+        """Whether ``start_run`` was called and ``finalize`` has not ended."""
+        return run_id in self._runs
 
     async def finalize(self, run_id: str, meta: dict[str, Any] | None = None) -> TrajectoryCollection:
         """Wait for the rollouts and build one group of trajectories per dataset row; see also ``report``.
@@ -105,8 +110,10 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         """
         if run_id not in self._runs:
             raise ValueError(f"run `{run_id}` is unknown; known: {sorted(self._runs)}; call start_run first")
+        task, rollouts = self._runs[run_id]
+        rollouts.on_done = self.on_rollout
         try:
-            attempts = await self._runs[run_id]
+            attempts = await task
         finally:
             self._runs.pop(run_id, None)
         groups, self.report = self._build(attempts)
@@ -121,7 +128,9 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             config: another NAT configuration, as `--validation_config_file` gives.
         """
         check_dataset(config or self._config, dataset, what=name)
-        attempts = await self._roll_out(name, "evaluation", 1, dataset=dataset, config=config)
+        rollouts = self._rollouts(name, "evaluation")
+        rollouts.on_done = self.on_rollout
+        attempts = await self._roll_out(rollouts, 1, dataset=dataset, config=config)
         report = RolloutReport()
         for attempt in attempts:
             self._account(report, attempt)
@@ -130,9 +139,10 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
     async def cancel(self) -> None:
         """Stop rollouts in flight."""
-        for task in self._runs.values():
+        tasks = [task for task, _ in self._runs.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._runs.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._runs.clear()
 
     def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
@@ -148,23 +158,31 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             raise ConfigError("the trajectory builder is not initialized; await initialize() first")
         return self._nat_config
 
-    async def _roll_out(
-        self, name: str, kind: RunKind, reps: int, *, dataset: str | Path | None = None, config: Config | None = None
-    ) -> list[Attempt]:
-        run = self.run_config.run_configuration
-        reward = self.run_config.reward_function
-        if run is None or reward is None:
-            raise ConfigError("finetuning.reward_function and run_configuration must be set; use `nat finetune`")
-        source = dataset if dataset is not None else run.dataset
-        rollouts = Rollouts(
+    def _rollouts(self, name: str, kind: RunKind) -> Rollouts:
+        run = self._run_configuration
+        return Rollouts(
             name=name,
             kind=kind,
             seed=self.policy.config.seed,
             recorder=self.policy.recorder,
             result_json_path=run.result_json_path,
             timeout=self.config.rollout_timeout,
-            on_done=self.on_rollout,
         )
+
+    @property
+    def _run_configuration(self) -> FinetuneRunConfig:
+        run = self.run_config.run_configuration
+        if run is None:
+            raise ConfigError("finetuning.run_configuration must be set; use `nat finetune`")
+        return run
+
+    async def _roll_out(
+        self, rollouts: Rollouts, reps: int, *, dataset: str | Path | None = None, config: Config | None = None
+    ) -> list[Attempt]:
+        reward = self.run_config.reward_function
+        if reward is None:
+            raise ConfigError("finetuning.reward_function must be set; use `nat finetune`")
+        source = dataset if dataset is not None else self._run_configuration.dataset
         return await evaluate_policy(
             config or self._config,
             rollouts,
@@ -188,6 +206,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             else:
                 metadata = {"row_id": attempt.row_id, "rollout_id": attempt.run_id, "error": attempt.error}
                 group.append(build_trajectory(attempt.calls, attempt.reward, metadata))
+                report.staleness.update(self.policy.version - call.policy_version for call in attempt.calls)
         return [group for group in groups.values() if group], report
 
     @staticmethod

@@ -167,6 +167,9 @@ class TrainingJob:
             }
         if self.error is not None:
             metadata["error_type"] = type(root_cause(self.error)).__name__
+            category = getattr(root_cause(self.error), "category", None)
+            if category is not None:  # a Tinker service says who can mend it
+                metadata["error_category"] = category
         return metadata
 
 

@@ -14,13 +14,13 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import ConfigError, EvsysError
-from ..runs import resolve_checkpoint
 from ..types import RunKind
 from .endpoint import PolicyEndpoint, SamplingDefaults
 from .recorder import Recorder
+from .weights import create_backend, create_renderer, first_client, starting_checkpoint
 
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
@@ -43,6 +43,7 @@ class Policy:
         self.config = config
         self.recorder = Recorder()
         self._training = False
+        self._resuming = False
         self._backend: Backend | None = None
         self._renderer: ChatRenderer | None = None
         self._client: SamplingClient | None = None
@@ -149,8 +150,11 @@ class Policy:
         """Version of the adapter that is being served; -1 before the model is loaded."""
         return -1 if self._client is None else self._client.policy_version
 
-    def begin_training(self) -> None:
+    def begin_training(self, *, resuming: bool = False) -> None:
         """Start from a new adapter (or from ``checkpoint`` where it is a path) instead of serving `latest` or `best`.
+
+        Args:
+            resuming: the weights of an earlier run are loaded next, so a service need not make an adapter before.
 
         Raises:
             EvsysError: the model has been loaded for serving already.
@@ -158,6 +162,7 @@ class Policy:
         if self._backend is not None and not self._training:
             raise EvsysError("this process serves the policy already; run `nat finetune` in a process of its own")
         self._training = True
+        self._resuming = resuming
 
     async def ensure_loaded(self) -> None:
         """Load the base model and the starting checkpoint, once, whichever thread or event loop asks first."""
@@ -178,52 +183,12 @@ class Policy:
             done.set_result(None)
 
     async def _load_async(self) -> None:
-        start = self._starting_checkpoint()
-        backend = self._backend or await self._create_backend()
-        self._renderer = self._create_renderer(backend.get_tokenizer())
+        start = starting_checkpoint(self.config, training=self._training)
+        fresh = self._training and start is None and not self._resuming
+        backend = self._backend or await create_backend(self.config, train=fresh)
+        self._renderer = create_renderer(self.config, backend.get_tokenizer())
         self._backend = backend
-        if start is not None:
-            await backend.load_state(str(start))
-            logger.info("policy: serving %s", start)
-        self._client = await backend.snapshot_sampling_client()
-
-    def _starting_checkpoint(self) -> Path | None:
-        spec = self.config.checkpoint
-        if self._training and spec in ("none", "latest", "best"):
-            return None
-        return resolve_checkpoint(self.config.output_dir, spec)
-
-    async def _create_backend(self) -> Backend:
-        from ..backends.local import LocalBackend
-
-        config = self.config
-        return await LocalBackend.create(
-            config.base_model,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            seed=config.seed,
-            train_attn=config.train_attn,
-            train_mlp=config.train_mlp,
-            train_unembed=config.train_unembed,
-            checkpoint_dir=config.output_dir / "checkpoints",
-            device=config.device,
-            dtype=config.dtype,
-            context_length=config.context_length,
-            max_batch_size=config.max_batch_size,
-            trust_remote_code=config.trust_remote_code,
-        )
-
-    def _create_renderer(self, tokenizer: Any) -> ChatRenderer:
-        from .chat import ChatRenderer
-
-        template = self.config.chat_template
-        if template is not None and not template.is_file():
-            raise ConfigError(f"chat_template: no file at {template}; give the path of a Jinja template")
-        return ChatRenderer(
-            tokenizer,
-            chat_template=None if template is None else template.read_text(encoding="utf-8"),
-            enable_thinking=self.config.enable_thinking,
-        )
+        self._client = await first_client(backend, start, training=self._training)
 
     def set_checkpoint_dir(self, path: Path) -> None:
         """Save checkpoints under ``path`` from now on."""

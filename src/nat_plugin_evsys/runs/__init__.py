@@ -3,9 +3,17 @@
 Standard library and PyYAML only, so that serving a checkpoint can ask where it lies without importing the trainer.
 """
 
-from .checkpoints import resolve_checkpoint
+from .checkpoints import is_service_path, resolve_checkpoint
 from .directory import RunDirectory
 from .settings import changed_settings, redact
 from .state import CheckpointRecord, RunState
 
-__all__ = ["CheckpointRecord", "RunDirectory", "RunState", "changed_settings", "redact", "resolve_checkpoint"]
+__all__ = [
+    "CheckpointRecord",
+    "RunDirectory",
+    "RunState",
+    "changed_settings",
+    "is_service_path",
+    "redact",
+    "resolve_checkpoint",
+]

@@ -1,7 +1,7 @@
-"""Where a checkpoint lies: from what the YAML says to a directory.
+"""Where a checkpoint lies: from what the YAML says to a directory, or to a path on a Tinker service.
 
-A checkpoint is a directory with a ``manifest.json``. Whoever writes one renames it into place when it is whole, so a
-half-written one is never seen here.
+On disk a checkpoint is a directory with a ``manifest.json``. Whoever writes one renames it into place when it is whole,
+so a half-written one is never seen here. A ``tinker://`` path is the service's own affair.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ from .directory import RunDirectory
 from .state import CheckpointRecord
 
 MANIFEST = "manifest.json"
+SERVICE_SCHEME = "tinker://"
 
 
-def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | None:
-    """The checkpoint that ``spec`` means, as an absolute path, or None for ``none`` (the base model).
+def is_service_path(where: Path | str) -> bool:
+    """True for a checkpoint of a Tinker service."""
+    return isinstance(where, str) and where.startswith(SERVICE_SCHEME)
+
+
+def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | str | None:
+    """The checkpoint that ``spec`` means: an absolute path, a tinker:// path, or None for ``none`` (the base model).
 
     Args:
         output_dir: where the runs lie (``finetuning.output_dir``).
@@ -34,10 +40,12 @@ def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | None:
         return None
     if word in ("latest", "best"):
         return _of_newest_run(Path(output_dir), word)
+    if is_service_path(word):
+        return word
     return _of_path(Path(word).expanduser())
 
 
-def _of_newest_run(output_dir: Path, word: str) -> Path:
+def _of_newest_run(output_dir: Path, word: str) -> Path | str:
     run = RunDirectory.newest(output_dir)
     if run is None:
         raise CheckpointError(
@@ -70,12 +78,10 @@ def _other_run(run: RunDirectory) -> str:
     return ""
 
 
-def _existing(run: RunDirectory, record: CheckpointRecord) -> Path:
+def _existing(run: RunDirectory, record: CheckpointRecord) -> Path | str:
     where = run.locate(record.adapter)
     if isinstance(where, str):
-        raise CheckpointError(
-            f"the checkpoint of epoch {record.epoch} of run {run.path} lies at {where}, not on this machine's disk"
-        )
+        return where
     if not (where / MANIFEST).is_file():
         raise CheckpointError(
             f"{where} (epoch {record.epoch} of run {run.path}) has been moved or deleted; "

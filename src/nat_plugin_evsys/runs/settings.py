@@ -34,6 +34,8 @@ NOT_COMPARED = (
     "trajectory_builders.*.max_concurrency",
     "trajectory_builders.*.rollout_timeout",
     "trainer_adapters.*.save_datums",
+    "llms.*.base_url",
+    "llms.*.api_key_env",
     "llms.*.checkpoint",
     "llms.*.output_dir",
     "llms.*.host",

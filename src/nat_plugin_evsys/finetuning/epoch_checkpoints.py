@@ -1,0 +1,62 @@
+"""The checkpoint of each epoch: saved, committed, pruned, and loaded again by a run that is resumed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..errors import EvsysError
+from ..policy.policy import Policy
+from ..policy.weights import check_place
+from ..runs import is_service_path
+from .bookkeeping import RunBooks
+
+logger = logging.getLogger(__name__)
+
+
+class EpochCheckpoints:
+    """Checkpoints of one run.
+
+    Args:
+        keep: how many to keep besides the last and the best.
+    """
+
+    def __init__(self, policy: Policy, books: RunBooks, keep: int) -> None:
+        self._policy = policy
+        self._books = books
+        self._keep = keep
+
+    async def save(self, epochs_done: int, reward: float | None, curriculum: dict[str, Any]) -> None:
+        """Save weights with optimizer state; they are written before the state file names them."""
+        name = f"epoch-{epochs_done:04d}"
+        backend = self._policy.backend
+        state = await backend.save_full_state(name)
+        # On disk one directory is both; a service samples from other checkpoints than it trains from.
+        adapter = await backend.save_for_sampler(name) if is_service_path(state) else state
+        stale = self._books.commit(epochs_done, name, adapter, state, reward, curriculum=curriculum, keep=self._keep)
+        for path in stale:
+            await self._delete(path)
+
+    async def reload(self) -> str:
+        """Load the last epoch's weights and optimizer state and publish them; returns where they lie.
+
+        Raises:
+            CheckpointError: gone, torn, or another model's.
+            ConfigError: the run's checkpoints lie on a service and there is no base_url, or the other way round.
+        """
+        record = self._books.state.last_checkpoint()
+        assert record is not None
+        source = self._books.run_dir.locate(record.training_state or record.adapter)
+        check_place(source, self._policy.config.base_url)
+        await self._policy.backend.load_state(str(source), with_optimizer=True)
+        await self._policy.publish()
+        return str(source)
+
+    async def _delete(self, path: str) -> None:
+        delete = getattr(self._policy.backend, "delete_checkpoint", None)
+        if delete is None:
+            return
+        try:
+            await delete(path)
+        except EvsysError as error:
+            logger.warning("keep_checkpoints: %s stays on the service: %s", path, error)

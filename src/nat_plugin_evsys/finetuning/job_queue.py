@@ -1,0 +1,101 @@
+"""The training jobs of one adapter: started one after another, found by NAT's refs, written into the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus
+
+from ..errors import ConfigError
+from ..jobs.job import TrainingJob
+from ..jobs.ledger import JobLedger
+
+if TYPE_CHECKING:
+    from ..jobs.preference import PreferenceWork
+    from ..jobs.training import TrainingWork
+
+BACKEND = "evsys"
+"""``TrainingJobRef.backend`` of every job of this adapter."""
+
+
+class JobQueue:
+    """Every job ever submitted; they run in the order of submission, one at a time."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, TrainingJob] = {}
+        self._turn = asyncio.Lock()
+
+    @property
+    def tasks(self) -> dict[str, asyncio.Task[None]]:
+        """The task of every job by job id, in the order of submission."""
+        return {job_id: job.task for job_id, job in self._jobs.items()}
+
+    def start(
+        self,
+        run_id: str,
+        work: TrainingWork | PreferenceWork,
+        sizes: dict[str, int],
+        epoch: int | None,
+        *,
+        run_dir: Path | None,
+        save_datums: bool,
+    ) -> TrainingJob:
+        """Start a job and write it into the ledger of ``run_dir``.
+
+        Raises:
+            ConfigError: ``save_datums`` without a run directory.
+        """
+        if save_datums and run_dir is None:
+            raise ConfigError("save_datums is set, but the adapter has no run_dir to write to; set adapter.run_dir")
+        ledger = JobLedger(run_dir) if run_dir is not None else None
+        job = TrainingJob(run_id, work, self._turn, epoch=epoch, on_end=lambda job: _record_end(ledger, job))
+        if save_datums and run_dir is not None:
+            work.datum_log = run_dir / f"datums-{job.job_id}.jsonl"
+        if ledger is not None:
+            ledger.submitted(job.job_id, run_id, epoch=epoch, **sizes)
+        self._jobs[job.job_id] = job
+        return job
+
+    def find(self, ref: TrainingJobRef) -> TrainingJob:
+        """The job of a ref, or the newest of its run where the ref names none.
+
+        Raises:
+            ValueError: unknown job; the text lists what is known.
+        """
+        job_id = (ref.metadata or {}).get("job_id")
+        of_run = [job for job in self._jobs.values() if job.run_id == ref.run_id]
+        fitting = of_run if job_id is None else [job for job in of_run if job.job_id == job_id]
+        if ref.backend == BACKEND and fitting:
+            return fitting[-1]
+        known = ", ".join(f"{job.job_id} (run {job.run_id})" for job in self._jobs.values()) or "none"
+        raise ValueError(
+            f"no training job for run_id `{ref.run_id}`, backend `{ref.backend}`, job_id `{job_id}`; "
+            f"known jobs of backend `{BACKEND}`: {known}"
+        )
+
+    async def cancel_all(self) -> None:
+        """Cancel what is not finished and wait until nothing runs any more."""
+        open_jobs = [job for job in self._jobs.values() if not job.ended]
+        # Last first, so that no pending job gets its turn meanwhile.
+        for job in reversed(open_jobs):
+            job.cancel()
+        for job in open_jobs:
+            await job.wait()
+
+
+def progress_of(status: TrainingJobStatus) -> dict[str, Any]:
+    """A status as the metrics of ``log_progress``."""
+    return {"status": status.status.value, "progress": status.progress, **_details(status)}
+
+
+def _record_end(ledger: JobLedger | None, job: TrainingJob) -> None:
+    if ledger is not None:
+        status = job.status(BACKEND)
+        fields = {"status": status.status.value, "progress": status.progress, "message": status.message}
+        ledger.finished(job.job_id, job.run_id, **fields, **_details(status))
+
+
+def _details(status: TrainingJobStatus) -> dict[str, Any]:
+    return {key: value for key, value in (status.metadata or {}).items() if key != "job_id"}

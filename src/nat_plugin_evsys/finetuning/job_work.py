@@ -1,0 +1,149 @@
+"""From trajectories to the work of a job: policy gradients on groups, or DPO on preference pairs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from nat.data_models.finetuning import Trajectory
+
+from ..config import EvsysTrainerAdapterConfig
+from ..errors import ConfigError, DataError
+from ..rollouts.preferences import preference_trajectories
+from ..rollouts.trajectories import TrajectoryGroup, group_of
+
+if TYPE_CHECKING:
+    from tinker import types
+
+    from ..algorithms.policy_gradient import TrainingSettings
+    from ..backends.base import Backend
+    from ..jobs.preference import PreferenceSettings, PreferenceWork, Renderer
+    from ..jobs.training import TrainingWork
+
+NOT_FOR_PAIRS = ("loss_fn", "loss_fn_config", "advantage", "groups_per_step", "merge_calls")
+"""Settings that preference pairs have no use for; refused with them unless they have their defaults."""
+
+
+class PolicyUnderTraining(Protocol):
+    """What the adapter needs of the policy."""
+
+    @property
+    def backend(self) -> Backend:
+        """The live training client; available once ``ensure_loaded`` has returned."""
+        ...
+
+    @property
+    def renderer(self) -> Renderer:
+        """Messages -> token ids; available once ``ensure_loaded`` has returned."""
+        ...
+
+    async def ensure_loaded(self) -> None:
+        """Load the model unless it is loaded."""
+        ...
+
+    async def publish(self, name: str | None = None) -> int:
+        """Make the present weights the next served policy version and return its number."""
+        ...
+
+    async def is_healthy(self) -> bool:
+        """True when the backend answers a real request."""
+        ...
+
+
+def groups_of(rows: list[list[Trajectory]]) -> list[TrajectoryGroup]:
+    """One group for each dataset row that has a trajectory.
+
+    Raises:
+        ValueError: there is no trajectory at all, or one is invalid.
+    """
+    groups = [group_of(row, index) for index, row in enumerate(rows) if row]
+    if not groups:
+        raise DataError(
+            "the collection holds no trajectory, so there is nothing to train on; look at the dropped rollouts of "
+            "the trajectory builder"
+        )
+    return groups
+
+
+class JobWork:
+    """Makes the work of jobs on one policy with one adapter's settings."""
+
+    def __init__(self, config: EvsysTrainerAdapterConfig, policy: PolicyUnderTraining) -> None:
+        self._config = config
+        self._policy = policy
+
+    def on_groups(self, groups: list[TrajectoryGroup], epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
+        """Policy-gradient steps on groups, and their sizes for the ledger."""
+        from ..jobs.training import TrainingWork
+
+        work = TrainingWork(groups, self._settings(epoch), self._loaded_backend, self._policy.publish)
+        trajectories = sum(len(group.rewards_G) for group in groups)
+        calls = sum(group.num_calls for group in groups)
+        return work, {"groups": len(groups), "trajectories": trajectories, "calls": calls}
+
+    def on_pairs(self, rows: list[list[Trajectory]], epoch: int | None) -> tuple[PreferenceWork, dict[str, int]]:
+        """DPO steps on preference pairs, and their sizes for the ledger.
+
+        Raises:
+            ConfigError: a setting that pairs have no use for.
+            ValueError: rows that mix pairs with episodes, or an invalid trajectory.
+        """
+        from ..jobs.preference import PreferenceWork
+
+        fields = type(self._config).model_fields
+        useless = [name for name in NOT_FOR_PAIRS if getattr(self._config, name) != fields[name].default]
+        if useless:
+            raise ConfigError(
+                f"the collection holds DPO preference pairs, for which {', '.join(useless)} would have no effect; "
+                "remove it from the trainer adapter's config (pairs are trained by dpo_beta and dpo_batch_size)"
+            )
+        found = preference_trajectories(rows)
+        work = PreferenceWork(
+            found,
+            self._preference_settings(epoch),
+            self._loaded_backend,
+            lambda: self._policy.renderer,
+            self._policy.publish,
+        )
+        pairs = sum(len(trajectory.items) for trajectory in found)
+        groups = len({trajectory.group for trajectory in found})
+        return work, {"groups": groups, "trajectories": len(found), "calls": 0, "pairs": pairs}
+
+    async def _loaded_backend(self) -> Backend:
+        await self._policy.ensure_loaded()
+        return self._policy.backend
+
+    def _settings(self, epoch: int | None) -> TrainingSettings:
+        from ..algorithms.policy_gradient import TrainingSettings
+
+        config = self._config
+        return TrainingSettings(
+            loss_fn=config.loss_fn,
+            loss_fn_config=config.loss_fn_config,
+            adam=self._adam(),
+            advantage=config.advantage,
+            groups_per_step=config.groups_per_step,
+            passes=config.passes,
+            shuffle_key=self._shuffle_key(epoch),
+            merge_calls=config.merge_calls,
+        )
+
+    def _preference_settings(self, epoch: int | None) -> PreferenceSettings:
+        from ..jobs.preference import PreferenceSettings
+
+        config = self._config
+        return PreferenceSettings(
+            adam=self._adam(),
+            beta=config.dpo_beta,
+            batch_size=config.dpo_batch_size,
+            passes=config.passes,
+            shuffle_key=self._shuffle_key(epoch),
+        )
+
+    def _adam(self) -> types.AdamParams:
+        from tinker import types
+
+        names = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
+        return types.AdamParams(**{name: getattr(self._config, name) for name in names})
+
+    def _shuffle_key(self, epoch: int | None) -> str:
+        return f"{self._config.shuffle_seed}/{epoch or 0}"

@@ -1,0 +1,86 @@
+"""What a run reads: the configuration with its policy, the held-out rows and the demonstrations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import EvsysPolicyConfig, EvsysTrainerConfig
+from ..errors import ConfigError
+from .preflight import check_dataset, check_policy, resolve_config
+from .warm_start import load_demonstrations
+
+if TYPE_CHECKING:
+    from nat.data_models.config import Config
+    from nat.data_models.finetuning import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The inputs of one run, checked.
+
+    Attributes:
+        policy: the configuration of the policy under training.
+        validation_dataset: held-out rows; `--validation_dataset` wins over the trainer's setting.
+        validation_config: of `--validation_config_file`, or None for the run's own.
+        validation_interval: epochs between two validations.
+        dump: the configuration in JSON's types, with what the command line adds.
+    """
+
+    policy: EvsysPolicyConfig
+    validation_dataset: Path | None
+    validation_config: Config | None
+    validation_interval: int
+    dump: dict[str, Any]
+
+    @classmethod
+    def check(cls, finetuning: FinetuneConfig, trainer: EvsysTrainerConfig) -> RunInputs:
+        """Read and check everything, before a model is loaded.
+
+        Raises:
+            ConfigError, DataError: one line that says what to change.
+        """
+        run = finetuning.run_configuration
+        config = resolve_config(run)
+        policy = check_policy(config, finetuning)[1]
+        dataset = run.validation_dataset if run is not None else None
+        inputs = cls(
+            policy=policy,
+            validation_dataset=trainer.validation_dataset if dataset is None else Path(dataset),
+            validation_config=_validation_config(finetuning, policy),
+            validation_interval=trainer.validation_interval or (run.validation_interval if run else 5),
+            dump=_dump(config, finetuning),
+        )
+        if inputs.validation_dataset is not None:
+            check_dataset(inputs.validation_config or config, inputs.validation_dataset, what="validation_dataset")
+        if trainer.warm_start is not None:
+            load_demonstrations(trainer.warm_start.demonstrations)
+        return inputs
+
+    def is_validation_due(self, epochs_done: int, num_epochs: int) -> bool:
+        """True after every ``validation_interval`` epochs and after the last, where there are held-out rows."""
+        due = epochs_done % self.validation_interval == 0 or epochs_done == num_epochs
+        return self.validation_dataset is not None and due
+
+
+def _validation_config(finetuning: FinetuneConfig, policy: EvsysPolicyConfig) -> Config | None:
+    run = finetuning.run_configuration
+    if run is None or run.validation_config_file is None:
+        return None
+    from nat.runtime.loader import load_config
+
+    config = load_config(Path(run.validation_config_file))
+    if check_policy(config, finetuning)[1] != policy:
+        raise ConfigError(f"{run.validation_config_file}: its policy differs from the trained one; make both the same")
+    return config
+
+
+def _dump(config: Config, finetuning: FinetuneConfig) -> dict[str, Any]:
+    run = finetuning.run_configuration
+    dump = config.model_dump(mode="json", by_alias=True, exclude={"finetuning": {"run_configuration"}})
+    if run is not None:
+        dump["command_line"] = run.model_dump(
+            mode="json", include={"dataset", "validation_dataset", "validation_config_file", "result_json_path"}
+        )
+    return dump

@@ -1,0 +1,116 @@
+"""Where a policy's weights come from: the backend, here or on a service, and the checkpoint to start from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from ..runs import is_service_path, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from ..backends.base import Backend, SamplingClient
+    from ..config.policy import EvsysPolicyConfig
+    from .chat import ChatRenderer
+
+logger = logging.getLogger(__name__)
+
+
+def starting_checkpoint(config: EvsysPolicyConfig, *, training: bool) -> Path | str | None:
+    """The checkpoint that the policy starts from: a directory, a tinker:// path, or None for none.
+
+    Raises:
+        CheckpointError: there is no such run or checkpoint.
+        ConfigError: it lies on a service and there is no ``base_url``, or the other way round.
+    """
+    spec = config.checkpoint
+    if training and spec in ("none", "latest", "best"):
+        return None
+    found = resolve_checkpoint(config.output_dir, spec)
+    if found is not None:
+        check_place(found, config.base_url)
+    return found
+
+
+def check_place(checkpoint: Path | str, base_url: str | None) -> None:
+    """A service reads its own checkpoints alone, and the embedded engine those on disk.
+
+    Raises:
+        ConfigError: ``checkpoint`` is of the other kind.
+    """
+    if is_service_path(checkpoint) and base_url is None:
+        raise ConfigError(f"{checkpoint} lies on a Tinker service; set the policy's base_url to the one that has it")
+    if not is_service_path(checkpoint) and base_url is not None:
+        raise ConfigError(
+            f"{checkpoint} lies on this machine's disk, where the service at {base_url} cannot read it; remove "
+            "base_url, or set checkpoint: to a tinker:// path"
+        )
+
+
+async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
+    """The engine in this process, or with ``base_url`` a session on the service there.
+
+    Args:
+        train: a fresh adapter is going to be trained; without it a service makes none before it is needed.
+    """
+    lora: dict[str, Any] = {
+        "rank": config.lora_rank,
+        "seed": config.seed,
+        "train_attn": config.train_attn,
+        "train_mlp": config.train_mlp,
+        "train_unembed": config.train_unembed,
+        "checkpoint_dir": config.output_dir / "checkpoints",
+        "context_length": config.context_length,
+    }
+    if config.base_url is not None:
+        from ..backends.tinker import TinkerBackend
+        from ..backends.tinker_service import TinkerService
+
+        service = TinkerService.of(config)
+        return await TinkerBackend.create(
+            config.base_model, service=service, tokenizer=config.tokenizer, train=train, **lora
+        )
+    from ..backends.local import LocalBackend
+
+    return await LocalBackend.create(
+        config.base_model,
+        alpha=config.lora_alpha,
+        device=config.device,
+        dtype=config.dtype,
+        max_batch_size=config.max_batch_size,
+        trust_remote_code=config.trust_remote_code,
+        **lora,
+    )
+
+
+async def first_client(backend: Backend, start: Path | str | None, *, training: bool) -> SamplingClient:
+    """Samples from ``start``, or from a fresh adapter. To train, the backend goes on from there too."""
+    from ..backends.tinker import TinkerBackend
+    from ..backends.tinker_session import is_sampler_path
+
+    if start is None:
+        return await backend.snapshot_sampling_client()
+    logger.info("policy: %s %s", "training from" if training else "serving", start)
+    if isinstance(backend, TinkerBackend) and not training and is_sampler_path(str(start)):
+        return await backend.checkpoint_sampling_client(str(start))
+    await backend.load_state(str(start))
+    return await backend.snapshot_sampling_client()
+
+
+def create_renderer(config: EvsysPolicyConfig, tokenizer: Any) -> ChatRenderer:
+    """Messages -> token ids by the tokenizer's chat template, or by the one of ``chat_template``.
+
+    Raises:
+        ConfigError: no such template file, or the model has no template.
+    """
+    from .chat import ChatRenderer
+
+    template = config.chat_template
+    if template is not None and not template.is_file():
+        raise ConfigError(f"chat_template: no file at {template}; give the path of a Jinja template")
+    return ChatRenderer(
+        tokenizer,
+        chat_template=None if template is None else template.read_text(encoding="utf-8"),
+        enable_thinking=config.enable_thinking,
+    )

@@ -1,0 +1,279 @@
+"""TinkerBackend over a real server in another process, beside LocalBackend on the same model."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+from byte_model import make_model
+from serve_process import ServerProcess, start_server
+from tinker import types
+
+from nat_plugin_evsys.backends.base import Backend, SamplingClient
+from nat_plugin_evsys.backends.service_errors import ServiceCheckpointError, ServiceDataError
+from nat_plugin_evsys.backends.tinker import TinkerBackend
+from nat_plugin_evsys.backends.tinker_service import TinkerService
+from nat_plugin_evsys.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineClosedError,
+    ModelError,
+    PromptTooLongError,
+    UnsupportedError,
+)
+from nat_plugin_evsys.types import SamplingParams
+
+ADAM = types.AdamParams(learning_rate=1e-2)
+KEY = "tml-local"
+PROMPT = types.ModelInput.from_ints(list(b"Hello, "))
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    process = start_server(tiny_model, tmp_path_factory.mktemp("service") / "store")
+    yield process
+    process.stop()
+
+
+@pytest_asyncio.fixture
+async def remote(server: ServerProcess, tiny_model: Path, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+    """``await remote(**options of TinkerBackend.create)``; all are closed at the end."""
+    made: list[TinkerBackend] = []
+
+    async def make(**options: Any) -> TinkerBackend:
+        options = {"service": TinkerService(server.url, KEY), "checkpoint_dir": tmp_path, "rank": 4, **options}
+        made.append(await TinkerBackend.create(str(tiny_model), **options))
+        return made[-1]
+
+    yield make
+    for backend in made:
+        await backend.close()
+
+
+async def train(backend: Backend, make_datums: Any, steps: int, first: int = 0) -> list[float]:
+    losses = []
+    for step in range(first, first + steps):
+        # Both are submitted before the first is awaited.
+        forward_backward = backend.forward_backward_async(make_datums(step % 3), loss_fn="cross_entropy")
+        optim_step = backend.optim_step_async(ADAM)
+        losses.append((await forward_backward).metrics["loss:sum"])
+        await optim_step
+    return losses
+
+
+async def greedy(client: SamplingClient, max_tokens: int = 12) -> tuple[list[int], list[float]]:
+    params = types.SamplingParams(max_tokens=max_tokens, temperature=0.0, stop=[])
+    sequence = (await client.sample_async(PROMPT, 1, params)).sequences[0]
+    assert sequence.logprobs is not None
+    return list(sequence.tokens), list(sequence.logprobs)
+
+
+def same(one: tuple[list[int], list[float]], other: tuple[list[int], list[float]]) -> bool:
+    """The same tokens, and logprobs up to the rounding of another batch or a cached prefix."""
+    return one[0] == other[0] and one[1] == pytest.approx(other[1], abs=1e-4)
+
+
+async def test_it_is_a_backend_and_has_the_numbers_of_the_embedded_engine(
+    remote: Any, make_backend: Any, make_datums: Any
+) -> None:
+    backend, local = await remote(seed=5), await make_backend(seed=5)
+    assert isinstance(backend, Backend)
+    assert await backend.is_healthy()
+    assert backend.get_tokenizer().decode(backend.get_tokenizer().encode("Hi")) == "Hi"
+    losses = await train(backend, make_datums, 6)
+    assert losses == pytest.approx(await train(local, make_datums, 6), rel=1e-5)
+    assert losses[3] < 0.9 * losses[0]
+    forward = await backend.forward_async(make_datums(0), loss_fn="cross_entropy")
+    assert forward.metrics["loss:sum"] < losses[3]
+
+    sampled = await greedy(await backend.snapshot_sampling_client())
+    assert same(sampled, await greedy(await local.snapshot_sampling_client()))
+
+
+async def test_a_custom_loss_has_the_gradient_of_the_embedded_engine(
+    remote: Any, make_backend: Any, make_datums: Any
+) -> None:
+    def loss(data: list[Any], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        total = sum(((row * row).sum() for row in logprobs), start=torch.zeros(()))
+        return total, {"rows:mean": float(len(data))}
+
+    results = []
+    for backend in (await remote(), await make_backend()):
+        output = await backend.forward_backward_custom_async(make_datums(1), loss)
+        assert output.metrics["rows:mean"] == 4.0
+        step = await backend.optim_step_async(ADAM)
+        after = await backend.forward_async(make_datums(1), loss_fn="cross_entropy")
+        results.append((output.metrics["loss:sum"], step.metrics["grad_norm"], after.metrics["loss:sum"]))
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+async def test_a_checkpoint_with_the_optimizer_goes_on_as_if_nothing_had_been(remote: Any, make_datums: Any) -> None:
+    first = await remote()
+    await train(first, make_datums, 2)
+    path = await first.save_full_state("two")
+    assert path.startswith("tinker://")
+    assert path.endswith("/weights/two")
+    expected = await train(first, make_datums, 3, first=2)
+
+    second = await remote(train=False)
+    await second.load_state(path, with_optimizer=True)
+    assert await train(second, make_datums, 3, first=2) == pytest.approx(expected, rel=1e-6)
+    third = await remote(train=False)
+    await third.load_state(path)
+    without = await train(third, make_datums, 3, first=2)
+    assert without[0] == pytest.approx(expected[0], rel=1e-6)
+    assert without[2] != pytest.approx(expected[2], rel=1e-6)
+
+
+async def test_serving_a_checkpoint_makes_no_adapter(remote: Any, make_datums: Any) -> None:
+    trained = await remote()
+    await train(trained, make_datums, 3)
+    path = await trained.save_for_sampler("three")
+    assert path.endswith("/sampler_weights/three")
+    expected = await greedy(await trained.snapshot_sampling_client())
+    serving = await remote(train=False)
+    client = await serving.checkpoint_sampling_client(path)
+    assert same(await greedy(client), expected)
+    assert client.policy_version == 0
+    base = await greedy(await serving.snapshot_sampling_client())
+    assert not same(base, expected)
+    assert serving._session.training_client is None
+    fresh = await remote()
+    assert same(await greedy(await fresh.snapshot_sampling_client()), base)
+
+
+async def test_samples_are_exact_and_versions_count(remote: Any, make_datums: Any) -> None:
+    backend = await remote()
+    seen: list[tuple[int, list[int], list[float]]] = []
+    first = await backend.snapshot_sampling_client()
+    params = types.SamplingParams(max_tokens=6, seed=3, stop=[])
+    response = await first.sample_async(
+        PROMPT, 3, params, topk_sample_logprobs=2, on_tokens=lambda *seen_now: seen.append(seen_now)
+    )
+    assert [(s.tokens, s.logprobs) for s in response.sequences] == [(tokens, logprobs) for _, tokens, logprobs in seen]
+    assert [index for index, _, _ in seen] == [0, 1, 2]
+    assert response.sequences[0].topk_logprobs_np.token_ids.shape == (6, 2)
+    for sequence in response.sequences:
+        whole = types.ModelInput.from_ints(PROMPT.to_ints() + sequence.tokens)
+        logprobs = await first.compute_logprobs_async(whole)
+        assert logprobs[PROMPT.length :] == pytest.approx(sequence.logprobs, abs=1e-4)
+
+    await train(backend, make_datums, 2)
+    second = await backend.snapshot_sampling_client()
+    named = await backend.snapshot_sampling_client("named")
+    assert [first.policy_version, second.policy_version, named.policy_version] == [0, 1, 2]
+    assert backend.policy_version == 2
+    assert same(await greedy(second), await greedy(named))
+    assert (await first.sample_async(PROMPT, 3, params)).sequences[0].tokens == seen[0][1]
+
+
+async def test_the_context_is_enforced_here(remote: Any) -> None:
+    backend = await remote(context_length=10)
+    client = await backend.snapshot_sampling_client()
+    params = types.SamplingParams(max_tokens=100, stop=[])
+    response = await client.sample_async(PROMPT, 1, params)
+    assert len(response.sequences[0].tokens) == 10 - PROMPT.length
+    assert response.sequences[0].stop_reason == "length"
+    with pytest.raises(PromptTooLongError) as caught:
+        await client.sample_async(types.ModelInput.from_ints([1] * 10), 1, params)
+    assert (caught.value.prompt_tokens, caught.value.max_tokens, caught.value.context_length) == (10, 100, 10)
+    longest = (await remote()).context_length
+    with pytest.raises(ModelError, match=f"context_length {longest + 1}"):
+        await remote(context_length=longest + 1)
+
+
+async def test_what_sampling_refuses(remote: Any) -> None:
+    client = await (await remote(train=False)).snapshot_sampling_client()
+    with pytest.raises(DataError, match="prompt is empty"):
+        await client.sample_async(types.ModelInput.from_ints([]), 1, types.SamplingParams())
+    with pytest.raises(DataError, match="num_samples"):
+        await client.sample_async(PROMPT, 0, types.SamplingParams())
+    with pytest.raises(UnsupportedError, match="repetition_penalty"):
+        await client.sample_async(PROMPT, 1, SamplingParams(repetition_penalty=1.2))
+
+
+async def test_a_failure_has_the_services_words_and_leaves_the_next_operation_be(remote: Any, make_datums: Any) -> None:
+    backend = await remote()
+    bad = [types.Datum(types.ModelInput.from_ints([1]), {"target_tokens": [999]})]
+    with pytest.raises(ServiceDataError, match=r"forward_backward: .*target_tokens\[0\] is 999") as caught:
+        await backend.forward_backward_async(bad, loss_fn="cross_entropy")
+    assert caught.value.category == "user"
+    assert len(await train(backend, make_datums, 2)) == 2
+
+
+async def test_checkpoints_that_are_not_there(remote: Any) -> None:
+    backend = await remote()
+    path = await backend.save_for_sampler("gone")
+    state = await backend.save_full_state("gone")
+    await backend.delete_checkpoint(path)
+    await backend.delete_checkpoint(state)
+    with pytest.raises(ServiceCheckpointError, match=path):
+        await backend.checkpoint_sampling_client(path)
+    with pytest.raises(ServiceCheckpointError, match=state):
+        await backend.load_state(state, with_optimizer=True)
+    with pytest.raises(CheckpointError, match="no checkpoint of a service"):
+        await backend.load_state("/tmp/checkpoints/epoch-0001")
+    other = await remote(rank=8)
+    kept = await backend.save_full_state("rank-4")
+    with pytest.raises(CheckpointError, match="lora_rank 4, not 8"):
+        await other.load_state(kept)
+
+
+async def test_a_closed_backend(remote: Any) -> None:
+    backend = await remote()
+    await backend.close()
+    await backend.close()
+    assert not await backend.is_healthy()
+    with pytest.raises(EngineClosedError, match="optim_step"):
+        backend.optim_step_async(ADAM)
+
+
+async def test_a_model_that_the_service_does_not_serve(server: ServerProcess, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not serve `Qwen/Qwen3-8B`; set base_model to one of: `"):
+        await TinkerBackend.create("Qwen/Qwen3-8B", service=TinkerService(server.url, KEY), checkpoint_dir=tmp_path)
+
+
+async def test_a_restarted_server_a_wrong_key_and_a_tokenizer_elsewhere(tmp_path: Path, make_datums: Any) -> None:
+    model, hidden = make_model(tmp_path / "models" / "tiny", 0), tmp_path / "models" / "elsewhere"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        options = ("--port", str(free.getsockname()[1]), "--api-key", "tml-alice-0123456789")
+    server = start_server(model, tmp_path / "store", *options)
+    service = TinkerService(server.url, "tml-alice-0123456789")
+    lora = {"service": service, "checkpoint_dir": tmp_path, "rank": 4}
+    try:
+        with pytest.raises(ConfigError, match=r"refuses the key from \$BOB"):
+            await TinkerBackend.create(
+                str(model), service=TinkerService(server.url, "tml-bob-0123456789", "$BOB"), checkpoint_dir=tmp_path
+            )
+        backend = await TinkerBackend.create(str(model), **lora)
+        model.rename(hidden)
+        with pytest.raises(ConfigError, match="set `tokenizer:` to a local directory"):
+            await TinkerBackend.create(str(model), **lora)
+        other = await TinkerBackend.create(str(model), tokenizer=str(hidden), **lora)
+        assert other.get_tokenizer().encode("Hi") == backend.get_tokenizer().encode("Hi")
+        hidden.rename(model)
+
+        before = await train(backend, make_datums, 3)
+        client = await backend.snapshot_sampling_client()
+        expected = await greedy(client)
+        server.kill()
+        assert not await backend.is_healthy()
+        training = asyncio.ensure_future(train(backend, make_datums, 3, first=3))
+        sampling = asyncio.ensure_future(greedy(client))
+        await asyncio.sleep(1)
+        server = start_server(model, tmp_path / "store", *options)
+        after = await asyncio.wait_for(training, 60)
+        assert same(await asyncio.wait_for(sampling, 60), expected)
+        whole = await train(await TinkerBackend.create(str(model), **lora), make_datums, 6)
+        assert before + after == pytest.approx(whole, rel=1e-6)
+        await backend.close()
+    finally:
+        server.stop()
