@@ -257,17 +257,20 @@ def test_a_prefix_is_never_reused_by_another_version(base, make_adapter, make_sa
         assert got.sequences[0].tokens == alone.sequences[0].tokens
 
 
-def test_the_prefix_memory_is_bounded(base, adapter, make_sampler):
+@pytest.mark.parametrize("path", ["auto", "plain"])
+def test_the_prefix_memory_is_bounded(path, base, adapter, make_sampler):
     bound = 40_000
-    sampler = make_sampler(base, prefix_cache_bytes=bound)
+    sampler = make_sampler(base, prefix_cache_bytes=bound, path=path)
+    prefixes = sampler._spans if path == "auto" else sampler._prefixes
     client = sampler.client(adapter, 0)
     rng = np.random.default_rng(0)
     for _ in range(12):
         prompt = ModelInput.from_ints(rng.integers(1, 300, 60).tolist())
         client.sample(prompt, 1, SamplingParams(max_tokens=2)).result(TIMEOUT)
-        assert 0 < sampler._prefixes.used_bytes <= bound
-        kept = sum(block.kv.nbytes for block in sampler._prefixes._blocks.values())
-        assert kept == sampler._prefixes.used_bytes
+        wait_idle(sampler)
+        assert 0 < prefixes.used_bytes <= bound
+        kept = prefixes.spans() if path == "auto" else prefixes._blocks.values()
+        assert sum(each.kv.nbytes for each in kept) == prefixes.used_bytes
 
 
 def test_a_model_without_attention_everywhere_is_refused(tokenizer, make_sampler):

@@ -430,10 +430,9 @@ async def _send(client: httpx.AsyncClient, fuzzer: Fuzzer, findings: Findings) -
     started = time.monotonic()
     try:
         request = client.build_request(method, path, headers=headers, content=body)
-    except (httpx.InvalidURL, ValueError):
-        return  # the client itself refuses to send it
-    try:
         answer = await client.send(request)
+    except (httpx.InvalidURL, httpx.LocalProtocolError, ValueError):
+        return  # the client itself refuses to send it
     except httpx.TimeoutException:
         findings.broken.append(f"no answer within {TIMEOUT:.0f} s: {what}")
         return
@@ -446,7 +445,7 @@ async def _send(client: httpx.AsyncClient, fuzzer: Fuzzer, findings: Findings) -
         findings.broken.append(f"{answer.status_code} {answer.text[:200]!r}: {what}")
     elif answer.status_code >= 400 and not answer.content and method != "HEAD":
         findings.broken.append(f"{answer.status_code} without a body: {what}")
-    elif not authorised and answer.status_code < 400 and not path.rstrip("/").endswith("healthz"):
+    elif not authorised and answer.status_code < 400 and not path.partition("?")[0].endswith("healthz"):
         findings.broken.append(f"{answer.status_code} for a wrong key: {what}")
 
 

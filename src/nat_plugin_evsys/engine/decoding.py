@@ -26,6 +26,8 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _SEED_MASK = (1 << 64) - 1
+_BLOCK = 256
+_BELOW_ONE = 1.0 - 2.0**-52
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
@@ -135,11 +137,20 @@ def _of(params: RowParams, rows: Tensor) -> tuple[Tensor, Tensor]:
 def draw(logprobs: Tensor, params: RowParams, u: np.ndarray) -> Tensor:
     """Token ids (B,) by inverse CDF from ``logprobs`` (B, V) and uniform numbers ``u`` (B,); argmax in greedy rows.
 
-    The CDF is summed in float64: in fp32 the tail of a large vocabulary would never be drawn.
+    The CDF is summed in two steps, of blocks of tokens and within the block that ``u`` falls into, both in float64: in
+    fp32 the tail of a large vocabulary would never be drawn.
     """
     if params.all_greedy:
         return logprobs.argmax(dim=-1)
-    cdf = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
-    goal = torch.from_numpy(u).to(cdf.device).unsqueeze(1) * cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, goal, right=True).squeeze(1).clamp_(max=logprobs.shape[-1] - 1)
+    rows, vocab = logprobs.shape
+    probs = logprobs.new_zeros(rows, -(-vocab // _BLOCK), _BLOCK)
+    torch.exp(logprobs, out=probs.view(rows, -1)[:, :vocab])
+    ends = probs.sum(dim=-1).double().cumsum(dim=-1)
+    goal = torch.from_numpy(u).to(ends.device).unsqueeze(1) * ends[:, -1:]
+    block = torch.searchsorted(ends, goal, right=True).clamp_(max=ends.shape[1] - 1)
+    start = torch.where(block > 0, ends.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    share = (goal - start) / (ends.gather(1, block) - start)
+    inner = probs[torch.arange(rows, device=block.device), block[:, 0]].double().cumsum(dim=-1)
+    at = torch.searchsorted(inner, share.clamp_(0.0, _BELOW_ONE) * inner[:, -1:], right=True)
+    tokens = (block * _BLOCK + at).squeeze(1).clamp_(max=vocab - 1)
     return torch.where(params.greedy, logprobs.argmax(dim=-1), tokens) if params.any_greedy else tokens

@@ -68,10 +68,11 @@ class KVLayout:
 
 
 class SlotStore:
-    """KV memory ``[layers, 2, slots, kv_heads, length, head_dim]`` that grows as asked."""
+    """KV memory ``[layers, 2, slots, kv_heads, length, head_dim]`` that grows as asked, from ``first_length`` on."""
 
-    def __init__(self, layout: KVLayout) -> None:
+    def __init__(self, layout: KVLayout, first_length: int = _FIRST_LENGTH) -> None:
         self.layout = layout
+        self.first_length = first_length
         self.slots = 0
         self.length = 0
         self._data = self._zeros(0, 0)
@@ -83,7 +84,7 @@ class SlotStore:
         old, old_length = self._data, self.length
         if length > self.length:
             # Longer slots may have to be fewer to stay within memory: those beyond ``slots`` are given up.
-            self.length = rounded_length(length)
+            self.length = rounded_length(length, self.first_length)
             self.slots = 0
         self.slots = max(self.slots, slots if self.length > _LONG else _rounded(slots, _SLOTS_AT_ONCE))
         # Zeros, not uninitialised memory: a masked column still meets its value as 0 * v, and 0 * NaN is NaN.
@@ -212,11 +213,11 @@ class AttentionMasks:
         return mask.masked_fill_(hidden, torch.finfo(self._dtype).min)
 
 
-def rounded_length(length: int) -> int:
+def rounded_length(length: int, first: int = _FIRST_LENGTH) -> int:
     """Tokens a slot that a ``SlotStore`` makes room for when ``length`` are asked for."""
     if length > _LONG:
         return _rounded(length, _LONG)
-    size = _FIRST_LENGTH
+    size = first
     while size < length:
         size *= 2
     return size

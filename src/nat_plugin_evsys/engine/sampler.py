@@ -6,17 +6,25 @@ import copy
 import logging
 import threading
 from itertools import count
+from typing import Literal
 
 import torch
 
 from nat_plugin_evsys.engine.decode_batch import DecodeBatch, SamplingPolicy
 from nat_plugin_evsys.engine.kv_cache import SlotStore
 from nat_plugin_evsys.engine.lora import LoraAdapter
+from nat_plugin_evsys.engine.memory import free_bytes
 from nat_plugin_evsys.engine.model import BaseModel
 from nat_plugin_evsys.engine.model_runner import ModelRunner
 from nat_plugin_evsys.engine.prefix_cache import PrefixCache
+from nat_plugin_evsys.engine.rollout_model import RolloutModel
+from nat_plugin_evsys.engine.row_decoder import RowDecoder
 from nat_plugin_evsys.engine.sample_request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling_client import LocalSamplingClient
+from nat_plugin_evsys.engine.slot_decoder import SlotDecoder
+from nat_plugin_evsys.engine.span_decoder import FIRST_LENGTH, SpanDecoder
+from nat_plugin_evsys.engine.span_probe import rollout_model
+from nat_plugin_evsys.engine.span_tree import SpanTree
 from nat_plugin_evsys.engine.stopping import eos_token_ids
 from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
 
@@ -24,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 * 2**20
 _CPU_KV_BYTES = 4 * 2**30
+_PREFIX_BYTES = 2 * 2**30
+_PASS_TOKENS = 1024
+
+SamplerPath = Literal["auto", "plain"]
 
 
 class Sampler:
@@ -35,9 +47,15 @@ class Sampler:
     Args:
         base: the frozen base model.
         max_batch_size: most sequences of one policy that are decoded together.
-        prefix_cache_bytes: memory for prefixes kept between requests; 0 turns that off.
+        prefix_cache_bytes: memory for prefixes kept between requests; 0 turns that off. None: 2 GiB, or a quarter of
+            the memory that is free now if that is less.
         kv_cache_bytes: memory, of each policy, for the sequences being decoded, roughly: fewer are decoded together if
             they are long. None: half of the GPU memory that is free now, or 4 GiB on the CPU.
+
+        path: ``"auto"`` is the fast path where the model can take it, ``"plain"`` the one it is tested against.
+
+    Attributes:
+        plain_because: why requests are decoded the plain way; empty if they take the fast path.
 
     Raises:
         ModelError: the architecture is one that the sampler cannot decode.
@@ -49,8 +67,9 @@ class Sampler:
         base: BaseModel,
         *,
         max_batch_size: int = 64,
-        prefix_cache_bytes: int = 256 * 2**20,
+        prefix_cache_bytes: int | None = None,
         kv_cache_bytes: int | None = None,
+        path: SamplerPath = "auto",
     ) -> None:
         if max_batch_size < 1:
             raise DataError(f"max_batch_size must be at least 1, got {max_batch_size}")
@@ -60,7 +79,14 @@ class Sampler:
         eos = eos_token_ids(base.model, base.tokenizer, base.vocab_size)
         self.limits = Limits(base.context_length, base.vocab_size, eos)
         self._runner = ModelRunner(base)
-        self._prefixes = PrefixCache(prefix_cache_bytes)
+        keep = prefix_cache_bytes if prefix_cache_bytes is not None else _prefix_budget(base.device)
+        self._prefixes = PrefixCache(keep)
+        self._spans = SpanTree(self._runner.layout, keep)
+        self._fast: RolloutModel | None = None
+        if path == "auto":
+            self._fast, self.plain_because = rollout_model(base, self._runner.layout)
+        else:
+            self.plain_because = "it was asked for"
         self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else _kv_budget(base.device)
         self._batches: dict[int, DecodeBatch] = {}
         self._spare: SlotStore | None = None
@@ -87,7 +113,7 @@ class Sampler:
     @property
     def fed_tokens(self) -> int:
         """Tokens that the model has read so far; what the prefix cache knew is not in it."""
-        return self._runner.fed_tokens
+        return self._runner.fed_tokens + (self._fast.fed_tokens if self._fast is not None else 0)
 
     def submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
         """Queue a request; its future ends with the result, an error, or by being cancelled."""
@@ -109,6 +135,9 @@ class Sampler:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._prefixes.clear()
+        self._spans.clear()
+        if self._fast is not None:
+            self._fast.versions.clear()
         self._spare = None
 
     def _run(self) -> None:
@@ -143,26 +172,45 @@ class Sampler:
                 error = ModelError(f"the sampler failed: {type(exc).__name__}: {exc}")
                 error.__cause__ = exc
                 request.fail(error)
-            del self._batches[batch.policy.ident]
+            self._end(batch)
             return
         if batch.idle:
-            del self._batches[batch.policy.ident]
-            self._spare = batch.store if batch.store.nbytes <= _SPARE_BYTES else None
+            self._end(batch)
+            store = batch.decoder.store
+            self._spare = store if store.nbytes <= _SPARE_BYTES else None
+
+    def _end(self, batch: DecodeBatch) -> None:
+        del self._batches[batch.policy.ident]
+        batch.decoder.close()
 
     def _batch(self, policy: SamplingPolicy) -> DecodeBatch:
         batch = self._batches.get(policy.ident)
         if batch is None:
-            batch = DecodeBatch(
-                self._runner,
-                policy,
-                self._prefixes,
-                max_rows=self.max_batch_size,
-                kv_bytes=self._kv_bytes,
-                store=self._spare,
-            )
+            batch = DecodeBatch(self._runner, policy, self._decoder(policy), max_rows=self.max_batch_size)
             self._batches[policy.ident] = batch
             self._spare = None
         return batch
+
+    def _decoder(self, policy: SamplingPolicy) -> RowDecoder:
+        layout = self._runner.layout
+        if self._fast is None:
+            return SlotDecoder(
+                self._runner,
+                self._prefixes,
+                policy.ident,
+                policy.adapter,
+                kv_bytes=self._kv_bytes,
+                store=self._spare or SlotStore(layout),
+            )
+        return SpanDecoder(
+            self._fast,
+            self._spans,
+            policy.ident,
+            policy.adapter,
+            pass_tokens=min(_PASS_TOKENS, self._runner.prefill_tokens),
+            kv_bytes=self._kv_bytes,
+            store=self._spare or SlotStore(layout, FIRST_LENGTH),
+        )
 
 
 def _closed_error() -> EngineClosedError:
@@ -171,3 +219,7 @@ def _closed_error() -> EngineClosedError:
 
 def _kv_budget(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_KV_BYTES
+
+
+def _prefix_budget(device: torch.device) -> int:
+    return min(_PREFIX_BYTES, free_bytes(device) // 4)

@@ -1,0 +1,219 @@
+"""The sampler's fast path gives what its plain path gives, computes each distinct token once, and cleans up."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+from tinker.types import ModelInput, SamplingParams
+
+from nat_plugin_evsys.engine import packed_linear
+from nat_plugin_evsys.engine.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model import BaseModel
+from nat_plugin_evsys.engine.packed_linear import PackedVersions
+from nat_plugin_evsys.engine.rollout_model import RolloutModel
+from nat_plugin_evsys.engine.sampler import Sampler
+from nat_plugin_evsys.errors import ModelError
+
+FAST = ["qwen3", "qwen2", "llama", "llama3_rope", "granite", "qwen3_moe"]
+PLAIN = {
+    "mistral": "see 16 tokens only",
+    "gemma2": "see 16 tokens only",
+    "gemma3": "see 16 tokens only",
+    "dynamic_rope": "rotary embedding depends",
+}
+VOCAB = 90
+TIMEOUT = 60
+
+
+def perturbed(base: BaseModel, seed: int = 0, **options: bool) -> LoraAdapter:
+    adapter = LoraAdapter.create(base.model, rank=4, alpha=8.0, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, b in adapter.weights.values():
+            b.normal_(0, 0.1, generator=generator)
+    return adapter.snapshot()
+
+
+def ids(length: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=length)
+
+
+@pytest.fixture
+def sampler_of(base_of: Callable[..., BaseModel]) -> Iterator[Callable[..., Sampler]]:
+    made: list[Sampler] = []
+
+    def make(family: str = "qwen3", **options: Any) -> Sampler:
+        made.append(Sampler(base_of(family), **options))
+        return made[-1]
+
+    yield make
+    for sampler in made:
+        sampler.close()
+
+
+def ask(client: Any, prompt: list[int], samples: int = 1, tokens: int = 8, seed: int = 0, **params: Any) -> Future[Any]:
+    options = SamplingParams(max_tokens=tokens, seed=seed, stop=[], **params)
+    return client.sample(ModelInput.from_ints(prompt), samples, options)
+
+
+def episodes(client: Any) -> list[Any]:
+    """Groups that share a beginning, one that is another's prefix, duplicates; then turns that go on from samples."""
+    shared = ids(30, 0)
+    prompts = [shared + ids(9, 1), shared + ids(14, 2), shared, shared + ids(9, 1), ids(1, 3), ids(50, 4)]
+    results = []
+    for turn in range(3):
+        futures = [
+            ask(client, p, 1 + i % 3, 5 + 4 * i, seed=10 * turn + i, temperature=0.7 + 0.2 * i)
+            for i, p in enumerate(prompts)
+        ]
+        answers = [f.result(TIMEOUT) for f in futures]
+        results += answers
+        prompts = [p + a.sequences[-1].tokens + ids(5, 7 + turn) for p, a in zip(prompts, answers, strict=True)]
+    return results
+
+
+@pytest.mark.parametrize("family", FAST)
+def test_fast_and_plain_sample_the_same(
+    family: str, sampler_of: Callable[..., Sampler], base_of: Callable[..., BaseModel]
+) -> None:
+    adapter = perturbed(base_of(family), train_unembed=True)
+    fast, plain, tight = sampler_of(family), sampler_of(family, path="plain"), sampler_of(family, max_batch_size=3)
+    tight._runner.prefill_tokens = 7  # prompts in pieces, beside the rows being decoded
+    assert fast.plain_because == ""
+    assert plain.plain_because
+    expected = episodes(plain.client(adapter, 0))
+    for sampler in (fast, tight):
+        for got, want in zip(episodes(sampler.client(adapter, 0)), expected, strict=True):
+            for a, b in zip(got.sequences, want.sequences, strict=True):
+                assert a.tokens == b.tokens
+                assert abs(a.logprobs_np - b.logprobs_np).max() <= 1e-5
+    assert fast.fed_tokens <= plain.fed_tokens
+    assert fast._spans.held_bytes == tight._spans.held_bytes == 0
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_what_the_fast_path_does_not_fit_says_so(
+    family: str, sampler_of: Callable[..., Sampler], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        sampler = sampler_of(family)
+    assert PLAIN[family] in sampler.plain_because
+    assert sampler.plain_because in caplog.text
+    assert len(ask(sampler.client(None, 0), ids(20, 0), 2).result(TIMEOUT).sequences[1].tokens) == 8
+
+
+def test_every_distinct_token_is_fed_once(sampler_of: Callable[..., Sampler]) -> None:
+    sampler = sampler_of()
+    client = sampler.client(None, 0)
+    gate = threading.Event()
+    params = SamplingParams(max_tokens=1)
+    held = client.sample(ModelInput.from_ints([1, 2, 3]), 1, params, on_tokens=lambda *_: gate.wait(TIMEOUT))
+    shared = [5, *ids(39, 0)]
+    futures = [ask(client, [*shared, i, *ids(9, i)], 4, tokens=6) for i in range(4)]  # arrive together
+    gate.set()
+    for future in (held, *futures):
+        future.result(TIMEOUT)
+    once = 3 + 40 + 4 * 10
+    assert sampler.fed_tokens == once + 4 * 4 * 5  # the last token of a sample is not fed
+    turn = ask(client, [*shared, 0, *ids(9, 0), *futures[0].result().sequences[2].tokens, 7, 8, 9], tokens=1)
+    assert turn.result(TIMEOUT).prompt_cache_hit_tokens == 40 + 10 + 5
+    assert sampler.fed_tokens == once + 4 * 4 * 5 + 1 + 3
+
+
+def test_a_cancelled_context_leaves_nothing_half_computed(sampler_of: Callable[..., Sampler]) -> None:
+    sampler = sampler_of()
+    sampler._runner.prefill_tokens = 4
+    client = sampler.client(None, 0)
+    started = threading.Event()
+    params = SamplingParams(max_tokens=200, seed=0, stop=[])
+    running = client.sample(ModelInput.from_ints([1]), 1, params, on_tokens=lambda *_: started.set())
+    assert started.wait(TIMEOUT)
+    prompt = ids(120, 5)
+    first = ask(client, prompt)
+    assert first.cancel()
+    running.result(TIMEOUT)
+    again = ask(client, prompt).result(TIMEOUT).sequences[0]
+    fresh = ask(sampler_of().client(None, 0), prompt).result(TIMEOUT).sequences[0]
+    assert again.tokens == fresh.tokens
+    assert abs(again.logprobs_np - fresh.logprobs_np).max() <= 1e-5
+
+
+def test_a_failing_pass_releases_what_it_held(
+    sampler_of: Callable[..., Sampler], base_of: Callable[..., BaseModel]
+) -> None:
+    sampler = sampler_of()
+    adapter = perturbed(base_of("qwen3"))
+    name = next(iter(adapter.weights))
+    a, b = adapter.weights[name]
+    torn = LoraAdapter(adapter.rank, adapter.alpha, {**adapter.weights, name: (a[:, :-1], b)})
+    with pytest.raises(ModelError, match="RuntimeError"):
+        ask(sampler.client(torn, 1), ids(20, 0), 3).result(TIMEOUT)
+    assert len(ask(sampler.client(adapter, 2), ids(20, 0), 3).result(TIMEOUT).sequences) == 3
+    sampler.close()
+    assert not list(sampler._spans.spans())
+
+
+def test_packed_layers_equal_plain_ones_and_versions_do_not_mix(base_of: Callable[..., BaseModel]) -> None:
+    base = base_of("qwen2")  # its attention has biases
+    model = RolloutModel(base)
+    layers = model.versions._layers
+    assert {layer.name for layer in layers} >= {"lm_head", "model.layers.1.mlp.down_proj"}
+    adapters = {0: None, 1: perturbed(base, 1), 2: perturbed(base, 2, train_unembed=True)}
+    torch.manual_seed(0)
+    for ident in (1, 0, 2, 1, 2):
+        adapter = adapters[ident]
+        model.versions.use(ident, adapter)
+        for layer in layers:
+            for rows in (1, 5, 40):
+                x = torch.randn(rows, layer.weight.shape[1])
+                with torch.inference_mode(), applied(adapter):
+                    assert layer.packed is not None
+                    assert torch.allclose(layer(x), layer.plain(x), atol=2e-6)
+    head = next(layer for layer in layers if layer.name == "lm_head")
+    heads = {i: weights["lm_head"] for i, weights in model.versions._in_flight.items() if weights is not None}
+    assert heads[0] is heads[1] is not heads[2]  # what no adapter changes is there once
+    for ident in adapters:
+        model.versions.done(ident)
+    assert head.packed is None
+    assert len(model.versions._idle) == 2
+
+
+def test_a_version_without_room_for_its_weights_is_sampled_unmerged(
+    sampler_of: Callable[..., Sampler],
+    base_of: Callable[..., BaseModel],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    adapter = perturbed(base_of("qwen3"))
+    want = ask(sampler_of().client(adapter, 0), ids(20, 0), 2).result(TIMEOUT)
+    monkeypatch.setattr(packed_linear, "_FREE_SHARE", 0.0)
+    with caplog.at_level(logging.INFO):
+        got = ask(sampler_of().client(adapter, 0), ids(20, 0), 2).result(TIMEOUT)
+    assert "no memory for merged weights" in caplog.text
+    for a, b in zip(got.sequences, want.sequences, strict=True):
+        assert a.tokens == b.tokens
+        assert abs(a.logprobs_np - b.logprobs_np).max() <= 1e-5
+
+
+def test_the_trainer_is_not_touched(base_of: Callable[..., BaseModel]) -> None:
+    base = base_of("qwen3")
+    before = {name: type(module) for name, module in base.model.named_modules()}
+    attention = base.model.config._attn_implementation
+    storages = {p.data_ptr() for p in base.model.parameters()}
+    model = RolloutModel(base)
+    assert {name: type(module) for name, module in base.model.named_modules()} == before
+    assert base.model.config._attn_implementation == attention
+    assert {p.data_ptr() for p in model._decoder.parameters()} <= storages
+
+
+def test_packed_weights_are_for_fp32_only() -> None:
+    versions = PackedVersions([], torch.bfloat16)
+    versions.use(0, None)
+    assert versions._in_flight == {0: None}
