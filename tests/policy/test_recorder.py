@@ -81,7 +81,7 @@ def test_seeds_do_not_depend_on_what_other_runs_do() -> None:
     assert seeds("aabb") == seeds("abab") == seeds("bbaa")
     all_seeds = [seed for run in seeds("aabb").values() for seed in run]
     assert len(set(all_seeds)) == 4
-    assert all(seed is not None and 0 <= seed < 2**63 for seed in all_seeds)
+    assert all(seed is not None and 0 <= seed < 2**31 for seed in all_seeds)
 
 
 def test_no_seed_without_a_seeded_run() -> None:

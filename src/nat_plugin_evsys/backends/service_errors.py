@@ -149,6 +149,12 @@ def _raised_by_sdk(error: Exception, *, what: str, purpose: Purpose, where: str,
         return ServiceError(f"{what}: {text} (service at {where})", category="server")
     if (isinstance(error, ValueError) and "deserialization failed" in text) or "only supports as proto" in text:
         return ServiceError(f"{what}: the service at {where} speaks another version of the protocol: {text}")
+    if isinstance(error, AssertionError) and "sample_sequence_ids" in text:
+        return ServiceError(
+            f"{what}: the service at {where} speaks an older protocol than the installed tinker SDK ({text}); install "
+            "the release that the service was made for (SkyRL: `pip install tinker==0.24.1`)",
+            category="server",
+        )
     if isinstance(error, RuntimeError) and "poisoned" in text:
         return ServiceError(f"{what}: an earlier custom loss failed, and the SDK takes nothing after it; {_GO_ON}")
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:

@@ -11,7 +11,7 @@ from .base import LossCallable
 from .service_waiting import in_thread, sdk_future
 from .tinker_sampling import TinkerSamplingClient
 from .tinker_service import TinkerService
-from .tinker_session import ServiceOperation, TinkerSession, checked_uri
+from .tinker_session import ServiceOperation, TinkerSession, checked_uri, sampler_uri
 from .tinker_tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class TinkerBackend:
         saved = await self._session.train(
             f"saving {name} for sampling", "save", lambda client: client.save_weights_for_sampler(name)
         )
-        return str(saved.path)
+        return sampler_uri(str(saved.path))
 
     async def save_full_state(self, name: str) -> str:
         """Save weights and optimizer state; returns ``tinker://…/weights/<name>``."""

@@ -104,4 +104,6 @@ def _plain(params: types.SamplingParams, max_tokens: int | None) -> types.Sampli
     if penalty != 1.0:
         raise UnsupportedError(f"repetition_penalty {penalty}: the Tinker protocol has none; leave it at 1")
     fields = {name: getattr(params, name) for name in types.SamplingParams.model_fields}
-    return types.SamplingParams(**{**fields, "max_tokens": max_tokens})
+    # The protocol does not say how long a seed may be; SkyRL's server takes 31 bits.
+    seed = None if params.seed is None else params.seed % 2**31
+    return types.SamplingParams(**{**fields, "max_tokens": max_tokens, "seed": seed})

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_SHORT_URI = re.compile(r"^(tinker://[^/]+)/([^/]+)$")
 _URI = re.compile(r"tinker://[^/]+/(weights|sampler_weights)/[^/]+")
 
 CLOSE_SECONDS = 15.0
@@ -47,7 +48,10 @@ class ServiceOperation(Generic[T]):
 
     async def _wait(self) -> T:
         future = await self._watch.wait(self._submitted, self._what, self._purpose)
-        return await self._watch.wait(future, self._what, self._purpose)
+        result = await self._watch.wait(future, self._what, self._purpose)
+        if self._purpose == "data":
+            add_missing_loss(result)
+        return result
 
 
 class TinkerSession:
@@ -177,9 +181,21 @@ def _other_model(path: str, its_model: str, base_model: str) -> str:
     return f"{path} is of base model `{its_model}`, not `{base_model}`; set base_model to it"
 
 
+def add_missing_loss(output: Any) -> None:
+    """Add ``loss:sum`` where a service leaves it out but gives each token's loss, as SkyRL's does."""
+    outputs = output.loss_fn_outputs
+    if outputs and "loss:sum" not in output.metrics and all("elementwise_loss" in each for each in outputs):
+        output.metrics["loss:sum"] = float(sum(sum(each["elementwise_loss"].tolist()) for each in outputs))
+
+
 def is_sampler_path(path: str) -> bool:
     """True for a checkpoint that a service samples from; one with optimizer state has to be loaded for training."""
     return "/sampler_weights/" in path
+
+
+def sampler_uri(path: str) -> str:
+    """What a service answered for saved sampler weights; SkyRL's answers tinker://<run>/<name> and takes both forms."""
+    return _SHORT_URI.sub(r"\1/sampler_weights/\2", path)
 
 
 def checked_uri(path: str) -> str:

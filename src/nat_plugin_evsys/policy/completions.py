@@ -159,7 +159,7 @@ class Completion:
         return Choice(
             index=index,
             message=reply.to_message(),
-            logprobs=self.logprobs(sequence.tokens, sequence.logprobs or [], sequence.topk_logprobs),
+            logprobs=self.logprobs(sequence.tokens, sequence.logprobs or [], getattr(sequence, "topk_logprobs", None)),
             finish_reason=finish if sequence.stop_reason == "stop" else "length",
             token_ids=list(sequence.tokens) if self.request.return_token_ids else None,
         )

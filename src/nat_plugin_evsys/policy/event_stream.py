@@ -242,7 +242,7 @@ class _CompletionStream:
             sent = len(reply.ids)
             if sequence.tokens[:sent] != reply.ids:
                 raise EvsysError("the sampling client streamed other tokens than it returned; the call is not recorded")
-            ids, top = sequence.tokens[sent:], sequence.topk_logprobs
+            ids, top = sequence.tokens[sent:], getattr(sequence, "topk_logprobs", None)
             logprobs = self._completion.logprobs(
                 ids, (sequence.logprobs or [])[sent:], None if top is None else top[sent:]
             )
