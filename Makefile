@@ -15,7 +15,7 @@ EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard examples/*/pyproject.toml))
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts)
-BENCHMARK := $(wildcard benchmarks/cpu/train.py)
+BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
 .PHONY: help quickstart install install-dev test check format clean distclean
 
@@ -24,7 +24,7 @@ help:
 	@echo "make test         install the test tools, run all tests"
 	@echo "make check        lint, format check, types"
 ifneq ($(BENCHMARK),)
-	@echo "make bench        training steps beside their peers' (benchmarks/README.md); BENCH_ARGS=--small only tries it"
+	@echo "make bench        training steps and rollouts beside their peers' (benchmarks/README.md); BENCH_ARGS=--small tries it"
 endif
 	@echo "make install      only install into $(VENV)"
 	@echo "make format       rewrite the sources in the project's format"

@@ -1,29 +1,30 @@
-"""Training steps of this package beside those of its peers, strictly interleaved, one thread each.
-
-    python benchmarks/cpu/train.py [--small] [--repeats N] [--only W1 W2 ...] [--out benchmarks/out/cpu.json]
+"""Training steps of this package beside those of its peers, strictly interleaved.
 
 Every way runs in a process of its own (the engine changes its process's allocator, which peers' users do not), and the
-processes take turns. A ratio is that of CPU seconds in one round; the table has the median, the least and the greatest.
-In the first round, which is not timed, the gradients of all ways are compared: a difference fails the run.
+processes take turns. Before anything is timed, each has done a tiny step. The gradients of all ways are compared with
+plain PEFT's: a difference fails the run. A ratio is that of a peer's step and one of ours next to it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from workloads import FULL, SMALL, Shape, workload
+import trl_peer
+from table import Row, row
+from useful import useful_flops
+from workloads import FULL, SMALL, workload
 
 GRADIENT_TOLERANCE = 1e-5
-FLOORS: dict[str, tuple[float, float]] = {
+GOALS: dict[str, tuple[float, float]] = {
     "W1 vs plain PEFT": (9.0, 12.0),
     "W2 vs plain PEFT": (4.5, 6.0),
     "W2v vs plain PEFT": (6.0, 9.0),
@@ -35,21 +36,47 @@ FLOORS: dict[str, tuple[float, float]] = {
     "W2 peak memory vs plain PEFT": (0.35, 0.2),
     "time per distinct token, 64 vs 8 samples": (1.15, 1.05),
 }
+WORKLOADS = ("W1", "W2", "W2v", "W3", "growth")
+TITLES = {
+    "plain": "vs plain PEFT",
+    "plain8": "vs plain PEFT in batches of 8",
+    "trl": "vs TRL's path",
+    "ours_all_logprobs": "lean vs all logprobs",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        size: ``full``, or ``small`` for a check whose figures mean nothing.
+        repeats: steps of each peer; ours runs before and after each.
+        threads: of every process.
+        clock: ``wall``, or ``cpu`` seconds for a machine that does other things, with one thread.
+        extra: also the rows without a floor.
+    """
+
+    size: str = "full"
+    repeats: int = 1
+    threads: int = 1
+    clock: str = "wall"
+    extra: bool = False
 
 
 class Worker:
     """One process that computes steps in one way."""
 
-    def __init__(self, role: str, size: str) -> None:
-        script = Path(__file__).parent / "worker.py"
+    def __init__(self, role: str, options: Options) -> None:
         self.role = role
+        command = [sys.executable, str(Path(__file__).parent / "worker.py"), role, options.size]
         self._process = subprocess.Popen(
-            [sys.executable, str(script), role, size], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*command, str(options.threads), options.clock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._answer()
 
     def step(self, name: str, save: Path | None = None, gemm: bool = False) -> dict[str, Any]:
-        """One step: CPU seconds, growth of peak memory since the start in KiB, FLOP/s of a matrix product."""
+        """One step: seconds, growth of peak memory since the start in KiB, FLOP/s of a matrix product, metrics."""
         assert self._process.stdin is not None
         request = {"workload": name, "save": None if save is None else str(save), "gemm": gemm}
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -81,124 +108,83 @@ def gradient_gap(a: Path, b: Path) -> float:
     return max(float((found[n] - g).abs().max() / g.abs().max()) for n, g in expected.items())
 
 
-def useful_flops(name: str, shape: Shape) -> float:
-    """Multiply-adds, times two, that no exact algorithm for this step with frozen weights can leave out.
-
-    Distinct tokens through the linear layers (forward, and gradient by the input), their LoRA pairs (and gradients by
-    both), attention (forward, and four of its seven products backward), and the output head at trained positions.
-    """
-    distinct: dict[tuple[int, ...], bool] = {}
-    pairs = 0
-    for ids, mask in workload(name, shape):
-        for i in range(len(ids) - 1):
-            key = tuple(ids[: i + 1])
-            if key not in distinct:
-                pairs += i + 1
-            distinct[key] = distinct.get(key, False) or mask[i + 1]
-    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    shapes = [(shape.hidden, query), (shape.hidden, kv), (shape.hidden, kv), (query, shape.hidden)]
-    shapes += [(shape.hidden, shape.inner)] * 2 + [(shape.inner, shape.hidden)]
-    linear = sum(a * b for a, b in shapes)
-    lora = sum(16 * (a + b) for a, b in shapes)
-    per_layer = len(distinct) * (4 * linear + 6 * lora) + pairs * query * 2 * (2 + 4)
-    return shape.layers * per_layer + sum(distinct.values()) * 4 * shape.hidden * shape.vocab
+def rows(names: Sequence[str], options: Options) -> list[Row]:
+    """The rows of some of ``WORKLOADS``."""
+    found = []
+    for name in names:
+        found += _growth(options) if name == "growth" else _compared(name, options)
+    return found
 
 
-def compare(workers: dict[str, Worker], name: str, repeats: int, folder: Path) -> dict[str, list[float]]:
-    """CPU seconds of each way, round by round; KiB under ``<role> kib``, FLOP/s under ``gemm``."""
-    gradients = {role: folder / f"{name}-{role}.pt" for role in workers}
-    out: dict[str, list[float]] = {"gemm": []}
-    for role, worker in workers.items():
-        out[f"{role} kib"] = [worker.step(name, gradients[role])["peak_kib"]]
-        out[role] = []
-    for role in workers:
-        if role != "plain":
-            gap = gradient_gap(gradients[role], gradients["plain"])
-            print(f"{name}: gradient of {role} differs from plain PEFT by {gap:.1e}", flush=True)
-            if gap > GRADIENT_TOLERANCE:
-                raise SystemExit(f"{name}: the gradients of {role} and plain PEFT are not equal")
-    for _ in range(repeats):
-        for role, worker in workers.items():
-            answer = worker.step(name, gemm=role == "ours")
-            out[role].append(answer["seconds"])
-            if answer["gemm"]:
-                out["gemm"].append(answer["gemm"])
-    return out
-
-
-def row(name: str, values: list[float]) -> dict[str, Any]:
-    """A row of the table: median, least and greatest."""
-    floor, aim = FLOORS.get(name, (None, None))
-    ratio = statistics.median(values)
-    return {"name": name, "ratio": ratio, "floor": floor, "aim": aim, "min": min(values), "max": max(values)}
-
-
-def rows_of(name: str, times: dict[str, list[float]], shape: Shape) -> list[dict[str, Any]]:
-    """All rows of one workload."""
-
-    def ratios(of: str) -> list[float]:
-        return [a / b for a, b in zip(times[of], times["ours"], strict=True)]
-
-    rows = [row(f"{name} vs plain PEFT", ratios("plain"))]
-    if "ours_lean" in times:
-        lean = [a / b for a, b in zip(times["plain"], times["ours_lean"], strict=True)]
-        rows.append(row(f"{name} without untrained logprobs vs plain PEFT", lean))
-    if "trl" in times and name in ("W1", "W2"):
-        rows.append(row(f"{name} vs TRL's path", ratios("trl")))
+def _peers(name: str, options: Options) -> list[str]:
+    peers = ["plain"]
     if name in ("W1", "W2"):
-        useful = useful_flops(name, shape)
-        shares = [useful / seconds / peak for seconds, peak in zip(times["ours"], times["gemm"], strict=True)]
-        rows.append(row(f"{name} useful FLOP/s of GEMM peak", shares))
-    if name == "W2":
-        rows.append(row("W2 peak memory vs plain PEFT", [times["ours kib"][0] / max(1.0, times["plain kib"][0])]))
-    return rows
+        if trl_peer.installed():
+            peers.append("trl")
+        else:
+            print(f"{name}: TRL's path is skipped: it is not installed; see benchmarks/cpu/trl_peer.py", flush=True)
+    return [*peers, "plain8", "ours_all_logprobs"] if options.extra else peers
 
 
-def measure(name: str, roles: list[str], size: str, repeats: int) -> list[dict[str, Any]]:
-    """The rows of one workload, from new processes, so that each one's peak memory is its own."""
-    workers = {role: Worker(role, size) for role in roles if role != "trl" or name in ("W1", "W2")}
+def _compared(name: str, options: Options) -> list[Row]:
+    """One workload, in new processes, so that each one's peak memory is its own."""
+    peers = _peers(name, options)
+    workers = {role: Worker(role, options) for role in ("ours", *peers)}
     with tempfile.TemporaryDirectory() as folder:
-        times = compare(workers, name, repeats, Path(folder))
+        gradients = {role: Path(folder) / f"{role}.pt" for role in workers}
+        ours = [workers["ours"].step(name, gradients["ours"], gemm=True)]
+        ratios: dict[str, list[float]] = {role: [] for role in peers}
+        peak_kib = {"ours": ours[0]["peak_kib"]}
+        for index in range(options.repeats):
+            for role in peers:
+                answer = workers[role].step(name, None if index else gradients[role])
+                ours.append(workers["ours"].step(name, gemm=True))
+                ratios[role] += [answer["seconds"] / o["seconds"] for o in ours[-2:]]
+                peak_kib.setdefault(role, answer["peak_kib"])
+                if not index:
+                    _say(name, role, answer)
+                    _check(name, role, gradients)
+        _say(name, "ours", ours[-1])
+        _check(name, "ours", gradients)
     for worker in workers.values():
         worker.close()
-    return rows_of(name, times, SMALL if size == "small" else FULL)
+    found = [row(f"{name} {TITLES[role]}", values, GOALS) for role, values in ratios.items()]
+    if name in ("W1", "W2"):
+        useful = useful_flops(workload(name, SMALL if options.size == "small" else FULL), _shape(options))
+        shares = [useful / o["seconds"] / o["gemm"] for o in ours]
+        found.append(row(f"{name} useful FLOP/s of GEMM peak", shares, GOALS))
+    if name == "W2":
+        found.append(row("W2 peak memory vs plain PEFT", [peak_kib["ours"] / max(1, peak_kib["plain"])], GOALS))
+    return found
 
 
-def growth(size: str, repeats: int) -> list[dict[str, Any]]:
+def _shape(options: Options) -> Any:
+    return SMALL if options.size == "small" else FULL
+
+
+def _say(name: str, role: str, answer: dict[str, Any]) -> None:
+    batch = f", batches of {answer['metrics']['batch']:.0f}" if "batch" in answer["metrics"] else ""
+    print(f"{name}: {role} {answer['seconds']:.1f} s, peak +{answer['peak_kib'] / 2**20:.2f} GiB{batch}", flush=True)
+
+
+def _check(name: str, role: str, gradients: dict[str, Path]) -> None:
+    if role == "plain":
+        return
+    gap = gradient_gap(gradients[role], gradients["plain"])
+    print(f"{name}: gradient of {role} differs from plain PEFT's by {gap:.1e}", flush=True)
+    if gap > GRADIENT_TOLERANCE:
+        raise SystemExit(f"{name}: the gradients of {role} and plain PEFT are not equal")
+
+
+def _growth(options: Options) -> list[Row]:
     """Time per distinct token with 64 samples over that with 8, of one group."""
-    shape = SMALL if size == "small" else FULL
+    shape = _shape(options)
     distinct = {n: 512 // shape.divide + n * (64 // shape.divide) for n in (8, 64)}
-    worker = Worker("ours", size)
+    worker = Worker("ours", options)
+    worker.step("G64")
     values = []
-    for index in range(repeats + 1):
+    for _ in range(options.repeats + 1):
         each = {n: worker.step(f"G{n}")["seconds"] / distinct[n] for n in (8, 64)}
-        if index:
-            values.append(each[64] / each[8])
+        values.append(each[64] / each[8])
     worker.close()
-    return [row("time per distinct token, 64 vs 8 samples", values)]
-
-
-def main() -> None:
-    """Measure, print the table, write the rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="a small model and short sequences: a check, no figures")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=["W1", "W2", "W2v", "W3", "growth"])
-    parser.add_argument("--roles", nargs="*", default=["ours", "plain", "trl"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out" / "cpu.json")
-    args = parser.parse_args()
-    size = "small" if args.small else "full"
-    print(f"{'':48s} {'ratio':>7s} {'floor':>7s} {'aim':>7s} {'min':>7s} {'max':>7s}")
-    rows: list[dict[str, Any]] = []
-    for name in args.only:
-        found = growth(size, args.repeats) if name == "growth" else measure(name, args.roles, size, args.repeats)
-        for r in found:
-            cells = [f"{r[k]:7.2f}" if r[k] is not None else "      -" for k in ("ratio", "floor", "aim", "min", "max")]
-            print(f"{r['name']:48s} {' '.join(cells)}", flush=True)
-        rows += found
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"size": size, "rows": rows}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return [row("time per distinct token, 64 vs 8 samples", values, GOALS)]

@@ -1,12 +1,13 @@
 """One way to compute a training step, in a process of its own: reads a line of JSON, answers with a line of JSON.
 
-``ours`` is this package; ``plain`` is the loop a PEFT user writes (padded batches of 8, all logits); ``trl`` computes
-logits of the completion only and their log-softmax row by row, as TRL's trainers do. All have the same weights.
+``ours`` is this package; ``plain`` is the loop a PEFT user writes (the whole batch padded, or as much of it as memory
+holds, and all logits), ``plain8`` the same in batches of 8; ``trl`` is TRL's own loss path. All have the same weights.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -19,13 +20,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from trl_peer import TrlPath
 from workloads import FULL, SMALL, Sequence, Shape, workload
 
 RANK, ALPHA, OLD_LOGPROB = 16, 32.0, -10.0
-BATCH = 8
 
 
-def build_model(shape: Shape) -> Any:
+def build_model(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """Qwen3 with random weights."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -41,7 +42,8 @@ def build_model(shape: Shape) -> Any:
         max_position_embeddings=4096,
         tie_word_embeddings=True,
     )
-    return AutoModelForCausalLM.from_config(config)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
 
 
 def adapter_weights(names: list[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
@@ -56,15 +58,21 @@ def advantages(index: int, mask: list[bool]) -> list[float]:
     return [value if trained else 0.0 for trained in mask]
 
 
-def ours(shape: Shape, path: str = "auto", lean: bool = False) -> Callable[[list[Sequence]], dict[str, Tensor]]:
-    """This package's engine."""
+Step = Callable[[list[Sequence]], tuple[dict[str, Tensor], dict[str, float]]]
+"""``data -> (gradient, metrics)``."""
+
+
+def ours(
+    shape: Shape, path: str = "auto", lean: bool = True, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Step:
+    """This package's engine; ``lean`` computes no logprobs that the loss does not read."""
     from tinker import types
 
     from nat_plugin_evsys.engine.lora import LoraAdapter
     from nat_plugin_evsys.engine.model import wrap_model
     from nat_plugin_evsys.engine.training import TrainableModel
 
-    base = wrap_model("bench", build_model(shape), None)
+    base = wrap_model("bench", build_model(shape, device, dtype), None)
     adapter = LoraAdapter.create(base.model, rank=RANK, alpha=ALPHA)
     named = dict(adapter.named_tensors())
     with torch.no_grad():
@@ -72,7 +80,7 @@ def ours(shape: Shape, path: str = "auto", lean: bool = False) -> Callable[[list
             named[name].copy_(value)
     model = TrainableModel(base, adapter, path=path, untrained_logprobs=not lean)  # type: ignore[arg-type]
 
-    def step(data: list[Sequence]) -> dict[str, Tensor]:
+    def step(data: list[Sequence]) -> tuple[dict[str, Tensor], dict[str, float]]:
         datums = [
             types.Datum(
                 types.ModelInput.from_ints(ids[:-1]),
@@ -89,92 +97,117 @@ def ours(shape: Shape, path: str = "auto", lean: bool = False) -> Callable[[list
         assert model.gradient is not None
         gradient = dict(model.gradient)
         model.discard_gradient()
-        return gradient
+        return gradient, metrics
 
     return step
 
 
-def peft(shape: Shape, completion_only: bool) -> Callable[[list[Sequence]], dict[str, Tensor]]:
-    """Hugging Face's model with PEFT's adapter, padded batches."""
+def peft(
+    shape: Shape,
+    *,
+    largest: int | None = None,
+    trl: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Step:
+    """Hugging Face's model with PEFT's adapter, padded batches of ``largest`` or of what memory holds."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0)
-    model = get_peft_model(build_model(shape), config)
+    model = get_peft_model(build_model(shape, device, dtype), config)
     named = {_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, value in adapter_weights([(n, tuple(t.shape)) for n, t in named.items()]).items():
             named[name].copy_(value)
+    trl_path = TrlPath(model) if trl else None
 
-    def step(data: list[Sequence]) -> dict[str, Tensor]:
+    def step(data: list[Sequence]) -> tuple[dict[str, Tensor], dict[str, float]]:
         for parameter in named.values():
             parameter.grad = None
-        for start in range(0, len(data), BATCH):
-            rows = list(enumerate(data))[start : start + BATCH]
+        batch = largest or batch_that_fits(data, shape, device, dtype)
+        for start in range(0, len(data), batch):
+            rows = list(enumerate(data))[start : start + batch]
             width = max(len(ids) for _, (ids, _) in rows)
-            ids = torch.tensor([s + [0] * (width - len(s)) for _, (s, _) in rows])
-            real = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for _, (s, _) in rows])
-            weights = torch.tensor([advantages(i, m) + [0.0] * (width - len(m)) for i, (_, m) in rows])[:, 1:]
-            if completion_only:
-                first = min(m.index(True) for _, (_, m) in rows)
-                # The logits at position t predict token t + 1.
-                keep = width - max(1, first) + 1
-                logits = model(input_ids=ids, attention_mask=real, logits_to_keep=keep).logits[:, :-1]
-                targets, weights = ids[:, -keep + 1 :], weights[:, -keep + 1 :]
-                logprobs = torch.stack(
-                    [z.log_softmax(-1).gather(-1, t[:, None])[:, 0] for z, t in zip(logits, targets, strict=True)]
-                )
+            ids = torch.tensor([s + [0] * (width - len(s)) for _, (s, _) in rows], device=device)
+            real = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for _, (s, _) in rows], device=device)
+            signs = [advantages(i, m) + [0.0] * (width - len(m)) for i, (_, m) in rows]
+            weights = torch.tensor(signs, device=device)[:, 1:]
+            if trl_path is not None:
+                completion = width - max(1, min(m.index(True) for _, (_, m) in rows))
+                logprobs, weights = trl_path.logprobs(ids, real, completion), weights[:, -completion:]
             else:
                 logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
-                logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+                logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
             loss = -(torch.exp(logprobs - OLD_LOGPROB) * weights).sum()
             loss.backward()
-        return {name: p.grad for name, p in named.items() if p.grad is not None}
+        return {name: p.grad for name, p in named.items() if p.grad is not None}, {"batch": float(batch)}
 
     return step
+
+
+def batch_that_fits(data: list[Sequence], shape: Shape, device: str, dtype: torch.dtype) -> int:
+    """All sequences, or as many as the free memory holds in batches of equal size."""
+    # Measured: what autograd keeps for a token, with four copies of its logits.
+    per_token = dtype.itemsize * shape.layers * (8 * shape.hidden + 5 * shape.inner) + 4 * 4 * shape.vocab
+    needed = 1.15 * per_token * len(data) * max(len(ids) for ids, _ in data)
+    if device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return math.ceil(len(data) / math.ceil(needed / free))
 
 
 def _name(peft_name: str) -> str:
     return peft_name.removeprefix("base_model.model.").replace(".default", "")
 
 
-def gemm_peak(shape: Shape) -> float:
-    """FLOP/s of this thread's best fp32 matrix product of the model's own shape, best of some."""
-    a, b = torch.randn(4096, shape.hidden), torch.randn(shape.hidden, shape.inner)
-    out = torch.empty(4096, shape.inner)
+def gemm_peak(shape: Shape, clock: Callable[[], float] = time.process_time) -> float:
+    """FLOP/s of the best fp32 matrix product of the model's own shape: of MKL's and, where there is one, oneDNN's."""
+    from nat_plugin_evsys.engine.products import product, reordered
+
+    a, weight = torch.randn(4096, shape.hidden), torch.randn(shape.inner, shape.hidden)
+    out, fast = torch.empty(4096, shape.inner), reordered(weight)
     best = float("inf")
-    for _ in range(8):
-        start = time.process_time()
-        torch.mm(a, b, out=out)
-        best = min(best, time.process_time() - start)
+    for _ in range(6):
+        start = clock()
+        torch.mm(a, weight.T, out=out)
+        middle = clock()
+        product(a, fast)
+        best = min(best, middle - start, clock() - middle)
     return 2 * 4096 * shape.hidden * shape.inner / best
 
 
-ROLES: dict[str, Callable[[Shape], Callable[[list[Sequence]], dict[str, Tensor]]]] = {
+ROLES: dict[str, Callable[[Shape], Step]] = {
     "ours": ours,
-    "ours_lean": lambda shape: ours(shape, lean=True),
-    "plain": lambda shape: peft(shape, completion_only=False),
-    "trl": lambda shape: peft(shape, completion_only=True),
+    "ours_all_logprobs": lambda shape: ours(shape, lean=False),
+    "plain": peft,
+    "plain8": lambda shape: peft(shape, largest=8),
+    "trl": lambda shape: peft(shape, trl=True),
 }
+CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 def main() -> None:
-    """``worker.py ROLE full|small``: requests are ``{"workload": name, "save": path or null}``."""
-    torch.set_num_threads(1)
-    shape = SMALL if sys.argv[2] == "small" else FULL
-    step = ROLES[sys.argv[1]](shape)
+    """``worker.py ROLE full|small THREADS cpu|wall``: requests are ``{"workload": name, "save": path or null}``."""
+    role, size, threads, clock_name = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    shape, clock = SMALL if size == "small" else FULL, CLOCKS[clock_name]
+    step = ROLES[role](shape)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step([(list(range(24)), [False] * 8 + [True] * 16)])  # what is loaded or probed once is no part of a step
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         data = workload(request["workload"], shape)
-        start = time.process_time()
-        gradient = step(data)
-        seconds = time.process_time() - start
+        start = clock()
+        gradient, metrics = step(data)
+        seconds = clock() - start
         if request.get("save"):
             torch.save(gradient, request["save"])
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        peak = gemm_peak(shape) if request.get("gemm") else None
-        print(json.dumps({"seconds": seconds, "peak_kib": used, "gemm": peak}), flush=True)
+        peak = gemm_peak(shape, clock) if request.get("gemm") else None
+        print(json.dumps({"seconds": seconds, "peak_kib": used, "gemm": peak, "metrics": metrics}), flush=True)
 
 
 if __name__ == "__main__":

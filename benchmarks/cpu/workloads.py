@@ -28,7 +28,7 @@ SMALL = Shape(vocab=2_000, hidden=128, inner=384, layers=2, heads=2, kv_heads=1,
 
 
 def workload(name: str, shape: Shape) -> list[Sequence]:
-    """``W1``, ``W2``, ``W2v``, ``W3``, or ``G<n>``: one group of n samples, 512 shared and 64 own tokens."""
+    """``W1``, ``W2``, ``W2v``, ``W3`` (``W3x<n>`` for n sequences), or ``G<n>``: one group of n samples as in W1."""
     rng = random.Random(name)
 
     def tokens(count: int) -> list[int]:
@@ -40,8 +40,8 @@ def workload(name: str, shape: Shape) -> list[Sequence]:
         return _group(tokens, int(name[1:]))
     if name in ("W2", "W2v"):
         return _agentic(tokens, branching=name == "W2v")
-    if name == "W3":
-        lengths = [rng.randint(64, 1024) for _ in range(24)]
+    if name.startswith("W3"):
+        lengths = [rng.randint(64, 1024) for _ in range(int(name[3:] or 12))]
         return [(own, [True] * len(own)) for own in map(tokens, lengths)]
     raise ValueError(f"workload {name!r} is unknown")
 

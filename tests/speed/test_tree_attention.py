@@ -71,9 +71,43 @@ def test_flex_attention_has_the_same_output(seed: int) -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(15))
+def test_rows_that_are_not_read_have_no_queries(seed: int) -> None:
+    trie = branching(seed, longest=200)
+    rng = np.random.default_rng(seed)
+    read = np.flatnonzero(rng.random(len(trie)) < rng.choice([0.1, 0.7, 1.0]))
+    read = np.union1d(read, [len(trie) - 1])
+    whole = [t.detach() for t in inputs(len(trie), seed, 4, 2)]
+    qkv = [whole[0][:, :, read].contiguous().requires_grad_(), *(t.requires_grad_() for t in whole[1:])]
+    out = tree_attention(*qkv, TreePlan.build(trie, CPU, read), 0.3)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
+    found = torch.autograd.grad(out, qkv, grad)
+    exact = [t.detach().double().requires_grad_() for t in whole]
+    expected = dense(*exact, trie, 0.3)[:, :, read]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    by_query, *by_rest = torch.autograd.grad(expected, exact, grad.double())
+    for a, b in zip(found, (by_query[:, :, read], *by_rest), strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < 1e-5
+
+
 def test_equal_siblings_are_one_call_and_one_shared_call() -> None:
-    shared = np.arange(100)
-    trie = TokenTrie.build([np.concatenate([shared, np.full(20, 200 + i)]) for i in range(8)])
+    shared = np.arange(60)
+    trie = TokenTrie.build([np.concatenate([shared, np.full(4, 200 + i)]) for i in range(8)])
     plan = TreePlan.build(trie, CPU)
-    assert [(r.count, r.length) for r in plan.causal] == [(1, 120), (7, 20)]
-    assert [(d.query_end - d.query_start, d.key_end - d.key_start) for d in plan.descents] == [(140, 100)]
+    assert [(r.count, r.length) for r in plan.causal] == [(1, 64), (7, 4)]
+    assert [(d.query_end - d.query_start, d.key_end - d.key_start) for d in plan.descents] == [(28, 60)]
+
+
+def test_a_long_chain_is_cut_into_blocks_that_attend_to_all_before_them() -> None:
+    plan = TreePlan.build(TokenTrie.build([np.arange(150)]), CPU)
+    assert [(r.count, r.length) for r in plan.causal] == [(2, 64), (1, 22)]
+    assert [(d.query_start, d.query_end, d.key_start, d.key_end) for d in plan.descents] == [
+        (64, 128, 0, 64),
+        (128, 150, 0, 128),
+    ]
+
+
+def test_read_rows_at_equal_distances_are_one_call() -> None:
+    read = np.concatenate([np.arange(i, i + 4) for i in (10, 20, 30)])
+    plan = TreePlan.build(TokenTrie.build([np.arange(40)]), CPU, read)
+    assert [(r.query_start, r.key_start, r.key_step, r.count, r.length) for r in plan.causal] == [(0, 10, 10, 3, 4)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +60,7 @@ class MemoryModel:
     per_token: float
 
     @classmethod
-    def fit(cls, small: tuple[int, int], large: tuple[int, int]) -> MemoryModel:
+    def fit(cls, small: tuple[int, float], large: tuple[int, float]) -> MemoryModel:
         """From two measurements, ``(tokens, bytes)`` each."""
         slope = (large[1] - small[1]) / (large[0] - small[0])
         return cls(max(0.0, small[1] - slope * small[0]), slope)
@@ -74,6 +76,14 @@ class MemoryModel:
         most = max(_FEWEST_TOKENS, int((share * free - self.fixed) / self.per_token))
         comfortable = max(_FEWEST_TOKENS, int(_COMFORTABLE_BYTES / self.per_token)) if device.type == "cpu" else most
         return TokenLimits(most, min(most, comfortable))
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has had so far: resident on the CPU, allocated on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss is in KiB, on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_bytes(device: torch.device) -> int:

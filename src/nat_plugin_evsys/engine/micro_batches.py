@@ -15,11 +15,14 @@ from nat_plugin_evsys.engine.fast_forward import FastForward, Reads, fast_forwar
 from nat_plugin_evsys.engine.forward import OutputHead, hidden_rows, target_logprobs
 from nat_plugin_evsys.engine.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.losses import LOSSES, gradient_rows, read_rows
-from nat_plugin_evsys.engine.memory import MemoryModel, SavedBytes
+from nat_plugin_evsys.engine.memory import MemoryModel, SavedBytes, peak_bytes
 from nat_plugin_evsys.engine.model import BaseModel
-from nat_plugin_evsys.engine.packing import TokenLimits, plan_packs
+from nat_plugin_evsys.engine.packing import Pack, TokenLimits, plan_packs
 from nat_plugin_evsys.engine.results import Outcome, split_rows, stack_targets
-from nat_plugin_evsys.engine.trie import TokenTrie
+from nat_plugin_evsys.engine.trie import Ids, TokenTrie
+
+# In forward passes: one and a backward pass of two, and once more for what is computed again.
+_PASSES, _RECOMPUTED_PASSES = 3, 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class MicroBatch:
         computed: tokens that the decoder computes, padding apart; 0 where nothing is read of any member.
         trie: over what is read of them; None on the plain path.
         predicted, kept: bytes for the backward pass, before and after the forward pass; 0 where not known.
+        recompute: keep the layers' inputs only and compute each layer again in the backward pass.
     """
 
     members: list[int]
@@ -58,6 +62,7 @@ class MicroBatch:
     trie: TokenTrie | None = None
     predicted: float = 0.0
     kept: int = 0
+    recompute: bool = False
 
 
 class MicroBatches:
@@ -72,8 +77,8 @@ class MicroBatches:
         self._parameters = dict(adapter.named_tensors())
         self._head = OutputHead(base.model)
         self._fast: FastForward | None = fast_forward(base, self._head)[0] if path == "auto" else None
-        self._memory: MemoryModel | None = None
-        self._limits: TokenLimits | None = None
+        self._memory: dict[bool, MemoryModel] = {}
+        self._limits: dict[bool, TokenLimits] = {}
 
     def plan(self, examples: Sequence[Example], loss: Loss, token_budget: int | None) -> list[MicroBatch]:
         """Every Datum is in exactly one micro-batch."""
@@ -84,25 +89,45 @@ class MicroBatches:
         batches = [MicroBatch(unread, 0)] if unread else []
         if fast:
             sequences = [examples[i].tokens[: reads[i].length].numpy() for i in fast]
-            for pack in plan_packs(sequences, self._pack_limits(token_budget)):
-                predicted = self._memory.predict(len(pack.trie)) if self._memory else 0.0
-                batches.append(MicroBatch([fast[i] for i in pack.members], len(pack.trie), pack.trie, predicted))
+            packs, recompute = self._packs(sequences, token_budget)
+            for pack in packs:
+                predicted = self._model_of(recompute).predict(len(pack.trie))
+                members = [fast[i] for i in pack.members]
+                batches.append(MicroBatch(members, len(pack.trie), pack.trie, predicted, recompute=recompute))
         budget = token_budget or default_token_budget(self._base)
         for group in plan_micro_batches([len(examples[i]) for i in plain], budget):
             members = [plain[i] for i in group]
             batches.append(MicroBatch(members, sum(len(examples[i]) for i in members)))
         return batches
 
-    def _pack_limits(self, token_budget: int | None) -> TokenLimits:
+    def _packs(self, sequences: Sequence[Ids], token_budget: int | None) -> tuple[list[Pack], bool]:
+        """The cheaper of two ways, and whether it is the second: packs that keep everything for the backward pass, or
+        bigger ones, which repeat fewer tokens, that keep their layers' inputs only."""
         assert self._fast is not None
-        if self._memory is None:
-            self._memory = self._fast.memory_model(self._adapter)
         if token_budget is not None:
-            return TokenLimits(token_budget, token_budget)
+            return plan_packs(sequences, TokenLimits(token_budget, token_budget)), False
+        most = self._limits_of(False).most
+        packs = plan_packs(sequences, self._limits_of(False))
+        if self._fast.fused is None or (len(packs) == 1 and len(packs[0].trie) <= most):
+            return packs, False
+        bigger = plan_packs(sequences, self._limits_of(True))
+        rows, rows_of_bigger = (sum(len(p.trie) for p in of) for of in (packs, bigger))
+        too_big = any(len(p.trie) > most for p in packs)
+        if too_big or _RECOMPUTED_PASSES * rows_of_bigger < _PASSES * rows:
+            return bigger, True
+        return packs, False
+
+    def _model_of(self, recompute: bool) -> MemoryModel:
+        assert self._fast is not None
+        if recompute not in self._memory:
+            self._memory[recompute] = self._fast.memory_model(self._adapter, keep=not recompute)
+        return self._memory[recompute]
+
+    def _limits_of(self, recompute: bool) -> TokenLimits:
         # On the CPU freed memory stays with the process (``allocator``) and would count as taken: so ask only once.
-        if self._limits is None or self._base.device.type != "cpu":
-            self._limits = self._memory.limits(self._base.device)
-        return self._limits
+        if recompute not in self._limits or self._base.device.type != "cpu":
+            self._limits[recompute] = self._model_of(recompute).limits(self._base.device)
+        return self._limits[recompute]
 
     def run(
         self, batch: MicroBatch, examples: Sequence[Example], loss: Loss, gradient: dict[str, Tensor]
@@ -134,7 +159,7 @@ class MicroBatches:
             device = self._base.device
             return [(torch.zeros(e.targets.shape, device=device), torch.zeros(len(e), device=device)) for e in examples]
         if batch.trie is not None and self._fast is not None:
-            return self._fast.logprobs(self._adapter, batch.trie, examples, reads)
+            return self._fast.logprobs(self._adapter, batch.trie, examples, reads, keep=not batch.recompute)
         return self._padded(examples, reads)
 
     def _padded(self, examples: Sequence[Example], reads: Sequence[Reads]) -> list[tuple[Tensor, Tensor]]:
@@ -156,9 +181,11 @@ class MicroBatches:
             "computed_tokens:sum": float(sum(b.computed for b in batches)),
             "plain_path_tokens:sum": float(plain),
             "micro_batches:sum": float(len(batches)),
+            "recomputed_tokens:sum": float(sum(b.computed for b in batches if b.recompute)),
         }
         trained = [b for b in batches if b.kept]
         if trained:
+            metrics["memory_peak_bytes:max"] = float(peak_bytes(self._base.device))
             metrics["activation_bytes:max"] = float(max(b.kept for b in trained))
         if any(b.predicted for b in trained):
             metrics["activation_predicted_bytes:max"] = max(b.predicted for b in trained)

@@ -94,7 +94,9 @@ class TrainableModel:
             ``losses.summarise`` names them, plus ``entropy:mean`` (nats, over trained tokens) and what the work was:
             ``datum_tokens:sum`` (given), ``computed_tokens:sum`` (each distinct prefix once, and again where a step was
             cut), ``plain_path_tokens:sum`` (of these, in padded batches), ``micro_batches:sum``,
-            ``activation_bytes:max`` (most that was kept for a backward pass) and ``activation_predicted_bytes:max``.
+            ``recomputed_tokens:sum`` (of the computed ones, in layers that were computed again in the backward pass to
+            save memory), ``activation_bytes:max`` (most that was kept for a backward pass),
+            ``activation_predicted_bytes:max`` and ``memory_peak_bytes:max`` (of the process, so far).
 
         Raises:
             DataError: a Datum is malformed (before any compute).

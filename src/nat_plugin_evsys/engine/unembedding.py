@@ -1,8 +1,9 @@
 """Log-probabilities of targets at rows of hidden states, in chunks: no [rows, vocabulary] tensor outlives its chunk.
 
 For one row with logits ``z = s * (h W^T + b)`` and ``p = softmax(z)``, ``d log p[t] / d h = s * (W[t] - p W)``. ``p W``
-is taken in the forward pass while p is there, so the backward pass needs no second look at the vocabulary. A soft cap
-``c * tanh(z / c)`` multiplies both terms by ``1 - (z_capped / c)^2``.
+is taken in the forward pass while p is there, so the backward pass needs no second look at the vocabulary; without b it
+gives the entropy, too, as ``logsumexp(z) - s * h . p W``. A soft cap ``c * tanh(z / c)`` multiplies both terms of the
+gradient by ``1 - (z_capped / c)^2``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from nat_plugin_evsys.engine.forward import OutputHead
 from nat_plugin_evsys.engine.lora import LoraAdapter, applied
 
-CHUNK_ELEMENTS = 2**23
-"""Logits alive at a time: 32 MiB in fp32, and their exponentials besides."""
+CHUNK_ELEMENTS = 2**24
+"""Logits alive at a time: 64 MiB in fp32. They become their softmax in place."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def pair_logprobs(
         rows, local = torch.unique_consecutive(part.rows, return_inverse=True)
         here = Pairs(local, part.targets)
         if not with_grad:
-            lp, h = _constant_logprobs(head, adapter, hidden.detach()[rows], here)
+            lp, h = _constant_logprobs(head, adapter, hidden.detach()[rows], here, want_entropy=index is of_read_row)
         elif adapted:
             lp, h = _plain_logprobs(head, adapter, hidden[rows], here)
         else:
@@ -82,25 +83,31 @@ def _chunks(rows: int, pairs: Pairs, vocab_size: int) -> list[tuple[slice, slice
 
 
 def _constant_logprobs(
-    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs
+    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs, *, want_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Without gradient."""
+    """Without gradient; entropy 0 unless it is wanted."""
     logprobs = hidden.new_empty(len(pairs.rows), dtype=torch.float32)
-    entropy = hidden.new_empty(len(hidden), dtype=torch.float32)
+    entropy = hidden.new_zeros(len(hidden), dtype=torch.float32)
     with torch.no_grad(), applied(adapter):
         for rows, span in _chunks(len(hidden), pairs, head.linear.weight.shape[0]):
             at = (pairs.rows[span] - rows.start, pairs.targets[span])
-            z, p, total = _exponentials(head(hidden[rows]))
-            logprobs[span] = z[at] - total.log()[at[0]]
-            entropy[rows] = total.log() - _row_dots(p, z) / total
+            logits = head(hidden[rows])
+            wanted = logits[at]
+            if want_entropy:
+                normaliser = torch.logsumexp(logits, dim=-1)
+                entropy[rows] = normaliser - _row_dots(logits, torch.softmax(logits, dim=-1))
+            else:
+                normaliser = _softmax_in_place(logits)
+            logprobs[span] = wanted - normaliser[at[0]]
     return logprobs, entropy
 
 
-def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(z, exp(z), its row sums)`` with ``z`` the logits less their row's maximum, which takes the logits' place."""
-    z = logits.sub_(logits.amax(dim=-1, keepdim=True))
-    p = z.exp()
-    return z, p, p.sum(dim=-1)
+def _softmax_in_place(logits: Tensor) -> Tensor:
+    """Returns their log-sum-exp (R,). Several times faster than ``exp`` and ``sum``: one kernel that stays in cache."""
+    largest = logits.amax(dim=-1)
+    torch.softmax(logits, dim=-1, out=logits)
+    # The largest probability is 1 / sum(exp(z - largest)).
+    return largest - logits.amax(dim=-1).log_()
 
 
 def _plain_logprobs(
@@ -141,23 +148,27 @@ class _TargetLogprobs(torch.autograd.Function):
         entropy = hidden.new_empty(len(hidden), dtype=torch.float32)
         mean = torch.empty_like(hidden)  # p W, the expected output embedding of each row
         slopes = torch.empty_like(logprobs) if head.softcap is not None else None
+        is_linear = head.softcap is None and head.linear.bias is None
+        buffer = None
         for rows, span in _chunks(len(hidden), pairs, weight.shape[0]):
-            with applied(None):
-                logits = head(hidden[rows])
+            logits = buffer = _frozen_logits(head, hidden[rows], buffer)
             at = (pairs.rows[span] - rows.start, pairs.targets[span])
             slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-            z, p, total = _exponentials(logits)
-            logprobs[span] = z[at] - total.log()[at[0]]
-            entropy[rows] = total.log() - _row_dots(p, z) / total
+            wanted, kept = logits[at], None if is_linear else logits.clone()
+            normaliser = _softmax_in_place(logits)
+            logprobs[span] = wanted - normaliser[at[0]]
+            expected = None if kept is None else _row_dots(kept, logits)
             if slope is not None and slopes is not None:
                 slopes[span] = slope[at]
-                p.mul_(slope)
-            torch.mm(p.to(weight.dtype), weight, out=mean[rows])
-            mean[rows] /= total[:, None]
+                logits.mul_(slope)
+            torch.mm(logits.to(weight.dtype), weight, out=mean[rows])
+            if expected is None:
+                expected = _row_dots(hidden[rows].float(), mean[rows].float()) * head.scale
+            entropy[rows] = normaliser - expected
         ctx.save_for_backward(mean, pairs.rows, pairs.targets, weight, slopes)
         ctx.scale = head.scale
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return logprobs, entropy.clamp_(min=0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
@@ -171,6 +182,15 @@ class _TargetLogprobs(torch.autograd.Function):
         for r, t, g in zip(rows.split(step), targets.split(step), grad.split(step), strict=True):
             out.index_add_(0, r, weight[t].float().mul_(g[:, None]))
         return out.to(mean.dtype), None, None
+
+
+def _frozen_logits(head: OutputHead, hidden: Tensor, buffer: Tensor | None) -> Tensor:
+    """``head(hidden)`` without an adapter, in ``buffer``'s memory where that fits."""
+    if buffer is None or head.linear.weight.dtype != torch.float32 or head.linear.bias is not None or head.softcap:
+        with applied(None):
+            return head(hidden)
+    logits = torch.mm(hidden, head.linear.weight.T, out=buffer[: len(hidden)])
+    return logits if head.scale == 1.0 else logits.mul_(head.scale)
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,58 @@
+"""All CPU benchmarks: training steps and rollouts beside their peers'. Prints a table, writes benchmarks/out/cpu.json.
+
+python benchmarks/cpu/run.py [--small] [--only W1 … R2] [--repeats N] [--extra] [--threads N] [--clock cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import train
+from table import Row, print_head, print_row, write
+
+ROLLOUTS = ("R1", "R2")
+
+
+def rollout_rows(names: list[str], options: train.Options) -> list[Row]:
+    """What ``rollouts.rows`` measures; it is left out, and said so, where that module is not there."""
+    if importlib.util.find_spec("rollouts") is None:
+        print(f"{', '.join(names)}: skipped, benchmarks/cpu/rollouts.py is missing", flush=True)
+        return []
+    rollouts: Any = importlib.import_module("rollouts")
+    found: list[Row] = rollouts.rows(options.size == "small", options.repeats, tuple(names))
+    return found
+
+
+def main() -> None:
+    """Measure, print the table, write the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a small model and short sequences: a check, no figures")
+    parser.add_argument("--only", nargs="*", default=[*train.WORKLOADS, *ROLLOUTS])
+    parser.add_argument("--repeats", type=int, default=1, help="steps of each peer")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a machine that is not idle")
+    parser.add_argument("--extra", action="store_true", help="also the rows without a floor")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "out" / "cpu.json")
+    args = parser.parse_args()
+    if args.clock == "cpu" and args.threads != 1:
+        parser.error("--clock cpu counts what waiting threads spin, too: give --threads 1")
+    options = train.Options("small" if args.small else "full", args.repeats, args.threads, args.clock, args.extra)
+    rows: list[Row] = []
+    for name in args.only:
+        rows += rollout_rows([name], options) if name in ROLLOUTS else train.rows([name], options)
+    print_head()
+    for r in rows:
+        print_row(r)
+    write(args.out, rows, size=options.size, threads=options.threads, clock=options.clock)
+
+
+if __name__ == "__main__":
+    main()
