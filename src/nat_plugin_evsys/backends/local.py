@@ -37,13 +37,20 @@ class LocalBackend:
     """
 
     def __init__(
-        self, base: BaseModel, adapter: LoraAdapter, *, checkpoint_dir: Path, max_batch_size: int = 64
+        self,
+        base: BaseModel,
+        adapter: LoraAdapter,
+        *,
+        checkpoint_dir: Path,
+        max_batch_size: int = 64,
+        untrained_logprobs: bool = True,
     ) -> None:
+        """``untrained_logprobs``: see ``TrainableModel``."""
         self.base = base
         self.checkpoint_dir = Path(checkpoint_dir)
         self.policy_version = -1
         self._max_batch_size = max_batch_size
-        self._model = TrainableModel(base, adapter)
+        self._model = TrainableModel(base, adapter, untrained_logprobs=untrained_logprobs)
         self._queue = TrainingQueue(self._model)
         self._sampler: Any = None
 
@@ -65,6 +72,7 @@ class LocalBackend:
         max_batch_size: int = 64,
         trust_remote_code: bool = False,
         cache_dir: Path | None = None,
+        untrained_logprobs: bool = True,
     ) -> LocalBackend:
         """Load the base model and put a fresh adapter on it. To start from a checkpoint, ``load_state`` it next.
 
@@ -91,7 +99,13 @@ class LocalBackend:
                 train_mlp=train_mlp,
                 train_unembed=train_unembed,
             )
-            return cls(base, adapter, checkpoint_dir=checkpoint_dir, max_batch_size=max_batch_size)
+            return cls(
+                base,
+                adapter,
+                checkpoint_dir=checkpoint_dir,
+                max_batch_size=max_batch_size,
+                untrained_logprobs=untrained_logprobs,
+            )
 
         return await asyncio.to_thread(build)
 

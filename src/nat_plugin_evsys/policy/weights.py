@@ -75,6 +75,7 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
 
     return await LocalBackend.create(
         config.base_model,
+        untrained_logprobs=False,  # no job reads them
         alpha=config.lora_alpha,
         device=config.device,
         dtype=config.dtype,
