@@ -38,8 +38,9 @@ install: $(INSTALLED)
 
 install-dev: $(INSTALLED_DEV)
 
+# Two files at a time, a thread each: torch's threads would wait for one another.
 test: $(INSTALLED_DEV)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED_DEV)
 	@$(BIN)/ruff check $(SOURCES)

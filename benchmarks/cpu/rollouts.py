@@ -1,4 +1,4 @@
-"""Rollouts of this package beside Hugging Face's, strictly interleaved, one thread each.
+"""Rollouts of this package beside Hugging Face's, strictly interleaved, one thread each, R1 beside R2.
 
     python benchmarks/cpu/rollouts.py [--small] [--repeats N] [--only R1 R2] [--continuous]
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,8 @@ def compare(workload: str, peer: str, small: bool, repeats: int) -> dict[str, An
             if not before["tokens"] == other["tokens"] == after["tokens"]:
                 raise SystemExit(f"{workload}: {peer} sampled {other['tokens']} tokens, not {before['tokens']}")
             ratios += [other["seconds"] / each["seconds"] for each in (before, after)]
-            print(f"{workload}: {before['tokens']} tokens, CPU seconds: ours {before['seconds']:.1f} and ", end="")
-            print(f"{after['seconds']:.1f}, {NAMES[peer]} {other['seconds']:.1f}", flush=True)
+            seconds = f"ours {before['seconds']:.1f} and {after['seconds']:.1f}, {NAMES[peer]} {other['seconds']:.1f}"
+            print(f"{workload}: {before['tokens']} tokens, CPU seconds: {seconds}", flush=True)
     finally:
         ours.close()
         theirs.close()
@@ -87,7 +89,9 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Rows ``{name, ratio, floor, aim, min, max}``; with ``continuous``, of transformers' continuous batching too."""
     peers = ["generate", "continuous"] if continuous else ["generate"]
-    return [compare(workload, peer, small, repeats) for workload in only for peer in peers]
+    pairs = [(workload, peer) for workload in only for peer in peers]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # CPU seconds of one thread each
+        return list(pool.map(lambda pair: compare(*pair, small, repeats), pairs))
 
 
 def main() -> None:
