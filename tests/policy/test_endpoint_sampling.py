@@ -90,7 +90,7 @@ async def test_a_stream_records_the_same_call(served: Any) -> None:
     for stream in (False, True):
         run = f"run {stream}"
         served.recorder.open_run(run, "rollout", 9)
-        answer = await ask(served, run, stream=stream)
+        answer = await ask(served, run, stream=stream, temperature=3.0)  # hot, for a long reply
         if stream:
             text = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
             ids = [i for chunk in answer for i in chunk.choices[0].model_extra.get("token_ids") or []]
