@@ -9,62 +9,25 @@ a ratio is that of CPU seconds, so that a round gives two. The table has the med
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
+
+from worker_process import WorkerProcess
 
 FLOORS = {"R1": (2.0, 4.0), "R2": (3.0, 6.0)}
 NAMES = {"generate": "HF generate", "continuous": "HF generate_batch"}
 
 
-class RolloutWorker:
-    """One process that samples in one way."""
-
-    def __init__(self, role: str, small: bool) -> None:
-        script = Path(__file__).parent / "rollouts_worker.py"
-        self.role = role
-        self._process = subprocess.Popen(
-            [sys.executable, str(script), role, "small" if small else "full"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._answer()
-
-    def run(self, workload: str) -> dict[str, Any]:
-        """One rollout: CPU and wall seconds, tokens sampled."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"workload": workload}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"worker {self.role} ended with {self._process.wait(60)}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 def compare(workload: str, peer: str, small: bool, repeats: int) -> dict[str, Any]:
     """The row of one workload: ours, peer, ours, in turns."""
-    ours, theirs = RolloutWorker("ours", small), RolloutWorker(peer, small)
+    size = "small" if small else "full"
+    ours, theirs = (WorkerProcess("rollouts_worker.py", role, size) for role in ("ours", peer))
     ratios: list[float] = []
     try:
         for _ in range(repeats):
-            before, other, after = ours.run(workload), theirs.run(workload), ours.run(workload)
+            before, other, after = (each.ask(workload=workload) for each in (ours, theirs, ours))
             if not before["tokens"] == other["tokens"] == after["tokens"]:
                 raise SystemExit(f"{workload}: {peer} sampled {other['tokens']} tokens, not {before['tokens']}")
             ratios += [other["seconds"] / each["seconds"] for each in (before, after)]

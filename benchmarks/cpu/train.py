@@ -7,8 +7,6 @@ plain PEFT's: a difference fails the run. A ratio is that of a peer's step and o
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import trl_peer
 from table import Row, row
 from useful import useful_flops
+from worker_process import WorkerProcess
 from workloads import FULL, SMALL, workload
 
 GRADIENT_TOLERANCE = 1e-5
@@ -64,38 +63,15 @@ class Options:
     extra: bool = False
 
 
-class Worker:
+class Worker(WorkerProcess):
     """One process that computes steps in one way."""
 
     def __init__(self, role: str, options: Options) -> None:
-        self.role = role
-        command = [sys.executable, str(Path(__file__).parent / "worker.py"), role, options.size]
-        self._process = subprocess.Popen(
-            [*command, str(options.threads), options.clock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._answer()
+        super().__init__("worker.py", role, options.size, str(options.threads), options.clock)
 
     def step(self, name: str, save: Path | None = None, gemm: bool = False) -> dict[str, Any]:
         """One step: seconds, growth of peak memory since the start in KiB, FLOP/s of a matrix product, metrics."""
-        assert self._process.stdin is not None
-        request = {"workload": name, "save": None if save is None else str(save), "gemm": gemm}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"worker {self.role} ended with {self._process.wait(60)}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return self.ask(workload=name, save=None if save is None else str(save), gemm=gemm)
 
 
 def gradient_gap(a: Path, b: Path) -> float:

@@ -31,6 +31,7 @@ from nat_plugin_evsys import ServiceClient
 from nat_plugin_evsys.engine.model import load_base_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
+from worker import build_model
 from workloads import FULL, SMALL, Shape, workload
 
 FLOOR = 1.15
@@ -47,7 +48,7 @@ def main() -> None:
     given = parser.parse_args()
     shape = SMALL if given.small else FULL
     with tempfile.TemporaryDirectory() as directory:
-        model = build_model(Path(directory) / "model", shape)
+        model = save_model(Path(directory) / "model", shape)
         with server(model, Path(directory) / "store") as url:
             ratios, seconds = measure(url, model, datums(shape), given.repeats)
     row = {
@@ -64,23 +65,9 @@ def main() -> None:
     out.write_text(json.dumps({"rows": [row]}, indent=2) + "\n")
 
 
-def build_model(path: Path, shape: Shape) -> str:
-    """A Qwen3 of that shape with random weights, and the tokenizer of ``builtin/tiny``, as a directory."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(path)
+def save_model(path: Path, shape: Shape) -> str:
+    """The model of the CPU benchmarks, with the tokenizer of ``builtin/tiny``, as a directory."""
+    build_model(shape).save_pretrained(path)
     load_base_model("builtin/tiny").tokenizer.save_pretrained(path)
     return str(path)
 
