@@ -15,6 +15,7 @@ import engine_kill_program
 import numpy as np
 import pytest
 from byte_model import make_model
+from computed import computed
 from engine_kill_program import STEPS, script
 from engine_operations import decode, make_datums
 from safetensors.torch import load_file
@@ -78,7 +79,7 @@ def test_every_outcome_is_that_of_the_uninterrupted_run(stores: dict[str, Path],
             for a, b in zip(first.sequences, second.sequences, strict=True):
                 np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
         elif operation.kind == OperationKind.FORWARD_BACKWARD and not one.failed:
-            assert _results(first.metrics) == _results(second.metrics)
+            assert computed(first.metrics) == computed(second.metrics)
             assert [_lists(each) for each in first.loss_fn_outputs] == [_lists(e) for e in second.loss_fn_outputs]
         else:
             assert first == second
@@ -117,8 +118,3 @@ def test_weights_and_moments_are_those_of_an_in_process_run(
 
 def _lists(output: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor.tolist() for name, tensor in output.items()}
-
-
-def _results(metrics: dict[str, float]) -> dict[str, float]:
-    """All but the memory of the process, which is measured."""
-    return {name: value for name, value in metrics.items() if name != "memory_peak_bytes:max"}
