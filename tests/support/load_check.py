@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from serve_process import start_server
 from tinker import types
 
-from nat_plugin_evsys.clients.registry import BaseModels
+from nat_plugin_evsys.clients.registry import LORA_ALPHA, BaseModels
 from nat_plugin_evsys.clients.store import CheckpointStore
 from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
 from nat_plugin_evsys.engine.lora import LoraAdapter
@@ -41,7 +41,6 @@ from nat_plugin_evsys.service.store import ModelRow, Store
 from nat_plugin_evsys.service.wire import decode_forward_backward
 
 KEY = "tml-load-check-0123456789"
-LORA_ALPHA = 32.0
 
 
 def drive(url: str, base_model: Path, journals: list[Path], operations: int, kills: int, seed: int) -> int:

@@ -6,11 +6,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from nat_plugin_evsys.engine.checkpoints import CheckpointInfo, check_base, load_checkpoint
 from nat_plugin_evsys.engine.lora import LoraAdapter
 from nat_plugin_evsys.engine.model import BaseModel, load_base_model
 from nat_plugin_evsys.engine.sampler import Sampler
+from nat_plugin_evsys.engine.targets import linear_roles
 from nat_plugin_evsys.engine.training import TrainableModel
-from nat_plugin_evsys.errors import EngineClosedError
+from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
+
+LORA_ALPHA = 32.0
+"""Tinker's alpha; the delta is scaled by ``alpha / rank``, which makes the learning rate independent of the rank."""
 
 
 class SharedBase:
@@ -41,6 +46,22 @@ class SharedBase:
         """``adapter`` made ready for training. One at a time: the first one prepares the base model."""
         with self._lock:
             return TrainableModel(self.base, adapter)
+
+    def train_checkpoint(self, info: CheckpointInfo, *, with_optimizer: bool) -> TrainableModel:
+        """A model of a checkpoint's LoRA shape and weights, with its moments if asked for.
+
+        Raises:
+            CheckpointError: torn, made for another base model, or without the optimizer asked for.
+        """
+        check_base(info, self.base)
+        roles = linear_roles(self.base.model)
+        if not set(info.targets) <= set(roles):
+            raise CheckpointError(f"checkpoint {info.path} adapts modules that {self.base.name} does not have")
+        trained = {f"train_{role}": role in {roles[target] for target in info.targets} for role in roles.values()}
+        flags = {"train_attn": False, "train_mlp": False, "train_unembed": False, **trained}
+        model = self.train(LoraAdapter.create(self.base.model, rank=info.rank, alpha=info.alpha, **flags))
+        load_checkpoint(info.path, model, with_optimizer=with_optimizer)
+        return model
 
     def close(self) -> None:
         """Fail what is being sampled and free the sampler's memory."""

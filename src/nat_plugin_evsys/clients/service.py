@@ -26,22 +26,19 @@ from nat_plugin_evsys.clients.arguments import (
 from nat_plugin_evsys.clients.capabilities import capabilities
 from nat_plugin_evsys.clients.futures import ClientFuture, ResultFuture
 from nat_plugin_evsys.clients.methods import answers, awaits, refuses
-from nat_plugin_evsys.clients.registry import BaseModels, SharedBase
+from nat_plugin_evsys.clients.registry import LORA_ALPHA, BaseModels, SharedBase
 from nat_plugin_evsys.clients.rest import RestClient
 from nat_plugin_evsys.clients.runs import RunRecord
 from nat_plugin_evsys.clients.sampling import SamplingClient
 from nat_plugin_evsys.clients.store import CheckpointStore, default_store
 from nat_plugin_evsys.clients.training import TrainingClient
-from nat_plugin_evsys.engine.checkpoints import check_base, load_adapter, load_checkpoint, read_checkpoint
+from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
 from nat_plugin_evsys.engine.lora import LoraAdapter
 from nat_plugin_evsys.engine.targets import linear_roles
 from nat_plugin_evsys.engine.training import TrainableModel
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError
 
 F = TypeVar("F", bound=ClientFuture[Any] | ResultFuture[Any])
-
-LORA_ALPHA = 32.0
-"""Tinker's alpha; the delta is scaled by ``alpha / rank``, which makes the learning rate independent of the rank."""
 
 BASE_POLICY_VERSION = -1
 
@@ -342,13 +339,7 @@ class ServiceClient:
         def create() -> TrainingClient:
             info = read_checkpoint(self.store.resolve(path))
             shared = self._bases.get(base_model or info.base_model)
-            check_base(info, shared.base)
-            roles = linear_roles(shared.base.model)
-            trained = {f"train_{role}": role in {roles.get(t) for t in info.targets} for role in roles.values()}
-            flags = {"train_attn": False, "train_mlp": False, "train_unembed": False, **trained}
-            adapter = LoraAdapter.create(shared.base.model, rank=info.rank, alpha=info.alpha, **flags)
-            model = shared.train(adapter)
-            load_checkpoint(info.path, model, with_optimizer=with_optimizer)
+            model = shared.train_checkpoint(info, with_optimizer=with_optimizer)
             return self._register(model_id, shared, model, metadata)
 
         return self._submit(create, ClientFuture)

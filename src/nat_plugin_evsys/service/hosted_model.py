@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nat_plugin_evsys.clients.registry import SharedBase
+from nat_plugin_evsys.clients.registry import LORA_ALPHA, SharedBase
 from nat_plugin_evsys.engine.lora import LoraAdapter
 from nat_plugin_evsys.engine.training import TrainableModel
 from nat_plugin_evsys.errors import EvsysError
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.service.store import Store
 
 logger = logging.getLogger(__name__)
-
-LORA_ALPHA = 32.0
-"""Tinker's; the delta is scaled by ``alpha / rank``."""
 
 
 @dataclass(frozen=True)

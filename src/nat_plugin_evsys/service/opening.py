@@ -23,7 +23,7 @@ from nat_plugin_evsys.service.requests import (
     parse,
 )
 from nat_plugin_evsys.service.rows import ModelRow
-from nat_plugin_evsys.service.snapshots import Snapshots, model_of_checkpoint
+from nat_plugin_evsys.service.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store import Store
@@ -84,7 +84,7 @@ class ModelOpening:
         info = self._access.read(body.path, operation.owner)
         check_base(info, shared.base)
         metadata = self._metadata(body.session_id or "", body.user_metadata)
-        model = model_of_checkpoint(shared, info, with_optimizer=body.optimizer)
+        model = shared.train_checkpoint(info, with_optimizer=body.optimizer)
         name, _ = self._snapshots.write(operation.scope, 0, model)
         roles = linear_roles(shared.base.model)
         trained = {roles[target] for target in model.adapter.weights}

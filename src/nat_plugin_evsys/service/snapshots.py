@@ -9,17 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nat_plugin_evsys.clients.registry import SharedBase
-from nat_plugin_evsys.engine.checkpoints import (
-    CheckpointInfo,
-    check_base,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.targets import linear_roles
+from nat_plugin_evsys.engine.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
 from nat_plugin_evsys.engine.training import TrainableModel
-from nat_plugin_evsys.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +64,7 @@ class Snapshots:
         Raises:
             CheckpointError: missing, torn, or made for another base model.
         """
-        return model_of_checkpoint(shared, read_checkpoint(self.root / model_id / name), with_optimizer=True)
+        return shared.train_checkpoint(read_checkpoint(self.root / model_id / name), with_optimizer=True)
 
     def keep_only(self, model_id: str, name: str) -> None:
         """Delete the older states of a model."""
@@ -88,21 +79,3 @@ class Snapshots:
     def model_ids(self) -> list[str]:
         """The models that have a state."""
         return [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
-
-
-def model_of_checkpoint(shared: SharedBase, info: CheckpointInfo, *, with_optimizer: bool) -> TrainableModel:
-    """A trainable model of a checkpoint's LoRA shape and weights, with its moments if asked for.
-
-    Raises:
-        CheckpointError: torn, made for another base model, or without the optimizer asked for.
-    """
-    base = shared.base
-    check_base(info, base)
-    roles = linear_roles(base.model)
-    if not set(info.targets) <= set(roles):
-        raise CheckpointError(f"checkpoint {info.path} adapts modules that {base.name} does not have")
-    trained = {f"train_{role}": role in {roles[target] for target in info.targets} for role in roles.values()}
-    flags = {"train_attn": False, "train_mlp": False, "train_unembed": False, **trained}
-    model = shared.train(LoraAdapter.create(base.model, rank=info.rank, alpha=info.alpha, **flags))
-    load_checkpoint(info.path, model, with_optimizer=with_optimizer)
-    return model
