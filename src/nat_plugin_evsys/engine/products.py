@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _ROWS = 32  # any hint above 4 gives the same order
 
@@ -39,3 +40,20 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.T
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return out
+
+
+_TRANSPOSED = WeakTensorKeyDictionary()
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """``weight [out, in]``, frozen, such that ``product(x [T, out], transposed(weight))`` is ``x W [T, in]``.
+
+    A copy, where there is one, is made once and lives as long as the weight: making it costs what hundreds of rows do.
+    """
+    if not prefers_onednn():
+        return weight.T
+    version, copy = _TRANSPOSED.get(weight, (None, None))
+    if copy is None or version != weight._version:
+        copy = reordered(weight.detach().T)
+        _TRANSPOSED[weight] = (weight._version, copy)
+    return copy

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nat_plugin_evsys.engine.forward import OutputHead
 from nat_plugin_evsys.engine.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.products import product, transposed
 
 CHUNK_ELEMENTS = 2**24
 """Logits alive at a time: 64 MiB in fp32. They become their softmax in place."""
@@ -149,9 +150,10 @@ class _TargetLogprobs(torch.autograd.Function):
         mean = torch.empty_like(hidden)  # p W, the expected output embedding of each row
         slopes = torch.empty_like(logprobs) if head.softcap is not None else None
         is_linear = head.softcap is None and head.linear.bias is None
-        buffer = None
+        logits = None
         for rows, span in _chunks(len(hidden), pairs, weight.shape[0]):
-            logits = buffer = _frozen_logits(head, hidden[rows], buffer)
+            del logits  # before the next ones, which then take its memory
+            logits = _frozen_logits(head, hidden[rows])
             at = (pairs.rows[span] - rows.start, pairs.targets[span])
             slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
             wanted, kept = logits[at], None if is_linear else logits.clone()
@@ -161,7 +163,7 @@ class _TargetLogprobs(torch.autograd.Function):
             if slope is not None and slopes is not None:
                 slopes[span] = slope[at]
                 logits.mul_(slope)
-            torch.mm(logits.to(weight.dtype), weight, out=mean[rows])
+            mean[rows] = _expected_embedding(logits, weight)
             if expected is None:
                 expected = _row_dots(hidden[rows].float(), mean[rows].float()) * head.scale
             entropy[rows] = normaliser - expected
@@ -184,13 +186,25 @@ class _TargetLogprobs(torch.autograd.Function):
         return out.to(mean.dtype), None, None
 
 
-def _frozen_logits(head: OutputHead, hidden: Tensor, buffer: Tensor | None) -> Tensor:
-    """``head(hidden)`` without an adapter, in ``buffer``'s memory where that fits."""
-    if buffer is None or head.linear.weight.dtype != torch.float32 or head.linear.bias is not None or head.softcap:
+def _frozen_logits(head: OutputHead, hidden: Tensor) -> Tensor:
+    """``head(hidden)`` without an adapter."""
+    weight = head.linear.weight
+    if not _is_plain_fp32(weight) or head.linear.bias is not None or head.softcap:
         with applied(None):
             return head(hidden)
-    logits = torch.mm(hidden, head.linear.weight.T, out=buffer[: len(hidden)])
+    logits = product(hidden, weight)
     return logits if head.scale == 1.0 else logits.mul_(head.scale)
+
+
+def _expected_embedding(probabilities: Tensor, weight: Tensor) -> Tensor:
+    """``p W``: [R, V] -> [R, H], in W's dtype."""
+    if _is_plain_fp32(weight):
+        return product(probabilities, transposed(weight))
+    return probabilities.to(weight.dtype) @ weight
+
+
+def _is_plain_fp32(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:
