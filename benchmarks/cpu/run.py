@@ -33,9 +33,7 @@ def main() -> None:
     if args.clock == "cpu" and args.threads != 1:
         parser.error("--clock cpu counts what waiting threads spin, too: give --threads 1")
     options = train.Options("small" if args.small else "full", args.repeats, args.threads, args.clock, args.extra)
-    rows: list[Row] = []
-    for name in [name for name in args.only if name not in ROLLOUTS]:
-        rows += train.rows([name], options)
+    rows: list[Row] = train.rows([name for name in args.only if name not in ROLLOUTS], options)
     # These count CPU seconds of one thread, whatever the clock.
     rows += rollouts.rows(args.small, args.repeats, tuple(name for name in args.only if name in ROLLOUTS))
     print_head()

@@ -86,28 +86,32 @@ def gradient_gap(a: Path, b: Path) -> float:
 
 def rows(names: Sequence[str], options: Options) -> list[Row]:
     """The rows of some of ``WORKLOADS``."""
+    if {"W1", "W2"} & {*names} and not trl_peer.installed():
+        print("TRL's path is skipped: it is not installed; see benchmarks/cpu/trl_peer.py", flush=True)
     found = []
     for name in names:
-        found += _growth(options) if name == "growth" else _compared(name, options)
+        # New ones for each workload: what a peak of memory is, and what is free, must not depend on the one before.
+        workers = {role: Worker(role, options) for role in ("ours", *_peers(name, options))}
+        for worker in workers.values():
+            worker.wait_until_ready()
+        found += _growth(workers["ours"], options) if name == "growth" else _compared(name, workers, options)
+        for worker in workers.values():
+            worker.close()
     return found
 
 
 def _peers(name: str, options: Options) -> list[str]:
-    peers = ["plain"]
-    if name in ("W1", "W2"):
-        if trl_peer.installed():
-            peers.append("trl")
-        else:
-            print(f"{name}: TRL's path is skipped: it is not installed; see benchmarks/cpu/trl_peer.py", flush=True)
-    return [*peers, "plain8", "ours_all_logprobs"] if options.extra else peers
+    if name == "growth":
+        return []
+    trl = ["trl"] if name in ("W1", "W2") and trl_peer.installed() else []
+    return ["plain", *trl, *(["plain8", "ours_all_logprobs"] if options.extra else [])]
 
 
-def _compared(name: str, options: Options) -> list[Row]:
-    """One workload, in new processes, so that each one's peak memory is its own."""
+def _compared(name: str, workers: dict[str, Worker], options: Options) -> list[Row]:
+    """One workload."""
     peers = _peers(name, options)
-    workers = {role: Worker(role, options) for role in ("ours", *peers)}
     with tempfile.TemporaryDirectory() as folder:
-        gradients = {role: Path(folder) / f"{role}.pt" for role in workers}
+        gradients = {role: Path(folder) / f"{role}.pt" for role in ("ours", *peers)}
         ours = [workers["ours"].step(name, gradients["ours"], gemm=True)]
         ratios: dict[str, list[float]] = {role: [] for role in peers}
         peak_kib = {"ours": ours[0]["peak_kib"]}
@@ -122,8 +126,6 @@ def _compared(name: str, options: Options) -> list[Row]:
                     _check(name, role, gradients)
         _say(name, "ours", ours[-1])
         _check(name, "ours", gradients)
-    for worker in workers.values():
-        worker.close()
     found = [row(f"{name} {TITLES[role]}", values, GOALS) for role, values in ratios.items()]
     if name in ("W1", "W2"):
         useful = useful_flops(workload(name, SMALL if options.size == "small" else FULL), _shape(options))
@@ -152,15 +154,13 @@ def _check(name: str, role: str, gradients: dict[str, Path]) -> None:
         raise SystemExit(f"{name}: the gradients of {role} and plain PEFT are not equal")
 
 
-def _growth(options: Options) -> list[Row]:
+def _growth(worker: Worker, options: Options) -> list[Row]:
     """Time per distinct token with 64 samples over that with 8, of one group."""
     shape = _shape(options)
     distinct = {n: 512 // shape.divide + n * (64 // shape.divide) for n in (8, 64)}
-    worker = Worker("ours", options)
     worker.step("G64")
     values = []
     for _ in range(options.repeats + 1):
         each = {n: worker.step(f"G{n}")["seconds"] / distinct[n] for n in (8, 64)}
         values.append(each[64] / each[8])
-    worker.close()
     return [row("time per distinct token, 64 vs 8 samples", values, GOALS)]

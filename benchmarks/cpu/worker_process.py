@@ -10,7 +10,7 @@ from typing import Any
 
 
 class WorkerProcess:
-    """One process that measures one way; ready when made.
+    """One process that measures one way. It starts at once: several of them load side by side.
 
     Args:
         script: file beside this one.
@@ -25,10 +25,17 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._answer()
+        self._ready = False
+
+    def wait_until_ready(self) -> None:
+        """Until it can be asked."""
+        if not self._ready:
+            self._answer()
+            self._ready = True
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request."""
+        self.wait_until_ready()
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()

@@ -28,7 +28,7 @@ SMALL = Shape(vocab=2_000, hidden=128, inner=384, layers=2, heads=2, kv_heads=1,
 
 
 def workload(name: str, shape: Shape) -> list[Sequence]:
-    """``W1``, ``W2``, ``W2v``, ``W3`` (``W3x<n>`` for n sequences), or ``G<n>``: one group of n samples as in W1."""
+    """``W1``, ``W2``, ``W2v``, ``W3`` (``W3x<n>`` for n > 1 sequences), or ``G<n>``: one group of n samples as in W1."""
     rng = random.Random(name)
 
     def tokens(count: int) -> list[int]:
@@ -41,7 +41,10 @@ def workload(name: str, shape: Shape) -> list[Sequence]:
     if name in ("W2", "W2v"):
         return _agentic(tokens, branching=name == "W2v")
     if name.startswith("W3"):
-        lengths = [rng.randint(64, 1024) for _ in range(int(name[3:] or 12))]
+        count = int(name[3:] or 12)
+        # Evenly spaced: a dozen drawn at random need not come near the ends, and padding goes by the longest.
+        lengths = [64 + 960 * i // (count - 1) for i in range(count)]
+        rng.shuffle(lengths)
         return [(own, [True] * len(own)) for own in map(tokens, lengths)]
     raise ValueError(f"workload {name!r} is unknown")
 

@@ -17,17 +17,36 @@ from nat_plugin_evsys.engine.span_tree import Span, SpanTree
 
 FIRST_LENGTH = 16
 
+_SHARED = 256
+"""Rows times tokens from which on a span is better read once for all its rows than by each row in its slot: a read is
+a call of its own, and a slot one more part of a call that all rows share."""
+_MOST_TAKEN = 128
+"""Tokens of its context that a row may have in its slot: every slot is as long as the longest."""
+
 _Chain = list[tuple[Tensor, int]]
 """What tokens see above themselves: keys and values, and how many of their columns."""
 
 
 @dataclass
 class _Row:
-    """A row reads the path of ``last``, and ``own`` tokens in its slot."""
+    """A row reads the path of ``above``, and ``own`` tokens in its slot.
+
+    Attributes:
+        last: the last span of its context, which it holds.
+        above: that one, or where the end of the context is in the slot one before it.
+        context: tokens of the context; the last ``taken`` of them are in the slot, before what was sampled.
+    """
 
     last: Span
-    above: int
-    own: int = 0
+    above: Span
+    context: int
+    taken: int
+    own: int
+
+    @property
+    def position(self) -> int:
+        """Of its next token."""
+        return self.context - self.taken + self.own
 
 
 @dataclass
@@ -41,7 +60,7 @@ class _Feed:
 
 
 class SpanDecoder:
-    """The fast ``RowDecoder``. Slot i has the tokens of row i that were sampled since it joined.
+    """The fast ``RowDecoder``. Slot i has the end of row i's context, if it is short, and what was sampled since.
 
     Args:
         model: of all policies. tree: theirs too.
@@ -84,7 +103,7 @@ class SpanDecoder:
     def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
         """See ``RowDecoder``."""
         feeds, finished = self._feeds(len(tokens))
-        ids, positions = list(tokens), [row.above + row.own for row in self._rows]
+        ids, positions = list(tokens), [row.position for row in self._rows]
         for feed in feeds:
             first = _depth(feed.span) + feed.at
             ids += feed.span.tokens[feed.at : feed.at + feed.count]
@@ -111,8 +130,9 @@ class SpanDecoder:
         if tokens is None and gone.own:
             # A failed row may hold NaN, which would reach the slot's next owner through its masked columns.
             self.store.wipe(row)
-        elif tokens is not None and gone.own:
-            self._tree.add(gone.last, tokens[len(tokens) - gone.own :], self.store.read(row, 0, gone.own))
+        elif tokens is not None and gone.own > gone.taken:
+            sampled = tokens[len(tokens) - (gone.own - gone.taken) :]
+            self._tree.add(gone.last, sampled, self.store.read(row, gone.taken, gone.own))
         self._tree.release(gone.last)
         if row < len(self._rows):
             if last.own:
@@ -127,7 +147,9 @@ class SpanDecoder:
     def fits(self, contexts: Sequence[Context]) -> bool:
         """See ``RowDecoder``."""
         rows = len(self._rows) + sum(c.rows for c in self._waiting) + sum(c.rows for c in contexts)
-        longest = max(self.store.length, rounded_length(max((r.own for r in self._rows), default=0) + 1, FIRST_LENGTH))
+        taken = [min(_MOST_TAKEN, len(c.tokens)) for c in (*self._waiting, *contexts)]
+        own = max([*(r.own for r in self._rows), *taken], default=0)
+        longest = max(self.store.length, rounded_length(own + 1, FIRST_LENGTH))
         new = sum(self._tree.missing(self._policy, c.tokens) for c in contexts)
         per_token = self.store.layout.bytes_per_token
         return self._tree.held_bytes + per_token * (rows * longest + new) <= self._kv_bytes
@@ -144,7 +166,13 @@ class SpanDecoder:
         """Rows for a context that has been read; they share its hold."""
         last = self._waiting.pop(context)
         self._tree.share(last, context.rows - 1)
-        self._rows += [_Row(last, len(context.tokens)) for _ in range(context.rows)]
+        above, pieces = _short_end(last)
+        taken = sum(piece.shape[3] for piece in pieces)
+        for _ in range(context.rows):
+            self._rows.append(_Row(last, above, len(context.tokens), taken, taken))
+            if pieces:
+                self.store.reserve(len(self._rows), taken + 1)
+                self.store.write(len(self._rows) - 1, pieces)
         self._levels = None
 
     def _feeds(self, start: int) -> tuple[list[_Feed], dict[Context, int]]:
@@ -198,13 +226,24 @@ class SpanDecoder:
 
     def _chains(self, feeds: Sequence[_Feed]) -> list[tuple[range, _Chain]]:
         """Tokens of the pass, and what they see above."""
-        out = [(range(i, i + 1), _whole(row.last.path())) for i, row in enumerate(self._rows)]
+        out = [(range(i, i + 1), _whole(row.above.path())) for i, row in enumerate(self._rows)]
         for feed in feeds:
             chain = _whole(feed.span.path()[:-1])
             if feed.at:
                 chain.append((feed.span.kv, feed.at))
             out.append((range(feed.start, feed.start + feed.count), chain))
         return out
+
+
+def _short_end(last: Span) -> tuple[Span, list[Tensor]]:
+    """The keys and values that end with ``last`` and are quicker read in a row's slot, and the span above them."""
+    pieces: list[Tensor] = []
+    room = _MOST_TAKEN
+    while last.parent is not None and len(last.tokens) <= room and len(last.tokens) * last.holders <= _SHARED:
+        pieces.insert(0, last.kv)
+        room -= len(last.tokens)
+        last = last.parent
+    return last, pieces
 
 
 def _whole(path: list[Span]) -> _Chain:
