@@ -28,7 +28,7 @@ SMALL = Shape(vocab=2_000, hidden=128, inner=384, layers=2, heads=2, kv_heads=1,
 
 
 def workload(name: str, shape: Shape) -> list[Sequence]:
-    """``W1``, ``W2``, ``W2v``, ``W3`` (``W3x<n>`` for n > 1 sequences), or ``G<n>``: one group of n samples as in W1."""
+    """``W1``, ``W2``, ``W2v``, ``W3``, ``W3x<n>`` with n > 1 sequences, or ``G<n>``: a group of n samples as in W1."""
     rng = random.Random(name)
 
     def tokens(count: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Where the wall time of `nat finetune` goes: sampling, training, or neither.
 
     python benchmarks/epoch/run.py quickstart     # configs/quickstart.yml: a tiny model, 32 rows x 8, 8 tokens
-    python benchmarks/epoch/run.py 64x8           # 64 rows x 8 samples of up to 64 tokens from a model of 60M parameters
+    python benchmarks/epoch/run.py 64x8           # 64 rows x 8 samples of up to 64 tokens, 8 layers of 640
 
 Runs the real command in this process and notes when the sampler computes a step and when the trainer computes an
 operation. Time is counted from the first sampled token to the end of the last optimizer step, without the final

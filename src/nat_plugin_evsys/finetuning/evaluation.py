@@ -62,6 +62,11 @@ class PolicyEvaluation(EvaluationRun):
         recorded: Any = RecordedSessions(session_manager, self._rollouts)
         await super().run_workflow_local(recorded, http_connection=http_connection)
 
+    def _on_eval_complete(self, dataset_handler: Any = None) -> None:
+        # NAT writes every trajectory as JSON here before it looks whether anybody wants it.
+        if self.callback_manager.has_callbacks:
+            super()._on_eval_complete(dataset_handler)
+
 
 async def evaluate_policy(
     config: Config, rollouts: Rollouts, *, reward_name: str, dataset: str | None, reps: int, max_concurrency: int | None

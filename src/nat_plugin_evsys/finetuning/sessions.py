@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from nat.builder.context import ContextState
@@ -134,13 +135,11 @@ class RecordedRunner:
         return value
 
     def _extract(self, output: Any) -> Any:
-        from jsonpath_ng import parse
-
         with suppress(ValueError):
             output = self._runner.convert(output, to_type=str)
         if isinstance(output, BaseModel):
             return output.model_dump_json(indent=2)
-        found = parse(self._rollouts.result_json_path).find(output)
+        found = _json_path(self._rollouts.result_json_path).find(output)
         if not found:
             raise ValueError(f"the workflow's output has nothing at {self._rollouts.result_json_path}")
         return found[0].value
@@ -152,3 +151,11 @@ class RecordedRunner:
         if stream is not None:
             stream.on_complete()
         self._runner._state = RunnerState.FAILED
+
+
+@cache
+def _json_path(expression: str) -> Any:
+    """Parsed once: that takes longer than many a rollout's other bookkeeping."""
+    from jsonpath_ng import parse
+
+    return parse(expression)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# A drawing takes a quarter of a second of the interpreter, the first one over a second; rollouts need it, too.
+_PLOT_INTERVAL = 60.0
 _STATUS_INTERVAL = 0.5
 """Seconds between two looks at a running job."""
 
@@ -50,6 +52,7 @@ class Sitting:
         self._inputs = inputs
         self._curriculum = curriculum
         self._progress = progress
+        self._plotted = time.monotonic()
         self._checkpoints = EpochCheckpoints(self._policy, books, trainer.config.keep_checkpoints)
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
@@ -68,9 +71,11 @@ class Sitting:
             await self._finish()
         except asyncio.CancelledError:
             self._books.stop("interrupted", self._how_to_resume())
+            self._plot()
             raise
         except Exception as error:
             self._books.stop("failed", f"{error}")
+            self._plot()
             raise
         return [status for status in statuses if status is not None]
 
@@ -122,7 +127,8 @@ class Sitting:
         self._trainer.log_progress(epoch + 1, row)
         await self._checkpoints.save(epoch + 1, heldout, self._curriculum.state())
         self._progress.epoch_done(epoch + 1, num_epochs, row)
-        plot_rewards(self._books.metrics.rows(), self._books.run_dir.plot_path)
+        if time.monotonic() - self._plotted > _PLOT_INTERVAL:
+            self._plot()
         return status
 
     async def _wait(self, ref: TrainingJobRef) -> TrainingJobStatus:
@@ -153,7 +159,7 @@ class Sitting:
                 books.reward_of_last_checkpoint(report.mean_reward)
         books.count_stray_calls(self._policy.recorder.totals)
         summary = books.finish(serve_command=serve_command())
-        plot_rewards(books.metrics.rows(), books.run_dir.plot_path)
+        self._plot()
         print_at_exit(summary.format(books.run_dir.summary_path))
 
     async def _validate(self, epochs_done: int) -> float | None:
@@ -166,6 +172,10 @@ class Sitting:
         self._books.state.heldout_reward_after = reward
         self._progress.validation(epochs_done, reward)
         return reward
+
+    def _plot(self) -> None:
+        plot_rewards(self._books.metrics.rows(), self._books.run_dir.plot_path)
+        self._plotted = time.monotonic()
 
     def _show_warm_start(self, step: SftStep | SdftStep) -> None:
         self._progress.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,6 +19,9 @@ from .completions import Completion, PolicySource
 from .event_stream import ClientGone, EventStream, Peer, completion_events
 from .protocol import ChatCompletion, ChatCompletionRequest, to_json
 from .recorder import Recorder
+
+if TYPE_CHECKING:
+    from tinker import types
 
 logger = logging.getLogger(__name__)
 
@@ -128,13 +131,12 @@ class ChatRoutes:
         parsed = ChatCompletionRequest.parse(await self._read(request))
         peer = Peer(request.receive, self._closing())
         try:
-            source = await peer.guard(self._models.source(parsed.model, caller))
-            completion = await peer.guard(Completion.prepare(parsed, request.headers, source))
             if parsed.stream:
+                completion = await peer.guard(self._prepare(parsed, request, caller))
                 events = completion_events(completion, peer, self._recorder, self._fail)
                 # Up to the first event an error still has a status of its own.
                 return EventStream(await anext(events), events, peer)
-            sequences = await peer.guard(completion.sample())
+            completion, sequences = await peer.guard(_sampled(self._prepare(parsed, request, caller)))
         except BaseException:
             peer.close()
             raise
@@ -149,6 +151,17 @@ class ChatRoutes:
             prompt_token_ids=completion.prompt_ids if parsed.return_token_ids else None,
         )
         return Response(to_json(answer), media_type="application/json")
+
+    async def _prepare(self, parsed: ChatCompletionRequest, request: Request, caller: str) -> Completion:
+        source = await self._models.source(parsed.model, caller)
+        return await Completion.prepare(parsed, request.headers, source)
+
+
+async def _sampled(
+    preparing: Coroutine[Any, Any, Completion],
+) -> tuple[Completion, Sequence[types.SampledSequence]]:
+    completion = await preparing
+    return completion, await completion.sample()
 
 
 async def _read_all(request: Request) -> bytes:

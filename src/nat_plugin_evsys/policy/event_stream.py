@@ -74,7 +74,7 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
     """Cancel a task and wait until it has ended; how it ended does not matter any more."""
     if not task.done():
         task.cancel()
-    await asyncio.wait({task})
+        await asyncio.wait({task})
     if not task.cancelled():
         task.exception()  # seen
 

@@ -170,7 +170,10 @@ class Policy:
             if self._loading is None:
                 self._loading = Future()
                 threading.Thread(target=self._load, args=(self._loading,), name="evsys-load", daemon=True).start()
-        await asyncio.shield(asyncio.wrap_future(self._loading))
+            loading = self._loading
+        if loading.done():  # the usual case, at every call: nothing to wait for
+            return loading.result()
+        await asyncio.shield(asyncio.wrap_future(loading))
 
     def _load(self, done: Future[None]) -> None:
         try:
