@@ -1,41 +1,74 @@
-"""Rollouts of this package beside Hugging Face's, strictly interleaved, one thread each, R1 beside R2.
+"""Rollouts of this package and of Hugging Face's, one thread each, two at a time.
 
     python benchmarks/cpu/rollouts.py [--small] [--repeats N] [--only R1 R2] [--continuous]
 
-Every way runs in a process of its own. In a round they take turns, and this package's runs before and after its peer's;
-a ratio is that of CPU seconds, so that a round gives two. The table has the median, the least and the greatest.
+Every way has a process of its own for each workload. On each of two cores one of them is at work, the longest first;
+this package's take two turns for one of a peer's. A ratio is that of CPU seconds. The table has the median, the least
+and the greatest.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 from worker_process import WorkerProcess
 
 FLOORS = {"R1": (2.0, 4.0), "R2": (3.0, 6.0)}
 NAMES = {"generate": "HF generate", "continuous": "HF generate_batch"}
+AT_A_TIME = 2
 
 
-def compare(workload: str, peer: str, small: bool, repeats: int) -> dict[str, Any]:
-    """The row of one workload: ours, peer, ours, in turns."""
+class Rollouts:
+    """One way to roll out one workload."""
+
+    def __init__(self, workload: str, role: str, size: str) -> None:
+        self._workload = workload
+        self._process = WorkerProcess("rollouts_worker.py", role, size)
+        self._turn = Lock()
+
+    def run(self) -> dict[str, Any]:
+        """``tokens`` sampled, ``seconds`` of CPU time."""
+        with self._turn:
+            return self._process.ask(workload=self._workload)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.close()
+
+
+def rows(
+    small: bool = False, repeats: int = 1, only: tuple[str, ...] = ("R1", "R2"), continuous: bool = False
+) -> list[dict[str, Any]]:
+    """Rows ``{name, ratio, floor, aim, min, max}``; with ``continuous``, of transformers' continuous batching too."""
+    peers = ["generate", "continuous"] if continuous else ["generate"]
+    longest_first = sorted(only, reverse=True)
     size = "small" if small else "full"
-    ours, theirs = (WorkerProcess("rollouts_worker.py", role, size) for role in ("ours", peer))
-    ratios: list[float] = []
+    ways = {(workload, role): Rollouts(workload, role, size) for workload in only for role in ("ours", *peers)}
+    turns = [(workload, peer) for peer in peers for workload in longest_first] * repeats
+    turns += [(workload, "ours") for _ in range(2 * repeats) for workload in longest_first]
+    answers: dict[tuple[str, str], list[Future[dict[str, Any]]]] = {way: [] for way in ways}
     try:
-        for _ in range(repeats):
-            before, other, after = (each.ask(workload=workload) for each in (ours, theirs, ours))
-            if not before["tokens"] == other["tokens"] == after["tokens"]:
-                raise SystemExit(f"{workload}: {peer} sampled {other['tokens']} tokens, not {before['tokens']}")
-            ratios += [other["seconds"] / each["seconds"] for each in (before, after)]
-            seconds = f"ours {before['seconds']:.1f} and {after['seconds']:.1f}, {NAMES[peer]} {other['seconds']:.1f}"
-            print(f"{workload}: {before['tokens']} tokens, CPU seconds: {seconds}", flush=True)
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            for way in turns:
+                answers[way].append(pool.submit(ways[way].run))
+        found = {way: [each.result() for each in answered] for way, answered in answers.items()}
     finally:
-        ours.close()
-        theirs.close()
+        for way in ways.values():
+            way.close()
+    return [_row(w, peer, found[w, "ours"], found[w, peer]) for w in only for peer in peers]
+
+
+def _row(workload: str, peer: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    counts = {answer["tokens"] for answer in (*ours, *theirs)}
+    if len(counts) != 1:
+        raise SystemExit(f"{workload}: {peer} and ours sampled different numbers of tokens: {counts}")
+    said = {name: [round(a["seconds"], 1) for a in of] for name, of in (("ours", ours), (NAMES[peer], theirs))}
+    print(f"{workload}: {counts.pop()} tokens, CPU seconds: {said}", flush=True)
+    ratios = [other["seconds"] / own["seconds"] for other in theirs for own in ours]
     floor, aim = FLOORS[workload] if peer == "generate" else (None, None)
     return {
         "name": f"{workload} vs {NAMES[peer]}",
@@ -45,16 +78,6 @@ def compare(workload: str, peer: str, small: bool, repeats: int) -> dict[str, An
         "min": min(ratios),
         "max": max(ratios),
     }
-
-
-def rows(
-    small: bool = False, repeats: int = 1, only: tuple[str, ...] = ("R1", "R2"), continuous: bool = False
-) -> list[dict[str, Any]]:
-    """Rows ``{name, ratio, floor, aim, min, max}``; with ``continuous``, of transformers' continuous batching too."""
-    peers = ["generate", "continuous"] if continuous else ["generate"]
-    pairs = [(workload, peer) for workload in only for peer in peers]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # CPU seconds of one thread each
-        return list(pool.map(lambda pair: compare(*pair, small, repeats), pairs))
 
 
 def main() -> None:

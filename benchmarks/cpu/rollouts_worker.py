@@ -35,6 +35,10 @@ class Engine(Protocol):
         """What was computed with the weights of before must not be used again."""
         ...
 
+    def close(self) -> None:
+        """End what runs beside."""
+        ...
+
 
 class Ours:
     """The sampler, as ``LocalBackend`` drives it. Every rollout is a new policy version."""
@@ -59,6 +63,9 @@ class Ours:
         self._version += 1
         self._client = self._sampler.client(self._adapter, self._version)
 
+    def close(self) -> None:
+        self._sampler.close()
+
     def sample(self, prompts: Prompts, samples: int, tokens: int) -> list[list[int]]:
         from tinker import types
 
@@ -81,6 +88,9 @@ class Generate:
                 named[name].copy_(value)
 
     def new_version(self) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def sample(self, prompts: Prompts, samples: int, tokens: int) -> list[list[int]]:
@@ -164,6 +174,7 @@ def main() -> None:
         tokens = WORKLOADS[json.loads(line)["workload"]](engine, shape)
         seconds, wall = time.process_time() - start, time.perf_counter() - wall
         print(json.dumps({"seconds": seconds, "wall": wall, "tokens": tokens}), flush=True)
+    engine.close()
 
 
 if __name__ == "__main__":

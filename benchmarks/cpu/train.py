@@ -158,7 +158,6 @@ def _growth(worker: Worker, options: Options) -> list[Row]:
     """Time per distinct token with 64 samples over that with 8, of one group."""
     shape = _shape(options)
     distinct = {n: 512 // shape.divide + n * (64 // shape.divide) for n in (8, 64)}
-    worker.step("G64")
     values = []
     for _ in range(options.repeats + 1):
         each = {n: worker.step(f"G{n}")["seconds"] / distinct[n] for n in (8, 64)}
