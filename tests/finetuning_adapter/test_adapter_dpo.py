@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from job_phase import until_computing
 from nat.data_models.finetuning import (
     DPOItem,
     EpisodeItem,
@@ -117,7 +118,8 @@ async def test_status_while_it_runs(policy: Fixture, make_adapter: Fixture) -> N
     adapter = make_adapter(policy, dpo_batch_size=1)
     policy.backend.gate.clear()
     ref = await adapter.submit(preferences())
-    await asyncio.sleep(0.4)
+    await until_computing(adapter, ref)
+    await asyncio.sleep(0.2)
     running = await adapter.status(ref)
     assert running.status is TrainingStatusEnum.RUNNING
     assert (running.metadata["phase"], running.metadata["step"], running.metadata["steps"]) == (
@@ -192,7 +194,7 @@ async def test_cancel_takes_effect_at_the_border_of_a_step(policy: Fixture, make
     adapter = make_adapter(policy, dpo_batch_size=1)
     policy.backend.gate.clear()
     ref, pending = await adapter.submit(preferences()), await adapter.submit(preferences())
-    await asyncio.sleep(0.3)
+    await until_computing(adapter, ref)
     assert (await adapter.cancel(pending)).metadata["trajectories"]["dropped"] == {"job_canceled": 3}
     assert "cancel requested" in (await adapter.cancel(ref)).message
     policy.backend.gate.set()

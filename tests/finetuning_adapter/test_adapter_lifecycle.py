@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from job_phase import until_computing
 from nat.data_models.finetuning import (
     FinetuneConfig,
     RewardFunctionConfig,
@@ -137,7 +138,8 @@ async def test_heartbeat_tells_a_stuck_job(policy: Fixture, make_adapter: Fixtur
     policy.backend.gate.clear()
     adapter = make_adapter(policy)
     ref = await adapter.submit(await policy.collection())
-    await asyncio.sleep(0.5)
+    await until_computing(adapter, ref)
+    await asyncio.sleep(0.4)
     stuck = await adapter.status(ref)
     assert stuck.status is TrainingStatusEnum.RUNNING
     assert stuck.metadata is not None
@@ -159,6 +161,7 @@ async def test_wait_wakes_at_once_and_logs_at_the_poll_interval(
 
     policy.backend.gate.clear()
     ref = await adapter.submit(await policy.collection())
+    await until_computing(adapter, ref)
     waiting = asyncio.create_task(adapter.wait_until_complete(ref, poll_interval=0.05))
     await asyncio.sleep(0.4)
     lines = read_json_lines(log)
@@ -178,7 +181,7 @@ async def test_two_submits_of_one_run_are_two_jobs(policy: Fixture, make_adapter
     policy.backend.gate.clear()
     first, second = await adapter.submit(collection), await adapter.submit(collection)
     assert first.metadata["job_id"] != second.metadata["job_id"]
-    await asyncio.sleep(0.1)
+    await until_computing(adapter, first)
     assert (await adapter.status(first)).status is TrainingStatusEnum.RUNNING
     assert (await adapter.status(second)).status is TrainingStatusEnum.PENDING
     latest = await adapter.status(TrainingJobRef(run_id="run", backend="evsys"))
@@ -255,7 +258,7 @@ async def test_cancel_takes_effect_at_the_border_of_a_step(
     collection = await policy.collection(groups=4)
     policy.backend.gate.clear()
     ref = await adapter.submit(collection)
-    await asyncio.sleep(0.1)
+    await until_computing(adapter, ref)
     if through == "adapter":
         status = await adapter.cancel(ref)
         assert status.status is TrainingStatusEnum.RUNNING
@@ -295,7 +298,7 @@ async def test_close_ends_every_job_and_refuses_new_ones(policy: Fixture, make_a
     collection = await policy.collection()
     policy.backend.gate.clear()
     refs = [await adapter.submit(collection) for _ in range(3)]
-    await asyncio.sleep(0.1)
+    await until_computing(adapter, refs[0])
     closing = asyncio.create_task(adapter.close())
     await asyncio.sleep(0.05)
     policy.backend.gate.set()
