@@ -6,7 +6,7 @@ import asyncio
 import logging
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
@@ -70,12 +70,10 @@ class Sitting:
             statuses = [await self._epoch(epoch, num_epochs) for epoch in range(first, num_epochs)]
             await self._finish()
         except asyncio.CancelledError:
-            self._books.stop("interrupted", self._how_to_resume())
-            self._plot()
+            self._stop("interrupted", self._how_to_resume())
             raise
         except Exception as error:
-            self._books.stop("failed", f"{error}")
-            self._plot()
+            self._stop("failed", f"{error}")
             raise
         return [status for status in statuses if status is not None]
 
@@ -172,6 +170,13 @@ class Sitting:
         self._books.state.heldout_reward_after = reward
         self._progress.validation(epochs_done, reward)
         return reward
+
+    def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
+        self._books.stop(status, why)
+        try:
+            self._plot()
+        except OSError as error:  # what ended the run is told, not this
+            logger.warning("rewards.png was not drawn: %s", error)
 
     def _plot(self) -> None:
         plot_rewards(self._books.metrics.rows(), self._books.run_dir.plot_path)
