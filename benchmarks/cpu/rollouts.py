@@ -10,14 +10,14 @@ and the greatest.
 from __future__ import annotations
 
 import argparse
-import statistics
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any
 
+from table import Row, print_head, print_row, row
 from worker_process import WorkerProcess
 
-FLOORS = {"R1": (2.0, 4.0), "R2": (3.0, 6.0)}
+GOALS = {"R1 vs HF generate": (2.0, 4.0), "R2 vs HF generate": (3.0, 6.0)}
 NAMES = {"generate": "HF generate", "continuous": "HF generate_batch"}
 AT_A_TIME = 2
 
@@ -42,8 +42,8 @@ class Rollouts:
 
 def rows(
     small: bool = False, repeats: int = 1, only: tuple[str, ...] = ("R1", "R2"), continuous: bool = False
-) -> list[dict[str, Any]]:
-    """Rows ``{name, ratio, floor, aim, min, max}``; with ``continuous``, of transformers' continuous batching too."""
+) -> list[Row]:
+    """Of R1 and R2; with ``continuous``, of transformers' continuous batching too."""
     peers = ["generate", "continuous"] if continuous else ["generate"]
     longest_first = sorted(only, reverse=True)
     size = "small" if small else "full"
@@ -62,22 +62,14 @@ def rows(
     return [_row(w, peer, found[w, "ours"], found[w, peer]) for w in only for peer in peers]
 
 
-def _row(workload: str, peer: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(workload: str, peer: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Row:
     counts = {answer["tokens"] for answer in (*ours, *theirs)}
     if len(counts) != 1:
         raise SystemExit(f"{workload}: {peer} and ours sampled different numbers of tokens: {counts}")
     said = {name: [round(a["seconds"], 1) for a in of] for name, of in (("ours", ours), (NAMES[peer], theirs))}
     print(f"{workload}: {counts.pop()} tokens, CPU seconds: {said}", flush=True)
     ratios = [other["seconds"] / own["seconds"] for other in theirs for own in ours]
-    floor, aim = FLOORS[workload] if peer == "generate" else (None, None)
-    return {
-        "name": f"{workload} vs {NAMES[peer]}",
-        "ratio": statistics.median(ratios),
-        "floor": floor,
-        "aim": aim,
-        "min": min(ratios),
-        "max": max(ratios),
-    }
+    return row(f"{workload} vs {NAMES[peer]}", ratios, GOALS)
 
 
 def main() -> None:
@@ -88,9 +80,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["R1", "R2"])
     parser.add_argument("--continuous", action="store_true", help="transformers' generate_batch too, without a floor")
     args = parser.parse_args()
-    for r in rows(args.small, args.repeats, tuple(args.only), args.continuous):
-        cells = [f"{r[k]:7.2f}" if r[k] is not None else "      -" for k in ("ratio", "floor", "aim", "min", "max")]
-        print(f"{r['name']:48s} {' '.join(cells)}", flush=True)
+    found = rows(args.small, args.repeats, tuple(args.only), args.continuous)
+    print_head()
+    for r in found:
+        print_row(r)
 
 
 if __name__ == "__main__":
