@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.flex_attention import flex_tree_attention
-from nat_plugin_evsys.engine.tree_attention import TreePlan, tree_attention
+from nat_plugin_evsys.engine.tree_attention import tree_attention
+from nat_plugin_evsys.engine.tree_plan import Blocks, Run, TreePlan
 from nat_plugin_evsys.engine.trie import TokenTrie
 
 CPU = torch.device("cpu")
@@ -94,20 +95,76 @@ def test_equal_siblings_are_one_call_and_one_shared_call() -> None:
     shared = np.arange(60)
     trie = TokenTrie.build([np.concatenate([shared, np.full(4, 200 + i)]) for i in range(8)])
     plan = TreePlan.build(trie, CPU)
-    assert [(r.count, r.length) for r in plan.causal] == [(1, 64), (7, 4)]
-    assert [(d.query_end - d.query_start, d.key_end - d.key_start) for d in plan.descents] == [(28, 60)]
+    assert sizes(plan.causal) == [(1, 64, 64), (7, 4, 4)]
+    assert plan.descents == [Run(1, Blocks(64, 0, 28), Blocks(0, 0, 60))]
 
 
 def test_a_long_chain_is_cut_into_blocks_that_attend_to_all_before_them() -> None:
     plan = TreePlan.build(TokenTrie.build([np.arange(150)]), CPU)
-    assert [(r.count, r.length) for r in plan.causal] == [(2, 64), (1, 22)]
-    assert [(d.query_start, d.query_end, d.key_start, d.key_end) for d in plan.descents] == [
-        (64, 128, 0, 64),
-        (128, 150, 0, 128),
-    ]
+    assert sizes(plan.causal) == [(2, 64, 64), (1, 22, 22)]
+    assert plan.descents == [Run(1, Blocks(64, 0, 64), Blocks(0, 0, 64)), Run(1, Blocks(128, 0, 22), Blocks(0, 0, 128))]
+
+
+def test_blocks_of_equal_siblings_are_one_call() -> None:
+    shared = np.arange(60)
+    trie = TokenTrie.build([np.concatenate([shared, np.full(130, 200 + i)]) for i in range(4)])
+    plan = TreePlan.build(trie, CPU)
+    # Three siblings of 130 rows hang from the first chain of 190.
+    assert Run(3, Blocks(190 + 64, 130, 64), Blocks(190, 130, 64)) in plan.descents
+    assert Run(3, Blocks(190 + 128, 130, 2), Blocks(190, 130, 128)) in plan.descents
 
 
 def test_read_rows_at_equal_distances_are_one_call() -> None:
     read = np.concatenate([np.arange(i, i + 4) for i in (10, 20, 30)])
     plan = TreePlan.build(TokenTrie.build([np.arange(40)]), CPU, read)
-    assert [(r.query_start, r.key_start, r.key_step, r.count, r.length) for r in plan.causal] == [(0, 10, 10, 3, 4)]
+    assert plan.causal == [Run(3, Blocks(0, 4, 4), Blocks(10, 10, 4))]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_row_attends_to_its_ancestors_once(seed: int) -> None:
+    trie = branching(seed, longest=300)
+    rng = np.random.default_rng(seed)
+    read = np.flatnonzero(rng.random(len(trie)) < rng.choice([0.2, 1.0]))
+    plan = TreePlan.build(trie, CPU, read)
+    times = torch.zeros(len(read), len(trie), dtype=torch.int64)
+    for causal, runs in ((True, plan.causal), (False, plan.descents)):
+        for run in runs:
+            for i in range(run.count):
+                queries, keys = (b.start + i * b.step for b in (run.queries, run.keys))
+                ones = torch.ones(run.queries.length, run.keys.length, dtype=torch.int64)
+                times[queries:, keys:][: len(ones), : ones.shape[1]] += ones.tril() if causal else ones
+    rows, ends = torch.arange(len(trie)), torch.from_numpy(trie.subtree_ends())
+    expected = (rows <= torch.from_numpy(read)[:, None]) & (torch.from_numpy(read)[:, None] < ends)
+    torch.testing.assert_close(times, expected.long())
+
+
+@pytest.mark.parametrize(("threads", "heads", "pieces"), [(1, 5, 1), (2, 5, 2), (2, 4, 1), (16, 8, 2), (16, 5, 3)])
+def test_a_call_on_many_queries_is_work_for_every_thread(threads: int, heads: int, pieces: int) -> None:
+    run = Run(1, Blocks(7, 0, 1001), Blocks(3, 0, 50))
+    found = list(run.shared_among(threads, heads))
+    assert found[0].count == pieces
+    assert sum(r.count * r.queries.length for r in found) == 1001
+    few = Run(1, Blocks(7, 0, 100), Blocks(3, 0, 50))
+    assert list(few.shared_among(threads, heads)) == [few]
+
+
+def test_shared_queries_give_the_gradient_of_one_call() -> None:
+    trie = TokenTrie.build([np.concatenate([np.arange(60), np.full(90, 200 + i)]) for i in range(4)])
+    qkv = inputs(len(trie), 0, 6, 3)
+    plan = TreePlan.build(trie, CPU)
+    assert any(piece.count > run.count for run in plan.descents for piece in run.shared_among(2, 3))
+    grad = torch.randn(1, 6, len(trie), 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(torch.autograd.grad(tree_attention(*qkv, plan, 0.3), qkv, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def sizes(runs: list[Run]) -> list[tuple[int, int, int]]:
+    return [(run.count, run.queries.length, run.keys.length) for run in runs]

@@ -21,7 +21,8 @@ from nat_plugin_evsys.engine.fused_decoder import FusedDecoder
 from nat_plugin_evsys.engine.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.memory import MemoryModel, SavedBytes
 from nat_plugin_evsys.engine.model import BaseModel, one_line
-from nat_plugin_evsys.engine.tree_attention import TreePlan, attending, install
+from nat_plugin_evsys.engine.tree_attention import attending, install
+from nat_plugin_evsys.engine.tree_plan import TreePlan
 from nat_plugin_evsys.engine.trie import Ids, TokenTrie
 from nat_plugin_evsys.engine.unembedding import Pairs, pair_logprobs
 

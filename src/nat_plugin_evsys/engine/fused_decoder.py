@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from nat_plugin_evsys.engine.fused_layer import FusedLayer, Rows, fused_layer
 from nat_plugin_evsys.engine.linear_stack import LinearStack
 from nat_plugin_evsys.engine.lora import LoraAdapter, LoraLinear
-from nat_plugin_evsys.engine.tree_attention import TreePlan
+from nat_plugin_evsys.engine.tree_plan import TreePlan
 from nat_plugin_evsys.engine.trie import TokenTrie
 
 _KNOWN = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine.linear_stack import AdaptedStack, LinearStack, Pair
 from nat_plugin_evsys.engine.rotary import Rotary, normalised, plus_norm_gradient
-from nat_plugin_evsys.engine.tree_attention import TreePlan, attend, attend_backward
+from nat_plugin_evsys.engine.tree_attention import attend, attend_backward
+from nat_plugin_evsys.engine.tree_plan import TreePlan
 
 _GROUP = 1024
 """Rows that go through the linear layers together: matrix products are at their peak from here on."""
