@@ -1,8 +1,8 @@
 """Training steps of this package beside those of its peers, strictly interleaved.
 
 Every way runs in a process of its own (the engine changes its process's allocator, which peers' users do not), and the
-processes take turns. Before anything is timed, each has done a tiny step. The gradients of all ways are compared with
-plain PEFT's: a difference fails the run. A ratio is that of a peer's step and one of ours next to it.
+processes take turns. Before anything is timed, each has done a tiny step. The gradients of all ways are compared: a
+difference fails the run. A ratio is that of a peer's step and one of ours next to it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ TITLES = {
 }
 
 
+NAMES = {"plain": "plain PEFT", "trl": "TRL"}
+
+
 @dataclass(frozen=True)
 class Options:
     """How to measure.
@@ -64,14 +67,22 @@ class Options:
 
 
 class Worker(WorkerProcess):
-    """One process that computes steps in one way."""
+    """One way to compute steps: a process that has loaded everything, and a fork of it for each workload."""
 
     def __init__(self, role: str, options: Options) -> None:
         super().__init__("worker.py", role, options.size, str(options.threads), options.clock)
 
+    def begin(self) -> None:
+        """Fork: what a peak of memory is, and what is free, must not depend on the workload before."""
+        self.ask(begin=True)
+
     def step(self, name: str, save: Path | None = None, gemm: bool = False) -> dict[str, Any]:
         """One step: seconds, growth of peak memory since the start in KiB, FLOP/s of a matrix product, metrics."""
         return self.ask(workload=name, save=None if save is None else str(save), gemm=gemm)
+
+    def end(self) -> None:
+        """End the fork."""
+        self.tell(None)
 
 
 def gradient_gap(a: Path, b: Path) -> float:
@@ -88,50 +99,62 @@ def rows(names: Sequence[str], options: Options) -> list[Row]:
     """The rows of some of ``WORKLOADS``."""
     if {"W1", "W2"} & {*names} and not trl_peer.installed():
         print("TRL's path is skipped: it is not installed; see benchmarks/cpu/trl_peer.py", flush=True)
+    parts = [(name, data, peers) for name in names for data, peers in _parts(name, options)]
+    workers = {role: Worker(role, options) for role in {"ours", *(p for _, _, peers in parts for p in peers)}}
+    for worker in workers.values():
+        worker.wait_until_ready()
     found = []
-    for name in names:
-        # New ones for each workload: what a peak of memory is, and what is free, must not depend on the one before.
-        workers = {role: Worker(role, options) for role in ("ours", *_peers(name, options))}
-        for worker in workers.values():
-            worker.wait_until_ready()
-        found += _growth(workers["ours"], options) if name == "growth" else _compared(name, workers, options)
-        for worker in workers.values():
-            worker.close()
+    for name, data, peers in parts:
+        here = {role: workers[role] for role in ("ours", *peers)}
+        for worker in here.values():
+            worker.begin()
+        found += _growth(here["ours"], options) if name == "growth" else _compared(name, data, here, options)
+        for worker in here.values():
+            worker.end()
+    for worker in workers.values():
+        worker.close()
     return found
 
 
-def _peers(name: str, options: Options) -> list[str]:
+def _parts(name: str, options: Options) -> list[tuple[str, list[str]]]:
+    """What is compared for one of ``WORKLOADS``: data and peers.
+
+    TRL gets two of W1's four groups, which fill a batch of its own; four would take twice as long and tell no more.
+    """
+    extra = ["plain8", "ours_all_logprobs"] if options.extra else []
+    trl = ["trl"] if trl_peer.installed() else []
     if name == "growth":
-        return []
-    trl = ["trl"] if name in ("W1", "W2") and trl_peer.installed() else []
-    return ["plain", *trl, *(["plain8", "ours_all_logprobs"] if options.extra else [])]
+        return [(name, [])]
+    if name == "W1":
+        return [(name, ["plain", *extra]), *(("W1half", [role]) for role in trl)]
+    return [(name, ["plain", *(trl if name == "W2" else []), *extra])]
 
 
-def _compared(name: str, workers: dict[str, Worker], options: Options) -> list[Row]:
-    """One workload."""
-    peers = _peers(name, options)
+def _compared(name: str, data: str, workers: dict[str, Worker], options: Options) -> list[Row]:
+    """One workload. The first peer's gradient is what the others are compared with."""
+    peers = [role for role in workers if role != "ours"]
     with tempfile.TemporaryDirectory() as folder:
-        gradients = {role: Path(folder) / f"{role}.pt" for role in ("ours", *peers)}
-        ours = [workers["ours"].step(name, gradients["ours"], gemm=True)]
+        gradients = {role: Path(folder) / f"{role}.pt" for role in workers}
+        ours = [workers["ours"].step(data, gradients["ours"], gemm=True)]
         ratios: dict[str, list[float]] = {role: [] for role in peers}
         peak_kib = {"ours": ours[0]["peak_kib"]}
         for index in range(options.repeats):
             for role in peers:
-                answer = workers[role].step(name, None if index else gradients[role])
-                ours.append(workers["ours"].step(name, gemm=True))
+                answer = workers[role].step(data, None if index else gradients[role])
+                ours.append(workers["ours"].step(data, gemm=True))
                 ratios[role] += [answer["seconds"] / o["seconds"] for o in ours[-2:]]
                 peak_kib.setdefault(role, answer["peak_kib"])
                 if not index:
-                    _say(name, role, answer)
-                    _check(name, role, gradients)
-        _say(name, "ours", ours[-1])
-        _check(name, "ours", gradients)
+                    _say(data, role, answer)
+        _say(data, "ours", ours[-1])
+        for role in ("ours", *peers[1:]):
+            _check(data, role, peers[0], gradients)
     found = [row(f"{name} {TITLES[role]}", values, GOALS) for role, values in ratios.items()]
-    if name in ("W1", "W2"):
-        useful = useful_flops(workload(name, SMALL if options.size == "small" else FULL), _shape(options))
+    if data in ("W1", "W2"):
+        useful = useful_flops(workload(data, _shape(options)), _shape(options))
         shares = [useful / o["seconds"] / o["gemm"] for o in ours]
         found.append(row(f"{name} useful FLOP/s of GEMM peak", shares, GOALS))
-    if name == "W2":
+    if data == "W2":
         found.append(row("W2 peak memory vs plain PEFT", [peak_kib["ours"] / max(1, peak_kib["plain"])], GOALS))
     return found
 
@@ -145,13 +168,11 @@ def _say(name: str, role: str, answer: dict[str, Any]) -> None:
     print(f"{name}: {role} {answer['seconds']:.1f} s, peak +{answer['peak_kib'] / 2**20:.2f} GiB{batch}", flush=True)
 
 
-def _check(name: str, role: str, gradients: dict[str, Path]) -> None:
-    if role == "plain":
-        return
-    gap = gradient_gap(gradients[role], gradients["plain"])
-    print(f"{name}: gradient of {role} differs from plain PEFT's by {gap:.1e}", flush=True)
+def _check(data: str, role: str, peer: str, gradients: dict[str, Path]) -> None:
+    gap = gradient_gap(gradients[role], gradients[peer])
+    print(f"{data}: gradient of {role} differs from {NAMES[peer]}'s by {gap:.1e}", flush=True)
     if gap > GRADIENT_TOLERANCE:
-        raise SystemExit(f"{name}: the gradients of {role} and plain PEFT are not equal")
+        raise SystemExit(f"{data}: the gradients of {role} and {NAMES[peer]} are not equal")
 
 
 def _growth(worker: Worker, options: Options) -> list[Row]:

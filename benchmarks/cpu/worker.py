@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -189,16 +190,30 @@ CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time
 
 
 def main() -> None:
-    """``worker.py ROLE full|small THREADS cpu|wall``: requests are ``{"workload": name, "save": path or null}``."""
-    role, size, threads, clock_name = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    shape, clock = SMALL if size == "small" else FULL, CLOCKS[clock_name]
-    step = ROLES[role](shape)
+    """``worker.py ROLE full|small THREADS cpu|wall``: loads, then forks a process for every workload.
+
+    A fork starts with the memory of a process that has computed nothing yet, without loading everything again. Lines
+    are ``{"begin": true}``, then ``{"workload": name, "save": path or null}`` any number of times, then ``null``.
+    """
+    role, size, threads, clock = sys.argv[1:]
+    torch.set_num_threads(1)  # a thread pool would not survive the fork
+    step = ROLES[role](SMALL if size == "small" else FULL)
+    print(json.dumps({"ready": True}), flush=True)
+    while sys.stdin.readline():
+        if child := os.fork():
+            os.waitpid(child, 0)
+            continue
+        torch.set_num_threads(int(threads))
+        _answer(step, SMALL if size == "small" else FULL, CLOCKS[clock])
+        os._exit(0)
+
+
+def _answer(step: Step, shape: Shape, clock: Callable[[], float]) -> None:
+    """One workload's requests."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step([(list(range(24)), [False] * 8 + [True] * 16)])  # what is loaded or probed once is no part of a step
     print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
+    while request := json.loads(sys.stdin.readline() or "null"):
         data = workload(request["workload"], shape)
         start = clock()
         gradient, metrics = step(data)

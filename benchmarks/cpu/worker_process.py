@@ -36,10 +36,14 @@ class WorkerProcess:
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request."""
         self.wait_until_ready()
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        self.tell(request)
         return self._answer()
+
+    def tell(self, line: Any) -> None:
+        """One line that is not answered."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(line) + "\n")
+        self._process.stdin.flush()
 
     def close(self) -> None:
         """End the process."""

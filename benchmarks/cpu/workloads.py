@@ -28,14 +28,14 @@ SMALL = Shape(vocab=2_000, hidden=128, inner=384, layers=2, heads=2, kv_heads=1,
 
 
 def workload(name: str, shape: Shape) -> list[Sequence]:
-    """``W1``, ``W2``, ``W2v``, ``W3``, ``W3x<n>`` with n > 1 sequences, or ``G<n>``: a group of n samples as in W1."""
+    """``W1``, ``W1half``, ``W2``, ``W2v``, ``W3``, ``W3x<n>`` with n > 1 sequences, or ``G<n>``: n samples as in W1."""
     rng = random.Random(name)
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(shape.vocab) for _ in range(count // shape.divide)]
 
-    if name == "W1":
-        return [s for _ in range(4) for s in _group(tokens, 8)]
+    if name in ("W1", "W1half"):
+        return [s for _ in range(4 if name == "W1" else 2) for s in _group(tokens, 8)]
     if name.startswith("G"):
         return _group(tokens, int(name[1:]))
     if name in ("W2", "W2v"):
