@@ -11,7 +11,7 @@ import types``: those of ``tinker.types`` and this package's extensions of them,
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class Call:
     sequence: int
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict; ``Call(**d)`` gives the call back."""
-        return asdict(self)
+        """A JSON-ready dict of the same lists; ``Call(**d)`` gives the call back."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 @dataclass(slots=True)

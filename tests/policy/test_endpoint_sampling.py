@@ -111,6 +111,14 @@ async def test_a_stream_records_the_same_call(served: Any) -> None:
     )
 
 
+async def test_a_runs_first_call_is_told_before_it_is_recorded(served: Any) -> None:
+    calls_then: list[int] = []
+    served.recorder.open_run("run", "rollout", 1, lambda: calls_then.append(served.recorder.totals.calls))
+    for stream in (True, False):
+        await ask(served, "run", stream=stream)
+    assert calls_then == [0]
+
+
 async def test_a_runs_replies_do_not_depend_on_the_other_runs(served: Any) -> None:
     async def episode(run: str, seed: int) -> list[list[int]]:
         served.recorder.open_run(run, "rollout", seed)

@@ -47,6 +47,15 @@ def test_other_calls_are_counted_only_while_a_run_is_open() -> None:
     assert recorder.close_run("a") == []
 
 
+def test_the_first_call_of_a_run_is_told_once() -> None:
+    recorder, told = Recorder(), []
+    recorder.open_run("a", "rollout", None, lambda: told.append("a"))
+    recorder.open_run("b", "rollout", None)
+    for run in (None, "gone", "b", "a", "a"):
+        recorder.begin_call(run)
+    assert told == ["a"]
+
+
 def test_runs_are_opened_once_and_closed_once() -> None:
     recorder = Recorder()
     recorder.open_run("a", "rollout", None)

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from ..policy.recorder import Recorder
 from ..rollouts.seeds import rollout_seed
 from ..types import RunKind
+from .starts import Starts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +38,7 @@ class Rollouts:
         name: prefix of the run ids; unique per evaluation run.
         failures: run id -> the exception that ended the rollout.
         timeouts: ids of rollouts that were cut off.
+        starts: in which the rollouts take turns to begin.
     """
 
     name: str
@@ -50,14 +52,16 @@ class Rollouts:
     timeouts: set[str] = field(default_factory=set)
     done: int = 0
     total: int = 0
+    starts: Starts = field(default_factory=Starts)
     _attempts: dict[str, int] = field(default_factory=dict)
 
-    def open(self, message: Any) -> str:
-        """Open a recorded run for the next attempt at ``message``, with a seed of its own."""
+    async def open(self, message: Any) -> str:
+        """Open a recorded run for the next attempt at ``message``, with a seed of its own, when its turn has come."""
+        begun = await self.starts.take()
         attempt = self._attempts.get(key := str(message), 0)
         self._attempts[key] = attempt + 1
         run_id = f"{self.name}/{sum(self._attempts.values()) - 1:06d}"
-        self.recorder.open_run(run_id, self.kind, rollout_seed(self.seed, self.name, key, attempt))
+        self.recorder.open_run(run_id, self.kind, rollout_seed(self.seed, self.name, key, attempt), begun)
         return run_id
 
     def close(self, run_id: str, error: Exception | None) -> None:
@@ -100,7 +104,7 @@ class RecordedSession:
     async def run(self, message: Any, **kwargs: Any) -> AsyncIterator[RecordedRunner]:
         """Run the workflow once, as a recorded rollout."""
         async with self._session.run(message, **kwargs) as runner:
-            yield RecordedRunner(runner, self._rollouts, self._rollouts.open(message))
+            yield RecordedRunner(runner, self._rollouts, await self._rollouts.open(message))
 
 
 class RecordedRunner:

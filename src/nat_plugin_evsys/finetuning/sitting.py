@@ -20,6 +20,7 @@ from .advice import how_to_resume, serve_command
 from .bookkeeping import RunBooks
 from .curriculum import Curriculum
 from .epoch_checkpoints import EpochCheckpoints
+from .garbage import loaded_is_no_garbage
 from .run_inputs import RunInputs
 from .trajectory_builder import RolloutReport
 from .warm_start import warm_start
@@ -67,8 +68,9 @@ class Sitting:
         try:
             await self._begin_or_reload(num_epochs)
             first = self._books.state.epochs_done
-            statuses = [await self._epoch(epoch, num_epochs) for epoch in range(first, num_epochs)]
-            await self._finish()
+            with loaded_is_no_garbage():
+                statuses = [await self._epoch(epoch, num_epochs) for epoch in range(first, num_epochs)]
+                await self._finish()
         except asyncio.CancelledError:
             self._stop("interrupted", self._how_to_resume())
             raise

@@ -84,6 +84,7 @@ class Completion:
         prompt_ids = await asyncio.to_thread(renderer.render, messages, tools, enable_thinking=thinking)
         client = await _resolve(source.sampling_client)
         params = sampling_params(request, renderer, source, run_id)
+        source.recorder.begin_call(run_id)
         return cls(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             created=int(time.time()),

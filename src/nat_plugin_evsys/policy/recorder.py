@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ..types import Call, RunKind
@@ -45,6 +46,7 @@ class _Run:
     calls: list[Call] = field(default_factory=list)
     failures: list[CallFailure] = field(default_factory=list)
     seeds_given: int = 0
+    on_first_call: Callable[[], None] | None = None
 
 
 class Recorder:
@@ -62,11 +64,14 @@ class Recorder:
         self._failures = 0
         self._disconnected = 0
 
-    def open_run(self, run_id: str, kind: RunKind, seed: int | None) -> None:
+    def open_run(
+        self, run_id: str, kind: RunKind, seed: int | None, on_first_call: Callable[[], None] | None = None
+    ) -> None:
         """Begin to keep the calls that carry ``run_id``.
 
         Args:
             seed: calls that state no seed get one derived from it (``next_seed``); None leaves them unseeded.
+            on_first_call: called once, in any thread, when the run's first call is about to be sampled.
 
         Raises:
             ValueError: the run is open already.
@@ -74,7 +79,16 @@ class Recorder:
         with self._lock:
             if run_id in self._runs:
                 raise ValueError(f"run `{run_id}` is open already; close it first or use another run id")
-            self._runs[run_id] = _Run(kind, seed)
+            self._runs[run_id] = _Run(kind, seed, on_first_call=on_first_call)
+
+    def begin_call(self, run_id: str | None) -> None:
+        """Note that a call is about to be sampled."""
+        with self._lock:
+            run = self._runs.get(run_id) if run_id is not None else None
+            if run is None or run.on_first_call is None:
+                return
+            notify, run.on_first_call = run.on_first_call, None
+        notify()
 
     def close_run(self, run_id: str) -> list[Call]:
         """Stop keeping the run's calls and hand them over in arrival order.
