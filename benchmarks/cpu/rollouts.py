@@ -33,7 +33,7 @@ class Rollouts:
     def run(self) -> dict[str, Any]:
         """``tokens`` sampled, ``seconds`` of CPU time."""
         with self._turn:
-            return self._process.ask(workload=self._workload)
+            return self._process.ask({"workload": self._workload})
 
     def close(self) -> None:
         """End the process."""

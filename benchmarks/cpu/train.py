@@ -74,15 +74,15 @@ class Worker(WorkerProcess):
 
     def begin(self) -> None:
         """Fork: what a peak of memory is, and what is free, must not depend on the workload before."""
-        self.ask(begin=True)
+        self.ask({"begin": True})
 
     def step(self, name: str, save: Path | None = None, gemm: bool = False) -> dict[str, Any]:
         """One step: seconds, growth of peak memory since the start in KiB, FLOP/s of a matrix product, metrics."""
-        return self.ask(workload=name, save=None if save is None else str(save), gemm=gemm)
+        return self.ask({"workload": name, "save": None if save is None else str(save), "gemm": gemm})
 
     def end(self) -> None:
         """End the fork."""
-        self.tell(None)
+        self.ask(None)
 
 
 def gradient_gap(a: Path, b: Path) -> float:

@@ -201,7 +201,9 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     while sys.stdin.readline():
         if child := os.fork():
-            os.waitpid(child, 0)
+            if os.waitpid(child, 0)[1]:
+                sys.exit(1)
+            print(json.dumps({"ended": True}), flush=True)  # before that, what is asked reaches the fork
             continue
         torch.set_num_threads(int(threads))
         _answer(step, SMALL if size == "small" else FULL, CLOCKS[clock])

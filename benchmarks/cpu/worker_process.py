@@ -33,17 +33,13 @@ class WorkerProcess:
             self._answer()
             self._ready = True
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, request: dict[str, Any] | None) -> dict[str, Any]:
         """The answer to one request."""
         self.wait_until_ready()
-        self.tell(request)
-        return self._answer()
-
-    def tell(self, line: Any) -> None:
-        """One line that is not answered."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(line) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
+        return self._answer()
 
     def close(self) -> None:
         """End the process."""
