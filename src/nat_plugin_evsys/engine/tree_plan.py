@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -166,22 +165,24 @@ def _runs(calls: Iterable[_Call], number: Ids) -> Iterator[Run]:
         starts.sort()
         at = 0
         while at < len(starts):
-            count, step, key_step = _at_equal_distances(starts[at:], length, key_length)
-            if count == 2 and _at_equal_distances(starts[at + 1 :], length, key_length)[0] > 2:
+            count = _equally_far(starts, at, length, key_length)
+            if count == 2 and _equally_far(starts, at + 1, length, key_length) > 2:
                 count = 1  # any two are at equal distances: leave the second one to its own
-            start, key_start = starts[at]
-            yield Run(count, Blocks(start, step, length), Blocks(key_start, key_step, key_length))
+            (start, key_start), (second, second_key) = starts[at], starts[at + min(1, count - 1)]
+            keys = Blocks(key_start, second_key - key_start, key_length)
+            yield Run(count, Blocks(start, second - start, length), keys)
             at += count
 
 
-def _at_equal_distances(starts: list[tuple[int, int]], length: int, key_length: int) -> tuple[int, int, int]:
-    """How many of the first ``(query, key)`` starts are ``(step, key_step)`` apart; blocks must not overlap."""
-    if len(starts) == 1:
-        return 1, 0, 0
-    (start, key_start), (second, second_key) = starts[:2]
-    step, key_step = second - start, second_key - key_start
+def _equally_far(starts: list[tuple[int, int]], at: int, length: int, key_length: int) -> int:
+    """How many ``(query, key)`` starts from ``at`` on are as far apart as the first two, without overlap."""
+    if at + 1 == len(starts):
+        return 1
+    (query, key), (second, second_key) = starts[at : at + 2]
+    step, key_step = second - query, second_key - key
     if step < length or (key_step < key_length and key_step != 0):
-        return 1, 0, 0
-    expected = ((start + i * step, key_start + i * key_step) for i in range(len(starts)))
-    count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(starts, expected, strict=True)))
-    return count, step, key_step
+        return 1
+    count = 2
+    while at + count < len(starts) and starts[at + count] == (query + count * step, key + count * key_step):
+        count += 1
+    return count
