@@ -1,8 +1,8 @@
 """Training steps of this package beside those of its peers, strictly interleaved.
 
 Every way runs in a process of its own (the engine changes its process's allocator, which peers' users do not), and the
-processes take turns. Before anything is timed, each has done a tiny step. The gradients of all ways are compared: a
-difference fails the run. A ratio is that of a peer's step and one of ours next to it.
+processes take turns. Before anything is timed, each has done a tiny step, and ours a whole one. The gradients of all
+ways are compared: a difference fails the run. A ratio is that of a peer's step and one of ours.
 """
 
 from __future__ import annotations
@@ -80,6 +80,11 @@ class Worker(WorkerProcess):
         """One step: seconds, growth of peak memory since the start in KiB, FLOP/s of a matrix product, metrics."""
         return self.ask({"workload": name, "save": None if save is None else str(save), "gemm": gemm})
 
+    def steady_step(self, name: str, save: Path | None = None) -> dict[str, Any]:
+        """The second of two steps: the first one touches the memory that the engine keeps, as in a run of many."""
+        self.step(name, save)
+        return self.step(name, gemm=True)
+
     def end(self) -> None:
         """End the fork."""
         self.ask(None)
@@ -135,13 +140,13 @@ def _compared(name: str, data: str, workers: dict[str, Worker], options: Options
     peers = [role for role in workers if role != "ours"]
     with tempfile.TemporaryDirectory() as folder:
         gradients = {role: Path(folder) / f"{role}.pt" for role in workers}
-        ours = [workers["ours"].step(data, gradients["ours"], gemm=True)]
+        ours = [workers["ours"].steady_step(data, gradients["ours"])]
         ratios: dict[str, list[float]] = {role: [] for role in peers}
         peak_kib = {"ours": ours[0]["peak_kib"]}
         for index in range(options.repeats):
-            for role in peers:
-                answer = workers[role].step(data, None if index else gradients[role])
-                ours.append(workers["ours"].step(data, gemm=True))
+            answers = {role: workers[role].step(data, None if index else gradients[role]) for role in peers}
+            ours.append(workers["ours"].steady_step(data))
+            for role, answer in answers.items():
                 ratios[role] += [answer["seconds"] / o["seconds"] for o in ours[-2:]]
                 peak_kib.setdefault(role, answer["peak_kib"])
                 if not index:
@@ -179,6 +184,7 @@ def _growth(worker: Worker, options: Options) -> list[Row]:
     """Time per distinct token with 64 samples over that with 8, of one group."""
     shape = _shape(options)
     distinct = {n: 512 // shape.divide + n * (64 // shape.divide) for n in (8, 64)}
+    worker.step("G64")  # as in ``steady_step``
     values = []
     for _ in range(options.repeats + 1):
         each = {n: worker.step(f"G{n}")["seconds"] / distinct[n] for n in (8, 64)}
