@@ -44,9 +44,6 @@ TITLES = {
 }
 
 
-NAMES = {"plain": "plain PEFT", "trl": "TRL"}
-
-
 @dataclass(frozen=True)
 class Options:
     """How to measure.
@@ -106,18 +103,20 @@ def rows(names: Sequence[str], options: Options) -> list[Row]:
         print("TRL's path is skipped: it is not installed; see benchmarks/cpu/trl_peer.py", flush=True)
     parts = [(name, data, peers) for name in names for data, peers in _parts(name, options)]
     workers = {role: Worker(role, options) for role in {"ours", *(p for _, _, peers in parts for p in peers)}}
-    for worker in workers.values():
-        worker.wait_until_ready()
     found = []
-    for name, data, peers in parts:
-        here = {role: workers[role] for role in ("ours", *peers)}
-        for worker in here.values():
-            worker.begin()
-        found += _growth(here["ours"], options) if name == "growth" else _compared(name, data, here, options)
-        for worker in here.values():
-            worker.end()
-    for worker in workers.values():
-        worker.close()
+    try:
+        for worker in workers.values():
+            worker.wait_until_ready()
+        for name, data, peers in parts:
+            here = {role: workers[role] for role in ("ours", *peers)}
+            for worker in here.values():
+                worker.begin()
+            found += _growth(here["ours"], options) if name == "growth" else _compared(name, data, here, options)
+            for worker in here.values():
+                worker.end()
+    finally:
+        for worker in workers.values():
+            worker.close()
     return found
 
 
@@ -175,9 +174,9 @@ def _say(name: str, role: str, answer: dict[str, Any]) -> None:
 
 def _check(data: str, role: str, peer: str, gradients: dict[str, Path]) -> None:
     gap = gradient_gap(gradients[role], gradients[peer])
-    print(f"{data}: gradient of {role} differs from {NAMES[peer]}'s by {gap:.1e}", flush=True)
+    print(f"{data}: gradient of {role} differs from that of {peer} by {gap:.1e}", flush=True)
     if gap > GRADIENT_TOLERANCE:
-        raise SystemExit(f"{data}: the gradients of {role} and {NAMES[peer]} are not equal")
+        raise SystemExit(f"{data}: the gradients of {role} and {peer} are not equal")
 
 
 def _growth(worker: Worker, options: Options) -> list[Row]:

@@ -197,7 +197,8 @@ def main() -> None:
     """
     role, size, threads, clock = sys.argv[1:]
     torch.set_num_threads(1)  # a thread pool would not survive the fork
-    step = ROLES[role](SMALL if size == "small" else FULL)
+    shape = SMALL if size == "small" else FULL
+    step = ROLES[role](shape)
     print(json.dumps({"ready": True}), flush=True)
     while sys.stdin.readline():
         if child := os.fork():
@@ -206,7 +207,7 @@ def main() -> None:
             print(json.dumps({"ended": True}), flush=True)  # before that, what is asked reaches the fork
             continue
         torch.set_num_threads(int(threads))
-        _answer(step, SMALL if size == "small" else FULL, CLOCKS[clock])
+        _answer(step, shape, CLOCKS[clock])
         os._exit(0)
 
 

@@ -52,12 +52,15 @@ class Run:
 
     def shared_among(self, threads: int, heads: int) -> Iterator[Run]:
         """In pieces that are work for every thread, where each block and head is one thread's work."""
-        pieces = next((p for p in range(1, threads) if _waste(p * heads, threads) < 0.1), threads)
-        length = self.queries.length // pieces
-        if self.count > 1 or pieces == 1 or length < _SMALLEST_PIECE:
+        if self.count > 1 or self.queries.length < 2 * _SMALLEST_PIECE:
             yield self
             return
-        start, rest = self.queries.start, self.queries.length % pieces
+        pieces = next((p for p in range(1, threads) if _waste(p * heads, threads) < 0.1), threads)
+        length, rest = divmod(self.queries.length, pieces)
+        if pieces == 1 or length < _SMALLEST_PIECE:
+            yield self
+            return
+        start = self.queries.start
         keys = Blocks(self.keys.start, 0, self.keys.length)
         yield Run(pieces, Blocks(start, length, length), keys)
         if rest:
