@@ -10,9 +10,9 @@ from tempfile import mkdtemp
 
 from nat.data_models.finetuning import DPOItem
 
-from nat_plugin_evsys.algorithms.dpo import build_dpo_pairs, train_dpo
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.training.dpo import build_dpo_pairs, train_dpo
 
 ITEMS = [
     DPOItem(prompt="Say hello.", chosen_response="Hello, how can I help?", rejected_response="What do you want?"),

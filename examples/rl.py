@@ -11,10 +11,10 @@ from tempfile import mkdtemp
 
 from tinker import types
 
-from nat_plugin_evsys.algorithms.policy_gradient import TrainingSettings
-from nat_plugin_evsys.algorithms.rl import train_rl
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.training.policy_gradient import TrainingSettings
+from nat_plugin_evsys.training.rl import train_rl
 
 
 async def main(base_model: str = "builtin/tiny") -> None:

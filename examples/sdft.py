@@ -12,9 +12,9 @@ from tempfile import mkdtemp
 
 from tinker import types
 
-from nat_plugin_evsys.algorithms.sdft import build_lessons, train_sdft
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.training.sdft import build_lessons, train_sdft
 
 DEMONSTRATIONS = {"What is 7 + 5?": "7 + 5 makes 12.", "What is 3 times 9?": "3 times 9 makes 27."}
 

@@ -10,9 +10,9 @@ from tempfile import mkdtemp
 
 from tinker import types
 
-from nat_plugin_evsys.algorithms.sft import build_sft_datums, train_sft
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.training.sft import build_sft_datums, train_sft
 
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Egypt": "Cairo"}
 

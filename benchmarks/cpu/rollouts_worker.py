@@ -44,8 +44,8 @@ class Ours:
     """The sampler, as ``LocalBackend`` drives it. Every rollout is a new policy version."""
 
     def __init__(self, shape: Shape) -> None:
-        from nat_plugin_evsys.engine.lora import LoraAdapter
-        from nat_plugin_evsys.engine.model import wrap_model
+        from nat_plugin_evsys.engine.model.loading import wrap_model
+        from nat_plugin_evsys.engine.model.lora import LoraAdapter
         from nat_plugin_evsys.engine.sampler import Sampler
 
         base = wrap_model("bench", build_model(shape), None)

@@ -69,9 +69,9 @@ def ours(
     """This package's engine; ``lean`` computes no logprobs that the loss does not read."""
     from tinker import types
 
-    from nat_plugin_evsys.engine.lora import LoraAdapter
-    from nat_plugin_evsys.engine.model import wrap_model
-    from nat_plugin_evsys.engine.training import TrainableModel
+    from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+    from nat_plugin_evsys.engine.model.loading import wrap_model
+    from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
     base = wrap_model("bench", build_model(shape, device, dtype), None)
     adapter = LoraAdapter.create(base.model, rank=RANK, alpha=ALPHA)
@@ -165,7 +165,7 @@ def _name(peft_name: str) -> str:
 
 def gemm_peak(shape: Shape, clock: Callable[[], float] = time.process_time) -> float:
     """FLOP/s of the best fp32 matrix product of the model's own shape: of MKL's and, where there is one, oneDNN's."""
-    from nat_plugin_evsys.engine.products import product, reordered
+    from nat_plugin_evsys.engine.machine.products import product, reordered
 
     a, weight = torch.randn(4096, shape.hidden), torch.randn(shape.inner, shape.hidden)
     out, fast = torch.empty(4096, shape.inner), reordered(weight)

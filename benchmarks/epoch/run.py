@@ -78,7 +78,7 @@ def _model(folder: Path) -> Path:
     from worker import build_model
     from workloads import Shape
 
-    from nat_plugin_evsys.engine.builtin import builtin_tokenizer
+    from nat_plugin_evsys.engine.model.builtin import builtin_tokenizer
 
     tokenizer = builtin_tokenizer("builtin/tiny", folder)
     model = build_model(Shape(vocab=len(tokenizer)))
@@ -92,8 +92,8 @@ def _finetune(config: Path) -> tuple[list[Interval], list[Interval], float]:
     """When the command sampled and trained, and its CPU seconds from the first of these to the last."""
     from nat.cli.main import run_cli
 
+    from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
     from nat_plugin_evsys.engine.sampler import Sampler
-    from nat_plugin_evsys.engine.training import TrainableModel
 
     marks: list[float] = []
     sampling, training = [], []  # type: list[Interval], list[Interval]

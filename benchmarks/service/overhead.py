@@ -28,7 +28,7 @@ import torch
 from tinker import types
 
 from nat_plugin_evsys import ServiceClient
-from nat_plugin_evsys.engine.model import load_base_model
+from nat_plugin_evsys.engine.model.loading import load_base_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
 from worker import build_model

@@ -9,7 +9,7 @@ from nat.data_models.evaluator import EvalInputItem
 from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 from nat.plugins.eval.evaluator.base_evaluator import BaseEvaluator
 
-from .config.evaluator import EvsysExactMatchConfig
+from nat_plugin_evsys.config.evaluator import EvsysExactMatchConfig
 
 
 class ExactMatchEvaluator(BaseEvaluator):

@@ -16,7 +16,7 @@ from nat.cli.register_workflow import (
     register_trajectory_builder,
 )
 
-from .config import (
+from nat_plugin_evsys.config import (
     EvsysExactMatchConfig,
     EvsysPolicyConfig,
     EvsysTrainerAdapterConfig,
@@ -27,9 +27,9 @@ from .config import (
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
 
-    from .finetuning.trainer import EvsysTrainer
-    from .finetuning.trainer_adapter import EvsysTrainerAdapter
-    from .finetuning.trajectory_builder import EvsysTrajectoryBuilder
+    from nat_plugin_evsys.finetuning.trainer import EvsysTrainer
+    from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
+    from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
 
 
 @register_llm_provider(config_type=EvsysPolicyConfig)
@@ -41,7 +41,7 @@ async def evsys_policy(config: EvsysPolicyConfig, _builder: Builder) -> AsyncIte
 @register_llm_client(config_type=EvsysPolicyConfig, wrapper_type=LLMFrameworkEnum.LANGCHAIN)
 async def evsys_policy_langchain(config: EvsysPolicyConfig, _builder: Builder) -> "AsyncIterator[ChatOpenAI]":
     """An ordinary ChatOpenAI bound to the policy's endpoint."""
-    from .policy.policy import Policy
+    from nat_plugin_evsys.policy.policy import Policy
 
     async with Policy.of(config).langchain_client() as client:
         yield client
@@ -50,7 +50,7 @@ async def evsys_policy_langchain(config: EvsysPolicyConfig, _builder: Builder) -
 @register_evaluator(config_type=EvsysExactMatchConfig)
 async def evsys_exact_match(config: EvsysExactMatchConfig, _builder: EvalBuilder) -> AsyncIterator[EvaluatorInfo]:
     """Output against answer."""
-    from .evaluators import ExactMatchEvaluator
+    from nat_plugin_evsys.evaluators import ExactMatchEvaluator
 
     evaluator = ExactMatchEvaluator(config)
     yield EvaluatorInfo(config=config, evaluate_fn=evaluator.evaluate, description="Output matches the answer")
@@ -61,7 +61,7 @@ async def evsys_trajectory_builder(
     config: EvsysTrajectoryBuilderConfig, _builder: Builder
 ) -> "AsyncIterator[EvsysTrajectoryBuilder]":
     """Rollouts -> trajectory groups."""
-    from .finetuning.trajectory_builder import EvsysTrajectoryBuilder
+    from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
 
     yield EvsysTrajectoryBuilder(config)
 
@@ -71,8 +71,8 @@ async def evsys_trainer_adapter(
     config: EvsysTrainerAdapterConfig, builder: Builder
 ) -> "AsyncIterator[EvsysTrainerAdapter]":
     """Trajectory groups -> training jobs."""
-    from .finetuning.trainer_adapter import EvsysTrainerAdapter
-    from .policy.policy import Policy
+    from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
+    from nat_plugin_evsys.policy.policy import Policy
 
     yield EvsysTrainerAdapter(config, Policy.named(config.policy, builder))
 
@@ -80,6 +80,6 @@ async def evsys_trainer_adapter(
 @register_trainer(config_type=EvsysTrainerConfig)
 async def evsys_trainer(config: EvsysTrainerConfig, _builder: Builder) -> "AsyncIterator[EvsysTrainer]":
     """The epochs."""
-    from .finetuning.trainer import EvsysTrainer
+    from nat_plugin_evsys.finetuning.trainer import EvsysTrainer
 
     yield EvsysTrainer(config)

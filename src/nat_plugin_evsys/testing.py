@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import PromptTooLongError
-from .types import StopReason
+from nat_plugin_evsys.calls import StopReason
+from nat_plugin_evsys.errors import PromptTooLongError
 
 if TYPE_CHECKING:
     from tinker import types
 
-    from .backends.base import TokenCallback
+    from nat_plugin_evsys.backends.base import TokenCallback
 
 Reply = str | Sequence[int] | Exception
 Script = Sequence[Reply] | Callable[[list[int]], Reply]

@@ -1,97 +1,123 @@
-"""The nouns that several rooms share. Standard library only.
+"""The types of the training API: those of ``tinker.types`` and this package's extensions of them.
 
-A *call* is one LLM request with its exact tokens. Everything that is trained on comes from calls; text is never
-tokenised again.
-
-The types of the training API (``Datum``, ``AdamParams``, ``SamplingParams`` …) are here too, ``from nat_plugin_evsys
-import types``: those of ``tinker.types`` and this package's extensions of them, imported when first asked for
-(``clients.types``).
+Nothing is imported until a name is asked for, so that ``import nat_plugin_evsys.types`` stays light. Any other name of
+``tinker.types`` (those of its HTTP requests) is found here too.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nat_plugin_evsys.clients.types import *  # noqa: F403 - what ``__getattr__`` finds
+    from tinker.types import AdamOptimizerConfig as AdamOptimizerConfig
+    from tinker.types import AdamParams as AdamParams
+    from tinker.types import Checkpoint as Checkpoint
+    from tinker.types import CheckpointsListResponse as CheckpointsListResponse
+    from tinker.types import Cursor as Cursor
+    from tinker.types import EncodedTextChunk as EncodedTextChunk
+    from tinker.types import GetInfoResponse as GetInfoResponse
+    from tinker.types import GetServerCapabilitiesResponse as GetServerCapabilitiesResponse
+    from tinker.types import GetServerCapabilitiesResponse as ServerCapabilities
+    from tinker.types import LoadWeightsResponse as LoadWeightsResponse
+    from tinker.types import LoraConfig as LoraConfig
+    from tinker.types import LossFnInputs as LossFnInputs
+    from tinker.types import LossFnOutput as LossFnOutput
+    from tinker.types import LossFnType as LossFnType
+    from tinker.types import ModelID as ModelID
+    from tinker.types import ModelInput as ModelInput
+    from tinker.types import ModelInputChunk as ModelInputChunk
+    from tinker.types import OptimStepResponse as OptimStepResponse
+    from tinker.types import SampleResponse as SampleResponse
+    from tinker.types import SaveWeightsForSamplerResponse as SaveWeightsForSamplerResponse
+    from tinker.types import SaveWeightsResponse as SaveWeightsResponse
+    from tinker.types import TensorData as TensorData
+    from tinker.types import TrainingRun as TrainingRun
+    from tinker.types import TrainingRunsResponse as TrainingRunsResponse
+    from tinker.types import WeightsInfoResponse as WeightsInfoResponse
 
-StopReason = Literal["stop", "length"]
-"""``stop``: a stop token or stop string ended the sequence. ``length``: max_tokens or the context did."""
+    from nat_plugin_evsys.clients.futures import ClientFuture as ClientFuture
+    from nat_plugin_evsys.clients.futures import ForwardBackwardFuture as ForwardBackwardFuture
+    from nat_plugin_evsys.clients.futures import ResultFuture as ResultFuture
+    from nat_plugin_evsys.clients.results import ForwardBackwardOutput as ForwardBackwardOutput
+    from nat_plugin_evsys.engine.gradient.operations import OperationFuture as OperationFuture
+    from nat_plugin_evsys.engine.sampling.result import SampledSequence as SampledSequence
+    from nat_plugin_evsys.engine.sampling.result import SampleResult as SampleResult
+    from nat_plugin_evsys.runtime.extensions import Datum as Datum
+    from nat_plugin_evsys.runtime.extensions import ModelData as ModelData
+    from nat_plugin_evsys.runtime.extensions import SamplingParams as SamplingParams
+    from nat_plugin_evsys.runtime.extensions import SupportedModel as SupportedModel
 
-RunKind = Literal["rollout", "evaluation"]
-"""``rollout`` calls may be trained on; ``evaluation`` calls (validation) never are."""
+_TINKER = "tinker.types"
+_MODULES = {
+    "ClientFuture": "nat_plugin_evsys.clients.futures",
+    "ForwardBackwardFuture": "nat_plugin_evsys.clients.futures",
+    "ResultFuture": "nat_plugin_evsys.clients.futures",
+    "ForwardBackwardOutput": "nat_plugin_evsys.clients.results",
+    "OperationFuture": "nat_plugin_evsys.engine.gradient.operations",
+    "SampledSequence": "nat_plugin_evsys.engine.sampling.result",
+    "SampleResult": "nat_plugin_evsys.engine.sampling.result",
+    "Datum": "nat_plugin_evsys.runtime.extensions",
+    "ModelData": "nat_plugin_evsys.runtime.extensions",
+    "SamplingParams": "nat_plugin_evsys.runtime.extensions",
+    "SupportedModel": "nat_plugin_evsys.runtime.extensions",
+}
+"""Where this package's own types are defined."""
 
-RUN_ID_HEADER = "x-evsys-run-id"
-STEP_ID_HEADER = "x-evsys-step-id"
+__all__ = [
+    "AdamOptimizerConfig",
+    "AdamParams",
+    "Checkpoint",
+    "CheckpointsListResponse",
+    "ClientFuture",
+    "Cursor",
+    "Datum",
+    "EncodedTextChunk",
+    "ForwardBackwardFuture",
+    "ForwardBackwardOutput",
+    "GetInfoResponse",
+    "GetServerCapabilitiesResponse",
+    "LoadWeightsResponse",
+    "LoraConfig",
+    "LossFnInputs",
+    "LossFnOutput",
+    "LossFnType",
+    "ModelData",
+    "ModelID",
+    "ModelInput",
+    "ModelInputChunk",
+    "OperationFuture",
+    "OptimStepResponse",
+    "ResultFuture",
+    "SampleResponse",
+    "SampleResult",
+    "SampledSequence",
+    "SamplingParams",
+    "SaveWeightsForSamplerResponse",
+    "SaveWeightsResponse",
+    "ServerCapabilities",
+    "SupportedModel",
+    "TensorData",
+    "TrainingRun",
+    "TrainingRunsResponse",
+    "WeightsInfoResponse",
+]
 
+_ALIASES = {"ServerCapabilities": "GetServerCapabilitiesResponse"}
+"""Names of other APIs for Tinker's types."""
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One recorded LLM request: what the model read, what it sampled, and from which distribution.
-
-    Attributes:
-        call_id: the completion id that the client saw (``chatcmpl-…``); with ``n > 1`` one Call per choice.
-        index: the choice's index within the completion.
-        run_id: NAT's workflow_run_id, or None for a call made outside any workflow run.
-        step_id: UUID of NAT's LLM_START step that made the call, or None.
-        policy_version: version of the adapter that sampled *all* of ``output_ids``.
-        prompt_ids: token ids that the model read, length P.
-        output_ids: sampled token ids, length T, including the stop token.
-        logprobs: log-probability of each output id under the distribution that was sampled, length T.
-        stop_reason: why sampling ended.
-        temperature, top_p: what was sampled with.
-        messages: the request's messages in OpenAI form.
-        tools: the request's tools in OpenAI form.
-        reply: the assistant message that was returned, in OpenAI form.
-        sequence: arrival order within the recorder.
-    """
-
-    call_id: str
-    index: int
-    run_id: str | None
-    step_id: str | None
-    policy_version: int
-    prompt_ids: list[int]
-    output_ids: list[int]
-    logprobs: list[float]
-    stop_reason: StopReason
-    temperature: float
-    top_p: float
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    reply: dict[str, Any]
-    sequence: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dict of the same lists; ``Call(**d)`` gives the call back."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
-
-@dataclass(slots=True)
-class CallTally:
-    """Where every call went: ``calls == trained + sum(dropped.values())`` once an epoch is done."""
-
-    calls: int = 0
-    trained: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: CallTally) -> None:
-        """Add another tally to this one, in place."""
-        self.calls += other.calls
-        self.trained += other.trained
-        self.dropped.update(other.dropped)
-
-    def drop(self, reason: str, calls: int) -> None:
-        """Count calls that will not be trained on, under a named reason."""
-        if calls:
-            self.dropped[reason] += calls
+REFUSED = {
+    "WandbConfig": "every call returns its metrics; hand them to wandb.log where you like",
+    "CheckpointFilesResponse": "checkpoints are directories on this machine; see RestClient.get_checkpoint_directory",
+    "CheckpointFile": "checkpoints are directories on this machine; see RestClient.get_checkpoint_directory",
+    "InitTrainerServerResponse": "no server is started; TrainingClient.get_info() gives a GetInfoResponse",
+}
+"""Types of the other APIs that are not offered, and why."""
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
+    if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nat_plugin_evsys.clients import types as training_types
-
-    return getattr(training_types, name)
+    if name in REFUSED:
+        raise AttributeError(f"{name} is not offered: {REFUSED[name]}")
+    return getattr(importlib.import_module(_MODULES.get(name, _TINKER)), _ALIASES.get(name, name))

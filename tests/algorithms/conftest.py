@@ -107,7 +107,7 @@ def full_logprobs() -> Callable[..., torch.Tensor]:
 
     Carries the gradient to the adapter. No padding, no chunks, no gather: the plain computation.
     """
-    from nat_plugin_evsys.engine.lora import applied
+    from nat_plugin_evsys.engine.model.lora import applied
 
     def compute(backend: LocalBackend, ids: list[int]) -> torch.Tensor:
         with applied(backend._model.adapter):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from nat.data_models.finetuning import DPOItem, EpisodeItem, EpisodeItemRole, OpenAIMessage, Trajectory
 
-from nat_plugin_evsys.algorithms.dpo import (
+from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.training.dpo import (
     REFERENCE,
     DpoStep,
     build_dpo_pairs,
@@ -18,7 +19,6 @@ from nat_plugin_evsys.algorithms.dpo import (
     train_dpo,
     with_reference,
 )
-from nat_plugin_evsys.errors import ConfigError, DataError
 
 ITEMS = [
     DPOItem(prompt="name a star", chosen_response="sun", rejected_response="the moon"),

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from tinker import types
 
-from nat_plugin_evsys.algorithms.policy_gradient import TrainingSettings
-from nat_plugin_evsys.algorithms.rl import RlIteration, train_rl
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.rollouts.advantages import group_advantages
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
+from nat_plugin_evsys.training.policy_gradient import TrainingSettings
+from nat_plugin_evsys.training.rl import RlIteration, train_rl
 
 ROWS = ["alpha", "beta", "gamma", "delta"]
 ADAM = types.AdamParams(learning_rate=1e-2, eps=1e-8)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tinker import types
 
-from nat_plugin_evsys.algorithms.reverse_kl import (
+from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.training.reverse_kl import (
     TEACHER,
     CandidateSample,
     candidate_datum,
@@ -20,8 +21,7 @@ from nat_plugin_evsys.algorithms.reverse_kl import (
     reverse_kl_loss,
     sampled_rows,
 )
-from nat_plugin_evsys.algorithms.sdft import SdftStep, build_lessons, demonstration_in_context, train_sdft
-from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.training.sdft import SdftStep, build_lessons, demonstration_in_context, train_sdft
 
 VOCAB = 259
 LESSONS = [

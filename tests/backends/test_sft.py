@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nat_plugin_evsys.algorithms.sft import SftStep, build_sft_datums, train_sft
 from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.training.sft import SftStep, build_sft_datums, train_sft
 
 USER, ASSISTANT, END, TOOLS = 251, 252, 250, 253
 

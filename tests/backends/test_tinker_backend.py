@@ -16,9 +16,9 @@ from serve_process import ServerProcess, start_server
 from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend, SamplingClient
-from nat_plugin_evsys.backends.service_errors import ServiceCheckpointError, ServiceDataError
-from nat_plugin_evsys.backends.tinker import TinkerBackend
-from nat_plugin_evsys.backends.tinker_service import TinkerService
+from nat_plugin_evsys.backends.remote.backend import TinkerBackend
+from nat_plugin_evsys.backends.remote.errors import ServiceCheckpointError, ServiceDataError
+from nat_plugin_evsys.backends.remote.service import TinkerService
 from nat_plugin_evsys.errors import (
     CheckpointError,
     ConfigError,

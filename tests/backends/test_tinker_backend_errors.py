@@ -18,8 +18,8 @@ import tinker
 from pydantic import ValidationError
 from tinker.types import RequestErrorCategory
 
-from nat_plugin_evsys.backends import service_waiting
-from nat_plugin_evsys.backends.service_errors import (
+from nat_plugin_evsys.backends.remote import waiting as service_waiting
+from nat_plugin_evsys.backends.remote.errors import (
     Purpose,
     ServiceCheckpointError,
     ServiceDataError,
@@ -29,12 +29,12 @@ from nat_plugin_evsys.backends.service_errors import (
     ServiceUnavailableError,
     readable,
 )
-from nat_plugin_evsys.backends.service_waiting import ServiceWatch
-from nat_plugin_evsys.backends.tinker_service import TinkerService
+from nat_plugin_evsys.backends.remote.service import TinkerService
+from nat_plugin_evsys.backends.remote.waiting import ServiceWatch
 from nat_plugin_evsys.config import EvsysPolicyConfig
 from nat_plugin_evsys.errors import CheckpointError, ConfigError, DataError, NonFiniteGradientError, PromptTooLongError
-from nat_plugin_evsys.jobs.job import describe_error
 from nat_plugin_evsys.policy.weights import check_place
+from nat_plugin_evsys.training.job import describe_error
 
 URL = "http://127.0.0.1:9"
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tinker import types
 
-from nat_plugin_evsys.backends.service_errors import readable
-from nat_plugin_evsys.backends.tinker_session import add_missing_loss, sampler_uri
+from nat_plugin_evsys.backends.remote.errors import readable
+from nat_plugin_evsys.backends.remote.session import add_missing_loss, sampler_uri
 
 
 @pytest.mark.parametrize("path", ["tinker://run/epoch-0001", "tinker://run/sampler_weights/epoch-0001"])

@@ -124,7 +124,7 @@ def test_what_the_table_calls_refused_refuses(seed: str) -> None:
 
 def test_the_package_exports_its_clients_lazily() -> None:
     assert set(nat_plugin_evsys.__all__) >= {"ServiceClient", "TrainingClient", "SamplingClient", "RestClient", "types"}
-    assert types.Call.__module__ == "nat_plugin_evsys.types"
+    assert types.Datum.__module__ == "nat_plugin_evsys.runtime.extensions"
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         nat_plugin_evsys.Trainer  # noqa: B018 - the access is the test
 

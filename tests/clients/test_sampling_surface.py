@@ -15,7 +15,7 @@ import torch
 
 from nat_plugin_evsys import SamplingClient, ServiceClient, TrainingClient, types
 from nat_plugin_evsys.backends.base import SamplingClient as SamplingProtocol
-from nat_plugin_evsys.engine.lora import applied
+from nat_plugin_evsys.engine.model.lora import applied
 
 PROMPT = list(range(40, 52))
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from nat_plugin_evsys import ServiceClient, TrainingClient, types
-from nat_plugin_evsys.clients import arguments
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
+from nat_plugin_evsys.runtime import arguments
 
 PARAMS = types.SamplingParams(max_tokens=4, temperature=0)
 
@@ -27,7 +27,7 @@ def greedy(client: Any) -> list[int]:
 def test_a_base_model_is_loaded_once_however_many_ask_at_once(
     service: ServiceClient, tiny_model: str, other_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nat_plugin_evsys.clients import registry
+    from nat_plugin_evsys.runtime import bases as registry
 
     loads: list[str] = []
     load = registry.load_base_model
@@ -230,7 +230,7 @@ def test_close_ends_everything_and_frees_the_model(store: Path, tiny_model: str,
 def test_a_client_created_while_the_service_closes_is_closed(
     store: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nat_plugin_evsys.clients import registry
+    from nat_plugin_evsys.runtime import bases as registry
 
     service, reached, gate = ServiceClient(store=store, device="cpu"), threading.Event(), threading.Event()
     load = registry.load_base_model

@@ -13,7 +13,7 @@ import torch
 from plain_reference import PlainModel
 from tiny_families import save_family
 
-from nat_plugin_evsys.engine.model import BaseModel, load_base_model
+from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 
 RECORD_VARIABLE = "EVSYS_CORRECTNESS_RECORD"
 """Names the JSON-lines file that ``measured`` appends to; scripts/correctness_report.py sets it."""

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tinker import types
 from tiny_families import VOCAB, perturb
 
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
 TOLERANCE = 1e-5
 

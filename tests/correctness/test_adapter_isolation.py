@@ -15,7 +15,7 @@ from tiny_families import VOCAB, perturb
 
 from nat_plugin_evsys.backends.base import SamplingClient
 from nat_plugin_evsys.backends.local import LocalBackend
-from nat_plugin_evsys.engine.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
 ADAM = types.AdamParams(learning_rate=1e-2, weight_decay=0.01)
 PROMPT = types.ModelInput.from_ints([random.Random(1).randrange(VOCAB) for _ in range(37)])

@@ -24,11 +24,11 @@ from tinker import types
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from nat_plugin_evsys.algorithms.policy_gradient import TrainingSettings
-from nat_plugin_evsys.algorithms.rl import RlIteration, train_rl
-from nat_plugin_evsys.algorithms.sft import reply_datum, train_sft
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
+from nat_plugin_evsys.training.policy_gradient import TrainingSettings
+from nat_plugin_evsys.training.rl import RlIteration, train_rl
+from nat_plugin_evsys.training.sft import reply_datum, train_sft
 
 TOLERANCE = 1e-3
 END, ASK, SAY = 256, 257, 258

@@ -18,9 +18,9 @@ from tinker import types
 from tiny_families import FAMILIES, VOCAB, perturb
 from torch import Tensor
 
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.losses import LOSSES
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.gradient.losses import LOSSES
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
 TOLERANCE = 1e-5
 RL_LOSSES = ["importance_sampling", "ppo", "cispo", "dro", "gspo"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nat_plugin_evsys.backends.local import LocalBackend
-from nat_plugin_evsys.engine.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 150, 7, 7, 31, 180, 2, 64, 11, 90, 23, 1, 77, 8, 133, 54]])
 TOLERANCE = 1e-5

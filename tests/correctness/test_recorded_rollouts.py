@@ -19,10 +19,10 @@ from peft import PeftModel
 from tinker import types
 from transformers import AutoModelForCausalLM
 
+from nat_plugin_evsys.calls import RUN_ID_HEADER, Call
 from nat_plugin_evsys.config.policy import EvsysPolicyConfig
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.rollouts.datums import chain_datum, token_chains
-from nat_plugin_evsys.types import RUN_ID_HEADER, Call
 
 TOLERANCE = 1e-4
 ADAM = types.AdamParams(learning_rate=2e-3)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nat_plugin_evsys.backends.base import Backend, SamplingClient
 from nat_plugin_evsys.backends.local import LocalBackend
-from nat_plugin_evsys.engine.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
 TOLERANCE = 1e-5
 TEMPERATURES = (0.5, 1.0, 1.5)

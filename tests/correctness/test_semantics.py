@@ -18,9 +18,9 @@ from tinker import types
 from tiny_families import VOCAB, perturb
 
 from nat_plugin_evsys.backends.local import LocalBackend
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.losses import LOSSES
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.gradient.losses import LOSSES
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import ConfigError, DataError, NonFiniteGradientError
 
 ADAM = types.AdamParams(learning_rate=1e-2)

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from nat_process import ROOT, first_rows, json_lines, newest_run, run_nat, start_nat
 from serve_process import ServerProcess, start_server
 
-from nat_plugin_evsys.backends.tinker_service import TinkerService
-from nat_plugin_evsys.cli import evsys
+from nat_plugin_evsys.backends.remote.service import TinkerService
+from nat_plugin_evsys.cli.runs import evsys
 
 KEY = "tml-local"
 

@@ -23,9 +23,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.model import BaseModel, load_base_model
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
 VOCAB = 200
 SHAPE = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from nat_plugin_evsys.engine.model import BaseModel, default_cache_dir, load_base_model
+from nat_plugin_evsys.engine.model.loading import BaseModel, default_cache_dir, load_base_model
 from nat_plugin_evsys.errors import ConfigError, ModelError
 
 
@@ -110,7 +110,7 @@ def test_cache_dir_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def test_logit_changes_that_are_not_known_are_refused(base_of: Callable[[str], BaseModel]) -> None:
-    from nat_plugin_evsys.engine.forward import OutputHead
+    from nat_plugin_evsys.engine.model.forward import OutputHead
 
     model = base_of("gemma2").model
     OutputHead(model)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine import checkpoints
 from nat_plugin_evsys.engine.checkpoints import list_checkpoints, load_adapter, load_checkpoint, save_checkpoint
-from nat_plugin_evsys.engine.lora import applied
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.errors import CheckpointError
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 150]])
@@ -182,7 +182,7 @@ def test_a_failing_save_keeps_the_previous_one(trainable: Any, tmp_path: Path, m
 def test_without_renameat2_a_kill_between_the_renames_is_repaired(
     trainable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nat_plugin_evsys.engine.atomic._exchange", lambda new, target: False)
+    monkeypatch.setattr("nat_plugin_evsys.files._exchange", lambda new, target: False)
     model = trainable(perturbed=True)
     path = save_checkpoint(tmp_path, "x", model, kind="sampler")
     save_checkpoint(tmp_path, "x", model, kind="sampler")

@@ -12,8 +12,8 @@ import torch
 from tinker import types
 from torch import Tensor
 
-from nat_plugin_evsys.engine.lora import LoraAdapter, active_adapter, applied, install
-from nat_plugin_evsys.engine.model import BaseModel
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, active_adapter, applied, install
 from nat_plugin_evsys.errors import ModelError
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 150]])

@@ -13,7 +13,7 @@ from computed import computed
 from tinker import types
 from torch import Tensor
 
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 
 TOLERANCE = 1e-5
 
@@ -247,7 +247,7 @@ def test_row_chunks_do_not_change_the_result(
     data = make_rl_datums(4)
     whole, chunked = trainable(perturbed=True), trainable(perturbed=True)
     expected = whole.forward_backward(data, "ppo")
-    monkeypatch.setattr("nat_plugin_evsys.engine.forward._CHUNK_ELEMENTS", 3 * 200)
+    monkeypatch.setattr("nat_plugin_evsys.engine.model.loading.forward._CHUNK_ELEMENTS", 3 * 200)
     found = chunked.forward_backward(data, "ppo")
     assert found.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-6)
     for name, g in whole.gradient.items():

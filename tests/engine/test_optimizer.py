@@ -9,7 +9,7 @@ import pytest
 import torch
 from tinker import types
 
-from nat_plugin_evsys.engine.optimizer import AdamW
+from nat_plugin_evsys.engine.gradient.optimizer import AdamW
 from nat_plugin_evsys.errors import ConfigError, DataError, NonFiniteGradientError
 
 

@@ -13,12 +13,12 @@ from nat.data_models.finetuning import Trajectory, TrajectoryCollection
 from tinker import ModelInput, types
 
 from nat_plugin_evsys.backends.local import LocalBackend
+from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.model import wrap_model
+from nat_plugin_evsys.engine.model.loading import wrap_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.rollouts.trajectories import build_trajectory
-from nat_plugin_evsys.types import Call
 
 VOCAB = 32
 WANTED = 7

@@ -19,10 +19,10 @@ from nat.data_models.finetuning import (
 )
 from pydantic import ValidationError
 
-from nat_plugin_evsys.algorithms.dpo import REFERENCE, build_dpo_pairs, train_dpo
 from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.jobs.ledger import read_json_lines
+from nat_plugin_evsys.files import read_json_lines
+from nat_plugin_evsys.training.dpo import REFERENCE, build_dpo_pairs, train_dpo
 
 Fixture = Any
 

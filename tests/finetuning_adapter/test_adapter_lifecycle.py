@@ -17,8 +17,8 @@ from nat.data_models.finetuning import (
 )
 
 from nat_plugin_evsys.errors import EngineClosedError, ModelError
-from nat_plugin_evsys.jobs import step
-from nat_plugin_evsys.jobs.ledger import read_json_lines
+from nat_plugin_evsys.files import read_json_lines
+from nat_plugin_evsys.training import step
 
 Fixture = Any
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nat_plugin_evsys.jobs.ledger import JobLedger, append_json_lines, read_json_lines
+from nat_plugin_evsys.files import JobLedger, append_json_lines, read_json_lines
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from nat_plugin_evsys.jobs.metrics import StepMetrics, summarize
+from nat_plugin_evsys.training.step_metrics import StepMetrics, summarize
 
 
 def test_each_metric_is_reduced_as_its_name_says() -> None:

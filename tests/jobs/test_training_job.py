@@ -5,10 +5,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 from nat.data_models.finetuning import TrainingStatusEnum
 
+from nat_plugin_evsys.calls import CallTally
 from nat_plugin_evsys.errors import JobError
-from nat_plugin_evsys.jobs.job import TrainingJob, describe_error, uninterrupted
-from nat_plugin_evsys.jobs.report import Account, JobReport
-from nat_plugin_evsys.types import CallTally
+from nat_plugin_evsys.training.job import TrainingJob, describe_error, uninterrupted
+from nat_plugin_evsys.training.job_report import Account, JobReport
 
 
 class Work:

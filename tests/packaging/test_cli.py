@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from nat_plugin_evsys import cli
+from nat_plugin_evsys.cli import runs as cli
 from nat_plugin_evsys.config.policy import DEFAULT_OUTPUT_DIR
 from nat_plugin_evsys.report.metrics import MetricsLog
 from nat_plugin_evsys.report.summary import RunSummary

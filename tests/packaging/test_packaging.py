@@ -18,7 +18,8 @@ HEAVY = ("torch", "transformers", "art", "peft", "tinker", "matplotlib.pyplot", 
 
 
 @pytest.mark.parametrize(
-    "module", ["nat_plugin_evsys.config", "nat_plugin_evsys.register", "nat_plugin_evsys.cli", "nat_plugin_evsys.runs"]
+    "module",
+    ["nat_plugin_evsys.config", "nat_plugin_evsys.register", "nat_plugin_evsys.cli.runs", "nat_plugin_evsys.runs"],
 )
 def test_importing_it_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"

@@ -11,8 +11,8 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from nat_plugin_evsys.engine.builtin import ensure_builtin
-from nat_plugin_evsys.engine.model import default_cache_dir
+from nat_plugin_evsys.engine.model.builtin import ensure_builtin
+from nat_plugin_evsys.engine.model.loading import default_cache_dir
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint, SamplingDefaults
 from nat_plugin_evsys.policy.recorder import Recorder

@@ -10,8 +10,8 @@ from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from nat.builder.context import ContextState
 
+from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER
 from nat_plugin_evsys.policy.client import attribution_headers, langchain_chat_model, open_langchain_client
-from nat_plugin_evsys.types import RUN_ID_HEADER, STEP_ID_HEADER
 
 MODEL = "builtin/tiny"
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'

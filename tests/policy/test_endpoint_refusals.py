@@ -14,10 +14,10 @@ import httpx
 import openai
 import pytest
 
+from nat_plugin_evsys.calls import RUN_ID_HEADER
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError, EvsysError, ModelError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint
-from nat_plugin_evsys.types import RUN_ID_HEADER
 
 MODEL = "builtin/tiny"
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER, Call
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.types import RUN_ID_HEADER, STEP_ID_HEADER, Call
 
 MODEL = "builtin/tiny"
 MESSAGES: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]

@@ -12,11 +12,11 @@ import openai
 import pytest
 import torch
 
-from nat_plugin_evsys.engine.lora import LoraAdapter, applied
-from nat_plugin_evsys.engine.model import BaseModel, load_base_model
+from nat_plugin_evsys.calls import RUN_ID_HEADER, Call
+from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.types import RUN_ID_HEADER, Call
 
 MODEL = "builtin/tiny"
 MESSAGES: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.policy.recorder import Recorder
-from nat_plugin_evsys.types import Call
 
 
 def call(run_id: str | None, number: int = 0) -> Call:

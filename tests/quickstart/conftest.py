@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from nat_plugin_evsys.engine import builtin
+from nat_plugin_evsys.engine.model import builtin
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nat_plugin_evsys.engine import builtin
+from nat_plugin_evsys.engine.model import builtin
 from nat_plugin_evsys.errors import ModelError
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}]

@@ -19,7 +19,8 @@ from nat.plugins.eval.evaluator.base_evaluator import BaseEvaluator
 from nat.plugins.eval.runtime import evaluate
 from tqdm import tqdm
 
-from nat_plugin_evsys.report.progress import PlainProgress, Progress, create_progress
+from nat_plugin_evsys.report.displays import PlainProgress, create_progress
+from nat_plugin_evsys.report.progress import Progress
 from nat_plugin_evsys.report.quiet import quiet_tqdm
 
 ROW = {

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nat_plugin_evsys.types import Call
+from nat_plugin_evsys.calls import Call
 
 _numbers = itertools.count()
 

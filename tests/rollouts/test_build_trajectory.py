@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nat.data_models.finetuning import Trajectory, TrajectoryCollection
 
+from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.rollouts.episodes import message_chains
 from nat_plugin_evsys.rollouts.roles import validate_episode_order
 from nat_plugin_evsys.rollouts.trajectories import build_trajectory, calls_of, group_of
-from nat_plugin_evsys.types import Call
 
 Make = Any
 

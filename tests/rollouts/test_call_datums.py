@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tinker import TensorData
 
+from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.rollouts.datums import (
     DatumSet,
     chain_datum,
@@ -16,7 +17,6 @@ from nat_plugin_evsys.rollouts.datums import (
     with_prompt_logprobs,
 )
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
-from nat_plugin_evsys.types import Call
 
 Make = Any
 

@@ -10,8 +10,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nat_plugin_evsys.engine.lora import LoraAdapter, applied
-from nat_plugin_evsys.engine.model import BaseModel, wrap_model
+from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.sampler import Sampler
 
 VOCAB = 300

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from nat_plugin_evsys.engine.decoding import RowParams, draw, sampled_logprobs, stream_keys, uniforms
+from nat_plugin_evsys.engine.sampling.decoding import RowParams, draw, sampled_logprobs, stream_keys, uniforms
 
 
 def params(*rows, vocab):

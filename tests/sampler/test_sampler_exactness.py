@@ -7,8 +7,8 @@ import pytest
 import torch
 from tinker.types import ModelInput, SamplingParams
 
-from nat_plugin_evsys.engine.slot_decoder import SlotDecoder
-from nat_plugin_evsys.engine.span_decoder import SpanDecoder
+from nat_plugin_evsys.engine.sampling.slot_decoder import SlotDecoder
+from nat_plugin_evsys.engine.spans.decoder import SpanDecoder
 
 WINDOWED = ["qwen3-window", "mistral-window", "gemma2-window", "gemma3-window"]
 FAMILIES = ["qwen3", "qwen2", "llama", "qwen3-moe", "mixtral", *WINDOWED]
@@ -168,7 +168,7 @@ def test_running_out_of_kv_memory_changes_nothing(path, base, adapter, make_samp
 def test_bfloat16_agrees_within_its_precision(make_adapter, make_sampler, plain_logits, tokenizer, make_base):
     import copy
 
-    from nat_plugin_evsys.engine.model import wrap_model
+    from nat_plugin_evsys.engine.model.loading import wrap_model
 
     base = wrap_model("bf16", copy.deepcopy(make_base("gemma3-window").model).to(torch.bfloat16), tokenizer)
     adapter = make_adapter(base).snapshot(torch.bfloat16)

@@ -2,8 +2,8 @@
 
 import torch
 
-from nat_plugin_evsys.engine.kv_cache import AttentionMasks, KVLayout, SlotStore, rounded_length
-from nat_plugin_evsys.engine.prefix_cache import BLOCK, PrefixCache
+from nat_plugin_evsys.engine.sampling.kv_cache import AttentionMasks, KVLayout, SlotStore, rounded_length
+from nat_plugin_evsys.engine.sampling.prefix_cache import BLOCK, PrefixCache
 
 LAYOUT = KVLayout(((2, 4, 4), (1, 6, 4)), torch.float32, torch.device("cpu"))
 

@@ -89,7 +89,7 @@ def test_a_failing_callback_fails_its_own_request_only(base, make_sampler):
 
 
 def test_a_failing_forward_fails_its_requests_and_the_thread_lives(base, adapter, make_adapter, make_sampler):
-    from nat_plugin_evsys.engine.lora import LoraAdapter
+    from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
     sampler = make_sampler(base)
     name = next(iter(adapter.weights))
@@ -103,7 +103,7 @@ def test_a_failing_forward_fails_its_requests_and_the_thread_lives(base, adapter
 
 
 def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, make_sampler):
-    from nat_plugin_evsys.engine.lora import LoraAdapter
+    from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
     sampler = make_sampler(base)
     nan = LoraAdapter(
@@ -171,7 +171,7 @@ def test_two_clients_of_the_bare_model_report_their_own_versions(base, make_samp
 
 def test_training_beside_changes_no_sample(base, adapter, make_sampler):
     """Another thread trains its own adapter through the same base model while requests are decoded."""
-    from nat_plugin_evsys.engine.lora import LoraAdapter, applied
+    from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 
     client = make_sampler(base).client(adapter, 0)
     params = SamplingParams(max_tokens=60, seed=1, stop=[])
@@ -276,7 +276,7 @@ def test_the_prefix_memory_is_bounded(path, base, adapter, make_sampler):
 def test_a_model_without_attention_everywhere_is_refused(tokenizer, make_sampler):
     import transformers
 
-    from nat_plugin_evsys.engine.model import wrap_model
+    from nat_plugin_evsys.engine.model.loading import wrap_model
 
     config = transformers.Qwen3NextConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,

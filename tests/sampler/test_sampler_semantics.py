@@ -9,7 +9,7 @@ from tinker import types
 from tinker.types import ModelInput, SamplingParams
 
 from nat_plugin_evsys.backends.base import SamplingClient
-from nat_plugin_evsys.engine.stopping import StopTextMatcher
+from nat_plugin_evsys.engine.sampling.stopping import StopTextMatcher
 from nat_plugin_evsys.errors import DataError, EngineClosedError, PromptTooLongError
 
 TIMEOUT = 60
@@ -212,7 +212,7 @@ def test_closed_sampler_refuses(base, make_sampler):
 
 
 def test_a_trainable_adapter_is_frozen_by_its_client(base, make_sampler, plain_logits):
-    from nat_plugin_evsys.engine.lora import LoraAdapter
+    from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
     live = LoraAdapter.create(base.model, rank=2, alpha=4)
     client = make_sampler(base).client(live, 0)

@@ -21,8 +21,8 @@ from engine_operations import decode, make_datums
 from safetensors.torch import load_file
 
 from nat_plugin_evsys import ServiceClient, types
-from nat_plugin_evsys.service.operations import Operation, OperationKind, Outcome
-from nat_plugin_evsys.service.store import Store
+from nat_plugin_evsys.service.store.operations import Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.store import Store
 
 LIVES = 8
 

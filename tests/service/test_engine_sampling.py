@@ -12,8 +12,8 @@ from byte_model import make_model
 from engine_operations import SESSION, EngineHarness, ModelOperations, make_datums, sample_operation
 
 from nat_plugin_evsys.errors import CheckpointError, ModelError
-from nat_plugin_evsys.service import samplers
-from nat_plugin_evsys.service.operations import OperationKind
+from nat_plugin_evsys.service.store.operations import OperationKind
+from nat_plugin_evsys.service.work import samplers
 
 PROMPT = list(b"how are you?")
 

@@ -17,8 +17,8 @@ from engine_operations import SESSION, EngineHarness, ModelOperations, make_datu
 from safetensors.torch import load_file
 
 from nat_plugin_evsys import ServiceClient, types
-from nat_plugin_evsys.service.operations import Operation, OperationKind
-from nat_plugin_evsys.service.store import SessionRow
+from nat_plugin_evsys.service.store.operations import Operation, OperationKind
+from nat_plugin_evsys.service.store.store import SessionRow
 
 STEPS = 3
 

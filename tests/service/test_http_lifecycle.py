@@ -15,7 +15,7 @@ import pytest
 from serve_process import ServerProcess
 
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.service.server import bind
+from nat_plugin_evsys.service.http.server import bind
 
 TTL_BODY: dict[str, Any] = {"adam_params": {"learning_rate": 1e-3}}
 

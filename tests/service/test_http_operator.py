@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from prometheus_client.parser import text_string_to_metric_families
 from serve_process import ALICE, BOB, ServerProcess
 
-from nat_plugin_evsys import cli
+from nat_plugin_evsys.cli import runs as cli
 
 
 def values(server: ServerProcess) -> dict[tuple[str, ...], float]:

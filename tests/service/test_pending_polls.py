@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from nat_plugin_evsys.service.metrics import ServiceMetrics
-from nat_plugin_evsys.service.operations import JSON, Operation, OperationKind, Outcome
-from nat_plugin_evsys.service.pending import Pending
-from nat_plugin_evsys.service.presence import Presence
-from nat_plugin_evsys.service.refusals import Refusal
-from nat_plugin_evsys.service.signing import UrlSigner
-from nat_plugin_evsys.service.store import ModelRow, SessionRow, Store
+from nat_plugin_evsys.service.http.metrics import ServiceMetrics
+from nat_plugin_evsys.service.http.pending import Pending
+from nat_plugin_evsys.service.http.presence import Presence
+from nat_plugin_evsys.service.http.refusals import Refusal
+from nat_plugin_evsys.service.http.signing import UrlSigner
+from nat_plugin_evsys.service.store.operations import JSON, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.store import ModelRow, SessionRow, Store
 
 
 @pytest.fixture

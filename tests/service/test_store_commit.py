@@ -20,8 +20,8 @@ import pytest
 from sqlalchemy import event, text
 
 from nat_plugin_evsys.errors import ConfigError, StoreError
-from nat_plugin_evsys.service.operations import JSON, Effect, Operation, OperationKind, Outcome
-from nat_plugin_evsys.service.store import SessionRow, Store
+from nat_plugin_evsys.service.store.operations import JSON, Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.store import SessionRow, Store
 
 OK = Outcome(b"{}", JSON, effect=Effect.APPLIED)
 
@@ -248,7 +248,9 @@ def test_one_directory_is_opened_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with pytest.raises(ConfigError, match="in use by another server"):
         Store(tmp_path)
-    code = "import pathlib, sys; from nat_plugin_evsys.service.store import Store; Store(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import pathlib, sys; from nat_plugin_evsys.service.store.store import Store; Store(pathlib.Path(sys.argv[1]))"
+    )
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert other.returncode == 1
     assert "ConfigError" in other.stderr

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nat_plugin_evsys.errors import StoreError
-from nat_plugin_evsys.service.operations import JSON, Operation, OperationKind, Outcome
-from nat_plugin_evsys.service.store import ModelRow, SamplerRow, SessionRow, Store
+from nat_plugin_evsys.service.store.operations import JSON, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.store import ModelRow, SamplerRow, SessionRow, Store
 
 SESSION = SessionRow(
     session_id="s1",

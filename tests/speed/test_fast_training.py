@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tinker import types
 
-from nat_plugin_evsys.engine.identity import model_identity
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.identity import model_identity
 
 TOLERANCE = 1e-5
 ROUNDING = 2e-7

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nat_plugin_evsys.engine import memory
-from nat_plugin_evsys.engine.fast_forward import FastForward, fast_forward
-from nat_plugin_evsys.engine.forward import OutputHead
-from nat_plugin_evsys.engine.fused_decoder import FusedDecoder
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.model import BaseModel, wrap_model
-from nat_plugin_evsys.engine.trie import TokenTrie
+from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, fast_forward
+from nat_plugin_evsys.engine.machine import memory
+from nat_plugin_evsys.engine.model.forward import OutputHead
+from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
+from nat_plugin_evsys.engine.tree.trie import TokenTrie
 
 SIZES = {
     "vocab_size": 90,
@@ -83,7 +83,7 @@ def test_either_library_of_products(onednn: bool, base_of: Any, monkeypatch: pyt
     base = base_of("qwen3")
     fast_forward(base, OutputHead(base.model))
     adapter = adapter_of(base)
-    monkeypatch.setattr("nat_plugin_evsys.engine.products.prefers_onednn", lambda: onednn)
+    monkeypatch.setattr("nat_plugin_evsys.engine.machine.products.prefers_onednn", lambda: onednn)
     found, expected = (step(base, adapter, READS["some"], fuse=fuse) for fuse in (True, False))
     for a, b in zip(found, expected, strict=True):
         assert float((a - b).abs().max() / b.abs().max()) < 1e-5
@@ -133,7 +133,7 @@ def test_layers_are_computed_again_where_splitting_costs_more(
     free = 1.2 * expected["activation_bytes:max"]  # half of it may be used
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     monkeypatch.setattr(memory, "_FEWEST_TOKENS", 16)
-    monkeypatch.setattr("nat_plugin_evsys.engine.micro_batches._PASSES", 100)
+    monkeypatch.setattr("nat_plugin_evsys.engine.gradient.micro_batches._PASSES", 100)
     found = small.forward_backward(data, "ppo").metrics
     assert found["recomputed_tokens:sum"] == found["computed_tokens:sum"] == expected["computed_tokens:sum"]
     assert found["activation_bytes:max"] < free / 2

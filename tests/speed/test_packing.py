@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nat_plugin_evsys.engine.memory import MemoryModel
-from nat_plugin_evsys.engine.packing import TokenLimits, cut, plan_packs
-from nat_plugin_evsys.engine.trie import SortedSequences, TokenTrie
+from nat_plugin_evsys.engine.gradient.packing import cut, plan_packs
+from nat_plugin_evsys.engine.machine.memory import MemoryModel, TokenLimits
+from nat_plugin_evsys.engine.tree.trie import SortedSequences, TokenTrie
 
 families = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=9)
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from tinker.types import ModelInput, SamplingParams
 
-from nat_plugin_evsys.engine import packed_linear, span_decoder
-from nat_plugin_evsys.engine.lora import LoraAdapter, applied
-from nat_plugin_evsys.engine.model import BaseModel
-from nat_plugin_evsys.engine.packed_linear import PackedVersions
-from nat_plugin_evsys.engine.rollout_model import RolloutModel
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.sampler import Sampler
+from nat_plugin_evsys.engine.spans import decoder as span_decoder
+from nat_plugin_evsys.engine.spans import packed_linear
+from nat_plugin_evsys.engine.spans.packed_linear import PackedVersions
+from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.errors import ModelError
 
 FAST = ["qwen3", "qwen2", "llama", "llama3_rope", "granite", "qwen3_moe"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nat_plugin_evsys.engine.kv_cache import KVLayout, SlotStore
-from nat_plugin_evsys.engine.span_attention import Level, OwnTokens, Piece, Read, SpanPlan, span_attention
-from nat_plugin_evsys.engine.span_tree import Span, SpanTree
+from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout, SlotStore
+from nat_plugin_evsys.engine.spans.attention import Level, OwnTokens, Piece, Read, SpanPlan, span_attention
+from nat_plugin_evsys.engine.spans.tree import Span, SpanTree
 
 KV_HEADS, HEADS, DIM = 2, 6, 8
 LAYOUT = KVLayout(((KV_HEADS, DIM, DIM),) * 2, torch.float32, torch.device("cpu"))

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nat_plugin_evsys.engine.fast_forward import fast_forward
-from nat_plugin_evsys.engine.forward import OutputHead
-from nat_plugin_evsys.engine.memory import SavedBytes
-from nat_plugin_evsys.engine.model import wrap_model
+from nat_plugin_evsys.engine.gradient.fast_forward import fast_forward
+from nat_plugin_evsys.engine.machine.memory import SavedBytes
+from nat_plugin_evsys.engine.model.forward import OutputHead
+from nat_plugin_evsys.engine.model.loading import wrap_model
 
 
 @pytest.fixture

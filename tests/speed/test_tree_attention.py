@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nat_plugin_evsys.engine.flex_attention import flex_tree_attention
-from nat_plugin_evsys.engine.tree_attention import tree_attention
-from nat_plugin_evsys.engine.tree_plan import Blocks, Run, TreePlan
-from nat_plugin_evsys.engine.trie import TokenTrie
+from nat_plugin_evsys.engine.tree.attention import tree_attention
+from nat_plugin_evsys.engine.tree.flex_attention import flex_tree_attention
+from nat_plugin_evsys.engine.tree.plan import Blocks, Run, TreePlan
+from nat_plugin_evsys.engine.tree.trie import TokenTrie
 
 CPU = torch.device("cpu")
 

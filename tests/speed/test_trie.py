@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nat_plugin_evsys.engine.trie import SortedSequences, TokenTrie
+from nat_plugin_evsys.engine.tree.trie import SortedSequences, TokenTrie
 
 # Two symbols and short lengths make duplicates, prefixes of one another and deep branching common.
 families = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=10)

@@ -22,8 +22,8 @@ from engine_operations import SESSION, EngineHarness, ModelOperations, make_datu
 from tinker import types
 from transformers.utils import logging as transformers_logging
 
-from nat_plugin_evsys.service.operations import Operation, OperationKind
-from nat_plugin_evsys.service.snapshots import SnapshotPolicy
+from nat_plugin_evsys.service.store.operations import Operation, OperationKind
+from nat_plugin_evsys.service.work.states import SnapshotPolicy
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()

@@ -16,10 +16,10 @@ from tinker.proto.response_conv import deserialize_forward_backward_output, dese
 from tinker.types.forward_backward_input import ForwardBackwardInput
 from tinker.types.forward_backward_request import ForwardBackwardRequest
 
-from nat_plugin_evsys.clients.store import CheckpointStore
-from nat_plugin_evsys.service.engine_host import Engine
-from nat_plugin_evsys.service.operations import PROTOBUF, Operation, OperationKind, Outcome
-from nat_plugin_evsys.service.store import SamplerRow, SessionRow, Store
+from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
+from nat_plugin_evsys.service.store.operations import PROTOBUF, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.store import SamplerRow, SessionRow, Store
+from nat_plugin_evsys.service.work.engine import Engine
 
 SESSION = "00000000-0000-4000-8000-000000000000"
 

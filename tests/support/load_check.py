@@ -30,15 +30,15 @@ from safetensors.torch import load_file
 from serve_process import start_server
 from tinker import types
 
-from nat_plugin_evsys.clients.registry import LORA_ALPHA, BaseModels
-from nat_plugin_evsys.clients.store import CheckpointStore
 from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.training import TrainableModel
-from nat_plugin_evsys.service.operations import Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.runtime.bases import LORA_ALPHA, BaseModels
+from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
-from nat_plugin_evsys.service.store import ModelRow, Store
-from nat_plugin_evsys.service.wire import decode_forward_backward
+from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.store import ModelRow, Store
+from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward
 
 KEY = "tml-load-check-0123456789"
 

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from nat_plugin_evsys.engine.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
 VOCAB = 200
 CONTEXT = 160

@@ -11,11 +11,11 @@ import torch
 
 from nat_plugin_evsys.backends.base import LossCallable, SamplingClient
 from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
-from nat_plugin_evsys.engine.lora import LoraAdapter, applied
-from nat_plugin_evsys.engine.model import BaseModel, load_base_model
-from nat_plugin_evsys.engine.operations import OperationFuture
-from nat_plugin_evsys.engine.training import Progress, TrainableModel
-from nat_plugin_evsys.engine.training_queue import TrainingQueue
+from nat_plugin_evsys.engine.gradient.operations import OperationFuture
+from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
+from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
+from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 
 if TYPE_CHECKING:
     import tinker

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from nat_plugin_evsys.clients.results import ForwardBackwardOutput
-from nat_plugin_evsys.engine.operations import OperationFuture
+from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 
 T = TypeVar("T")
 C = TypeVar("C")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from nat_plugin_evsys.engine.operations import OperationFuture
+from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.errors import UnsupportedError
 
 S = TypeVar("S")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from tinker import types
 
-from nat_plugin_evsys.clients.arguments import check_int, check_ttl, refuse_options
 from nat_plugin_evsys.clients.futures import ResultFuture
 from nat_plugin_evsys.clients.methods import awaits, refuses
-from nat_plugin_evsys.clients.runs import RunRecord
-from nat_plugin_evsys.clients.store import SCHEME, parse_path
 from nat_plugin_evsys.engine.checkpoints import read_checkpoint
 from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.runtime.arguments import check_int, check_ttl, refuse_options
+from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, parse_path
+from nat_plugin_evsys.runtime.runs import RunRecord
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.clients.service import ServiceClient

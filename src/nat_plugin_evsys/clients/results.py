@@ -6,7 +6,7 @@ from typing import Any
 
 from tinker import types
 
-from nat_plugin_evsys.engine.sample_result import FieldAccess
+from nat_plugin_evsys.engine.sampling.result import FieldAccess
 
 
 class ForwardBackwardOutput(FieldAccess, types.ForwardBackwardOutput):

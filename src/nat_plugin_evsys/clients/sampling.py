@@ -8,14 +8,14 @@ from typing import Any
 
 from tinker import types
 
-from nat_plugin_evsys.clients.arguments import check_int, refuse_options
 from nat_plugin_evsys.clients.futures import ResultFuture, after, failed
 from nat_plugin_evsys.clients.methods import answers, awaits, refuses
-from nat_plugin_evsys.engine.model import BaseModel
-from nat_plugin_evsys.engine.sample_request import TokenCallback
-from nat_plugin_evsys.engine.sample_result import SampleResult
-from nat_plugin_evsys.engine.sampling_client import LocalSamplingClient, Prompt
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient, Prompt
+from nat_plugin_evsys.engine.sampling.request import TokenCallback
+from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import DataError, EvsysError
+from nat_plugin_evsys.runtime.arguments import check_int, refuse_options
 
 _IN_THIS_PROCESS = "the weights are in this process; save them and create a sampling client from the path there"
 
@@ -63,7 +63,7 @@ class SamplingClient:
             prompt: token ids, as a ModelInput or a list.
             num_samples: sequences, at least 1.
             sampling_params: Tinker's, or ``nat_plugin_evsys.types.SamplingParams`` for ``repetition_penalty``. Logprobs
-                are those of the distribution sampled; ``engine.decoding`` states the order of its steps.
+                are those of the distribution sampled; ``engine.sampling.decoding`` states the order of its steps.
             include_prompt_logprobs: give each prompt token's log-probability at temperature 1; None for the first.
             topk_prompt_logprobs: and those of the k likeliest tokens there.
             topk_sample_logprobs: the k likeliest tokens of each sampled position.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -12,7 +12,19 @@ from typing import Any, Self, TypeVar
 
 from tinker import types
 
-from nat_plugin_evsys.clients.arguments import (
+from nat_plugin_evsys.clients.futures import ClientFuture, ResultFuture
+from nat_plugin_evsys.clients.methods import answers, awaits, refuses
+from nat_plugin_evsys.clients.rest import RestClient
+from nat_plugin_evsys.clients.sampling import SamplingClient
+from nat_plugin_evsys.clients.training import TrainingClient
+from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.builtin import SPECS
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.targets import linear_roles
+from nat_plugin_evsys.errors import ConfigError, EngineClosedError
+from nat_plugin_evsys.runtime.arguments import (
     DEFAULT_RANK,
     check_flag,
     check_int,
@@ -23,20 +35,10 @@ from nat_plugin_evsys.clients.arguments import (
     check_text,
     refuse_options,
 )
-from nat_plugin_evsys.clients.capabilities import capabilities
-from nat_plugin_evsys.clients.futures import ClientFuture, ResultFuture
-from nat_plugin_evsys.clients.methods import answers, awaits, refuses
-from nat_plugin_evsys.clients.registry import LORA_ALPHA, BaseModels, SharedBase
-from nat_plugin_evsys.clients.rest import RestClient
-from nat_plugin_evsys.clients.runs import RunRecord
-from nat_plugin_evsys.clients.sampling import SamplingClient
-from nat_plugin_evsys.clients.store import CheckpointStore, default_store
-from nat_plugin_evsys.clients.training import TrainingClient
-from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.targets import linear_roles
-from nat_plugin_evsys.engine.training import TrainableModel
-from nat_plugin_evsys.errors import ConfigError, EngineClosedError
+from nat_plugin_evsys.runtime.bases import LORA_ALPHA, BaseModels, SharedBase
+from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore, default_store
+from nat_plugin_evsys.runtime.extensions import SupportedModel
+from nat_plugin_evsys.runtime.runs import RunRecord
 
 F = TypeVar("F", bound=ClientFuture[Any] | ResultFuture[Any])
 
@@ -56,7 +58,7 @@ class ServiceClient:
         project_id, display_name, base_url, api_key, default_headers_overrides: refused, as there is no server.
         store: directory of the checkpoints; default ``$EVSYS_HOME/checkpoints``, else ``./.evsys/checkpoints``.
             *Extension*, as are all below.
-        device, dtype: see ``engine.model.load_base_model``.
+        device, dtype: see ``engine.model.loading.load_base_model``.
         context_length: most tokens of a sequence, if fewer than the model's own.
         max_batch_size: most sequences of one policy version that are decoded together.
         trust_remote_code: let a model run code of its own.
@@ -387,3 +389,26 @@ class ServiceClient:
 
 def _closed() -> EngineClosedError:
     return EngineClosedError("the ServiceClient has been closed; create a new one")
+
+
+def capabilities(loaded: Iterable[BaseModel]) -> types.GetServerCapabilitiesResponse:
+    """The builtin models and those in memory."""
+    models = {
+        name: SupportedModel(
+            model_name=name, max_context_length=spec.max_position_embeddings, trainable=True, sampleable=True
+        )
+        for name, spec in SPECS.items()
+    }
+    models.update({base.name: _in_memory(base) for base in loaded})
+    return types.GetServerCapabilitiesResponse(supported_models=list(models.values()))
+
+
+def _in_memory(base: BaseModel) -> SupportedModel:
+    return SupportedModel(
+        model_name=base.name,
+        max_context_length=base.context_length,
+        trainable=True,
+        sampleable=True,
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+    )

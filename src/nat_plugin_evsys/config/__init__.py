@@ -1,8 +1,13 @@
 """The YAML types. Importing this package loads no torch, no transformers and no art."""
 
-from .evaluator import EvsysExactMatchConfig
-from .finetuning import EvsysTrainerAdapterConfig, EvsysTrainerConfig, EvsysTrajectoryBuilderConfig, WarmStartConfig
-from .policy import EvsysPolicyConfig
+from nat_plugin_evsys.config.evaluator import EvsysExactMatchConfig
+from nat_plugin_evsys.config.finetuning import (
+    EvsysTrainerAdapterConfig,
+    EvsysTrainerConfig,
+    EvsysTrajectoryBuilderConfig,
+    WarmStartConfig,
+)
+from nat_plugin_evsys.config.policy import EvsysPolicyConfig
 
 __all__ = [
     "EvsysExactMatchConfig",

@@ -5,7 +5,7 @@ from typing import Literal
 from nat.data_models.evaluator import EvaluatorBaseConfig
 from pydantic import Field
 
-from .strict import StrictConfig
+from nat_plugin_evsys.config.strict import StrictConfig
 
 
 class EvsysExactMatchConfig(StrictConfig, EvaluatorBaseConfig, name="evsys_exact_match"):

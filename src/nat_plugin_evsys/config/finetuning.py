@@ -7,7 +7,7 @@ from nat.data_models.component_ref import LLMRef
 from nat.data_models.finetuning import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
 from pydantic import Field, model_validator
 
-from .strict import StrictConfig
+from nat_plugin_evsys.config.strict import StrictConfig
 
 
 class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys_trajectory_builder"):

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from nat.data_models.llm import LLMBaseConfig
 from pydantic import Field, field_validator, model_validator
 
-from .strict import StrictConfig
+from nat_plugin_evsys.config.strict import StrictConfig
 
 DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
 """NAT's own default of ``finetuning.output_dir``."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from .strict import StrictConfig
+from nat_plugin_evsys.config.strict import StrictConfig
 
 KEY_PREFIX = "tml-"
 """What the tinker SDK insists that a key starts with."""

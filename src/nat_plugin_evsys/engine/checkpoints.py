@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nat_plugin_evsys.engine.atomic import atomic_directory, remove_directory, replace_file, restore_set_aside
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.model import BaseModel
-from nat_plugin_evsys.engine.peft_format import adapter_config, from_peft_names, to_peft_names
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.peft_format import adapter_config, from_peft_names, to_peft_names
 from nat_plugin_evsys.errors import CheckpointError
+from nat_plugin_evsys.files import atomic_directory, remove_directory, replace_file, restore_set_aside
 
 Kind = Literal["sampler", "training", "external"]
 

@@ -10,22 +10,22 @@ from typing import Literal
 
 import torch
 
-from nat_plugin_evsys.engine.decode_batch import DecodeBatch, SamplingPolicy
-from nat_plugin_evsys.engine.kv_cache import SlotStore
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.memory import free_bytes
-from nat_plugin_evsys.engine.model import BaseModel
-from nat_plugin_evsys.engine.model_runner import ModelRunner
-from nat_plugin_evsys.engine.prefix_cache import PrefixCache
-from nat_plugin_evsys.engine.rollout_model import RolloutModel
-from nat_plugin_evsys.engine.row_decoder import RowDecoder
-from nat_plugin_evsys.engine.sample_request import Limits, SampleRequest
-from nat_plugin_evsys.engine.sampling_client import LocalSamplingClient
-from nat_plugin_evsys.engine.slot_decoder import SlotDecoder
-from nat_plugin_evsys.engine.span_decoder import FIRST_LENGTH, SpanDecoder
-from nat_plugin_evsys.engine.span_probe import rollout_model
-from nat_plugin_evsys.engine.span_tree import SpanTree
-from nat_plugin_evsys.engine.stopping import eos_token_ids
+from nat_plugin_evsys.engine.machine.memory import free_bytes
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
+from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch, SamplingPolicy
+from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
+from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
+from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
+from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
+from nat_plugin_evsys.engine.sampling.row_decoder import RowDecoder
+from nat_plugin_evsys.engine.sampling.slot_decoder import SlotDecoder
+from nat_plugin_evsys.engine.sampling.stopping import eos_token_ids
+from nat_plugin_evsys.engine.spans.decoder import FIRST_LENGTH, SpanDecoder
+from nat_plugin_evsys.engine.spans.probe import rollout_model
+from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
+from nat_plugin_evsys.engine.spans.tree import SpanTree
 from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from nat.data_models.finetuning import TrainingJobStatus
 
-from ..errors import ConfigError
-from ..policy.recorder import RecorderTotals
-from ..report.metrics import MetricsLog
-from ..report.summary import RunSummary
-from ..runs import RunDirectory, RunState, is_service_path
-from ..types import CallTally
-from .trajectory_builder import RolloutReport
+from nat_plugin_evsys.calls import CallTally
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
+from nat_plugin_evsys.policy.recorder import RecorderTotals
+from nat_plugin_evsys.report.metrics import MetricsLog
+from nat_plugin_evsys.report.summary import RunSummary
+from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path
 
 
 class RunBooks:

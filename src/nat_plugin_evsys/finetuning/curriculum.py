@@ -22,7 +22,7 @@ from typing import Any
 
 from nat.data_models.finetuning import CurriculumLearningConfig, Trajectory, TrajectoryCollection
 
-from ..errors import ConfigError, DataError
+from nat_plugin_evsys.errors import ConfigError, DataError
 
 PERCENTILE = "curriculum_percentile"
 MIN_REWARD_DIFF = "curriculum_min_reward_diff"

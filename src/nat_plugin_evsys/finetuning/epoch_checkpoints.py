@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..errors import EvsysError
-from ..policy.policy import Policy
-from ..policy.weights import check_place
-from ..runs import is_service_path
-from .bookkeeping import RunBooks
+from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
+from nat_plugin_evsys.policy.policy import Policy
+from nat_plugin_evsys.policy.weights import check_place
+from nat_plugin_evsys.runs import is_service_path
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from nat.data_models.evaluate_runtime import EvaluationRunConfig
 from nat.plugins.eval.runtime.evaluate import EvaluationRun
 
-from ..errors import EvsysError
-from ..report.quiet import quiet_tqdm
-from ..types import Call
-from .sessions import RecordedSessions, Rollouts
+from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.finetuning.sessions import RecordedSessions, Rollouts
+from nat_plugin_evsys.report.quiet import quiet_tqdm
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus
 
-from ..errors import ConfigError
-from ..jobs.job import TrainingJob
-from ..jobs.ledger import JobLedger
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.files import JobLedger
+from nat_plugin_evsys.training.job import TrainingJob
 
 if TYPE_CHECKING:
-    from ..jobs.preference import PreferenceWork
-    from ..jobs.training import TrainingWork
+    from nat_plugin_evsys.training.policy_job import TrainingWork
+    from nat_plugin_evsys.training.preference_job import PreferenceWork
 
 BACKEND = "evsys"
 """``TrainingJobRef.backend`` of every job of this adapter."""

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Protocol
 
 from nat.data_models.finetuning import Trajectory
 
-from ..config import EvsysTrainerAdapterConfig
-from ..errors import ConfigError, DataError
-from ..rollouts.preferences import preference_trajectories
-from ..rollouts.trajectories import TrajectoryGroup, group_of
+from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
+from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.rollouts.preferences import preference_trajectories
+from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup, group_of
 
 if TYPE_CHECKING:
     from tinker import types
 
-    from ..algorithms.policy_gradient import TrainingSettings
-    from ..backends.base import Backend
-    from ..jobs.preference import PreferenceSettings, PreferenceWork, Renderer
-    from ..jobs.training import TrainingWork
+    from nat_plugin_evsys.backends.base import Backend
+    from nat_plugin_evsys.training.policy_gradient import TrainingSettings
+    from nat_plugin_evsys.training.policy_job import TrainingWork
+    from nat_plugin_evsys.training.preference_job import PreferenceSettings, PreferenceWork, Renderer
 
 NOT_FOR_PAIRS = ("loss_fn", "loss_fn_config", "advantage", "groups_per_step", "merge_calls")
 """Settings that preference pairs have no use for; refused with them unless they have their defaults."""
@@ -73,7 +73,7 @@ class JobWork:
 
     def on_groups(self, groups: list[TrajectoryGroup], epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
         """Policy-gradient steps on groups, and their sizes for the ledger."""
-        from ..jobs.training import TrainingWork
+        from nat_plugin_evsys.training.policy_job import TrainingWork
 
         work = TrainingWork(groups, self._settings(epoch), self._loaded_backend, self._policy.publish)
         trajectories = sum(len(group.rewards_G) for group in groups)
@@ -87,7 +87,7 @@ class JobWork:
             ConfigError: a setting that pairs have no use for.
             ValueError: rows that mix pairs with episodes, or an invalid trajectory.
         """
-        from ..jobs.preference import PreferenceWork
+        from nat_plugin_evsys.training.preference_job import PreferenceWork
 
         fields = type(self._config).model_fields
         useless = [name for name in NOT_FOR_PAIRS if getattr(self._config, name) != fields[name].default]
@@ -113,7 +113,7 @@ class JobWork:
         return self._policy.backend
 
     def _settings(self, epoch: int | None) -> TrainingSettings:
-        from ..algorithms.policy_gradient import TrainingSettings
+        from nat_plugin_evsys.training.policy_gradient import TrainingSettings
 
         config = self._config
         return TrainingSettings(
@@ -128,7 +128,7 @@ class JobWork:
         )
 
     def _preference_settings(self, epoch: int | None) -> PreferenceSettings:
-        from ..jobs.preference import PreferenceSettings
+        from nat_plugin_evsys.training.preference_job import PreferenceSettings
 
         config = self._config
         return PreferenceSettings(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from ..config import EvsysPolicyConfig, EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
-from ..errors import ConfigError, DataError
+from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
+from nat_plugin_evsys.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ def check_service(policy: EvsysPolicyConfig) -> None:
     """
     if policy.base_url is None:
         return
-    from ..backends.tinker_service import TinkerService
+    from nat_plugin_evsys.backends.remote.service import TinkerService
 
     TinkerService.of(policy).check(policy.base_model)
 

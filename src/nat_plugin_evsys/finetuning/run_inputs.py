@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import EvsysPolicyConfig, EvsysTrainerConfig
-from ..errors import ConfigError
-from .preflight import check_dataset, check_policy, resolve_config
-from .warm_start import load_demonstrations
+from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerConfig
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, resolve_config
+from nat_plugin_evsys.finetuning.warm_start import load_demonstrations
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config

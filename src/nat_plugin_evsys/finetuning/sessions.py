@@ -19,10 +19,10 @@ from nat.runtime.runner import Runner, RunnerState
 from nat.runtime.session import Session, SessionManager
 from pydantic import BaseModel
 
-from ..policy.recorder import Recorder
-from ..rollouts.seeds import rollout_seed
-from ..types import RunKind
-from .starts import Starts
+from nat_plugin_evsys.calls import RunKind
+from nat_plugin_evsys.finetuning.starts import Starts
+from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.rollouts.seeds import rollout_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,18 +10,18 @@ from nat.data_models.config import Config
 from nat.data_models.finetuning import FinetuneConfig, TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from nat.finetuning.interfaces.finetuning_runner import Trainer
 
-from ..config import EvsysTrainerConfig
-from ..errors import ConfigError
-from ..policy.policy import Policy
-from ..report.metrics import EPOCH, MetricsLog
-from ..report.progress import create_progress
-from .bookkeeping import RunBooks
-from .curriculum import Curriculum
-from .run_inputs import RunInputs
-from .signals import sigterm_cancels
-from .sitting import Sitting
-from .trainer_adapter import EvsysTrainerAdapter
-from .trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
+from nat_plugin_evsys.config import EvsysTrainerConfig
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
+from nat_plugin_evsys.finetuning.curriculum import Curriculum
+from nat_plugin_evsys.finetuning.run import Sitting
+from nat_plugin_evsys.finetuning.run_inputs import RunInputs
+from nat_plugin_evsys.finetuning.signals import sigterm_cancels
+from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
+from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
+from nat_plugin_evsys.policy.policy import Policy
+from nat_plugin_evsys.report.displays import create_progress
+from nat_plugin_evsys.report.metrics import EPOCH, MetricsLog
 
 logger = logging.getLogger(__name__)
 

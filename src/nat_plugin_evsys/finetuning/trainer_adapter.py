@@ -17,20 +17,20 @@ from nat.data_models.finetuning import (
 )
 from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter
 
-from ..config import EvsysTrainerAdapterConfig
-from ..errors import ConfigError, EngineClosedError, ModelError
-from ..jobs.ledger import append_json_lines
-from ..rollouts.preferences import has_preferences
-from ..rollouts.roles import validate_episode_order
-from ..rollouts.trajectories import TrajectoryGroup
-from .job_queue import BACKEND, JobQueue, progress_of
-from .job_work import JobWork, PolicyUnderTraining, groups_of
+from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
+from nat_plugin_evsys.errors import ConfigError, EngineClosedError, ModelError
+from nat_plugin_evsys.files import append_json_lines
+from nat_plugin_evsys.finetuning.job_queue import BACKEND, JobQueue, progress_of
+from nat_plugin_evsys.finetuning.job_work import JobWork, PolicyUnderTraining, groups_of
+from nat_plugin_evsys.rollouts.preferences import has_preferences
+from nat_plugin_evsys.rollouts.roles import validate_episode_order
+from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 
 if TYPE_CHECKING:
     import art
 
-    from ..jobs.preference import PreferenceWork
-    from ..jobs.training import TrainingWork
+    from nat_plugin_evsys.training.policy_job import TrainingWork
+    from nat_plugin_evsys.training.preference_job import PreferenceWork
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +222,6 @@ class EvsysTrainerAdapter(TrainerAdapter):
             return groups
         if kind != "art":
             raise ConfigError(f"unknown kind of trajectory group `{kind}`; it must be `evsys` or `art`")
-        from ..rollouts.art_groups import to_art_groups
+        from nat_plugin_evsys.rollouts.art_groups import to_art_groups
 
         return await asyncio.to_thread(to_art_groups, groups)

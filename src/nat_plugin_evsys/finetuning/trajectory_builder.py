@@ -15,14 +15,14 @@ from nat.data_models.config import Config
 from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig, Trajectory, TrajectoryCollection
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
 
-from ..config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
-from ..errors import ConfigError
-from ..policy.policy import Policy
-from ..rollouts.trajectories import build_trajectory
-from ..types import CallTally, RunKind
-from .evaluation import Attempt, evaluate_policy
-from .preflight import check_dataset, check_policy, check_run, resolve_config
-from .sessions import Rollouts
+from nat_plugin_evsys.calls import CallTally, RunKind
+from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.finetuning.evaluation import Attempt, evaluate_policy
+from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, check_run, resolve_config
+from nat_plugin_evsys.finetuning.sessions import Rollouts
+from nat_plugin_evsys.policy.policy import Policy
+from nat_plugin_evsys.rollouts.trajectories import build_trajectory
 
 logger = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..algorithms.sdft import SdftStep, build_lessons, train_sdft
-from ..algorithms.sft import SftStep, build_sft_datums, train_sft
-from ..errors import ConfigError, DataError
+from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.training.sdft import SdftStep, build_lessons, train_sdft
+from nat_plugin_evsys.training.sft import SftStep, build_sft_datums, train_sft
 
 if TYPE_CHECKING:
-    from ..config import WarmStartConfig
-    from ..policy.policy import Policy
+    from nat_plugin_evsys.config import WarmStartConfig
+    from nat_plugin_evsys.policy.policy import Policy
 
 
 def load_demonstrations(path: Path) -> list[dict[str, Any]]:

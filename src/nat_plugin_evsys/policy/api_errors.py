@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import (
+from nat_plugin_evsys.errors import (
     CheckpointError,
     ConfigError,
     DataError,

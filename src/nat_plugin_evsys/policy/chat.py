@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from ..errors import ConfigError, DataError, ModelError
-from .messages import normalize_messages
-from .tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble, create_parser
+from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
+from nat_plugin_evsys.policy.messages import normalize_messages
+from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble, create_parser
 
 _PROBE = "probe"
 _PROBE_TOOL = {

@@ -12,13 +12,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..errors import EvsysError
-from ..types import RUN_ID_HEADER
-from .api_errors import ApiError
-from .completions import Completion, PolicySource
-from .event_stream import ClientGone, EventStream, Peer, completion_events
-from .protocol import ChatCompletion, ChatCompletionRequest, to_json
-from .recorder import Recorder
+from nat_plugin_evsys.calls import RUN_ID_HEADER
+from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.policy.completions import Completion, PolicySource
+from nat_plugin_evsys.policy.event_stream import ClientGone, EventStream, Peer, completion_events
+from nat_plugin_evsys.policy.protocol import ChatCompletion, ChatCompletionRequest, to_json
+from nat_plugin_evsys.policy.recorder import Recorder
 
 if TYPE_CHECKING:
     from tinker import types

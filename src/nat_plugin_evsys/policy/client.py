@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ..types import RUN_ID_HEADER, STEP_ID_HEADER
+from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER
 
 if TYPE_CHECKING:
     import openai
     from langchain_openai import ChatOpenAI
 
-    from .endpoint import PolicyEndpoint
+    from nat_plugin_evsys.policy.endpoint import PolicyEndpoint
 
 _CONNECT_SECONDS = 10.0
 _MAX_RETRIES = 2

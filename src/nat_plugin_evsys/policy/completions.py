@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EvsysError
-from ..types import RUN_ID_HEADER, STEP_ID_HEADER, Call, RunKind
-from .api_errors import ApiError
-from .chat import ChatRenderer
-from .protocol import (
+from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER, Call, RunKind
+from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.protocol import (
     ChatCompletionRequest,
     Choice,
     ChoiceLogprobs,
@@ -23,14 +23,14 @@ from .protocol import (
     TopLogprob,
     Usage,
 )
-from .recorder import Recorder
-from .streaming import ReplyText, text_ids
-from .tool_calls import assemble
+from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.streaming import ReplyText, text_ids
+from nat_plugin_evsys.policy.tool_calls import assemble
 
 if TYPE_CHECKING:
     from tinker import types
 
-    from ..backends.base import SamplingClient, TokenCallback
+    from nat_plugin_evsys.backends.base import SamplingClient, TokenCallback
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,18 +18,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..errors import ConfigError, EvsysError
-from ..types import RunKind
-from .api_errors import ApiError
-from .chat import ChatRenderer
-from .chat_routes import ChatRoutes, error_response
-from .completions import PolicySource, SamplingDefaults, check_model
-from .recorder import Recorder
+from nat_plugin_evsys.calls import RunKind
+from nat_plugin_evsys.errors import ConfigError, EvsysError
+from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.chat_routes import ChatRoutes, error_response
+from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults, check_model
+from nat_plugin_evsys.policy.recorder import Recorder
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from ..backends.base import SamplingClient
+    from nat_plugin_evsys.backends.base import SamplingClient
 
 __all__ = ["PolicyEndpoint", "SamplingDefaults"]
 

@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..errors import EvsysError
-from .api_errors import ApiError
-from .completions import Completion
-from .protocol import ChatCompletionChunk, ChoiceLogprobs, ChunkChoice, FinishReason, Usage, to_json
-from .recorder import Recorder
-from .streaming import StreamedReply
-from .tool_calls import Piece
+from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.policy.completions import Completion
+from nat_plugin_evsys.policy.protocol import (
+    ChatCompletionChunk,
+    ChoiceLogprobs,
+    ChunkChoice,
+    FinishReason,
+    Usage,
+    to_json,
+)
+from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.streaming import StreamedReply
+from nat_plugin_evsys.policy.tool_calls import Piece
 
 if TYPE_CHECKING:
     from tinker import types

@@ -16,19 +16,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import ConfigError, EvsysError
-from ..types import RunKind
-from .endpoint import PolicyEndpoint, SamplingDefaults
-from .recorder import Recorder
-from .weights import create_backend, create_renderer, first_client, starting_checkpoint
+from nat_plugin_evsys.calls import RunKind
+from nat_plugin_evsys.errors import ConfigError, EvsysError
+from nat_plugin_evsys.policy.endpoint import PolicyEndpoint, SamplingDefaults
+from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.weights import create_backend, create_renderer, first_client, starting_checkpoint
 
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
     from nat.builder.builder import Builder
 
-    from ..backends.base import Backend, SamplingClient
-    from ..config.policy import EvsysPolicyConfig
-    from .chat import ChatRenderer
+    from nat_plugin_evsys.backends.base import Backend, SamplingClient
+    from nat_plugin_evsys.config.policy import EvsysPolicyConfig
+    from nat_plugin_evsys.policy.chat import ChatRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Policy:
         Raises:
             ConfigError: there is no such LLM, or it is of another type.
         """
-        from ..config.policy import EvsysPolicyConfig
+        from nat_plugin_evsys.config.policy import EvsysPolicyConfig
 
         try:
             config = builder.get_llm_config(name)
@@ -104,7 +104,7 @@ class Policy:
     @asynccontextmanager
     async def langchain_client(self) -> AsyncIterator[ChatOpenAI]:
         """A ChatOpenAI bound to the endpoint; its calls carry NAT's run and step ids."""
-        from .client import open_langchain_client
+        from nat_plugin_evsys.policy.client import open_langchain_client
 
         async with open_langchain_client(
             self.endpoint,

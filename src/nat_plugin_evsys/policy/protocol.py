@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .api_errors import ApiError
+from nat_plugin_evsys.policy.api_errors import ApiError
 
 MAX_CHOICES = 128
 MAX_STOPS = 16

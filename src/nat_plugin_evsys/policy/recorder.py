@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ..types import Call, RunKind
+from nat_plugin_evsys.calls import Call, RunKind
 
 
 @dataclass(frozen=True, slots=True)

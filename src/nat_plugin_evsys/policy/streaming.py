@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..types import StopReason
-from .chat import ChatRenderer
-from .tool_calls import Piece, held_back
+from nat_plugin_evsys.calls import StopReason
+from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.tool_calls import Piece, held_back
 
 _REPLACEMENT = "\ufffd"
 

@@ -6,13 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
-from ..runs import is_service_path, resolve_checkpoint
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.runs import is_service_path, resolve_checkpoint
 
 if TYPE_CHECKING:
-    from ..backends.base import Backend, SamplingClient
-    from ..config.policy import EvsysPolicyConfig
-    from .chat import ChatRenderer
+    from nat_plugin_evsys.backends.base import Backend, SamplingClient
+    from nat_plugin_evsys.config.policy import EvsysPolicyConfig
+    from nat_plugin_evsys.policy.chat import ChatRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +64,14 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
         "context_length": config.context_length,
     }
     if config.base_url is not None:
-        from ..backends.tinker import TinkerBackend
-        from ..backends.tinker_service import TinkerService
+        from nat_plugin_evsys.backends.remote.backend import TinkerBackend
+        from nat_plugin_evsys.backends.remote.service import TinkerService
 
         service = TinkerService.of(config)
         return await TinkerBackend.create(
             config.base_model, service=service, tokenizer=config.tokenizer, train=train, **lora
         )
-    from ..backends.local import LocalBackend
+    from nat_plugin_evsys.backends.local import LocalBackend
 
     return await LocalBackend.create(
         config.base_model,
@@ -87,8 +87,8 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
 
 async def first_client(backend: Backend, start: Path | str | None, *, training: bool) -> SamplingClient:
     """Samples from ``start``, or from a fresh adapter. To train, the backend goes on from there too."""
-    from ..backends.tinker import TinkerBackend
-    from ..backends.tinker_session import is_sampler_path
+    from nat_plugin_evsys.backends.remote.backend import TinkerBackend
+    from nat_plugin_evsys.backends.remote.session import is_sampler_path
 
     if start is None:
         return await backend.snapshot_sampling_client()
@@ -105,7 +105,7 @@ def create_renderer(config: EvsysPolicyConfig, tokenizer: Any) -> ChatRenderer:
     Raises:
         ConfigError: no such template file, or the model has no template.
     """
-    from .chat import ChatRenderer
+    from nat_plugin_evsys.policy.chat import ChatRenderer
 
     template = config.chat_template
     if template is not None and not template.is_file():

@@ -12,7 +12,8 @@ from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from .progress import Progress, epoch_text, job_text, phase_text, steps_text, validation_text
+from nat_plugin_evsys.report.progress import Progress
+from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
 if TYPE_CHECKING:
     from nat.data_models.finetuning import TrainingJobStatus

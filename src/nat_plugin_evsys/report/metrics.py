@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..files import atomic_write, to_json
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.files import atomic_write, to_json
 
 WARM_START = "warm_start"
 VALIDATION = "validation"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import atomic_write
-from .metrics import EPOCH, VALIDATION
+from nat_plugin_evsys.files import atomic_write
+from nat_plugin_evsys.report.metrics import EPOCH, VALIDATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

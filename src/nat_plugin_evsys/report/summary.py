@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
-from ..files import atomic_write, to_json
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.files import atomic_write, to_json
 
 
 @dataclass(slots=True)

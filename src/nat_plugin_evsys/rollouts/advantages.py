@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from ..errors import DataError
+from nat_plugin_evsys.errors import DataError
 
 AdvantageMethod = Literal["group_mean", "group_mean_std", "reward"]
 

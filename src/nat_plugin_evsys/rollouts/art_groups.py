@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
-from ..types import Call
-from .episodes import message_chains, new_messages
-from .trajectories import TrajectoryGroup
+from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.rollouts.episodes import message_chains, new_messages
+from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 
 if TYPE_CHECKING:
     import art

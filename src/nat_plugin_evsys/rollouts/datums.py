@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from tinker import Datum, ModelInput, TensorData
 
-from ..errors import DataError
-from ..types import Call
-from .advantages import AdvantageMethod, group_advantages, has_zero_variance
-from .trajectories import TrajectoryGroup
+from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.rollouts.advantages import AdvantageMethod, group_advantages, has_zero_variance
+from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 
 LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
 """Losses that read sampler logprobs and advantages."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from nat.data_models.finetuning import EpisodeItem, EpisodeItemRole
 
-from ..types import Call
-from .roles import FIRST, OBSERVATIONS
+from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.rollouts.roles import FIRST, OBSERVATIONS
 
 Message = dict[str, Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nat.data_models.finetuning import DPOItem, Trajectory
 
-from ..errors import DataError
+from nat_plugin_evsys.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

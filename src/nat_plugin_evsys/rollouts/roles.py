@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from nat.data_models.finetuning import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory
 
-from ..errors import DataError
+from nat_plugin_evsys.errors import DataError
 
 OBSERVATIONS = frozenset({EpisodeItemRole.TOOL, EpisodeItemRole.FUNCTION, EpisodeItemRole.ENVIRONMENT})
 """What the world answers: may follow an assistant turn and other observations."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from nat.data_models.finetuning import Trajectory
 
-from ..errors import DataError
-from ..types import Call
-from .episodes import episode_of
-from .roles import validate_episode_order
+from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.rollouts.episodes import episode_of
+from nat_plugin_evsys.rollouts.roles import validate_episode_order
 
 CALLS_KEY = "calls"
 """Key of ``Trajectory.metadata`` under which the exact tokens travel through NAT."""

@@ -3,10 +3,10 @@
 Standard library and PyYAML only, so that serving a checkpoint can ask where it lies without importing the trainer.
 """
 
-from .checkpoints import is_service_path, resolve_checkpoint
-from .directory import RunDirectory
-from .settings import changed_settings, redact
-from .state import CheckpointRecord, RunState
+from nat_plugin_evsys.runs.checkpoints import is_service_path, resolve_checkpoint
+from nat_plugin_evsys.runs.directory import RunDirectory
+from nat_plugin_evsys.runs.settings import changed_settings, redact
+from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
 
 __all__ = [
     "CheckpointRecord",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError
-from .directory import RunDirectory
-from .state import CheckpointRecord
+from nat_plugin_evsys.errors import CheckpointError, ConfigError
+from nat_plugin_evsys.runs.directory import RunDirectory
+from nat_plugin_evsys.runs.state import CheckpointRecord
 
 MANIFEST = "manifest.json"
 SERVICE_SCHEME = "tinker://"

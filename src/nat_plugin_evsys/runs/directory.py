@@ -25,10 +25,10 @@ from typing import IO, Any, ClassVar
 
 import yaml
 
-from ..errors import CheckpointError, ConfigError
-from ..files import atomic_write, to_json
-from .settings import changed_settings, redact, settings_hash
-from .state import CheckpointRecord, RunState
+from nat_plugin_evsys.errors import CheckpointError, ConfigError
+from nat_plugin_evsys.files import atomic_write, to_json
+from nat_plugin_evsys.runs.settings import changed_settings, redact, settings_hash
+from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
 
 
 class RunDirectory:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import CheckpointError
+from nat_plugin_evsys.errors import CheckpointError
 
 RunStatus = Literal["running", "finished", "failed", "interrupted"]
 

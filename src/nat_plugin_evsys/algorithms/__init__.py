@@ -1,1 +1,0 @@
-"""Training algorithms over a Backend: each turns rows into Datums and a loss. One module each: rl, sft, sdft, dpo."""

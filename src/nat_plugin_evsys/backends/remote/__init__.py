@@ -1,0 +1,1 @@
+"""Any service that speaks the Tinker protocol, as a backend."""

@@ -1,0 +1,193 @@
+"""Any service that speaks the Tinker protocol as a ``Backend``."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nat_plugin_evsys.backends.base import LossCallable
+from nat_plugin_evsys.backends.remote.sampling import TinkerSamplingClient
+from nat_plugin_evsys.backends.remote.service import TinkerService
+from nat_plugin_evsys.backends.remote.session import ServiceOperation, TinkerSession, checked_uri, sampler_uri
+from nat_plugin_evsys.backends.remote.tokenizer import find_tokenizer
+from nat_plugin_evsys.backends.remote.waiting import in_thread, sdk_future
+from nat_plugin_evsys.errors import ModelError
+
+if TYPE_CHECKING:
+    import tinker
+    import torch
+    from tinker import types
+
+
+class TinkerBackend:
+    """A LoRA adapter on a Tinker service, over the SDK's ``ServiceClient``.
+
+    Operations run in submission order. Cancelling stops the waiting only: what was submitted is done.
+
+    Attributes:
+        base_model: the service's name of it.
+        checkpoint_dir: for the protocol alone; ``save_*`` save on the service and return a tinker:// path.
+        policy_version: of the latest snapshot, -1 before the first.
+        context_length: most tokens of one sequence, or None where nobody says.
+    """
+
+    def __init__(self, session: TinkerSession, *, checkpoint_dir: Path, context_length: int | None = None) -> None:
+        self.base_model = session.base_model
+        self.checkpoint_dir = Path(checkpoint_dir)
+        self.policy_version = -1
+        self.context_length = context_length
+        self._session = session
+        self._tokenizer: Any = None
+
+    @classmethod
+    async def create(
+        cls,
+        base_model: str,
+        *,
+        service: TinkerService,
+        rank: int = 16,
+        seed: int | None = 0,
+        train_attn: bool = True,
+        train_mlp: bool = True,
+        train_unembed: bool = False,
+        checkpoint_dir: Path,
+        context_length: int | None = None,
+        tokenizer: str | None = None,
+        train: bool = True,
+    ) -> TinkerBackend:
+        """Open a session on the service.
+
+        Args:
+            context_length: enforced here; default is what the service says.
+            tokenizer: local directory or hub id of the tokenizer, where ``base_model`` leads to none.
+            train: make a fresh adapter at once. Otherwise it is made at the first operation that needs one, so that a
+                process that only samples makes none.
+
+        Raises:
+            ServiceUnavailableError: the service cannot be reached.
+            ConfigError: it refuses the key, does not serve ``base_model``, or there is no tokenizer here.
+            ModelError: ``context_length`` is more than the service has.
+            ServiceError: it refuses the adapter.
+        """
+        longest = await asyncio.to_thread(service.check, base_model)
+        if context_length is not None and longest is not None and context_length > longest:
+            raise ModelError(f"context_length {context_length} does not fit `{base_model}`; the service has {longest}")
+        lora = {"rank": rank, "seed": seed, "train_attn": train_attn, "train_mlp": train_mlp}
+        session = await TinkerSession.open(service, base_model, {**lora, "train_unembed": train_unembed})
+        backend = cls(session, checkpoint_dir=checkpoint_dir, context_length=context_length or longest)
+        try:
+            if train:
+                await session.train("creating the adapter", "start", lambda _: None)
+            backend._tokenizer = await find_tokenizer(session, tokenizer)
+        except BaseException:
+            await session.close()
+            raise
+        return backend
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def forward_backward_async(
+        self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
+    ) -> ServiceOperation[types.ForwardBackwardOutput]:
+        """See ``Backend``."""
+        return self._session.train(
+            "forward_backward", "data", lambda client: client.forward_backward(data, loss_fn, loss_fn_config)
+        )
+
+    def forward_async(
+        self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
+    ) -> ServiceOperation[types.ForwardBackwardOutput]:
+        """See ``Backend``."""
+        return self._session.train("forward", "data", lambda client: client.forward(data, loss_fn, loss_fn_config))
+
+    def forward_backward_custom_async(
+        self, data: list[tinker.Datum], loss_fn: LossCallable
+    ) -> ServiceOperation[types.ForwardBackwardOutput]:
+        """See ``Backend``. ``loss_fn`` runs here, between a forward and a backward on the service.
+
+        When it fails, the SDK takes nothing more for this adapter; ``load_state`` makes another.
+        """
+
+        def with_its_sum(data: list[Any], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+            loss, metrics = loss_fn(data, logprobs)
+            # older releases of the SDK report the surrogate's
+            return loss, {**metrics, "loss:sum": float(loss.detach().sum())}
+
+        return self._session.train(
+            "forward_backward_custom", "data", lambda client: client.forward_backward_custom(data, with_its_sum)
+        )
+
+    def optim_step_async(self, adam: types.AdamParams) -> ServiceOperation[types.OptimStepResponse]:
+        """See ``Backend``."""
+        return self._session.train("optim_step", "step", lambda client: client.optim_step(adam))
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    async def save_for_sampler(self, name: str) -> str:
+        """Save the weights for sampling; returns ``tinker://…/sampler_weights/<name>``."""
+        saved = await self._session.train(
+            f"saving {name} for sampling", "save", lambda client: client.save_weights_for_sampler(name)
+        )
+        return sampler_uri(str(saved.path))
+
+    async def save_full_state(self, name: str) -> str:
+        """Save weights and optimizer state; returns ``tinker://…/weights/<name>``."""
+        saved = await self._session.train(f"saving {name}", "save", lambda client: client.save_state(name))
+        return str(saved.path)
+
+    async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
+        """Go on from a checkpoint of the service, in a new training run.
+
+        Raises:
+            CheckpointError: none of a service's, gone, or of another base model or rank.
+        """
+        await self._session.load(checked_uri(path), with_optimizer=with_optimizer)
+
+    async def delete_checkpoint(self, path: str) -> None:
+        """Delete a checkpoint of the service. *Extension.*"""
+        watch, uri = self._session.watch, checked_uri(path)
+
+        def delete() -> None:
+            sdk_future(watch.service.rest_client().delete_checkpoint_from_tinker_path(uri)).result()
+
+        await watch.wait(in_thread(delete, "evsys-delete"), f"deleting {path}", "checkpoint")
+
+    # -- sampling ---------------------------------------------------------------------------------------------------
+
+    async def snapshot_sampling_client(self, name: str | None = None) -> TinkerSamplingClient:
+        """See ``Backend``. Before there is an adapter, the base model is sampled: a fresh adapter adds nothing."""
+        if name is not None:
+            return await self.checkpoint_sampling_client(await self.save_for_sampler(name))
+        if self._session.training_client is None:
+            return self._next_version(await self._session.open_sampler(None))
+        publishing = self._session.train(
+            "publishing the weights", "save", lambda client: client.save_weights_and_get_sampling_client()
+        )
+        return self._next_version(await publishing)
+
+    async def checkpoint_sampling_client(self, path: str) -> TinkerSamplingClient:
+        """Sample from a checkpoint of the service, without an adapter to train. *Extension.*
+
+        Raises:
+            CheckpointError: none of a service's, gone, or of another base model.
+        """
+        return self._next_version(await self._session.open_sampler(checked_uri(path)))
+
+    def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the base model."""
+        return self._tokenizer
+
+    async def is_healthy(self) -> bool:
+        """True when the session is open and the service answers what it can do."""
+        return not self._session.closed and await asyncio.to_thread(self._session.watch.service.is_healthy)
+
+    async def close(self) -> None:
+        """Finish the session on the service, which frees the adapter there. Checkpoints stay."""
+        await self._session.close()
+
+    # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _next_version(self, client: Any) -> TinkerSamplingClient:
+        self.policy_version += 1
+        return TinkerSamplingClient(client, self.policy_version, self._session.watch, self.context_length)

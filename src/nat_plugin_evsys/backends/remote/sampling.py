@@ -1,0 +1,109 @@
+"""Sampling from one policy version on a Tinker service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nat_plugin_evsys.backends.base import TokenCallback
+from nat_plugin_evsys.backends.remote.errors import ServiceError
+from nat_plugin_evsys.backends.remote.waiting import ServiceWatch, sdk_future
+from nat_plugin_evsys.errors import DataError, PromptTooLongError, UnsupportedError
+
+if TYPE_CHECKING:
+    from tinker import types
+
+
+class TinkerSamplingClient:
+    """``backends.base.SamplingClient`` over the SDK's sampling client.
+
+    Args:
+        client: the SDK's.
+        policy_version: what its samples are recorded under.
+        context_length: most tokens of prompt and sample together, where it is known.
+    """
+
+    def __init__(
+        self, client: Any, policy_version: int, watch: ServiceWatch, context_length: int | None = None
+    ) -> None:
+        self.policy_version = policy_version
+        self._client = client
+        self._watch = watch
+        self._context_length = context_length
+        self._what = f"sample of policy version {policy_version}"
+
+    async def sample_async(
+        self,
+        prompt: types.ModelInput,
+        num_samples: int,
+        sampling_params: types.SamplingParams,
+        include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        *,
+        topk_sample_logprobs: int = 0,
+        on_tokens: TokenCallback | None = None,
+    ) -> types.SampleResponse:
+        """See ``SamplingClient``. ``on_tokens`` is called once for each sequence, at the end.
+
+        Raises:
+            PromptTooLongError: the prompt leaves no room for one token.
+            DataError: no sample was asked for, or the prompt is empty.
+            UnsupportedError: an option that the protocol or the installed SDK lacks.
+            ServiceError: the service failed, refused, or gave no logprobs.
+        """
+        if num_samples < 1:
+            raise DataError(f"num_samples must be at least 1, got {num_samples}")
+        params = _plain(sampling_params, self._room(prompt, sampling_params.max_tokens))
+        options = {"topk_sample_logprobs": topk_sample_logprobs} if topk_sample_logprobs else {}
+        try:
+            returned = self._client.sample(
+                prompt, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs, **options
+            )
+        except TypeError as error:
+            raise self._watch.service.readable(error, self._what, "sample") from error
+        response = await self._watch.wait(sdk_future(returned), self._what, "sample", cancel=True)
+        for index, sequence in enumerate(response.sequences):
+            tokens, logprobs = sequence.tokens, sequence.logprobs
+            if logprobs is None or len(logprobs) != len(tokens):
+                given = "no logprobs" if logprobs is None else f"{len(logprobs)} logprobs"
+                raise ServiceError(
+                    f"{self._what}: the service at {self._watch.service.url} gave {given} for {len(tokens)} tokens; "
+                    "nothing can be trained on that",
+                    category="server",
+                )
+            if on_tokens is not None:
+                on_tokens(index, list(tokens), list(logprobs))
+        return response
+
+    async def compute_logprobs_async(self, prompt: types.ModelInput) -> list[float | None]:
+        """See ``SamplingClient``. Raises what ``sample_async`` raises."""
+        self._room(prompt, 1)
+        returned = self._client.compute_logprobs(prompt)
+        return await self._watch.wait(sdk_future(returned), "compute_logprobs", "sample", cancel=True)
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer that the SDK finds for the base model."""
+        return self._client.get_tokenizer()
+
+    def _room(self, prompt: types.ModelInput, max_tokens: int | None) -> int | None:
+        """``max_tokens``, or less where the context ends first."""
+        if not prompt.length:
+            raise DataError("the prompt is empty; give at least one token (for instance the BOS token)")
+        if self._context_length is None:
+            return max_tokens
+        room = self._context_length - prompt.length
+        if room < 1:
+            raise PromptTooLongError(prompt.length, max_tokens or 1, self._context_length)
+        return room if max_tokens is None else min(room, max_tokens)
+
+
+def _plain(params: types.SamplingParams, max_tokens: int | None) -> types.SamplingParams:
+    """The parameters that the protocol has, with ``max_tokens``."""
+    from tinker import types
+
+    penalty = float(getattr(params, "repetition_penalty", 1.0))
+    if penalty != 1.0:
+        raise UnsupportedError(f"repetition_penalty {penalty}: the Tinker protocol has none; leave it at 1")
+    fields = {name: getattr(params, name) for name in types.SamplingParams.model_fields}
+    # The protocol does not say how long a seed may be; SkyRL's server takes 31 bits.
+    seed = None if params.seed is None else params.seed % 2**31
+    return types.SamplingParams(**{**fields, "max_tokens": max_tokens, "seed": seed})

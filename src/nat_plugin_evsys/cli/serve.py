@@ -1,0 +1,148 @@
+"""``nat evsys serve`` and ``nat evsys status``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nat_plugin_evsys.errors import ConfigError, EvsysError
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.config.serve import ServeConfig
+
+KEYS_VARIABLE = "EVSYS_API_KEYS"
+
+_STATUS_SECONDS = 10.0
+
+
+@click.command(name="serve")
+@click.option(
+    "--base-model",
+    "base_models",
+    multiple=True,
+    required=True,
+    help="Model to serve: a Hugging Face id, a local directory, or builtin/tiny. Repeatable.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; off loopback needs a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--store",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of sessions, results and checkpoints; default $EVSYS_HOME/service, else ./.evsys/service.",
+)
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    help=f"Key of one user, tml-…; repeatable. Other users of the machine see it: better {KEYS_VARIABLE} or a file.",
+)
+@click.option(
+    "--api-key-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with a key in each line; # begins a comment.",
+)
+@click.option(
+    "--policy", "policies", multiple=True, metavar="NAME=PATH", help="Serve a tinker:// path under a name. Repeatable."
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option("--context-length", type=int, help="Upper bound of tokens in a sequence; default the model's own.")
+@click.option("--max-batch-size", type=int, default=64, show_default=True, help="Sequences decoded together.")
+@click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Where builtin models are kept.")
+@click.option("--trust-remote-code", is_flag=True, help="Let transformers run code shipped with the model.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--session-timeout", type=float, default=1800.0, show_default=True, help="Idle seconds until parked.")
+@click.option("--session-ttl", type=float, default=7 * 86400.0, show_default=True, help="Idle seconds until forgotten.")
+@click.option(
+    "--housekeeping-seconds", type=float, default=15.0, show_default=True, help="Between looks for idle ones."
+)
+@click.option("--max-queued-per-owner", type=int, default=4096, show_default=True, help="Unfinished operations a key.")
+@click.option("--max-queued", type=int, default=16384, show_default=True, help="Unfinished operations in all.")
+@click.option("--shutdown-seconds", type=float, default=30.0, show_default=True, help="Time to park work at the end.")
+@click.option("--poll-seconds", type=float, default=25.0, show_default=True, help="Longest hold of a client's poll.")
+@click.option("--retain-operations", is_flag=True, help="Keep every operation's payload, to run the log again.")
+def serve_command(
+    api_keys: tuple[str, ...], api_key_file: Path | None, policies: tuple[str, ...], store: Path | None, **settings: Any
+) -> None:
+    """Train and sample over HTTP: the Tinker protocol for the tinker SDK, and OpenAI's chat completions."""
+    try:
+        settings["api_keys"] = [*api_keys, *_keys_of_environment(), *_keys_of_file(api_key_file)]
+        settings["policies"] = dict(_named(policy) for policy in policies)
+        config = _config({**settings, **({} if store is None else {"store": store})})
+        from nat_plugin_evsys.service.http.server import serve
+
+        serve(config, _announce)
+    except EvsysError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.command(name="status")
+@click.option("--url", help="Of the server; default $TINKER_BASE_URL, else http://127.0.0.1:8000.")
+@click.option("--api-key", help="Default $TINKER_API_KEY.")
+@click.option("--json", "as_json", is_flag=True, help="Print what the server answers as it is.")
+def status_command(url: str | None, api_key: str | None, as_json: bool) -> None:
+    """Show a server's models, queue, memory and speed."""
+    import httpx
+
+    from nat_plugin_evsys.cli.status_table import status_table
+
+    url = (url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000").rstrip("/")
+    key = api_key or os.environ.get("TINKER_API_KEY")
+    try:
+        answer = httpx.get(f"{url}/status", headers={"x-api-key": key} if key else {}, timeout=_STATUS_SECONDS)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise click.ClickException(f"no answer from {url}: {error}; is `nat evsys serve` running there?") from error
+    if answer.status_code != 200:
+        raise click.ClickException(f"{url} answered {answer.status_code}: {answer.text[:500]}")
+    click.echo(answer.text if as_json else status_table(answer.json()))
+
+
+def _announce(line: str) -> None:
+    print(line, flush=True)  # whoever started the server may wait for the line in a pipe
+
+
+def _keys_of_environment() -> list[str]:
+    return os.environ.get(KEYS_VARIABLE, "").replace(",", " ").split()
+
+
+def _keys_of_file(path: Path | None) -> Iterable[str]:
+    if path is None:
+        return []
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--api-key-file {path} cannot be read: {error}") from error
+    keys = [line for line in lines if line]
+    if not keys:
+        raise ConfigError(f"--api-key-file {path} has no key in it; write one tml-… key a line")
+    return keys
+
+
+def _named(policy: str) -> tuple[str, str]:
+    name, separator, path = policy.partition("=")
+    if not separator or not name or not path.startswith("tinker://"):
+        raise ConfigError(f"--policy must be NAME=tinker://…, got {policy!r}")
+    return name, path
+
+
+def _config(settings: dict[str, Any]) -> ServeConfig:
+    from pydantic import ValidationError
+
+    from nat_plugin_evsys.config.serve import ServeConfig
+
+    try:
+        return ServeConfig(**{**settings, "base_models": list(settings["base_models"])})
+    except ValidationError as error:
+        # Without the input: it may be a key.
+        lines = error.errors(include_url=False, include_context=False, include_input=False)
+        raise ConfigError("; ".join(_problem(line) for line in lines)) from error
+
+
+def _problem(line: Any) -> str:
+    """One of pydantic's errors, with the name of the option that it is about."""
+    message = line["msg"].removeprefix("Value error, ")
+    return f"{line['loc'][0]}: {message}" if line["loc"] else message

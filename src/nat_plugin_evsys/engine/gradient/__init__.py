@@ -1,0 +1,1 @@
+"""Datums -> loss -> gradient -> step."""

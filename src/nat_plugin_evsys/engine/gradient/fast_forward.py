@@ -1,0 +1,248 @@
+"""The fast forward pass: each distinct prefix of a step's Datums is computed once, without padding and without masks.
+
+``FastForward`` gives what ``forward.hidden_rows`` and ``forward.target_logprobs`` give for padded batches. A model
+takes it only after a probe has shown that its hidden states are the same either way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nat_plugin_evsys.engine.gradient.datums import Example
+from nat_plugin_evsys.engine.machine.memory import MemoryModel, SavedBytes
+from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows
+from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.tree.attention import attending, install
+from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
+from nat_plugin_evsys.engine.tree.plan import TreePlan
+from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
+from nat_plugin_evsys.engine.tree.unembedding import Pairs, pair_logprobs
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = (16, 80)
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which positions of a Datum are read, (N,) bool on the CPU each.
+
+    Attributes:
+        wanted: their logprobs are computed.
+        gradient: their logprobs carry gradient; a part of ``wanted``.
+    """
+
+    wanted: Tensor
+    gradient: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens up to the last wanted position."""
+        places = self.wanted.nonzero()
+        return int(places[-1]) + 1 if len(places) else 0
+
+
+class FastForward:
+    """Forward passes of one base model over packs.
+
+    Attributes:
+        longest: tokens of the longest sequence that it takes; None means any. A sliding-window layer attends to
+            everything only while a sequence is no longer than its window.
+        fused: the decoder as ``fused_decoder`` computes it; None where it goes through transformers' classes.
+    """
+
+    def __init__(self, base: BaseModel, head: OutputHead, *, fuse: bool = True) -> None:
+        self._base = base
+        self._head = head
+        self.longest = _shortest_window(base)
+        self.fused = FusedDecoder.of(base.model) if fuse else None
+
+    def takes(self, length: int) -> bool:
+        """Whether a sequence of ``length`` tokens may be in a pack."""
+        return self.longest is None or length <= self.longest
+
+    def hidden(self, trie: TokenTrie, read: Tensor, adapter: LoraAdapter | None, *, keep: bool = True) -> Tensor:
+        """Last hidden states of the trie's rows ``read`` (R,), rising: [R, H].
+
+        ``keep=False`` is for fused layers: they keep their input only and are computed again in the backward pass.
+        """
+        if self.fused is not None:
+            return self.fused.hidden(trie, read, adapter, keep=keep)
+        device = self._base.device
+        ids = torch.from_numpy(trie.tokens)[None].to(device)
+        positions = torch.from_numpy(trie.depths)[None].to(device)
+        with applied(adapter), attending(TreePlan.build(trie, device)):
+            out = self._base.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden if len(read) == len(hidden) else hidden[read.to(device)]
+
+    def memory_model(self, adapter: LoraAdapter, *, keep: bool = True) -> MemoryModel:
+        """What a pack's forward pass keeps for the backward pass with such an adapter."""
+        small, large = ((n, self._kept(adapter, np.arange(n) % self._base.vocab_size, keep)) for n in _PROBE_TOKENS)
+        return MemoryModel.fit(small, large)
+
+    def _kept(self, adapter: LoraAdapter, tokens: Ids, keep: bool) -> float:
+        saved = SavedBytes([*self._base.model.parameters(), *(t for _, t in adapter.named_tensors())])
+        with torch.enable_grad(), saved.counting():
+            self.hidden(TokenTrie.build([tokens]), torch.arange(len(tokens)), adapter, keep=keep)
+        if keep or self.fused is None:
+            return saved.total
+        # One layer at a time has what it keeps otherwise.
+        layers = len(self.fused.layers)
+        return saved.total + (self._kept(adapter, tokens, keep=True) - saved.total) / layers
+
+    def logprobs(
+        self,
+        adapter: LoraAdapter,
+        trie: TokenTrie,
+        examples: Sequence[Example],
+        reads: Sequence[Reads],
+        *,
+        keep: bool = True,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of each Datum: logprobs in the shape of its targets, 0 where not wanted; entropy (N,), 0 without gradient.
+
+        Args:
+            adapter: the adapter.
+            trie: over the Datums' tokens, each up to its last wanted position at least.
+            examples: the Datums.
+            reads: which positions of each are wanted.
+            keep: see ``hidden``.
+        """
+        places = [r.wanted.nonzero().squeeze(1) for r in reads]
+        read, at = torch.cat([torch.from_numpy(r)[p] for r, p in zip(trie.rows, places, strict=True)]).unique(
+            return_inverse=True
+        )
+        hidden = self.hidden(trie, read, adapter, keep=keep)
+        rows = at.split([len(p) for p in places])
+        targets = [_matrix(e.targets)[p] for e, p in zip(examples, places, strict=True)]
+        gradient = [r.gradient[p] for r, p in zip(reads, places, strict=True)]
+        lp, entropy = self._of_rows(adapter, hidden, rows, targets, gradient)
+        out = []
+        for e, place, row, part in zip(examples, places, rows, lp, strict=True):
+            shape, place = _matrix(e.targets).shape, place.to(hidden.device)
+            whole = lp[0].new_zeros(shape).index_copy(0, place, part)
+            entropies = entropy.new_zeros(len(e)).index_copy(0, place, entropy[row.to(hidden.device)])
+            out.append((whole.view(e.targets.shape), entropies))
+        return out
+
+    def _of_rows(
+        self,
+        adapter: LoraAdapter,
+        hidden: Tensor,
+        rows: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        gradient: Sequence[Tensor],
+    ) -> tuple[list[Tensor], Tensor]:
+        """Logprobs of ``targets[i] [n, K]`` at ``rows[i] [n]``, and the entropy of each row of ``hidden``, [R]."""
+        vocabulary, device = self._base.vocab_size, hidden.device
+        # Datums that share a row and a target there share the pair; np.unique sorts by row as well.
+        keys = torch.cat([(r[:, None] * vocabulary + t).reshape(-1) for r, t in zip(rows, targets, strict=True)])
+        unique, inverse = np.unique(keys.numpy(), return_inverse=True)
+        flat = torch.cat([g[:, None].expand_as(t).reshape(-1) for g, t in zip(gradient, targets, strict=True)])
+        with_gradient = np.zeros(len(unique), dtype=bool)
+        with_gradient[inverse[flat.numpy()]] = True
+        key = torch.from_numpy(unique).to(device)
+        pairs = Pairs(key // vocabulary, key % vocabulary)
+        lp, entropy = pair_logprobs(self._head, adapter, hidden, pairs, torch.from_numpy(with_gradient).to(device))
+        parts = lp[torch.from_numpy(inverse).to(device)].split([t.numel() for t in targets])
+        return [p.view(t.shape) for p, t in zip(parts, targets, strict=True)], entropy
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Of a base model: why it cannot take the fast path, "" if it can, and whether its layers can be fused."""
+
+    refusal: str
+    fuse: bool = True
+
+
+# The verdict alone: a FastForward holds its base model, which would then stay alive as its own key.
+_VERDICTS: WeakKeyDictionary[BaseModel, _Verdict] = WeakKeyDictionary()
+
+
+def fast_forward(base: BaseModel, head: OutputHead) -> tuple[FastForward | None, str]:
+    """``(the fast path, "")``, or ``(None, why this model cannot take it)``; found out once a base model."""
+    if base not in _VERDICTS:
+        _VERDICTS[base] = _find_out(base, head)
+        if _VERDICTS[base].refusal:
+            logger.warning("%s trains on padded batches, the slow way: %s", base.name, _VERDICTS[base].refusal)
+    verdict = _VERDICTS[base]
+    return (None, verdict.refusal) if verdict.refusal else (FastForward(base, head, fuse=verdict.fuse), "")
+
+
+def _find_out(base: BaseModel, head: OutputHead) -> _Verdict:
+    """Leaves trie attention installed in a model that can take the fast path."""
+    config = base.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
+    if kinds & _LENGTH_DEPENDENT_ROPE:
+        return _Verdict(
+            f"its rotary embedding depends on the longest sequence of a batch ({', '.join(map(str, kinds))})"
+        )
+    before = config._attn_implementation
+    if not install(base.model):
+        return _Verdict(f"its attention is {before!r}, not transformers' SDPA")
+    fast = FastForward(base, head)
+    reason = _mismatch(base, fast)
+    if reason and fast.fused is not None:
+        logger.warning("%s trains through transformers' own layers: with fused ones %s", base.name, reason)
+        reason = _mismatch(base, FastForward(base, head, fuse=False))
+        if not reason:
+            return _Verdict("", fuse=False)
+    if reason:
+        config._attn_implementation_internal = before
+    return _Verdict(reason)
+
+
+def _mismatch(base: BaseModel, fast: FastForward) -> str:
+    """What is wrong with the hidden states of a probe, "" if nothing."""
+    try:
+        gap = _gap_on_probe(base, fast)
+    except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; the plain path needs none of it
+        return f"it does not run over a token trie: {one_line(exc)}"
+    if gap <= (1e-4 if base.dtype == torch.float32 else 5e-2):
+        return ""
+    return f"over a token trie its hidden states are off by {gap:.1e}, relative to the largest"
+
+
+def _gap_on_probe(base: BaseModel, fast: FastForward) -> float:
+    """Largest difference between trie and padded hidden states, relative to the largest; the probe has branches."""
+    generator = np.random.default_rng(0)
+    trunk = generator.integers(0, base.vocab_size, 7)
+    tails = [generator.integers(0, base.vocab_size, n) for n in (3, 3, 5)]
+    family: list[Ids] = [np.concatenate([trunk[:k], t]) for k, t in zip((7, 7, 4), tails, strict=True)]
+    window = fast.longest or 10
+    family = [s[:window] for s in (*family, generator.integers(0, base.vocab_size, 6))]
+    trie = TokenTrie.build(family)
+    with torch.no_grad(), applied(None):
+        plain = hidden_rows(base.model, [torch.from_numpy(s) for s in family], base.device)
+        found = fast.hidden(trie, torch.arange(len(trie)), None)
+        packed = found[torch.from_numpy(np.concatenate(trie.rows)).to(base.device)]
+    return float((plain - packed).abs().max() / plain.abs().max())
+
+
+def _matrix(targets: Tensor) -> Tensor:
+    """(N,) or (N, K) -> (N, K)."""
+    return targets if targets.dim() == 2 else targets[:, None]
+
+
+def _shortest_window(base: BaseModel) -> int | None:
+    """Tokens up to which every layer attends to everything before it; None if without end."""
+    config = base.model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention", "chunked_attention"])
+    windows = []
+    if "sliding_attention" in kinds and getattr(config, "use_sliding_window", True):
+        windows.append(getattr(config, "sliding_window", None))
+    if "chunked_attention" in kinds:
+        windows.append(getattr(config, "attention_chunk_size", None))
+    return min((w for w in windows if w), default=None)

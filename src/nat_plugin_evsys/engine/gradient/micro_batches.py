@@ -1,0 +1,192 @@
+"""A step in parts that fit memory: planned, then run forward (and backward) one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nat_plugin_evsys.engine.gradient.batching import default_token_budget, plan_micro_batches
+from nat_plugin_evsys.engine.gradient.datums import Example
+from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, Reads, fast_forward
+from nat_plugin_evsys.engine.gradient.losses import LOSSES, gradient_rows, read_rows
+from nat_plugin_evsys.engine.gradient.packing import Pack, plan_packs
+from nat_plugin_evsys.engine.gradient.results import Outcome, split_rows, stack_targets
+from nat_plugin_evsys.engine.machine.memory import MemoryModel, SavedBytes, TokenLimits, peak_bytes
+from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows, target_logprobs
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
+
+# In forward passes: one and a backward pass of two, and once more for what is computed again.
+_PASSES, _RECOMPUTED_PASSES = 3, 4
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss function by name with its whole config.
+
+    Attributes:
+        all_logprobs: logprobs are wanted at positions that the loss does not read, too.
+    """
+
+    name: str
+    config: Mapping[str, float]
+    all_logprobs: bool = True
+
+    def reads(self, example: Example) -> Reads:
+        """What it reads of a Datum."""
+        gradient = gradient_rows(self.name, example.inputs, self.config)
+        if self.all_logprobs:
+            return Reads(torch.ones_like(gradient), gradient)
+        return Reads(read_rows(self.name, example.inputs, self.config), gradient)
+
+
+@dataclass
+class MicroBatch:
+    """Datums that are computed together.
+
+    Attributes:
+        members: their indices in the step.
+        computed: tokens that the decoder computes, padding apart; 0 where nothing is read of any member.
+        trie: over what is read of them; None on the plain path.
+        predicted, kept: bytes for the backward pass, before and after the forward pass; 0 where not known.
+        recompute: keep the layers' inputs only and compute each layer again in the backward pass.
+    """
+
+    members: list[int]
+    computed: int
+    trie: TokenTrie | None = None
+    predicted: float = 0.0
+    kept: int = 0
+    recompute: bool = False
+
+
+class MicroBatches:
+    """Plans and runs the parts of steps of one adapter.
+
+    The fast path takes every Datum that it can; the others, or all with ``path="plain"``, go in padded batches.
+    """
+
+    def __init__(self, base: BaseModel, adapter: LoraAdapter, path: Literal["auto", "plain"]) -> None:
+        self._base = base
+        self._adapter = adapter
+        self._parameters = dict(adapter.named_tensors())
+        self._head = OutputHead(base.model)
+        self._fast: FastForward | None = fast_forward(base, self._head)[0] if path == "auto" else None
+        self._memory: dict[bool, MemoryModel] = {}
+        self._limits: dict[bool, TokenLimits] = {}
+
+    def plan(self, examples: Sequence[Example], loss: Loss, token_budget: int | None) -> list[MicroBatch]:
+        """Every Datum is in exactly one micro-batch."""
+        reads = [loss.reads(e) for e in examples]
+        unread = [i for i, r in enumerate(reads) if r.length == 0]
+        fast = [i for i, r in enumerate(reads) if self._fast is not None and r.length and self._fast.takes(r.length)]
+        plain = sorted(set(range(len(examples))) - set(fast) - set(unread))
+        batches = [MicroBatch(unread, 0)] if unread else []
+        if fast:
+            sequences = [examples[i].tokens[: reads[i].length].numpy() for i in fast]
+            packs, recompute = self._packs(sequences, token_budget)
+            for pack in packs:
+                predicted = self._model_of(recompute).predict(len(pack.trie))
+                members = [fast[i] for i in pack.members]
+                batches.append(MicroBatch(members, len(pack.trie), pack.trie, predicted, recompute=recompute))
+        budget = token_budget or default_token_budget(self._base)
+        for group in plan_micro_batches([len(examples[i]) for i in plain], budget):
+            members = [plain[i] for i in group]
+            batches.append(MicroBatch(members, sum(len(examples[i]) for i in members)))
+        return batches
+
+    def _packs(self, sequences: Sequence[Ids], token_budget: int | None) -> tuple[list[Pack], bool]:
+        """The cheaper of two ways, and whether it is the second: packs that keep everything for the backward pass, or
+        bigger ones, which repeat fewer tokens, that keep their layers' inputs only."""
+        assert self._fast is not None
+        if token_budget is not None:
+            return plan_packs(sequences, TokenLimits(token_budget, token_budget)), False
+        most = self._limits_of(False).most
+        packs = plan_packs(sequences, self._limits_of(False))
+        if self._fast.fused is None or (len(packs) == 1 and len(packs[0].trie) <= most):
+            return packs, False
+        bigger = plan_packs(sequences, self._limits_of(True))
+        rows, rows_of_bigger = (sum(len(p.trie) for p in of) for of in (packs, bigger))
+        too_big = any(len(p.trie) > most for p in packs)
+        if too_big or _RECOMPUTED_PASSES * rows_of_bigger < _PASSES * rows:
+            return bigger, True
+        return packs, False
+
+    def _model_of(self, recompute: bool) -> MemoryModel:
+        assert self._fast is not None
+        if recompute not in self._memory:
+            self._memory[recompute] = self._fast.memory_model(self._adapter, keep=not recompute)
+        return self._memory[recompute]
+
+    def _limits_of(self, recompute: bool) -> TokenLimits:
+        # On the CPU freed memory stays with the process (``allocator``) and would count as taken: so ask only once.
+        if recompute not in self._limits or self._base.device.type != "cpu":
+            self._limits[recompute] = self._model_of(recompute).limits(self._base.device)
+        return self._limits[recompute]
+
+    def run(
+        self, batch: MicroBatch, examples: Sequence[Example], loss: Loss, gradient: dict[str, Tensor]
+    ) -> list[Outcome]:
+        """Forward, and backward if ``gradient`` has tensors to add to; outcomes in the order of ``batch.members``."""
+        part = [examples[i] for i in batch.members]
+        reads = [loss.reads(e) for e in part]
+        device = self._base.device
+        inputs = [{key: value.to(device) for key, value in e.inputs.items()} for e in part]
+        needs_grad = bool(gradient) and any(bool(r.gradient.any()) for r in reads)
+        saved = SavedBytes([*self._base.model.parameters(), *self._parameters.values()])
+        with torch.set_grad_enabled(needs_grad), saved.counting():
+            found = self._logprobs(batch, part, reads)
+            results = [LOSSES[loss.name].function(lp, i, loss.config) for (lp, _), i in zip(found, inputs, strict=True)]
+            total = torch.stack([r.loss for r in results]).sum()
+        batch.kept = saved.total
+        if total.requires_grad:
+            grads = torch.autograd.grad(total, list(self._parameters.values()), allow_unused=True)
+            for name, grad in zip(self._parameters, grads, strict=True):
+                if grad is not None:
+                    gradient[name] += grad
+        return [Outcome(lp, r, h) for (lp, h), r in zip(found, results, strict=True)]
+
+    def _logprobs(
+        self, batch: MicroBatch, examples: Sequence[Example], reads: Sequence[Reads]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Logprobs, in the shape of the targets, and entropies (N,) of each Datum."""
+        if not batch.computed:
+            device = self._base.device
+            return [(torch.zeros(e.targets.shape, device=device), torch.zeros(len(e), device=device)) for e in examples]
+        if batch.trie is not None and self._fast is not None:
+            return self._fast.logprobs(self._adapter, batch.trie, examples, reads, keep=not batch.recompute)
+        return self._padded(examples, reads)
+
+    def _padded(self, examples: Sequence[Example], reads: Sequence[Reads]) -> list[tuple[Tensor, Tensor]]:
+        """The plain way."""
+        device = self._base.device
+        with applied(self._adapter, fused=False):
+            hidden = hidden_rows(self._base.model, [e.tokens for e in examples], device)
+        targets = stack_targets(examples).to(device)
+        needs_grad = torch.cat([r.gradient for r in reads]).to(device)
+        logprobs, entropy = target_logprobs(self._head, self._adapter, hidden, targets, needs_grad)
+        entropies = entropy.split([len(e) for e in examples])
+        return list(zip(split_rows(logprobs, examples), entropies, strict=True))
+
+    def metrics(self, batches: Sequence[MicroBatch], examples: Sequence[Example]) -> dict[str, float]:
+        """What ``TrainableModel.forward_backward`` says of the work done."""
+        plain = sum(b.computed for b in batches if b.trie is None)
+        metrics = {
+            "datum_tokens:sum": float(sum(len(e) for e in examples)),
+            "computed_tokens:sum": float(sum(b.computed for b in batches)),
+            "plain_path_tokens:sum": float(plain),
+            "micro_batches:sum": float(len(batches)),
+            "recomputed_tokens:sum": float(sum(b.computed for b in batches if b.recompute)),
+        }
+        trained = [b for b in batches if b.kept]
+        if trained:
+            metrics["memory_peak_bytes:max"] = float(peak_bytes(self._base.device))
+            metrics["activation_bytes:max"] = float(max(b.kept for b in trained))
+        if any(b.predicted for b in trained):
+            metrics["activation_predicted_bytes:max"] = max(b.predicted for b in trained)
+        return metrics

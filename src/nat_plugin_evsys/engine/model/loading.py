@@ -1,0 +1,233 @@
+"""Loading the frozen base model and its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from nat_plugin_evsys.engine.model import lora
+from nat_plugin_evsys.engine.model.identity import model_identity
+from nat_plugin_evsys.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
+
+# transformers patches its modules while it loads: of two loads at once, one misses tied weights, and so does every
+# later one.
+_LOADING = threading.Lock()
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_TIMEOUT_S = 8.0
+_WHAT_TO_TYPE = "give an existing model directory, a hub id such as Qwen/Qwen3-0.6B, or builtin/tiny"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(eq=False)
+class BaseModel:
+    """A frozen causal language model in eval mode, with the LoRA hooks installed.
+
+    Attributes:
+        name: what the user typed as ``base_model``.
+        model: transformers model; no parameter requires grad.
+        tokenizer: its Hugging Face tokenizer.
+        device, dtype: where the weights live and in which precision.
+        context_length: most tokens that one sequence may have.
+        vocab_size: rows of the output head; every token id must be below it.
+        identity: what a checkpoint is matched against, see ``identity.model_identity``.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    context_length: int
+    vocab_size: int
+    identity: dict[str, Any]
+
+
+def load_base_model(
+    base_model: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    context_length: int | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: Path | None = None,
+) -> BaseModel:
+    """Load ``builtin/<name>``, a local directory or a Hugging Face hub id.
+
+    ``device="auto"`` is CUDA when present, else the CPU. ``dtype="auto"`` is bfloat16 on a GPU that has it and float32
+    elsewhere. A hub model that is already in the Hugging Face cache is loaded from there without any network access.
+
+    Raises:
+        ModelError: the model cannot be found or loaded; the message says what to type.
+        ConfigError: unknown device or dtype.
+    """
+    where = _resolve_device(device)
+    precision = _resolve_dtype(dtype, where)
+    options: dict[str, Any] = {"dtype": precision, "trust_remote_code": trust_remote_code}
+    path = _local_directory(base_model, cache_dir or default_cache_dir())
+    if path is not None:
+        tokenizer, model = _load(base_model, path, local_files_only=True, **options)
+    else:
+        tokenizer, model = _load_from_hub(base_model, **options)
+    model.to(where)  # type: ignore[arg-type]  # transformers wraps .to() without its overloads
+    return wrap_model(base_model, model, tokenizer, context_length=context_length)
+
+
+def load_tokenizer(base_model: str, *, cache_dir: Path | None = None) -> Any:
+    """The tokenizer alone of what ``load_base_model`` loads; no weights are read (a builtin model is not made).
+
+    Raises:
+        ModelError: it cannot be found or loaded; the message says what to type.
+    """
+    cache = cache_dir or default_cache_dir()
+    if base_model.startswith("builtin/"):
+        from nat_plugin_evsys.engine.model.builtin import builtin_tokenizer
+
+        return builtin_tokenizer(base_model, cache)
+    path = _local_directory(base_model, cache)
+    try:
+        with _LOADING:
+            return AutoTokenizer.from_pretrained(path or base_model, local_files_only=path is not None)
+    except Exception as exc:
+        # Boundary: transformers and the hub client raise many types; all become one readable line.
+        raise ModelError(f"the tokenizer of {base_model!r} cannot be loaded: {one_line(exc)}") from exc
+
+
+def wrap_model(name: str, model: PreTrainedModel, tokenizer: Any, *, context_length: int | None = None) -> BaseModel:
+    """A ``BaseModel`` around a loaded transformers model: frozen, in eval mode, LoRA hooks installed.
+
+    Raises:
+        ModelError: ``context_length`` is larger than the model was built for, or it has no output head.
+    """
+    model.eval().requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(
+            f"base_model {name!r}: {type(model).__name__} has no output head; choose a causal language model"
+        )
+    lora.install(model)
+    return BaseModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        device=head.weight.device,
+        dtype=head.weight.dtype,
+        context_length=_resolve_context(name, model, context_length),
+        vocab_size=int(head.weight.shape[0]),
+        identity=model_identity(model),
+    )
+
+
+def default_cache_dir() -> Path:
+    """``$EVSYS_CACHE``, else ``~/.cache/nat_plugin_evsys``."""
+    return Path(os.environ.get("EVSYS_CACHE") or "~/.cache/nat_plugin_evsys").expanduser()
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as exc:
+        raise ConfigError(f"device {device!r} is not a torch device; use auto, cpu, cuda or cuda:<n>") from exc
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r}: this torch sees no CUDA GPU; use device: cpu or auto")
+    return resolved
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on_gpu else torch.float32
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; use one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _resolve_context(name: str, model: PreTrainedModel, asked: int | None) -> int:
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        if longest is None:
+            raise ModelError(f"base_model {name!r} states no max_position_embeddings; set context_length")
+        return longest
+    if asked < 2 or (longest is not None and asked > longest):
+        raise ModelError(f"context_length {asked} does not fit base_model {name!r}; use 2 to {longest}")
+    return asked
+
+
+def _local_directory(base_model: str, cache_dir: Path) -> Path | None:
+    """The directory to load from, or None for what can only be a hub id."""
+    if base_model.startswith("builtin/"):
+        from nat_plugin_evsys.engine.model.builtin import ensure_builtin
+
+        return ensure_builtin(base_model, cache_dir)
+    path = Path(base_model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"base_model {base_model!r} is a directory without config.json; {_WHAT_TO_TYPE}")
+        return path
+    if path.exists() or not _HUB_ID.fullmatch(base_model):
+        raise ModelError(f"base_model {base_model!r}: no such directory below {Path.cwd()}; {_WHAT_TO_TYPE}")
+    return None
+
+
+def _load_from_hub(hub_id: str, **options: Any) -> tuple[Any, PreTrainedModel]:
+    """Load from the Hugging Face cache if the model is whole there, else download it."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str):
+        try:
+            return _load(hub_id, hub_id, local_files_only=True, **options)
+        except ModelError:
+            # An interrupted download leaves a partial cache, which only the hub can complete.
+            if constants.HF_HUB_OFFLINE:
+                raise
+    elif constants.HF_HUB_OFFLINE:
+        raise ModelError(f"base_model {hub_id!r} is not cached here and HF_HUB_OFFLINE is set; {_WHAT_TO_TYPE}")
+    try:
+        huggingface_hub.model_info(hub_id, timeout=_HUB_TIMEOUT_S)
+    except Exception as exc:
+        # Boundary: the hub client raises HTTP, DNS and validation errors alike.
+        raise ModelError(
+            f"base_model {hub_id!r} is no directory here and the Hugging Face hub did not give it: {one_line(exc)}; "
+            f"{_WHAT_TO_TYPE}"
+        ) from exc
+    return _load(hub_id, hub_id, local_files_only=False, **options)
+
+
+def _load(
+    base_model: str, source: Path | str, *, dtype: torch.dtype, local_files_only: bool, trust_remote_code: bool
+) -> tuple[Any, PreTrainedModel]:
+    common = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+    try:
+        with _LOADING:
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **common)
+    except Exception as exc:
+        # Boundary: transformers raises many types; all become one readable line.
+        raise ModelError(f"base_model {base_model!r} cannot be loaded from {source}: {one_line(exc)}") from exc
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"base_model {base_model!r}: the weight files lack {len(missing)} tensors (first: {missing[0]}); "
+            "the directory is incomplete, download or save the model again"
+        )
+    return tokenizer, model
+
+
+def one_line(exc: BaseException) -> str:
+    """The exception's type and text on one line, cut at 300 characters."""
+    text = " ".join(str(exc).split())
+    return f"{type(exc).__name__}: {text[:300]}" if text else type(exc).__name__

@@ -1,0 +1,179 @@
+"""LoRA as plain tensors apart from the model, so that many adapters share one frozen base model at once.
+
+``y = W x + (alpha / rank) * B A x`` (arXiv 2106.09685). The base model's linear layers add the delta of whichever
+adapter is *active in the current context*: a plain ``nn.Linear`` becomes a ``LoraLinear``, another kind of linear layer
+carries a forward hook. A training thread and a sampling thread can therefore run the same model with different
+adapters and never see each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nat_plugin_evsys.engine.model.lora_linear import lora_linear
+from nat_plugin_evsys.engine.model.targets import linear_roles, select_targets
+from nat_plugin_evsys.errors import ModelError
+
+LoraWeights = dict[str, tuple[Tensor, Tensor]]
+"""Module name -> ``(A [rank, in_features], B [out_features, rank])``."""
+
+_ACTIVE: ContextVar[LoraAdapter | None] = ContextVar("evsys_active_lora", default=None)
+_FUSED: ContextVar[bool] = ContextVar("evsys_fused_lora", default=True)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraAdapter:
+    """One set of LoRA matrices.
+
+    Attributes:
+        rank: r.
+        alpha: the delta is scaled by ``alpha / rank``.
+        weights: the matrices by module name. In a trainable adapter these are fp32 leaves that require grad; in a
+            snapshot they are detached copies that nothing writes to.
+    """
+
+    rank: int
+    alpha: float
+    weights: LoraWeights
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``."""
+        return self.alpha / self.rank
+
+    @classmethod
+    def create(
+        cls,
+        model: PreTrainedModel,
+        *,
+        rank: int,
+        alpha: float,
+        seed: int | None = 0,
+        train_attn: bool = True,
+        train_mlp: bool = True,
+        train_unembed: bool = False,
+    ) -> LoraAdapter:
+        """A fresh trainable adapter: A kaiming-uniform with a = sqrt(5) as PEFT makes it, B zero.
+
+        A module's A depends on the seed and the module's name only, not on what else is adapted. ``seed=None`` draws
+        a seed from the operating system.
+
+        Raises:
+            ModelError: rank or alpha is not positive, or the model lacks a selected target.
+        """
+        if rank < 1 or not (math.isfinite(alpha) and alpha > 0):
+            raise ModelError(f"lora rank and alpha must be positive, got rank={rank}, alpha={alpha}")
+        names = select_targets(model, train_attn=train_attn, train_mlp=train_mlp, train_unembed=train_unembed)
+        base_seed = torch.seed() if seed is None else seed
+        weights: LoraWeights = {}
+        for name in names:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            a, b = _initial_pair(linear, rank, f"{base_seed}:{name}")
+            weights[name] = (a.requires_grad_(), b.requires_grad_())
+        return cls(rank=rank, alpha=float(alpha), weights=weights)
+
+    def snapshot(self, dtype: torch.dtype | None = None) -> LoraAdapter:
+        """A frozen, detached copy (in ``dtype`` if given); later training does not touch it."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype=dtype or tensor.dtype, copy=True)
+
+        return LoraAdapter(self.rank, self.alpha, {n: (copy(a), copy(b)) for n, (a, b) in self.weights.items()})
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``(<module>.lora_A.weight | <module>.lora_B.weight, tensor)`` in a fixed order."""
+        for name, (a, b) in self.weights.items():
+            yield f"{name}.lora_A.weight", a
+            yield f"{name}.lora_B.weight", b
+
+    def delta(self, name: str, x: Tensor) -> Tensor | None:
+        """``scale * B(A(x))`` for module ``name``: ``x [..., in] -> [..., out]`` in x's dtype; None if not adapted."""
+        pair = self.weights.get(name)
+        if pair is None:
+            return None
+        a, b = (weight.to(x.dtype) for weight in pair)
+        return F.linear(F.linear(x, a), b) * self.scale
+
+
+def _initial_pair(linear: nn.Linear, rank: int, key: str) -> tuple[Tensor, Tensor]:
+    """``(A, B)`` in fp32 on the layer's device; drawn on the CPU so that every device gets the same numbers."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+    bound = 1.0 / math.sqrt(linear.in_features)
+    a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+    device = linear.weight.device
+    return a.to(device), torch.zeros(linear.out_features, rank, device=device)
+
+
+@contextmanager
+def applied(adapter: LoraAdapter | None, *, fused: bool = True) -> Iterator[None]:
+    """Forward passes inside the ``with`` block, in this thread or task, use ``adapter`` (None: the bare base model).
+
+    ``fused=False`` computes the delta as its formula says, operation by operation; it is what tests compare with.
+    """
+    token, fused_token = _ACTIVE.set(adapter), _FUSED.set(fused)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+        _FUSED.reset(fused_token)
+
+
+def active_adapter() -> LoraAdapter | None:
+    """The adapter that forward passes of the current thread or task use."""
+    return _ACTIVE.get()
+
+
+class LoraLinear(nn.Linear):
+    """What ``install`` makes of a plain ``nn.Linear``, in place: the same layer plus the active adapter's delta."""
+
+    lora_name: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``."""
+        adapter = _ACTIVE.get()
+        pair = None if adapter is None else adapter.weights.get(self.lora_name)
+        if adapter is None or pair is None:
+            return F.linear(x, self.weight, self.bias)
+        if not _FUSED.get():
+            delta = adapter.delta(self.lora_name, x)
+            assert delta is not None
+            return F.linear(x, self.weight, self.bias) + delta
+        a, b = (weight.to(x.dtype) for weight in pair)
+        return lora_linear(x, self.weight, self.bias, a, b, adapter.scale)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Make every linear layer that can be adapted add the active adapter's delta. Calling it again changes nothing."""
+    if getattr(model, "_evsys_lora_installed", False):
+        return
+    for name in linear_roles(model):
+        module = model.get_submodule(name)
+        if type(module) is nn.Linear:
+            module.__class__ = LoraLinear
+            module.lora_name = name  # type: ignore[assignment]
+        else:
+            module.register_forward_hook(_hook(name))
+    model._evsys_lora_installed = True  # type: ignore[assignment]
+
+
+def _hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
+    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        adapter = _ACTIVE.get()
+        if adapter is None:
+            return None
+        delta = adapter.delta(name, args[0])
+        return None if delta is None else output + delta
+
+    return add_delta

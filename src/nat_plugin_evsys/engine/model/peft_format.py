@@ -1,0 +1,67 @@
+"""An adapter in PEFT's file format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.errors import CheckpointError
+
+_PREFIX = "base_model.model."
+
+
+def to_peft_names(adapter: LoraAdapter) -> dict[str, Tensor]:
+    """``base_model.model.<module>.lora_A.weight`` and ``…lora_B.weight``, fp32 on the CPU."""
+    return {_PREFIX + name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter.named_tensors()}
+
+
+def from_peft_names(tensors: Mapping[str, Tensor], targets: Iterable[str], path: Path) -> dict[str, Tensor]:
+    """The reverse of ``to_peft_names``.
+
+    Raises:
+        CheckpointError: a target's tensor is missing.
+    """
+    names = [f"{target}.lora_{side}.weight" for target in targets for side in "AB"]
+    for name in names:
+        if _PREFIX + name not in tensors:
+            raise CheckpointError(f"checkpoint {path}: adapter_model.safetensors lacks {_PREFIX}{name}")
+    return {name: tensors[_PREFIX + name] for name in names}
+
+
+def adapter_config(base: BaseModel, adapter: LoraAdapter) -> dict[str, Any]:
+    """The contents of ``adapter_config.json``.
+
+    ``ensure_weight_tying`` stays false: with tied embeddings a delta on ``lm_head`` is one on the logits only. (PEFT's
+    ``merge_and_unload`` of such an adapter would write into the shared embedding; untie the head before merging.)
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.model.config._name_or_path or base.name,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": target_modules(base.model, list(adapter.weights)),
+    }
+
+
+def target_modules(model: nn.Module, targets: list[str]) -> list[str]:
+    """Leaf names such as ``q_proj`` where they select exactly ``targets`` in this model, else the full names."""
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in targets})
+    selected = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in leaves
+    ]
+    return leaves if set(selected) == set(targets) else sorted(targets)

@@ -1,0 +1,65 @@
+"""What a ``DecodeBatch`` needs of the memory and the forward passes of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
+
+
+@dataclass(eq=False)
+class Context:
+    """Tokens that new rows go on from.
+
+    Attributes:
+        tokens: all of them; at least one.
+        rows: how many rows go on from them.
+        known: how many of the tokens needed no computing; set when it joins.
+    """
+
+    tokens: list[int]
+    rows: int = 1
+    known: int = 0
+
+
+class RowDecoder(Protocol):
+    """The rows of one policy. Row i is known by its number; a new one comes last."""
+
+    store: SlotStore
+
+    def join(self, context: Context) -> None:
+        """Let a context's rows join as soon as its tokens have been read, in the next step or a later one."""
+        ...
+
+    def leave(self, context: Context) -> None:
+        """Forget a context that has not been read."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
+        """Feed the rows' last tokens, and waiting contexts as far as a pass allows.
+
+        Returns:
+            Logits [rows + contexts, V]: one for each row there was, then one for each context that has been read; and
+            those contexts, whose rows are now there.
+        """
+        ...
+
+    def remove(self, row: int, tokens: list[int] | None) -> None:
+        """Take out a row; the last one gets its number. ``tokens``, all it has read, are kept; None: nothing is."""
+        ...
+
+    def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:
+        """Keep what a slot of another store holds: the keys and values of ``tokens``."""
+        ...
+
+    def fits(self, contexts: Sequence[Context]) -> bool:
+        """Whether memory takes one token more of each row, and ``contexts`` with a first token of their rows."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything."""
+        ...

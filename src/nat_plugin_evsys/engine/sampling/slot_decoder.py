@@ -1,0 +1,115 @@
+"""Rows over slots of one store: each row's whole context in its slot, padded passes, any model. The plain way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore, rounded_length
+from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
+from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
+from nat_plugin_evsys.engine.sampling.row_decoder import Context
+
+
+class SlotDecoder:
+    """The plain ``RowDecoder``, which the fast one is tested against. Slot i has all tokens of row i.
+
+    Args:
+        runner: the model. prefixes: what earlier rows computed.
+        policy: this one's ident in ``prefixes``. adapter: its adapter.
+        kv_bytes: memory for the slots, roughly.
+        store: an unused store to go on with.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        prefixes: PrefixCache,
+        policy: int,
+        adapter: LoraAdapter | None,
+        *,
+        kv_bytes: int,
+        store: SlotStore,
+    ) -> None:
+        self.store = store
+        self._runner = runner
+        self._prefixes = prefixes
+        self._policy = policy
+        self._adapter = adapter
+        self._kv_bytes = kv_bytes
+        self._lengths: list[int] = []
+        self._waiting: list[Context] = []
+
+    def join(self, context: Context) -> None:
+        """See ``RowDecoder``."""
+        self._waiting.append(context)
+
+    def leave(self, context: Context) -> None:
+        """See ``RowDecoder``."""
+        self._waiting.remove(context)
+
+    def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
+        """See ``RowDecoder``."""
+        logits = []
+        if tokens:
+            logits.append(self._runner.decode(self._adapter, self.store, list(tokens), self._lengths))
+            self._lengths = [length + 1 for length in self._lengths]
+        # Shortest first, so that padding stays small.
+        contexts = sorted(self._waiting, key=lambda c: len(c.tokens))
+        if contexts:
+            logits.append(self._prefill(contexts))
+            self._waiting.clear()
+        return torch.cat(logits), contexts
+
+    def remove(self, row: int, tokens: list[int] | None) -> None:
+        """See ``RowDecoder``."""
+        if tokens is None:
+            # A failed row may hold NaN, which would reach the slot's next owner through its masked columns.
+            self.store.wipe(row)
+        else:
+            self.keep(tokens, self.store, row)
+        last = self._lengths.pop()
+        if row < len(self._lengths):
+            self.store.copy(len(self._lengths), row, last)
+            self._lengths[row] = last
+
+    def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:
+        """See ``RowDecoder``."""
+        self._prefixes.add(self._policy, tokens, store, slot)
+
+    def fits(self, contexts: Sequence[Context]) -> bool:
+        """See ``RowDecoder``."""
+        new = [*self._waiting, *contexts]
+        rows = len(self._lengths) + sum(c.rows for c in new)
+        longest = max((n + 1 for n in (*self._lengths, *(len(c.tokens) for c in new))), default=0)
+        per_row = self.store.layout.bytes_per_token * max(self.store.length, rounded_length(longest))
+        return rows * per_row <= self._kv_bytes
+
+    def close(self) -> None:
+        """See ``RowDecoder``."""
+        self._lengths.clear()
+        self._waiting.clear()
+
+    def _prefill(self, contexts: list[Context]) -> Tensor:
+        """Read the contexts, each once, and copy its slot for its other rows: logits [len(contexts), V]."""
+        first = len(self._lengths)
+        rows = sum(c.rows for c in contexts)
+        self.store.reserve(first + rows, max(len(c.tokens) for c in contexts) + 1)
+        for i, context in enumerate(contexts):
+            context.known = self._prefixes.load(self._policy, context.tokens, self.store, first + i)
+        tokens, starts = [c.tokens for c in contexts], [c.known for c in contexts]
+        logits = self._runner.prefill(self._adapter, self.store, first, tokens, starts)
+        end = first + rows
+        # From the last context down: its rows lie at or behind its slot, and behind the slots of those before it.
+        for i in range(len(contexts) - 1, -1, -1):
+            length = len(contexts[i].tokens)
+            self.keep(contexts[i].tokens, self.store, first + i)
+            for row in range(end - 1, end - 1 - contexts[i].rows, -1):
+                if row != first + i:
+                    self.store.copy(first + i, row, length)
+            end -= contexts[i].rows
+        self._lengths += [len(c.tokens) for c in contexts for _ in range(c.rows)]
+        return logits

@@ -1,0 +1,274 @@
+"""Rows over spans of the tree: no padding, no prefix twice, prompts read in pieces beside the rows being decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore, rounded_length
+from nat_plugin_evsys.engine.sampling.row_decoder import Context
+from nat_plugin_evsys.engine.spans.attention import Level, OwnTokens, Piece, Read, SpanPlan
+from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
+from nat_plugin_evsys.engine.spans.tree import Span, SpanTree
+
+FIRST_LENGTH = 16
+
+_SHARED = 256
+"""Rows times tokens from which on a span is better read once for all its rows than by each row in its slot: a read is
+a call of its own, and a slot one more part of a call that all rows share."""
+_MOST_TAKEN = 128
+"""Tokens of its context that a row may have in its slot: every slot is as long as the longest."""
+
+_Chain = list[tuple[Tensor, int]]
+"""What tokens see above themselves: keys and values, and how many of their columns."""
+
+
+@dataclass
+class _Row:
+    """A row reads the path of ``above``, and ``own`` tokens in its slot.
+
+    Attributes:
+        last: the last span of its context, which it holds.
+        above: that one, or where the end of the context is in the slot one before it.
+        context: tokens of the context; the last ``taken`` of them are in the slot, before what was sampled.
+    """
+
+    last: Span
+    above: Span
+    context: int
+    taken: int
+    own: int
+
+    @property
+    def position(self) -> int:
+        """Of its next token."""
+        return self.context - self.taken + self.own
+
+
+@dataclass
+class _Feed:
+    """``count`` tokens of a span from ``at`` on, at ``start`` in the pass."""
+
+    span: Span
+    at: int
+    count: int
+    start: int
+
+
+class SpanDecoder:
+    """The fast ``RowDecoder``. Slot i has the end of row i's context, if it is short, and what was sampled since.
+
+    Args:
+        model: of all policies. tree: theirs too.
+        policy: this one's ident in the tree and in the model. adapter: its adapter.
+        pass_tokens: most tokens of waiting contexts in one pass.
+        kv_bytes: memory for what the rows hold, roughly.
+        store: an unused store to go on with.
+    """
+
+    def __init__(
+        self,
+        model: RolloutModel,
+        tree: SpanTree,
+        policy: int,
+        adapter: LoraAdapter | None,
+        *,
+        pass_tokens: int,
+        kv_bytes: int,
+        store: SlotStore,
+    ) -> None:
+        self.store = store
+        self._model = model
+        self._tree = tree
+        self._policy = policy
+        self._adapter = adapter
+        self._pass_tokens = pass_tokens
+        self._kv_bytes = kv_bytes
+        self._rows: list[_Row] = []
+        self._waiting: dict[Context, Span] = {}
+        self._levels: list[Level] | None = None
+
+    def join(self, context: Context) -> None:
+        """See ``RowDecoder``."""
+        self._waiting[context], context.known = self._tree.hold(self._policy, context.tokens)
+
+    def leave(self, context: Context) -> None:
+        """See ``RowDecoder``."""
+        self._tree.release(self._waiting.pop(context))
+
+    def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
+        """See ``RowDecoder``."""
+        feeds, finished = self._feeds(len(tokens))
+        ids, positions = list(tokens), [row.position for row in self._rows]
+        for feed in feeds:
+            first = _depth(feed.span) + feed.at
+            ids += feed.span.tokens[feed.at : feed.at + feed.count]
+            positions += range(first, first + feed.count)
+        at = [*range(len(tokens)), *(finished.values())]
+        plan = SpanPlan(len(ids), self._own(), [Piece(f.start, f.start + f.count, f.span.kv, f.at) for f in feeds])
+        plan.levels = self._row_levels() if not feeds else _levels(self._chains(feeds))
+        self._model.versions.use(self._policy, self._adapter)
+        logits = self._model.logits(
+            self._adapter, torch.tensor(ids), torch.tensor(positions), plan, torch.tensor(at, dtype=torch.long)
+        )
+        self._model.fed_tokens += len(ids)
+        for feed in feeds:
+            feed.span.filled = max(feed.span.filled, feed.at + feed.count)
+        for row in self._rows:
+            row.own += 1
+        for context in finished:
+            self._enter(context)
+        return logits, list(finished)
+
+    def remove(self, row: int, tokens: list[int] | None) -> None:
+        """See ``RowDecoder``."""
+        gone, last = self._rows[row], self._rows.pop()
+        if tokens is None and gone.own:
+            # A failed row may hold NaN, which would reach the slot's next owner through its masked columns.
+            self.store.wipe(row)
+        elif tokens is not None and gone.own > gone.taken:
+            sampled = tokens[len(tokens) - (gone.own - gone.taken) :]
+            self._tree.add(gone.last, sampled, self.store.read(row, gone.taken, gone.own))
+        self._tree.release(gone.last)
+        if row < len(self._rows):
+            if last.own:
+                self.store.copy(len(self._rows), row, last.own)
+            self._rows[row] = last
+        self._levels = None
+
+    def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:
+        """See ``RowDecoder``."""
+        self._tree.keep(self._policy, tokens, store.read(slot, 0, len(tokens)))
+
+    def fits(self, contexts: Sequence[Context]) -> bool:
+        """See ``RowDecoder``."""
+        rows = len(self._rows) + sum(c.rows for c in self._waiting) + sum(c.rows for c in contexts)
+        taken = [min(_MOST_TAKEN, len(c.tokens)) for c in (*self._waiting, *contexts)]
+        own = max([*(r.own for r in self._rows), *taken], default=0)
+        longest = max(self.store.length, rounded_length(own + 1, FIRST_LENGTH))
+        new = sum(self._tree.missing(self._policy, c.tokens) for c in contexts)
+        per_token = self.store.layout.bytes_per_token
+        return self._tree.held_bytes + per_token * (rows * longest + new) <= self._kv_bytes
+
+    def close(self) -> None:
+        """See ``RowDecoder``."""
+        for span in (*self._waiting.values(), *(row.last for row in self._rows)):
+            self._tree.release(span)
+        self._waiting.clear()
+        self._rows.clear()
+        self._model.versions.done(self._policy)
+
+    def _enter(self, context: Context) -> None:
+        """Rows for a context that has been read; they share its hold."""
+        last = self._waiting.pop(context)
+        self._tree.share(last, context.rows - 1)
+        above, pieces = _short_end(last)
+        taken = sum(piece.shape[3] for piece in pieces)
+        for _ in range(context.rows):
+            self._rows.append(_Row(last, above, len(context.tokens), taken, taken))
+            if pieces:
+                self.store.reserve(len(self._rows), taken + 1)
+                self.store.write(len(self._rows) - 1, pieces)
+        self._levels = None
+
+    def _feeds(self, start: int) -> tuple[list[_Feed], dict[Context, int]]:
+        """Pieces of spans that waiting contexts need, first come first served, from row ``start`` of the pass on.
+
+        Also, of each context that they complete, the row of its last token. A context whose last token was computed
+        before feeds that one again, for its logits.
+        """
+        feeds: dict[Span, _Feed] = {}
+        finished: dict[Context, int] = {}
+        room = self._pass_tokens
+        for context, last in self._waiting.items():
+            for span in last.path():
+                todo = len(span.tokens) - span.filled
+                if todo and span not in feeds:
+                    feeds[span] = _Feed(span, span.filled, min(todo, max(0, room)), start)
+                elif span is last and span not in feeds:
+                    feeds[span] = _Feed(span, len(span.tokens) - 1, 1, start)
+                else:
+                    feed = feeds.get(span)
+                    if feed is not None and feed.at + feed.count < len(span.tokens):
+                        break
+                    continue
+                start += feeds[span].count
+                room -= feeds[span].count
+                if feeds[span].at + feeds[span].count < len(span.tokens):
+                    break
+            else:
+                finished[context] = feeds[last].start + feeds[last].count - 1
+            if room <= 0:
+                break
+        return [feed for feed in feeds.values() if feed.count], finished
+
+    def _own(self) -> OwnTokens | None:
+        if not self._rows:
+            return None
+        columns = torch.tensor([row.own for row in self._rows])
+        longest = int(columns.max()) + 1
+        self.store.reserve(len(self._rows), longest)
+        mask = None
+        if int(columns.min()) + 1 < longest:
+            hidden = torch.arange(longest) > columns[:, None]
+            mask = torch.zeros(hidden.shape, dtype=self.store.layout.dtype).masked_fill_(hidden, float("-inf"))
+            mask = mask[:, None, None]
+        return OwnTokens(self.store, len(self._rows), columns, longest, mask)
+
+    def _row_levels(self) -> list[Level]:
+        if self._levels is None:
+            self._levels = _levels(self._chains([]))
+        return self._levels
+
+    def _chains(self, feeds: Sequence[_Feed]) -> list[tuple[range, _Chain]]:
+        """Tokens of the pass, and what they see above."""
+        out = [(range(i, i + 1), _whole(row.above.path())) for i, row in enumerate(self._rows)]
+        for feed in feeds:
+            chain = _whole(feed.span.path()[:-1])
+            if feed.at:
+                chain.append((feed.span.kv, feed.at))
+            out.append((range(feed.start, feed.start + feed.count), chain))
+        return out
+
+
+def _short_end(last: Span) -> tuple[Span, list[Tensor]]:
+    """The keys and values that end with ``last`` and are quicker read in a row's slot, and the span above them."""
+    pieces: list[Tensor] = []
+    room = _MOST_TAKEN
+    while last.parent is not None and len(last.tokens) <= room and len(last.tokens) * last.holders <= _SHARED:
+        pieces.insert(0, last.kv)
+        room -= len(last.tokens)
+        last = last.parent
+    return last, pieces
+
+
+def _whole(path: list[Span]) -> _Chain:
+    return [(span.kv, len(span.tokens)) for span in path]
+
+
+def _depth(span: Span) -> int:
+    return sum(len(above.tokens) for above in span.path()[:-1])
+
+
+def _levels(chains: Sequence[tuple[range, _Chain]]) -> list[Level]:
+    """The n-th link of every chain makes level n; tokens that see the same there are read together."""
+    levels = []
+    for depth in range(max((len(chain) for _, chain in chains), default=0)):
+        groups: dict[tuple[int, int], tuple[Tensor, list[int]]] = {}
+        for tokens, chain in chains:
+            if depth < len(chain):
+                kv, length = chain[depth]
+                groups.setdefault((id(kv), length), (kv, []))[1].extend(tokens)
+        reads: list[Read] = []
+        order: list[int] = []
+        for (_, length), (kv, members) in groups.items():
+            reads.append(Read(len(order), len(order) + len(members), kv, length))
+            order += members
+        side_by_side = order == list(range(order[0], order[0] + len(order)))
+        where = slice(order[0], order[0] + len(order)) if side_by_side else torch.tensor(order)
+        levels.append(Level(where, reads))
+    return levels

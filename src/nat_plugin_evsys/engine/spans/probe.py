@@ -1,0 +1,81 @@
+"""Whether a base model can take the sampler's fast path: found out once, by comparing it with a plain forward pass."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.lora import applied
+from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout
+from nat_plugin_evsys.engine.spans.attention import Level, Piece, Read, SpanPlan
+from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
+
+logger = logging.getLogger(__name__)
+
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+_ABOVE, _BELOW = 9, 4
+_TOLERANCE = 1e-4
+
+
+def rollout_model(base: BaseModel, layout: KVLayout) -> tuple[RolloutModel | None, str]:
+    """``(the model, "")``, or ``(None, why this one cannot take the fast path)``, which is also logged."""
+    reason = _unfit(base, layout)
+    if not reason:
+        try:
+            model = RolloutModel(base)
+            gap = _gap(base, model, layout)
+        except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; the plain path needs none of it
+            reason = f"it does not run over spans: {one_line(exc)}"
+        else:
+            if gap <= _TOLERANCE:
+                return model, ""
+            reason = f"over spans its logits are off by {gap:.1e}, relative to the largest"
+    if base.device.type == "cpu":
+        logger.warning("%s is sampled from in the plain, slower way: %s", base.name, reason)
+    return None, reason
+
+
+def _unfit(base: BaseModel, layout: KVLayout) -> str:
+    config = base.model.config.get_text_config()
+    if base.device.type != "cpu" or base.dtype != torch.float32:
+        return f"the fast path is for fp32 on a CPU, and this is {base.dtype} on {base.device}"
+    if len(set(layout.layers)) > 1 or layout.layers[0][1] != layout.layers[0][2]:
+        return "its layers keep keys and values of different shapes"
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if window else [])
+    if "sliding_attention" in kinds and (window or 0) < base.context_length:
+        return f"it has layers that see {window} tokens only, and its context is {base.context_length}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
+    if types & _LENGTH_DEPENDENT_ROPE:
+        return "its rotary embedding depends on the longest sequence of a batch"
+    if not base.model._can_set_attn_implementation():
+        return "its attention cannot be chosen"
+    return ""
+
+
+def _gap(base: BaseModel, model: RolloutModel, layout: KVLayout) -> float:
+    """Largest difference of logits, relative to the largest logit, over two sequences that share their beginning."""
+    generator = torch.Generator().manual_seed(0)
+    above, *below = (torch.randint(base.vocab_size, (n,), generator=generator) for n in (_ABOVE, _BELOW, _BELOW))
+    with torch.inference_mode():
+        with applied(None):
+            plain = [base.model(input_ids=torch.cat([above, b])[None], use_cache=False).logits[0] for b in below]
+        found = _over_spans(model, layout, above, below)
+    expected = torch.cat([plain[0][:_ABOVE], plain[0][_ABOVE:], plain[1][_ABOVE:]]).float()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _over_spans(model: RolloutModel, layout: KVLayout, above: Tensor, below: list[Tensor]) -> Tensor:
+    heads, dim = layout.widest
+    kv = [torch.empty(len(layout.layers), 2, heads, n, dim) for n in (_ABOVE, _BELOW, _BELOW)]
+    ids = torch.cat([above, *below])
+    positions = torch.cat([torch.arange(_ABOVE), *[torch.arange(_ABOVE, _ABOVE + _BELOW)] * 2])
+    borders = [0, _ABOVE, _ABOVE + _BELOW, len(ids)]
+    pieces = [Piece(borders[i], borders[i + 1], kv[i], 0) for i in range(3)]
+    level = Level(slice(_ABOVE, len(ids)), [Read(0, 2 * _BELOW, kv[0], _ABOVE)])
+    plan = SpanPlan(len(ids), None, pieces, [level])
+    return model.logits(None, ids, positions, plan, torch.arange(len(ids)))

@@ -1,0 +1,1 @@
+"""Sequences with shared prefixes, each shared token computed once."""

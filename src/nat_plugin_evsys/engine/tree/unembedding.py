@@ -1,0 +1,212 @@
+"""Log-probabilities of targets at rows of hidden states, in chunks: no [rows, vocabulary] tensor outlives its chunk.
+
+For one row with logits ``z = s * (h W^T + b)`` and ``p = softmax(z)``, ``d log p[t] / d h = s * (W[t] - p W)``. ``p W``
+is taken in the forward pass while p is there, so the backward pass needs no second look at the vocabulary; without b it
+gives the entropy, too, as ``logsumexp(z) - s * h . p W``. A soft cap ``c * tanh(z / c)`` multiplies both terms of the
+gradient by ``1 - (z_capped / c)^2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nat_plugin_evsys.engine.machine.products import product, transposed
+from nat_plugin_evsys.engine.model.forward import OutputHead
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+
+CHUNK_ELEMENTS = 2**24
+"""Logits alive at a time: 64 MiB in fp32. They become their softmax in place."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which targets are wanted at which rows.
+
+    Attributes:
+        rows: (P,) rows of the hidden states, not falling.
+        targets: (P,) token ids.
+    """
+
+    rows: Tensor
+    targets: Tensor
+
+    def select(self, wanted: Tensor) -> Pairs:
+        """The pairs of a bool (P,)."""
+        return Pairs(self.rows[wanted], self.targets[wanted])
+
+
+def pair_logprobs(
+    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs, read: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(logprobs (P,) fp32, entropy (T,) fp32 in nats, without gradient)``.
+
+    Args:
+        head: the output head; frozen but for the adapter.
+        adapter: the adapter that the head runs with.
+        hidden: [T, H].
+        pairs: the targets.
+        read: (P,) bool. Logprobs of the other pairs are constants. Rows with no read pair get entropy 0.
+    """
+    logprobs = hidden.new_zeros(len(pairs.rows), dtype=torch.float32)
+    entropy = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    row_read = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    row_read[pairs.rows[read]] = True
+    of_read_row = row_read[pairs.rows]
+    adapted = adapter is not None and head.name in adapter.weights
+    for index, with_grad in ((~of_read_row, False), (of_read_row, torch.is_grad_enabled())):
+        if not bool(index.any()):
+            continue
+        part = pairs.select(index)
+        rows, local = torch.unique_consecutive(part.rows, return_inverse=True)
+        here = Pairs(local, part.targets)
+        if not with_grad:
+            lp, h = _constant_logprobs(head, adapter, hidden.detach()[rows], here, want_entropy=index is of_read_row)
+        elif adapted:
+            lp, h = _plain_logprobs(head, adapter, hidden[rows], here)
+        else:
+            lp, h = _TargetLogprobs.apply(hidden[rows], here, head)
+        logprobs = logprobs.masked_scatter(index, lp)
+        entropy[rows] = h.detach() * row_read[rows]
+    return logprobs, entropy
+
+
+def _chunks(rows: int, pairs: Pairs, vocab_size: int) -> list[tuple[slice, slice]]:
+    """``(rows, pairs)`` of each chunk of rows."""
+    starts = torch.arange(0, rows + 1, max(1, CHUNK_ELEMENTS // vocab_size), device=pairs.rows.device)
+    bounds = [*starts.tolist(), rows] if int(starts[-1]) < rows else starts.tolist()
+    at = torch.searchsorted(pairs.rows, torch.tensor(bounds, device=pairs.rows.device)).tolist()
+    return [(slice(bounds[i], bounds[i + 1]), slice(at[i], at[i + 1])) for i in range(len(bounds) - 1)]
+
+
+def _constant_logprobs(
+    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs, *, want_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Without gradient; entropy 0 unless it is wanted."""
+    logprobs = hidden.new_empty(len(pairs.rows), dtype=torch.float32)
+    entropy = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    with torch.no_grad(), applied(adapter):
+        for rows, span in _chunks(len(hidden), pairs, head.linear.weight.shape[0]):
+            at = (pairs.rows[span] - rows.start, pairs.targets[span])
+            logits = head(hidden[rows])
+            wanted = logits[at]
+            if want_entropy:
+                normaliser = torch.logsumexp(logits, dim=-1)
+                entropy[rows] = normaliser - _row_dots(logits, torch.softmax(logits, dim=-1))
+            else:
+                normaliser = _softmax_in_place(logits)
+            logprobs[span] = wanted - normaliser[at[0]]
+    return logprobs, entropy
+
+
+def _softmax_in_place(logits: Tensor) -> Tensor:
+    """Returns their log-sum-exp (R,). Several times faster than ``exp`` and ``sum``: one kernel that stays in cache."""
+    largest = logits.amax(dim=-1)
+    torch.softmax(logits, dim=-1, out=logits)
+    # The largest probability is 1 / sum(exp(z - largest)).
+    return largest - logits.amax(dim=-1).log_()
+
+
+def _plain_logprobs(
+    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs
+) -> tuple[Tensor, Tensor]:
+    """By autograd; a chunk that needs gradient is computed again in the backward pass."""
+    logprobs, entropies = [], []
+    for rows, span in _chunks(len(hidden), pairs, head.linear.weight.shape[0]):
+        arguments = (head, adapter, hidden[rows], pairs.rows[span] - rows.start, pairs.targets[span])
+        if torch.is_grad_enabled():
+            lp, h = checkpoint(_plain_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            lp, h = _plain_chunk(*arguments)
+        logprobs.append(lp)
+        entropies.append(h)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def _plain_chunk(
+    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, rows: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    # The backward pass runs this again, on a GPU in a thread of autograd's own: so the adapter is set here.
+    with applied(adapter):
+        logits = head(hidden)
+    normaliser = torch.logsumexp(logits, dim=-1)
+    logprobs = logits[rows, targets] - normaliser[rows]
+    with torch.no_grad():
+        shifted = logits - normaliser[:, None]
+        entropy = -_row_dots(shifted.exp(), shifted)
+    return logprobs, entropy
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, pairs: Pairs, head: OutputHead) -> tuple[Tensor, Tensor]:
+        weight = head.linear.weight
+        logprobs = hidden.new_empty(len(pairs.rows), dtype=torch.float32)
+        entropy = hidden.new_empty(len(hidden), dtype=torch.float32)
+        mean = torch.empty_like(hidden)  # p W, the expected output embedding of each row
+        slopes = torch.empty_like(logprobs) if head.softcap is not None else None
+        is_linear = head.softcap is None and head.linear.bias is None
+        logits = None
+        for rows, span in _chunks(len(hidden), pairs, weight.shape[0]):
+            del logits  # before the next ones, which then take its memory
+            logits = _frozen_logits(head, hidden[rows])
+            at = (pairs.rows[span] - rows.start, pairs.targets[span])
+            slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
+            wanted, kept = logits[at], None if is_linear else logits.clone()
+            normaliser = _softmax_in_place(logits)
+            logprobs[span] = wanted - normaliser[at[0]]
+            expected = None if kept is None else _row_dots(kept, logits)
+            if slope is not None and slopes is not None:
+                slopes[span] = slope[at]
+                logits.mul_(slope)
+            mean[rows] = _expected_embedding(logits, weight)
+            if expected is None:
+                expected = _row_dots(hidden[rows].float(), mean[rows].float()) * head.scale
+            entropy[rows] = normaliser - expected
+        ctx.save_for_backward(mean, pairs.rows, pairs.targets, weight, slopes)
+        ctx.scale = head.scale
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy.clamp_(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        mean, rows, targets, weight, slopes = ctx.saved_tensors
+        grad = grad * ctx.scale
+        total = grad.new_zeros(len(mean)).index_add_(0, rows, grad)
+        out = mean.float() * -total[:, None]
+        if slopes is not None:
+            grad = grad * slopes
+        step = max(1, CHUNK_ELEMENTS // mean.shape[1])
+        for r, t, g in zip(rows.split(step), targets.split(step), grad.split(step), strict=True):
+            out.index_add_(0, r, weight[t].float().mul_(g[:, None]))
+        return out.to(mean.dtype), None, None
+
+
+def _frozen_logits(head: OutputHead, hidden: Tensor) -> Tensor:
+    """``head(hidden)`` without an adapter."""
+    weight = head.linear.weight
+    if not _is_plain_fp32(weight) or head.linear.bias is not None or head.softcap:
+        with applied(None):
+            return head(hidden)
+    logits = product(hidden, weight)
+    return logits if head.scale == 1.0 else logits.mul_(head.scale)
+
+
+def _expected_embedding(probabilities: Tensor, weight: Tensor) -> Tensor:
+    """``p W``: [R, V] -> [R, H], in W's dtype."""
+    if _is_plain_fp32(weight):
+        return product(probabilities, transposed(weight))
+    return probabilities.to(weight.dtype) @ weight
+
+
+def _is_plain_fp32(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Dot product of each row of two [R, V], without a third."""
+    return torch.bmm(a[:, None, :], b[:, :, None]).view(-1)

@@ -1,0 +1,216 @@
+"""One sitting of a run: begin it or go on with it, all epochs that are left, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
+
+from nat_plugin_evsys.errors import JobError
+from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command
+from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
+from nat_plugin_evsys.finetuning.curriculum import Curriculum
+from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
+from nat_plugin_evsys.finetuning.garbage import loaded_is_no_garbage
+from nat_plugin_evsys.finetuning.run_inputs import RunInputs
+from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
+from nat_plugin_evsys.finetuning.warm_start import warm_start
+from nat_plugin_evsys.report.metrics import VALIDATION, WARM_START
+from nat_plugin_evsys.report.plot import plot_rewards
+from nat_plugin_evsys.report.summary import print_at_exit
+from nat_plugin_evsys.training.sdft import SdftStep
+from nat_plugin_evsys.training.sft import SftStep
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.finetuning.trainer import EvsysTrainer
+    from nat_plugin_evsys.report.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+# A drawing takes a quarter of a second of the interpreter, the first one over a second; rollouts need it, too.
+_PLOT_INTERVAL = 60.0
+_STATUS_INTERVAL = 0.5
+"""Seconds between two looks at a running job."""
+
+
+class Sitting:
+    """What one process does of a run. Epochs are counted from 0 here and from 1 in what is shown.
+
+    Args:
+        trainer: whose ``run_epoch``, ``run_validation_evaluation`` and ``log_progress`` are called.
+    """
+
+    def __init__(
+        self, trainer: EvsysTrainer, books: RunBooks, inputs: RunInputs, curriculum: Curriculum, progress: Progress
+    ) -> None:
+        self._trainer = trainer
+        self._policy = trainer.trajectory_builder.policy
+        self._books = books
+        self._inputs = inputs
+        self._curriculum = curriculum
+        self._progress = progress
+        self._plotted = time.monotonic()
+        self._checkpoints = EpochCheckpoints(self._policy, books, trainer.config.keep_checkpoints)
+
+    async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
+        """Run (or resume) all epochs.
+
+        Returns:
+            One final status per training job of this process.
+
+        Raises:
+            JobError: a training job failed or was canceled; the run can be resumed from the epoch before.
+        """
+        try:
+            await self._begin_or_reload(num_epochs)
+            first = self._books.state.epochs_done
+            with loaded_is_no_garbage():
+                statuses = [await self._epoch(epoch, num_epochs) for epoch in range(first, num_epochs)]
+                await self._finish()
+        except asyncio.CancelledError:
+            self._stop("interrupted", self._how_to_resume())
+            raise
+        except Exception as error:
+            self._stop("failed", f"{error}")
+            raise
+        return [status for status in statuses if status is not None]
+
+    async def _begin_or_reload(self, num_epochs: int) -> None:
+        books = self._books
+        if books.state.last_checkpoint() is None:
+            await self._begin()
+            return
+        books.rewind()
+        self._curriculum.load_state(books.state.curriculum)
+        source = await self._checkpoints.reload()
+        done = books.state.epochs_done
+        if done >= num_epochs:
+            logger.warning("the run has finished all of its %d epochs; raise finetuning.num_epochs to go on", done)
+        self._progress.phase("resume", f"after epoch {done} of {num_epochs}, from {source}")
+
+    async def _begin(self) -> None:
+        config = self._trainer.config.warm_start
+        if config is not None:
+            self._progress.phase("warm start", str(config.demonstrations))
+            started = time.monotonic()
+            metrics = await warm_start(self._policy, config, self._show_warm_start)
+            self._books.metrics.append(WARM_START, 0, **metrics, seconds=round(time.monotonic() - started, 3))
+            self._books.state.warm_started = True
+        state = self._books.state
+        state.train_reward_before = (await self._trainer.evaluate("train")).mean_reward
+        state.heldout_reward_before = await self._validate(0)
+        await self._checkpoints.save(0, state.heldout_reward_before, {})
+
+    async def _epoch(self, epoch: int, num_epochs: int) -> TrainingJobStatus | None:
+        started = time.monotonic()
+        run_id = self._books.run_dir.path.name
+        ref = await self._trainer.run_epoch(epoch, run_id)
+        report = self._trainer.last_report
+        if self._trainer.config.overlap_rollouts and epoch + 1 < num_epochs:
+            await self._trainer.trajectory_builder.start_run(run_id, {"epoch": epoch + 1})
+        rolled_out = time.monotonic()
+        status = None if ref is None else await self._wait(ref)
+        if status is not None:
+            self._books.count_job(status)
+        row = {
+            **_row(report, status, rolled_out - started, time.monotonic() - rolled_out),
+            "policy_version": self._policy.version,
+            "curriculum_percentile": self._curriculum.percentile(epoch),
+        }
+        if self._inputs.validation_dataset is None:
+            self._books.reward_of_last_checkpoint(row["reward_mean"])
+        heldout = await self._validate(epoch + 1) if self._inputs.is_validation_due(epoch + 1, num_epochs) else None
+        self._trainer.log_progress(epoch + 1, row)
+        await self._checkpoints.save(epoch + 1, heldout, self._curriculum.state())
+        self._progress.epoch_done(epoch + 1, num_epochs, row)
+        if time.monotonic() - self._plotted > _PLOT_INTERVAL:
+            self._plot()
+        return status
+
+    async def _wait(self, ref: TrainingJobRef) -> TrainingJobStatus:
+        """Wait for the job and show its progress.
+
+        Raises:
+            JobError: it did not complete.
+        """
+        adapter = self._trainer.trainer_adapter
+        done = asyncio.ensure_future(adapter.wait_until_complete(ref, poll_interval=60.0))
+        try:
+            while not (await asyncio.wait({done}, timeout=_STATUS_INTERVAL))[0]:
+                self._progress.job(await adapter.status(ref))
+        finally:
+            done.cancel()
+        status = done.result()
+        self._progress.job(status)
+        if status.status != TrainingStatusEnum.COMPLETED:
+            raise JobError(f"training job {status.status.value}: {status.message}. {self._how_to_resume()}")
+        return status
+
+    async def _finish(self) -> None:
+        books = self._books
+        if books.state.status != "finished":
+            report = await self._trainer.evaluate("train")
+            books.state.train_reward_after = report.mean_reward
+            if self._inputs.validation_dataset is None:
+                books.reward_of_last_checkpoint(report.mean_reward)
+        books.count_stray_calls(self._policy.recorder.totals)
+        summary = books.finish(serve_command=serve_command())
+        self._plot()
+        print_at_exit(summary.format(books.run_dir.summary_path))
+
+    async def _validate(self, epochs_done: int) -> float | None:
+        """Held-out reward, also written to metrics.jsonl; None without a validation dataset."""
+        if self._inputs.validation_dataset is None:
+            return None
+        metrics = await self._trainer.run_validation_evaluation(epochs_done, self._books.run_dir.path.name)
+        reward = float(metrics["avg_reward"])
+        self._books.metrics.append(VALIDATION, epochs_done, reward=reward, num_examples=metrics["num_examples"])
+        self._books.state.heldout_reward_after = reward
+        self._progress.validation(epochs_done, reward)
+        return reward
+
+    def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
+        self._books.stop(status, why)
+        try:
+            self._plot()
+        except OSError as error:  # what ended the run is told, not this
+            logger.warning("rewards.png was not drawn: %s", error)
+
+    def _plot(self) -> None:
+        plot_rewards(self._books.metrics.rows(), self._books.run_dir.plot_path)
+        self._plotted = time.monotonic()
+
+    def _show_warm_start(self, step: SftStep | SdftStep) -> None:
+        self._progress.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")
+
+    def _how_to_resume(self) -> str:
+        return how_to_resume(self._trainer.run_config.trainer)
+
+
+def _row(
+    report: RolloutReport, status: TrainingJobStatus | None, rollout_seconds: float, training_seconds: float
+) -> dict[str, Any]:
+    """An epoch's row of metrics.jsonl."""
+    rewards = report.rewards
+    job = dict(status.metadata or {}) if status is not None else {}
+    return {
+        "reward_mean": report.mean_reward,
+        "reward_min": min(rewards),
+        "reward_max": max(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "rollouts": len(rewards) + sum(report.lost.values()),
+        "failed_rollouts": report.failed_rollouts,
+        "errors": report.errors,
+        "calls": report.tally.calls,
+        "staleness": {str(age): count for age, count in sorted(report.staleness.items())},
+        "trained": job.get("trained", 0),
+        "loss": job.get("loss"),
+        "seconds": round(rollout_seconds + training_seconds, 3),
+        "rollout_seconds": round(rollout_seconds, 3),
+        "training_seconds": round(training_seconds, 3),
+        "job": job,
+    }

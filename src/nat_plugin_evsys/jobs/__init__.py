@@ -1,1 +1,0 @@
-"""Training jobs: the asyncio task of one submit, its work, and the ledger on disk."""

@@ -1,0 +1,66 @@
+"""What a run says of itself while it runs, one line at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nat.data_models.finetuning import TrainingJobStatus
+
+
+def phase_text(name: str, detail: str) -> str:
+    """``rollouts, epoch 2/4``."""
+    return f"{name}, {detail}" if detail else name
+
+
+def steps_text(done: int, total: int, note: str) -> str:
+    """``step 3/40, loss 1.234``."""
+    return f"step {done}/{total}" + (f", {note}" if note else "")
+
+
+def job_text(status: TrainingJobStatus) -> str:
+    """``training 40%, step 2/5, loss -0.1234, 950 tokens/s``, as far as the status tells."""
+    known = status.metadata or {}
+    parts = [str(known["phase"])] if known.get("phase") else [status.status.value]
+    if status.progress is not None:
+        parts[0] += f" {status.progress:.0f}%"
+    if known.get("steps") is not None:
+        parts.append(f"step {known.get('step', 0)}/{known['steps']}")
+    if known.get("loss") is not None:
+        parts.append(f"loss {known['loss']:.4f}")
+    if known.get("tokens_per_second") is not None:
+        parts.append(f"{known['tokens_per_second']:.0f} tokens/s")
+    if status.status == "failed" and status.message:
+        parts.append(status.message)
+    return ", ".join(parts)
+
+
+def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
+    """``epoch 2/4 done: reward 0.500 (0.000 to 1.000), loss …, 48 calls trained, 16 dropped, 12.3 s``.
+
+    What the row does not say itself is looked up in its ``job``, the metadata of the training job's last status.
+    """
+    facts = {**(row.get("job") or {}), **row}
+    parts = []
+    if facts.get("reward_mean") is not None:
+        spread = ""
+        if facts.get("reward_min") is not None and facts.get("reward_max") is not None:
+            spread = f" ({facts['reward_min']:.3f} to {facts['reward_max']:.3f})"
+        parts.append(f"reward {facts['reward_mean']:.3f}{spread}")
+    if facts.get("loss") is not None:
+        parts.append(f"loss {facts['loss']:.4f}")
+    if facts.get("trained") is not None:
+        parts.append(f"{facts['trained']} calls trained")
+    if facts.get("dropped"):
+        parts.append(f"{sum(facts['dropped'].values())} dropped")
+    seconds = [facts[name] for name in ("rollout_seconds", "training_seconds") if facts.get(name) is not None]
+    if seconds:
+        parts.append(f"{sum(seconds):.1f} s")
+    return f"epoch {epoch}/{epochs} done" + (f": {', '.join(parts)}" if parts else "")
+
+
+def validation_text(epoch: int, reward: float) -> str:
+    """``held-out reward 0.625 after 2 epochs``."""
+    when = "before training" if epoch == 0 else f"after {epoch} epoch{'' if epoch == 1 else 's'}"
+    return f"held-out reward {reward:.3f} {when}"

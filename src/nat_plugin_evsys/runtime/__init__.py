@@ -1,0 +1,1 @@
+"""What clients, backends and service share."""

@@ -1,0 +1,131 @@
+"""The base models of a ServiceClient: each is loaded once and shared by all adapters over it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from nat_plugin_evsys.engine.checkpoints import CheckpointInfo, check_base, load_checkpoint
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.targets import linear_roles
+from nat_plugin_evsys.engine.sampler import Sampler
+from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
+
+LORA_ALPHA = 32.0
+"""Tinker's alpha; the delta is scaled by ``alpha / rank``, which makes the learning rate independent of the rank."""
+
+
+class SharedBase:
+    """A base model and the one sampler of all its adapters, made when first asked for."""
+
+    def __init__(self, base: BaseModel, max_batch_size: int) -> None:
+        self.base = base
+        self._max_batch_size = max_batch_size
+        self._lock = threading.Lock()
+        self._sampler: Sampler | None = None
+        self._closed = False
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler.
+
+        Raises:
+            EngineClosedError: the service has been closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("the ServiceClient has been closed; create a new one")
+            if self._sampler is None:
+                self._sampler = Sampler(self.base, max_batch_size=self._max_batch_size)
+            return self._sampler
+
+    def train(self, adapter: LoraAdapter) -> TrainableModel:
+        """``adapter`` made ready for training. One at a time: the first one prepares the base model."""
+        with self._lock:
+            return TrainableModel(self.base, adapter)
+
+    def train_checkpoint(self, info: CheckpointInfo, *, with_optimizer: bool) -> TrainableModel:
+        """A model of a checkpoint's LoRA shape and weights, with its moments if asked for.
+
+        Raises:
+            CheckpointError: torn, made for another base model, or without the optimizer asked for.
+        """
+        check_base(info, self.base)
+        roles = linear_roles(self.base.model)
+        if not set(info.targets) <= set(roles):
+            raise CheckpointError(f"checkpoint {info.path} adapts modules that {self.base.name} does not have")
+        trained = {f"train_{role}": role in {roles[target] for target in info.targets} for role in roles.values()}
+        flags = {"train_attn": False, "train_mlp": False, "train_unembed": False, **trained}
+        model = self.train(LoraAdapter.create(self.base.model, rank=info.rank, alpha=info.alpha, **flags))
+        load_checkpoint(info.path, model, with_optimizer=with_optimizer)
+        return model
+
+    def close(self) -> None:
+        """Fail what is being sampled and free the sampler's memory."""
+        with self._lock:
+            self._closed = True
+            sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            sampler.close()
+
+
+class BaseModels:
+    """Loads base models on demand. Safe to use from several threads.
+
+    Args:
+        max_batch_size: see ``Sampler``.
+        options: of ``load_base_model``.
+    """
+
+    def __init__(self, *, max_batch_size: int, **options: Any) -> None:
+        self._max_batch_size = max_batch_size
+        self._options = options
+        self._lock = threading.Lock()
+        self._loading: dict[str, threading.Lock] = {}
+        self._loaded: dict[str, SharedBase] = {}
+        self._closed = False
+
+    def get(self, base_model: str) -> SharedBase:
+        """The model of that name, loaded now if it was not. One that is loaded does not wait for another's loading.
+
+        Raises:
+            ModelError: it cannot be loaded. The next call tries again.
+            EngineClosedError: the service has been closed.
+        """
+        key = _key(base_model)
+        with self._lock:
+            loading = self._loading.setdefault(key, threading.Lock())
+        with loading:
+            self._check_open()
+            if key not in self._loaded:
+                shared = SharedBase(load_base_model(base_model, **self._options), self._max_batch_size)
+                with self._lock:
+                    self._check_open()
+                    self._loaded[key] = shared
+            return self._loaded[key]
+
+    def loaded(self) -> list[BaseModel]:
+        """The models in memory, in the order they were loaded."""
+        with self._lock:
+            return [shared.base for shared in self._loaded.values()]
+
+    def close(self) -> None:
+        """Close the samplers and let go of the models."""
+        with self._lock:
+            self._closed = True
+            shared, self._loaded = list(self._loaded.values()), {}
+        for each in shared:
+            each.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the ServiceClient has been closed; create a new one")
+
+
+def _key(base_model: str) -> str:
+    """Two spellings of one directory are one model."""
+    path = Path(base_model).expanduser()
+    return str(path.resolve()) if path.is_dir() else base_model

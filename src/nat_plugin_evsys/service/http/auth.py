@@ -1,0 +1,78 @@
+"""Who sends a request: API keys, and the identity that each of them is."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
+
+from nat_plugin_evsys.config.serve import is_loopback
+from nat_plugin_evsys.service.http.refusals import Refusal
+
+LOCAL = "local"
+"""The owner of everything where no keys are configured."""
+
+
+def owner_of(key: str) -> str:
+    """The identity of a key: the first 16 hex digits of its SHA-256."""
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+class Keys:
+    """The configured API keys. Keeps their digests only, and never logs anything of them.
+
+    Args:
+        keys: none lets everybody in as ``local``, from this machine only.
+    """
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @property
+    def required(self) -> bool:
+        """True when requests need a key."""
+        return bool(self._digests)
+
+    def owner(self, headers: Mapping[str, str]) -> str:
+        """The owner that a request's ``X-API-Key`` or ``Authorization: Bearer`` stands for.
+
+        Raises:
+            Refusal: 401 without a known key; 403 for a request that a web page sends through a local browser.
+        """
+        if not self._digests:
+            _refuse_web_pages(headers)
+            return LOCAL
+        given = _given_key(headers)
+        digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+        known = False
+        for each in self._digests:  # all of them: how long it takes says nothing about which matched
+            known |= hmac.compare_digest(digest, each)
+        if not known:
+            raise Refusal(
+                401,
+                "missing or wrong API key; send one that the server was started with as X-API-Key or "
+                "Authorization: Bearer (TINKER_API_KEY for the SDK)",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return owner_of(given)
+
+
+def _given_key(headers: Mapping[str, str]) -> str:
+    if key := headers.get("x-api-key"):
+        return key.strip()
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def _refuse_web_pages(headers: Mapping[str, str]) -> None:
+    """Without keys, loopback is the only wall: a page in a browser of this machine must not get through it."""
+    for name, value in (("Host", f"//{headers.get('host', '')}"), ("Origin", headers.get("origin", ""))):
+        try:
+            host = urlsplit(value).hostname
+        except ValueError:
+            host = "?"
+        if host is not None and not is_loopback(host):
+            raise Refusal(
+                403, f"{name} {host} is not this machine, and the server has no API keys; start it with --api-key"
+            )

@@ -1,0 +1,139 @@
+"""What all routes share, and how a route is made of a handler."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.service.http.bounds import BodyLimits, Gone
+from nat_plugin_evsys.service.http.logs import OWNER, ROUTE
+from nat_plugin_evsys.service.http.refusals import Refusal, not_found
+from nat_plugin_evsys.service.http.run_catalog import RunCatalog
+from nat_plugin_evsys.service.work.access import CheckpointAccess
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.config.serve import ServeConfig
+    from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
+    from nat_plugin_evsys.service.http.auth import Keys
+    from nat_plugin_evsys.service.http.metrics import ServiceMetrics
+    from nat_plugin_evsys.service.http.pending import Pending
+    from nat_plugin_evsys.service.http.presence import Presence
+    from nat_plugin_evsys.service.store.store import SessionRow, Store
+    from nat_plugin_evsys.service.work.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+API = "/api/v1"
+
+Handler = Callable[[Request, str], Awaitable[Response]]
+"""``(request, owner) -> response``."""
+
+
+@dataclass
+class ServiceContext:
+    """One running server.
+
+    Attributes:
+        closing: set when the server shuts down.
+    """
+
+    config: ServeConfig
+    store: Store
+    checkpoints: CheckpointStore
+    engine: Engine
+    keys: Keys
+    pending: Pending
+    presence: Presence
+    metrics: ServiceMetrics
+    closing: asyncio.Event
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @cached_property
+    def limits(self) -> BodyLimits:
+        """Of request bodies."""
+        return BodyLimits(self.config.max_request_bytes, self.config.max_decompressed_bytes)
+
+    @cached_property
+    def access(self) -> CheckpointAccess:
+        """Who may read which checkpoint."""
+        return CheckpointAccess(self.store, self.checkpoints)
+
+    @cached_property
+    def catalog(self) -> RunCatalog:
+        """Training runs and checkpoints."""
+        return RunCatalog(self.store, self.checkpoints)
+
+    def session(self, session_id: str, owner: str, *, for_work: bool = True) -> SessionRow:
+        """A session of this owner; it has just been seen.
+
+        Raises:
+            Refusal: 404 there is none (or it is another key's); 400 it takes no more work, as it was finished.
+        """
+        row = self.store.session(session_id)
+        if row is None or row.owner != owner:
+            raise not_found(f"session {session_id[:64]!r}")
+        if for_work and row.finished is not None:
+            raise Refusal(400, f"session {session_id} was finished by its client ({row.finished}); create a new one")
+        self.presence.seen(session_id)
+        return row
+
+    async def written(self, write: Future[T]) -> T:
+        """The result of a write to the store, once it is on disk."""
+        return await asyncio.wrap_future(write)
+
+    def park(self, session_id: str) -> None:
+        """Take the session's models out of memory, in the background."""
+        task = asyncio.create_task(asyncio.to_thread(self.engine.park_session, session_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a session could not be parked", exc_info=error)
+
+    def route(self, method: str, path: str, handler: Handler, *, public: bool = False) -> Route:
+        """A route that checks the key, and answers every exception with a JSON body.
+
+        Args:
+            public: needs no key.
+        """
+
+        async def endpoint(request: Request) -> Response:
+            request.scope[ROUTE] = path
+            try:
+                owner = "" if public else self.keys.owner(request.headers)
+                request.scope[OWNER] = owner or "-"
+                return await handler(request, owner)
+            except Gone:
+                return Response(status_code=499)  # nobody reads it
+            except EvsysError as error:
+                return Refusal.of(error).response()
+            except Exception as error:  # the boundary: answered and logged
+                logger.error("%s %s failed", request.method, path, exc_info=error)
+                message = f"the server failed: {type(error).__name__}; its log has the rest"
+                return Refusal(500, message, headers={"x-should-retry": "false"}).response()
+
+        return Route(path, endpoint, methods=[method])
+
+
+def session_of(scope: str) -> str:
+    """The session that a model id or sampling session id belongs to."""
+    return scope.split(":", 1)[0]
+
+
+def accepted(**facts: Any) -> JSONResponse:
+    """A 200 with a JSON object; None values are left out."""
+    return JSONResponse({name: value for name, value in facts.items() if value is not None})

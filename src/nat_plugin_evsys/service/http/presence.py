@@ -1,0 +1,34 @@
+"""When each session was last heard of, without a write for each request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.service.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+_WRITE_EVERY = 5.0  # seconds; timeouts are minutes
+
+
+class Presence:
+    """Refreshes ``last_seen`` of sessions, each at most every five seconds. Used from the event loop only."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._written: dict[str, float] = {}
+
+    def seen(self, session_id: str) -> None:
+        """The session's client sent something."""
+        now = time.monotonic()
+        if now - self._written.get(session_id, float("-inf")) < _WRITE_EVERY:
+            return
+        self._written[session_id] = now
+        self._store.touch_session(session_id, time.time())
+
+    def forget(self, session_id: str) -> None:
+        """The session is gone."""
+        self._written.pop(session_id, None)

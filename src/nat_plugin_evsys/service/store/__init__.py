@@ -1,0 +1,1 @@
+"""The journal of operations and the catalog."""

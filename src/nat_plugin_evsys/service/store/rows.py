@@ -1,0 +1,95 @@
+"""What the store keeps about sessions, models, samplers and results: its rows, as the rest of the server sees them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from nat_plugin_evsys.service.store.operations import OperationKind, Outcome
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    """One client's session. Times are seconds since the epoch."""
+
+    session_id: str
+    owner: str
+    created_at: float = field(default_factory=time.time)
+    last_seen: float = field(default_factory=time.time)
+    tags: list[str] = field(default_factory=list)
+    user_metadata: dict[str, Any] = field(default_factory=dict)
+    sdk_version: str = ""
+    finished: str | None = None
+    """Why it ended: success, errored or interrupted; None while it runs."""
+    display_name: str | None = None
+    project_id: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One LoRA adapter in training.
+
+    Attributes:
+        next_seq: the first training operation that has not ended.
+        snapshot: name of the directory that holds the last state snapshot.
+        snapshot_seq: the last operation that the snapshot covers; -1 without one.
+        loaded_from: the ``tinker://`` path that it started from.
+    """
+
+    model_id: str
+    session_id: str
+    owner: str
+    model_seq_id: int
+    base_model: str
+    lora_rank: int
+    lora_seed: int | None = None
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+    user_metadata: dict[str, Any] = field(default_factory=dict)
+    created_at: float = field(default_factory=time.time)
+    next_seq: int = 0
+    snapshot: str | None = None
+    snapshot_seq: int = -1
+    loaded_from: str | None = None
+
+
+@dataclass(frozen=True)
+class SamplerRow:
+    """One sampling session: a base model, a checkpoint (``model_path``), or ephemeral weights (``directory``).
+
+    Attributes:
+        seq_id: the client's ``sampling_session_seq_id``.
+        model_path: the ``tinker://`` path that it samples from.
+        directory: name of the directory of its ephemeral weights.
+        model_id: the model that the weights come from.
+        step: that model's optimizer steps.
+        dropped: its weights have been deleted.
+    """
+
+    sampler_id: str
+    session_id: str
+    owner: str
+    seq_id: int
+    base_model: str
+    model_path: str | None = None
+    directory: str | None = None
+    model_id: str | None = None
+    step: int = 0
+    created_at: float = field(default_factory=time.time)
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
+class StoredOutcome:
+    """What is known of one request; ``outcome`` is None until it has ended."""
+
+    request_id: str
+    owner: str
+    kind: OperationKind
+    scope: str
+    seq_id: int
+    created_at: float
+    outcome: Outcome | None
+    delivered_at: float | None

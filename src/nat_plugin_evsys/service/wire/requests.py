@@ -1,0 +1,190 @@
+"""The JSON bodies of the operations, as the protocol names their fields. Unknown fields of a newer SDK are ignored.
+
+Not the SDK's own request types: those refuse unknown fields and change with the version that is installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from tinker import types
+
+from nat_plugin_evsys.errors import DataError, UnsupportedError
+from nat_plugin_evsys.runtime.arguments import check_metadata
+
+MAX_RANK = 1024
+_INT64 = 2**63
+
+
+class RequestBody(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+R = TypeVar("R", bound=RequestBody)
+
+
+class OptimizerChoice(RequestBody):
+    """``optimizer_config``."""
+
+    type: str = "adamw"
+
+
+class LoraChoice(RequestBody):
+    """``lora_config``."""
+
+    rank: int = Field(default=32, ge=1, le=MAX_RANK)
+    seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class CreateModel(RequestBody):
+    """``create_model``."""
+
+    session_id: str
+    model_seq_id: int = Field(ge=0, lt=_INT64)
+    base_model: str
+    lora_config: LoraChoice | None = None
+    optimizer_config: OptimizerChoice | None = None
+    user_metadata: dict[str, Any] | None = None
+
+
+class AdamChoice(RequestBody):
+    """``adam_params``; another optimizer's parameters have another ``type``."""
+
+    type: str = "adamw"
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def params(self) -> types.AdamParams:
+        """Tinker's type.
+
+        Raises:
+            UnsupportedError: another optimizer than AdamW.
+        """
+        check_adamw(self.type)
+        return types.AdamParams(**self.model_dump(exclude={"type"}))
+
+
+class OptimStep(RequestBody):
+    """``optim_step``."""
+
+    params: AdamChoice = Field(validation_alias=AliasChoices("adam_params", "optimizer_params", "optim_params"))
+
+
+class SaveWeights(RequestBody):
+    """``save_weights``, ``save_weights_for_sampler`` and ``save_weights_external``."""
+
+    path: str | None = None
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, Any] | None = None
+    sampling_session_seq_id: int | None = Field(default=None, ge=0, lt=_INT64)
+    kind: str = "snapshot"
+    age_encryption_recipients: list[str] | None = None
+
+
+class LoadWeights(RequestBody):
+    """``load_weights``: of an existing model, or, with ``session_id``, of a new one."""
+
+    path: str
+    optimizer: bool
+    session_id: str | None = None
+    model_seq_id: int | None = Field(default=None, ge=0, lt=_INT64)
+    base_model: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    optimizer_config: OptimizerChoice | None = None
+    weights_access_token: str | None = None
+
+
+class TextChunk(RequestBody):
+    """A part of a prompt; only ``encoded_text`` has tokens."""
+
+    type: str = "encoded_text"
+    tokens: list[int] | None = None
+
+
+class Prompt(RequestBody):
+    """``ModelInput``."""
+
+    chunks: list[TextChunk]
+
+    def tokens(self) -> list[int]:
+        """The token ids.
+
+        Raises:
+            UnsupportedError: a chunk that is no text.
+        """
+        for chunk in self.chunks:
+            if chunk.type != "encoded_text" or chunk.tokens is None:
+                raise UnsupportedError(
+                    f"a prompt chunk of type {chunk.type!r} is not offered: only encoded_text is; send token ids"
+                )
+        return [token for chunk in self.chunks for token in chunk.tokens or ()]
+
+
+class Sampling(RequestBody):
+    """``SamplingParams``."""
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | list[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+    def params(self) -> types.SamplingParams:
+        """Tinker's type."""
+        return types.SamplingParams(**self.model_dump())
+
+
+class Sample(RequestBody):
+    """``asample``."""
+
+    prompt: Prompt
+    sampling_params: Sampling = Sampling()
+    num_samples: int = Field(default=1, ge=1, le=4096)
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int = Field(default=0, ge=0)
+    topk_sample_logprobs: int = Field(default=0, ge=0)
+    target_prompt_logprobs: dict[str, Any] | None = None
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool | None = None
+
+
+def parse(body: type[R], payload: bytes) -> R:
+    """The body that ``payload`` is the JSON of.
+
+    Raises:
+        DataError: it is no JSON, or a field is missing or malformed; the first one is named.
+    """
+    try:
+        return body.model_validate_json(payload)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"the request is malformed: {where + ': ' if where else ''}{first['msg']}") from exc
+
+
+def check_adamw(kind: str) -> None:
+    """Raises UnsupportedError for another optimizer."""
+    if kind not in ("adamw", "adam"):
+        raise UnsupportedError(f"optimizer {kind!r} is not offered: AdamW is the only one; leave it out")
+
+
+def metadata_of(given: dict[str, Any] | None) -> dict[str, str]:
+    """Metadata, text by text.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    return check_metadata(given)

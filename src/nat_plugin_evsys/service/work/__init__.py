@@ -1,0 +1,1 @@
+"""Turns, execution and the models in memory."""

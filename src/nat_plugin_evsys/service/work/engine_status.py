@@ -1,0 +1,90 @@
+"""Facts about models and the engine, as ``get_info``, ``/metrics`` and ``nat evsys status`` show them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.service.work.model import HostedModel
+from nat_plugin_evsys.service.work.samplers import Samplers
+from nat_plugin_evsys.service.work.sampling import SamplingDesk
+from nat_plugin_evsys.service.work.training_work import TrainingWork
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.service.store.rows import ModelRow
+    from nat_plugin_evsys.service.store.store import Store
+
+
+def model_facts(row: ModelRow, base: BaseModel) -> dict[str, Any]:
+    """Tinker's ``GetInfoResponse``. ``tokenizer_id`` is an absolute path where the model is a directory."""
+    name = getattr(base.tokenizer, "name_or_path", None) or base.name
+    tokenizer = str(Path(name).expanduser().absolute()) if os.path.isdir(os.path.expanduser(name)) else name
+    return {
+        "type": "get_info",
+        "model_data": {
+            "arch": base.model.config.model_type,
+            "model_name": row.base_model,
+            "tokenizer_id": tokenizer,
+        },
+        "model_id": row.model_id,
+        "is_lora": True,
+        "lora_rank": row.lora_rank,
+        "model_name": row.base_model,
+        "optimizer_config": {"type": "adamw"},
+    }
+
+
+def engine_status(
+    store: Store,
+    hosted: Sequence[HostedModel],
+    queued: Mapping[str, int],
+    work: TrainingWork,
+    sampling: SamplingDesk,
+    samplers: Samplers,
+) -> dict[str, Any]:
+    """What runs now.
+
+    Returns:
+        ``models``: by model id ``base_model``, ``state`` (loaded, parked), ``step`` (None where unknown, as it has not
+        been in memory), ``queued``, ``engine_seconds`` and ``tokens_trained`` since the start; ``seconds``, ``tokens``
+        and ``tokens_per_second`` (over a minute) of ``training`` and ``sampling``; ``sampling``: ``requests`` and
+        ``sequences`` in flight; ``memory`` in bytes.
+    """
+    live = {each.model_id: each for each in hosted if not each.gone}
+    models = {}
+    for row in store.models():
+        each = live.get(row.model_id)
+        models[row.model_id] = {
+            "base_model": row.base_model,
+            "state": "loaded" if each is not None and each.model is not None else "parked",
+            "step": None if each is None else each.step,
+            "queued": queued.get(row.model_id, 0),
+            "engine_seconds": 0.0 if each is None else each.engine_seconds,
+            "tokens_trained": 0 if each is None else each.tokens_trained,
+        }
+    requests, sequences = sampling.active()
+    return {
+        "models": models,
+        "seconds": {"training": work.seconds},
+        "tokens": {"trained": work.throughput.total, "sampled": sampling.throughput.total},
+        "tokens_per_second": {"trained": work.throughput.rate(), "sampled": sampling.throughput.rate()},
+        "sampling": {"requests": requests, "sequences": sequences},
+        "memory": {**_memory(), "adapters": samplers.memory()},
+    }
+
+
+def _memory() -> dict[str, int]:
+    found = {}
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found["resident"] = pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        pass
+    if torch.cuda.is_available():
+        found["gpu"] = int(torch.cuda.memory_allocated())
+    return found

@@ -1,0 +1,46 @@
+"""From an exception to the failed Outcome that a client's future is answered with."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from nat_plugin_evsys.engine.model.loading import one_line
+from nat_plugin_evsys.errors import EngineClosedError, EvsysError, ModelError
+from nat_plugin_evsys.service.store.operations import JSON, Effect, FailureCategory, Operation, Outcome
+
+logger = logging.getLogger(__name__)
+
+
+class OperationAbandoned(Exception):
+    """Raised inside an operation that has to stop because the engine closes; it stays unfinished in the store."""
+
+
+class RestoreError(EvsysError):
+    """A model's state cannot be made again from its snapshot and the operations since."""
+
+
+def failure(message: str, category: FailureCategory = FailureCategory.USER, effect: Effect = Effect.NONE) -> Outcome:
+    """A failed Outcome."""
+    body = json.dumps({"error": message, "category": category.value}).encode()
+    return Outcome(body, JSON, failed=True, effect=effect)
+
+
+def failure_of(operation: Operation, error: Exception, effect: Effect = Effect.NONE) -> Outcome:
+    """The failed Outcome of an operation that raised ``error``.
+
+    What this package raises on purpose is the user's to mend, unless the disk or the machine is behind it. Anything
+    else is a fault of the server, which the log has in full.
+    """
+    if not isinstance(error, EvsysError):
+        logger.exception("%s %s of %s failed", operation.kind, operation.seq_id, operation.scope, exc_info=error)
+        message = f"{operation.kind} failed in the server: {one_line(error)}"
+        return failure(message, FailureCategory.SERVER, effect)
+    of_server = isinstance(error, (EngineClosedError, RestoreError)) or isinstance(error.__cause__, OSError)
+    of_server = of_server or (isinstance(error, ModelError) and error.__cause__ is not None)
+    return failure(str(error), FailureCategory.SERVER if of_server else FailureCategory.USER, effect)
+
+
+def error_of(outcome: Outcome) -> str:
+    """The message of a failed Outcome."""
+    return str(json.loads(outcome.body)["error"])

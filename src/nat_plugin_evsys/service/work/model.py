@@ -1,0 +1,252 @@
+"""One model of a client: the operations that wait for it, its weights while they are in memory, and the way back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.runtime.bases import LORA_ALPHA, SharedBase
+from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.wire.forward_backward import WireError, decode_forward_backward
+from nat_plugin_evsys.service.wire.requests import OptimStep, parse
+from nat_plugin_evsys.service.work.failures import OperationAbandoned, RestoreError, error_of
+from nat_plugin_evsys.service.work.ordering import SequenceBuffer
+from nat_plugin_evsys.service.work.states import SnapshotPolicy, Snapshots
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.service.store.rows import ModelRow
+    from nat_plugin_evsys.service.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LostGradient:
+    """A forward_backward that failed since the last optimizer step.
+
+    Attributes:
+        seq_id: of it.
+        error: its message.
+        stored_at: when its failure was stored, seconds since the epoch.
+    """
+
+    seq_id: int
+    error: str
+    stored_at: float
+
+
+class HostedModel:
+    """A model that operations can be run on, in memory or parked.
+
+    ``buffer``, ``used``, ``busy``, ``park_wanted`` and ``gone`` belong to the lock of its ``TrainingThread``; the rest
+    is that thread's own.
+
+    Attributes:
+        shared: its base model.
+        used: engine seconds, as the turns count them.
+        busy: the thread runs something for it now.
+        park_wanted: leave memory once nothing is left to do.
+        gone: it was never made, or has been forgotten; takes no more operations.
+        model: its weights, moments and gradient; None while parked.
+        lost: set while the accumulated gradient lacks a part.
+        engine_seconds: spent on it since the server started.
+        tokens_trained: tokens of its forward_backward calls since then.
+        step: optimizer steps that made its weights, where known.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        shared: SharedBase,
+        next_seq: int,
+        store: Store,
+        snapshots: Snapshots,
+        *,
+        policy: SnapshotPolicy,
+        retain_operations: bool,
+    ) -> None:
+        self.model_id = model_id
+        self.shared = shared
+        self.buffer = SequenceBuffer(next_seq)
+        self.used = 0.0
+        self.busy = False
+        self.park_wanted = False
+        self.gone = False
+        self.model: TrainableModel | None = None
+        self.lost: LostGradient | None = None
+        self.engine_seconds = 0.0
+        self.tokens_trained = 0
+        self.step: int | None = None
+        self._store = store
+        self._snapshots = snapshots
+        self._policy = policy
+        self._retain = retain_operations
+        # The last operation after which no gradient was pending: what a snapshot of the weights now would cover.
+        self._settled_seq = next_seq - 1
+        self._changed = False
+        self._seconds_since_snapshot = 0.0
+        self._snapshot_took = 0.0
+
+    def row(self) -> ModelRow:
+        """What the store knows of it.
+
+        Raises:
+            RestoreError: nothing, as its session was forgotten.
+        """
+        row = self._store.model(self.model_id)
+        if row is None:
+            raise RestoreError(f"there is no model {self.model_id}; its session may have expired")
+        return row
+
+    def loaded(self, stop: threading.Event) -> TrainableModel:
+        """The model; from its last snapshot and the operations since, if it is not in memory.
+
+        Raises:
+            RestoreError: that is not possible.
+            OperationAbandoned: ``stop`` was set meanwhile.
+        """
+        if self.model is None:
+            try:
+                self._restore(stop)
+            except OperationAbandoned:
+                raise
+            except (EvsysError, OSError) as exc:
+                logger.exception("model %s cannot be restored", self.model_id)
+                raise RestoreError(f"the state of model {self.model_id} could not be restored: {exc}") from exc
+        assert self.model is not None
+        return self.model
+
+    def evict(self) -> None:
+        """Let go of weights that may not be what the journal says."""
+        self.model = None
+
+    def adopt(self, model: TrainableModel) -> None:
+        """Take over a model that has just been made."""
+        self.model = model
+        self.step = model.step
+
+    def ended(self, operation: Operation, outcome: Outcome, seconds: float) -> None:
+        """An operation's outcome has been stored: remember what it did, and take a snapshot if one is due."""
+        self.engine_seconds += seconds
+        self._seconds_since_snapshot += seconds
+        if outcome.effect != Effect.NONE and operation.kind != OperationKind.FORWARD_BACKWARD:
+            self.lost = None
+            self._changed |= outcome.effect == Effect.APPLIED
+        elif outcome.failed and loses_gradient(operation):
+            self.lost = LostGradient(operation.seq_id, error_of(outcome), time.time())
+        self._settle(operation.seq_id)
+        if self.model is None:
+            return
+        self.step = self.model.step
+        if operation.kind == OperationKind.LOAD_WEIGHTS and outcome.effect == Effect.APPLIED:
+            # The load itself wrote this state, so that a replay does not depend on the checkpoint's being there still.
+            self._changed = True
+            self._cover(str(operation.seq_id), operation.seq_id)
+        elif self._changed and self._policy.due(self._seconds_since_snapshot, self._snapshot_took):
+            self.snapshot()
+
+    def snapshot(self) -> None:
+        """Write the weights as of the last moment without a pending gradient, unless nothing has changed."""
+        if self.model is None or not self._changed:
+            return
+        try:
+            name, self._snapshot_took = self._snapshots.write(self.model_id, self._settled_seq, self.model)
+        except EvsysError as exc:
+            # Without it a restart has more to run again; nothing is lost.
+            logger.error("no snapshot of model %s: %s", self.model_id, exc)
+            self._seconds_since_snapshot = 0.0
+            return
+        self._cover(name, self._settled_seq)
+
+    def park(self) -> None:
+        """Write what is needed to come back, and leave memory."""
+        self.snapshot()
+        self.model = None
+
+    def _cover(self, name: str, seq: int) -> None:
+        """From now on a restart begins at the state ``name``."""
+        self._seconds_since_snapshot = 0.0
+        try:
+            self._store.set_snapshot(self.model_id, name, seq, retain=self._retain).result()
+        except EvsysError as exc:
+            logger.error("the snapshot of model %s is not used: %s", self.model_id, exc)
+            return
+        self._snapshots.keep_only(self.model_id, name)
+        self._changed = False
+
+    def _settle(self, seq: int) -> None:
+        if self.model is not None and self.model.gradient is None and self.lost is None:
+            self._settled_seq = seq
+
+    def _restore(self, stop: threading.Event) -> None:
+        started = time.perf_counter()
+        row = self.row()
+        if row.snapshot is None:
+            model, since = fresh_model(self.shared, row), -1
+        else:
+            model, since = self._snapshots.open(self.shared, self.model_id, row.snapshot), row.snapshot_seq
+        self.lost, self._settled_seq, self._changed = None, since, False
+        replay = self._store.to_replay(self.model_id, since)
+        for operation, effect in replay:
+            self._run_again(model, operation, effect, stop)
+            self._changed |= operation.kind == OperationKind.OPTIM_STEP and effect == Effect.APPLIED
+            if model.gradient is None:
+                self._settled_seq = operation.seq_id
+        self._recall_lost_gradient([o.seq_id for o, _ in replay if o.kind != OperationKind.FORWARD_BACKWARD])
+        self.adopt(model)
+        self._settle(row.next_seq - 1)
+        seconds = time.perf_counter() - started
+        logger.info("model %s restored: %d operations run again in %.2f s", self.model_id, len(replay), seconds)
+
+    def _run_again(self, model: TrainableModel, operation: Operation, effect: Effect, stop: threading.Event) -> None:
+        def progress(done: int, total: int) -> None:
+            if stop.is_set():
+                raise OperationAbandoned
+
+        progress(0, 0)
+        if effect == Effect.CLEARED:
+            model.discard_gradient()
+        elif operation.kind == OperationKind.FORWARD_BACKWARD:
+            request = decode_forward_backward(operation.payload)
+            model.forward_backward(request.data, request.loss_fn, request.loss_fn_config, progress)  # type: ignore[arg-type]
+        elif operation.kind == OperationKind.OPTIM_STEP:
+            model.optim_step(parse(OptimStep, operation.payload).params.params())
+        elif operation.kind == OperationKind.LOAD_WEIGHTS:
+            self._snapshots.load_into(model, self.model_id, str(operation.seq_id))
+
+    def _recall_lost_gradient(self, steps: list[int]) -> None:
+        """Find a forward_backward that failed since the last of ``steps``: those that left no gradient behind."""
+        since = max([self._settled_seq, *steps])
+        for operation, outcome, ended_at in self._store.failures(self.model_id, since):
+            if loses_gradient(operation):
+                self.lost = LostGradient(operation.seq_id, error_of(outcome), ended_at)
+
+
+def loses_gradient(operation: Operation) -> bool:
+    """Whether a gradient lacks something when this operation fails: forward_backward, but not forward."""
+    if operation.kind != OperationKind.FORWARD_BACKWARD:
+        return False
+    try:
+        return not decode_forward_backward(operation.payload).forward_only
+    except WireError:
+        return True
+
+
+def fresh_model(shared: SharedBase, row: ModelRow) -> TrainableModel:
+    """The model as ``create_model`` made it: its row says which."""
+    adapter = LoraAdapter.create(
+        shared.base.model,
+        rank=row.lora_rank,
+        alpha=LORA_ALPHA,
+        seed=row.lora_seed,
+        train_attn=row.train_attn,
+        train_mlp=row.train_mlp,
+        train_unembed=row.train_unembed,
+    )
+    return shared.train(adapter)

@@ -1,0 +1,228 @@
+"""What is sampled from: base models, checkpoints and ephemeral weights, the last used ones in memory."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nat_plugin_evsys.engine.checkpoints import ADAPTER, load_adapter, save_checkpoint
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
+from nat_plugin_evsys.errors import CheckpointError, DataError, ModelError
+from nat_plugin_evsys.runtime.bases import SharedBase
+from nat_plugin_evsys.runtime.checkpoint_store import SCHEME
+from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow
+from nat_plugin_evsys.service.work.access import CheckpointAccess, manifest
+from nat_plugin_evsys.service.work.served_bases import ServedBases
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.service.store.store import Store
+
+logger = logging.getLogger(__name__)
+
+BASE_POLICY_VERSION = -1
+KEPT_EPHEMERAL = 64
+"""Ephemeral weights of one model that are kept; an older one is refused by name."""
+
+_MEMORY_BYTES = 2 * 2**30
+
+Key = tuple[str, str, int]
+"""Base model, SHA-256 of the weights' file, optimizer steps: what makes two samplers' weights the same."""
+
+
+class Samplers:
+    """Opens samplers. Safe to use from several threads.
+
+    Args:
+        root: directory of the ephemeral weights, one below it for each.
+        memory_bytes: of adapters that are kept in memory; at least one is.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        bases: ServedBases,
+        access: CheckpointAccess,
+        root: Path,
+        *,
+        memory_bytes: int = _MEMORY_BYTES,
+    ) -> None:
+        self.root = root
+        self._store = store
+        self._bases = bases
+        self._access = access
+        self._memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        self._clients: OrderedDict[Key, tuple[LocalSamplingClient, int]] = OrderedDict()
+        self._opened: dict[str, Key] = {}
+
+    def open(self, row: SamplerRow) -> LocalSamplingClient:
+        """The client of a sampling session. It samples from what it sampled from first, or not at all.
+
+        Raises:
+            CheckpointError: its weights are gone, expired, or no longer what they were.
+            ModelError: its base model is not served.
+        """
+        if row.dropped:
+            raise CheckpointError(
+                f"sampling session {row.sampler_id} has ended: the newest {KEPT_EPHEMERAL} unnamed weights of a model "
+                "are kept; save weights that are to stay under a name"
+            )
+        key = self._opened.get(row.sampler_id)
+        client = None if key is None else self._known(key)
+        if client is not None:
+            return client
+        if row.directory is not None:
+            key, client = self._weights(self.root / row.directory, self._bases.get(row.base_model), row.sampler_id)
+        elif row.model_path is None:
+            return self._bases.get(row.base_model).sampler.client(None, BASE_POLICY_VERSION)
+        else:
+            key, client, _ = self._checkpoint(row.model_path, row.owner)
+        if self._opened.setdefault(row.sampler_id, key) != key:
+            raise CheckpointError(
+                f"checkpoint {row.model_path} was overwritten after sampling session {row.sampler_id} was opened; "
+                "create a new sampling client"
+            )
+        return client
+
+    def find(self, model: str, owner: str) -> tuple[LocalSamplingClient, BaseModel]:
+        """The client of a base model's name, a tinker:// path, or a training run's id (its newest sampler checkpoint).
+
+        Raises:
+            CheckpointError, ModelError: there is none that this owner may use.
+        """
+        shared = None if model.startswith(SCHEME) else self._bases.find(model)
+        if shared is not None:
+            return shared.sampler.client(None, BASE_POLICY_VERSION), shared.base
+        path = model if model.startswith(SCHEME) else self._access.newest_sampler(model, owner)
+        if path is None:
+            raise ModelError(
+                f"there is no model {model!r} here; give a base model ({', '.join(self._bases.names)}), a tinker:// "
+                "path, or the id of a training run that has saved weights for sampling"
+            )
+        _, client, shared = self._checkpoint(path, owner)
+        return client, shared.base
+
+    def keep(self, row: ModelRow, model: TrainableModel, shared: SharedBase, number: int, seq: int) -> str:
+        """Keep the weights of a model as they are now as sampling session ``number``; returns its id.
+
+        Run again after a kill, for the same operation ``seq``, it writes the same weights in the same place.
+
+        Raises:
+            DataError: the number is another sampler's.
+            CheckpointError: the disk refused the write.
+        """
+        sampler_id = f"{row.session_id}:sample:{number}"
+        name = f"{row.model_id}/{seq}"
+        known = self._store.sampler(sampler_id)
+        if known is not None and known.directory != name:
+            raise DataError(f"sampling_session_seq_id {number} is taken in session {row.session_id}; use the next one")
+        directory = save_checkpoint(self.root / row.model_id, str(seq), model, kind="sampler")
+        self._store.add_sampler(
+            SamplerRow(
+                sampler_id=sampler_id,
+                session_id=row.session_id,
+                owner=row.owner,
+                seq_id=number,
+                base_model=shared.base.name,
+                directory=name,
+                model_id=row.model_id,
+                step=model.step,
+                created_at=time.time(),
+            )
+        ).result()
+        key = _key(shared, directory)
+        if key is not None:
+            self._opened[sampler_id] = key
+            self._remember(key, shared.sampler.client(model.adapter, model.step), model.adapter)
+        self._drop_oldest(row.model_id)
+        return sampler_id
+
+    def close_session(self, session_id: str) -> None:
+        """Take what a session samples from out of memory; it comes back by itself."""
+        for sampler_id in [each for each in list(self._opened) if each.startswith(f"{session_id}:")]:
+            key = self._opened.get(sampler_id)
+            with self._lock:
+                self._clients.pop(key, None)  # type: ignore[arg-type]
+
+    def forget_session(self, session_id: str) -> None:
+        """Delete a session's ephemeral weights."""
+        self.close_session(session_id)
+        for sampler_id in [each for each in list(self._opened) if each.startswith(f"{session_id}:")]:
+            self._opened.pop(sampler_id, None)
+        for directory in self.root.glob(f"{session_id}:*"):
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def memory(self) -> int:
+        """Bytes of the adapters in memory."""
+        with self._lock:
+            return sum(size for _, size in self._clients.values())
+
+    def _checkpoint(self, path: str, owner: str) -> tuple[Key, LocalSamplingClient, SharedBase]:
+        self._access.check(path, owner)
+        directory = self._access.directory(path)
+        facts = manifest(directory)
+        if facts is not None and (facts.get("expires_at") is None or facts["expires_at"] > time.time()):
+            for shared in self._bases.all():
+                if facts.get("base_identity") == shared.base.identity:
+                    return *self._weights(directory, shared, path), shared
+        # Not there, expired or of another base model: this says which.
+        info = self._access.read(path, owner)
+        shared = self._bases.of_checkpoint(info)
+        return *self._weights(directory, shared, path), shared
+
+    def _weights(self, directory: Path, shared: SharedBase, name: str) -> tuple[Key, LocalSamplingClient]:
+        """The client of a directory's weights, loaded if they are not in memory; ``name`` is what errors call it."""
+        with self._loading:
+            key = _key(shared, directory)
+            if key is None:
+                raise CheckpointError(f"the weights of {name} do not exist any more")
+            client = self._known(key)
+            if client is None:
+                try:
+                    adapter = load_adapter(directory, shared.base)
+                except CheckpointError as exc:
+                    raise CheckpointError(str(exc).replace(str(directory), name)) from exc
+                client = shared.sampler.client(adapter, key[2])
+                self._remember(key, client, adapter)
+            return key, client
+
+    def _known(self, key: Key) -> LocalSamplingClient | None:
+        with self._lock:
+            if key not in self._clients:
+                return None
+            self._clients.move_to_end(key)
+            return self._clients[key][0]
+
+    def _remember(self, key: Key, client: LocalSamplingClient, adapter: LoraAdapter) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in adapter.named_tensors())
+        with self._lock:
+            self._clients[key] = (client, size)
+            self._clients.move_to_end(key)
+            while len(self._clients) > 1 and sum(each for _, each in self._clients.values()) > self._memory_bytes:
+                self._clients.popitem(last=False)
+
+    def _drop_oldest(self, model_id: str) -> None:
+        rows = [row for row in self._store.samplers(model_id=model_id) if row.directory and not row.dropped]
+        for row in rows[:-KEPT_EPHEMERAL]:
+            self._store.drop_sampler(row.sampler_id).result()
+            key = self._opened.pop(row.sampler_id, None)
+            with self._lock:
+                if key is not None and key not in list(self._opened.values()):
+                    self._clients.pop(key, None)
+            shutil.rmtree(self.root / str(row.directory), ignore_errors=True)
+
+
+def _key(shared: SharedBase, directory: Path) -> Key | None:
+    facts = manifest(directory)
+    if facts is None:
+        return None
+    return shared.base.name, facts["files"][ADAPTER]["sha256"], int(facts["step"])

@@ -1,0 +1,91 @@
+"""The base models that a server was started with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from nat_plugin_evsys.engine.checkpoints import CheckpointInfo
+from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.errors import CheckpointError, ModelError
+from nat_plugin_evsys.runtime.bases import BaseModels, SharedBase
+
+
+class ServedBases:
+    """Loads the models once and finds them by name, or by what a checkpoint was made for.
+
+    Args:
+        names: ``builtin/…``, directories or hub ids.
+        max_batch_size: see ``Sampler``.
+        options: of ``load_base_model``.
+    """
+
+    def __init__(self, names: Sequence[str], *, max_batch_size: int, **options: Any) -> None:
+        self.names = list(dict.fromkeys(names))
+        self._models = BaseModels(max_batch_size=max_batch_size, **options)
+        self._shared: dict[str, SharedBase] = {}
+
+    def load(self) -> list[SharedBase]:
+        """Load all.
+
+        Raises:
+            ModelError: one cannot be loaded.
+        """
+        for name in self.names:
+            shared = self._models.get(name)
+            if shared not in self._shared.values():
+                self._shared[name] = shared
+        return list(self._shared.values())
+
+    def all(self) -> list[SharedBase]:
+        """Those that are loaded."""
+        return list(self._shared.values())
+
+    def models(self) -> list[BaseModel]:
+        """The base models themselves."""
+        return [shared.base for shared in self._shared.values()]
+
+    def find(self, name: str) -> SharedBase | None:
+        """The model of that name, or of that directory however it is spelled."""
+        if name in self._shared:
+            return self._shared[name]
+        place = _place(name)
+        return next((shared for key, shared in self._shared.items() if place and _place(key) == place), None)
+
+    def get(self, name: str) -> SharedBase:
+        """``find``.
+
+        Raises:
+            ModelError: it is not served.
+        """
+        shared = self.find(name)
+        if shared is None:
+            raise ModelError(f"base_model {name!r} is not served here; choose one of {', '.join(self._shared)}")
+        return shared
+
+    def of_checkpoint(self, info: CheckpointInfo) -> SharedBase:
+        """The model that a checkpoint was made for, whatever it was called then.
+
+        Raises:
+            CheckpointError: it is not served.
+        """
+        for shared in self._shared.values():
+            if shared.base.identity == info.base_identity:
+                return shared
+        raise CheckpointError(
+            f"the checkpoint was made for base model {info.base_model!r}, which is not served here; served are "
+            f"{', '.join(self._shared)}"
+        )
+
+    def close(self) -> None:
+        """Close the samplers and let go of the models."""
+        self._models.close()
+
+
+def _place(name: str) -> str | None:
+    """Where a directory really is; None for what is none."""
+    try:
+        return os.path.realpath(name, strict=True)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,187 @@
+"""Whose turn it is: the training thread of one base model, which its models share fairly."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from nat_plugin_evsys.service.store.operations import Operation
+from nat_plugin_evsys.service.work.model import HostedModel
+
+logger = logging.getLogger(__name__)
+
+_AFTER_FAULT_S = 1.0
+
+
+class Work(Protocol):
+    """What the thread does for a model; see ``TrainingWork``."""
+
+    def run(self, hosted: HostedModel, operation: Operation, stop: threading.Event) -> bool:
+        """Run one operation to its stored outcome. False: it has not ended, as the engine closes."""
+
+    def give_up(self, hosted: HostedModel, operations: list[Operation], missing: int) -> None:
+        """End operations that wait for ``missing``, which does not come."""
+
+    def refuse(self, hosted: HostedModel, operations: list[Operation]) -> None:
+        """End operations of a model that is gone."""
+
+    def park(self, hosted: HostedModel) -> None:
+        """Take a model out of memory."""
+
+
+Turn = tuple[HostedModel, Callable[[], None]]
+
+
+class TrainingThread:
+    """Runs the operations of models over one base, one at a time.
+
+    Start-time fair queueing (Goyal, Vin and Cheng 1996) over engine seconds: of the models that have something to run,
+    the one that has used the least goes first. A model that comes back from idling starts level with the one served
+    last, so that it neither waits for time it used long ago nor saves time up.
+
+    Args:
+        name: of the thread.
+        work: what is done.
+        gap_timeout: seconds after which operations that wait for one that does not come are given up.
+        on_gone: told the id of a model that is gone, once nothing refers to it any more here.
+    """
+
+    def __init__(self, name: str, work: Work, gap_timeout: float, on_gone: Callable[[str], None]) -> None:
+        self._work = work
+        self._gap_timeout = gap_timeout
+        self._on_gone = on_gone
+        self._wake = threading.Condition()
+        self._models: dict[str, HostedModel] = {}
+        self._level = 0.0
+        self._closing = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def add(self, hosted: HostedModel, operation: Operation) -> bool:
+        """Queue an operation; False if its number has been passed, or the model is gone."""
+        with self._wake:
+            idle = not hosted.busy and hosted.buffer.ready() is None
+            if hosted.gone or not hosted.buffer.add(operation):
+                return False
+            self._models[hosted.model_id] = hosted
+            hosted.park_wanted = False
+            if idle and hosted.buffer.ready() is not None:
+                hosted.used = max(hosted.used, self._level)
+            self._wake.notify()
+            return True
+
+    def park(self, hosted: HostedModel) -> None:
+        """Take a model out of memory once what it can run has run, unless something new comes first."""
+        with self._wake:
+            hosted.park_wanted = True
+            self._wake.notify()
+
+    def forget(self, hosted: HostedModel) -> None:
+        """Drop a model and all that waits for it. What runs for it now runs to its end."""
+        with self._wake:
+            hosted.gone = True
+            self._models.pop(hosted.model_id, None)
+            if not hosted.busy:
+                hosted.evict()
+
+    def queued(self, hosted: HostedModel) -> int:
+        """Operations that have arrived and not ended."""
+        with self._wake:
+            return len(hosted.buffer)
+
+    def close(self, timeout: float) -> None:
+        """Let the running operation end, or stop it after ``timeout`` seconds, then park all models."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.ident is None:
+            return
+        self._thread.join(timeout)
+        self._stop.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while (turn := self._next()) is not None:
+            hosted, work = turn
+            try:
+                work()
+            except Exception:  # boundary: a fault in one model's turn must not end the others'
+                logger.exception("a turn of model %s failed; its state is taken from the store again", hosted.model_id)
+                hosted.evict()
+                time.sleep(_AFTER_FAULT_S)
+            finally:
+                self._done(hosted)
+            del turn, hosted, work
+        for hosted in list(self._models.values()):
+            try:
+                self._work.park(hosted)
+            except Exception:  # boundary: the other models are parked all the same
+                logger.exception("model %s could not be parked", hosted.model_id)
+
+    def _next(self) -> Turn | None:
+        """The next turn, waiting for it; None once the engine closes."""
+        with self._wake:
+            while not self._closing:
+                turn = self._runnable() or self._stranded() or self._parkable()
+                if turn is not None:
+                    turn[0].busy = True
+                    return turn
+                self._wake.wait(self._until_stranded())
+            return None
+
+    def _runnable(self) -> Turn | None:
+        ready = [(model.used, model) for model in self._models.values() if model.buffer.ready() is not None]
+        if not ready:
+            return None
+        used, hosted = min(ready, key=lambda each: each[0])
+        self._level = max(self._level, used)
+        operation = hosted.buffer.ready()
+        assert operation is not None
+        return hosted, partial(self._run, hosted, operation)
+
+    def _run(self, hosted: HostedModel, operation: Operation) -> None:
+        started = time.perf_counter()
+        ended = self._work.run(hosted, operation, self._stop)
+        with self._wake:
+            hosted.used += time.perf_counter() - started
+            if ended:
+                hosted.buffer.end(operation)
+
+    def _stranded(self) -> Turn | None:
+        now = time.monotonic()
+        for hosted in self._models.values():
+            since = hosted.buffer.stranded_since()
+            if since is not None and now - since >= self._gap_timeout:
+                waiting, missing = hosted.buffer.give_up()
+                return hosted, partial(self._work.give_up, hosted, waiting, missing)
+        return None
+
+    def _until_stranded(self) -> float | None:
+        since = [s for model in self._models.values() if (s := model.buffer.stranded_since()) is not None]
+        return max(0.0, min(since) + self._gap_timeout - time.monotonic()) if since else None
+
+    def _parkable(self) -> Turn | None:
+        for hosted in self._models.values():
+            if hosted.park_wanted:
+                hosted.park_wanted = False
+                return hosted, partial(self._work.park, hosted)
+        return None
+
+    def _done(self, hosted: HostedModel) -> None:
+        with self._wake:
+            hosted.busy = False
+            if not hosted.gone:
+                return
+            self._models.pop(hosted.model_id, None)
+            hosted.evict()
+            waiting, _ = hosted.buffer.give_up()
+        self._work.refuse(hosted, waiting)
+        self._on_gone(hosted.model_id)
