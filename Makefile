@@ -17,16 +17,17 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test check format clean distclean
+.PHONY: help quickstart install install-dev test check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
 	@echo "make test         install the test tools, run all tests"
-	@echo "make check        lint, format check, types"
+	@echo "make check        lint, format check, types, generated docs"
 ifneq ($(BENCHMARK),)
 	@echo "make bench        training steps and rollouts beside their peers' (benchmarks/README.md); BENCH_ARGS=--small tries it"
 endif
 	@echo "make install      only install into $(VENV)"
+	@echo "make docs         write docs/settings.md and docs/cli.md anew from the sources"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make clean        delete caches and build output; distclean deletes $(VENV) too"
 
@@ -46,6 +47,10 @@ check: $(INSTALLED_DEV)
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
+	@$(BIN)/python -W ignore scripts/generate-docs --check
+
+docs: $(INSTALLED_DEV)
+	@$(BIN)/python -W ignore scripts/generate-docs
 
 ifneq ($(BENCHMARK),)
 .PHONY: bench
