@@ -145,6 +145,7 @@ async def test_cancelling_the_waiting_task_abandons_the_operation(make_backend: 
 
 async def test_discarding_the_gradient(make_backend: Any, make_datums: Any) -> None:
     backend = await make_backend()
+    await backend.discard_gradient_async()  # there is none
     await backend.forward_backward_async(make_datums(0), loss_fn="cross_entropy")
     await backend.discard_gradient_async()
     with pytest.raises(DataError, match="no gradient"):
@@ -184,6 +185,34 @@ async def test_save_and_resume(make_backend: Any, make_datums: Any, tmp_path: Pa
     assert equal(weights(reset), weights(first))
     await train(reset, make_datums, 3, 6)
     assert not equal(weights(reset), weights(straight))
+
+
+@pytest.mark.parametrize("save", ["save_for_sampler", "save_full_state"])
+async def test_sampling_from_a_checkpoint_leaves_the_training_alone(
+    save: str, make_backend: Any, make_datums: Any, tmp_path: Path
+) -> None:
+    backend = await make_backend()
+    prompt = types.ModelInput.from_ints([1, 2, 3, 4])
+    await train(backend, make_datums, 0, 2)
+    path = await getattr(backend, save)("two")
+    expected = await (await backend.snapshot_sampling_client()).compute_logprobs_async(prompt)
+    await train(backend, make_datums, 2, 4)
+    trained = weights(backend)
+
+    client = await backend.sampling_client(path)
+    logprobs = await client.compute_logprobs_async(prompt)
+    assert logprobs[1:] == pytest.approx(expected[1:], abs=1e-5)
+    assert (client.policy_version, backend.policy_version, backend.step) == (1, 1, 4)
+    assert equal(weights(backend), trained)
+    with pytest.raises(CheckpointError, match=r"has LoRA rank 4, .*this model has rank 8"):
+        await (await make_backend(rank=8)).sampling_client(path)
+
+    await backend.delete_checkpoint(path)
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+    with pytest.raises(CheckpointError, match="does not exist"):
+        await backend.delete_checkpoint(path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        await backend.sampling_client(path)
 
 
 async def test_checkpoint_dir_may_change(make_backend: Any, tmp_path: Path) -> None:

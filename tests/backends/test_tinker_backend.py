@@ -17,7 +17,7 @@ from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend, SamplingClient
 from nat_plugin_evsys.backends.remote.backend import TinkerBackend
-from nat_plugin_evsys.backends.remote.errors import ServiceCheckpointError, ServiceDataError
+from nat_plugin_evsys.backends.remote.errors import ServiceCheckpointError, ServiceDataError, ServiceError
 from nat_plugin_evsys.backends.remote.service import TinkerService
 from nat_plugin_evsys.errors import (
     CheckpointError,
@@ -139,7 +139,7 @@ async def test_serving_a_checkpoint_makes_no_adapter(remote: Any, make_datums: A
     assert path.endswith("/sampler_weights/three")
     expected = await greedy(await trained.snapshot_sampling_client())
     serving = await remote(train=False)
-    client = await serving.checkpoint_sampling_client(path)
+    client = await serving.sampling_client(path)
     assert same(await greedy(client), expected)
     assert client.policy_version == 0
     base = await greedy(await serving.snapshot_sampling_client())
@@ -147,6 +147,34 @@ async def test_serving_a_checkpoint_makes_no_adapter(remote: Any, make_datums: A
     assert serving._session.training_client is None
     fresh = await remote()
     assert same(await greedy(await fresh.snapshot_sampling_client()), base)
+
+
+async def test_sampling_from_a_training_checkpoint_leaves_the_training_alone(remote: Any, make_datums: Any) -> None:
+    backend = await remote()
+    await train(backend, make_datums, 2)
+    path = await backend.save_full_state("two")
+    expected = await greedy(await backend.snapshot_sampling_client())
+    before = await train(backend, make_datums, 2, first=2)
+    client = await backend.sampling_client(path)
+    assert same(await greedy(client), expected)
+    assert client.policy_version == backend.policy_version == 1
+    assert (await backend.forward_async(make_datums(2), loss_fn="cross_entropy")).metrics["loss:sum"] < before[0]
+    with pytest.raises(CheckpointError, match="lora_rank 4, not 8"):
+        await (await remote(rank=8)).sampling_client(path)
+
+
+async def test_a_gradient_is_discarded_by_a_step_that_moves_nothing(remote: Any, make_datums: Any) -> None:
+    backend, other = await remote(seed=5), await remote(seed=5)
+    assert backend.progress is None
+    await backend.discard_gradient_async()  # there is none
+    await backend.forward_backward_async(make_datums(0), loss_fn="cross_entropy")
+    await backend.discard_gradient_async()
+    losses = []
+    for each in (backend, other):
+        losses.append((await each.forward_async(make_datums(1), loss_fn="cross_entropy")).metrics["loss:sum"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    with pytest.raises(ServiceError, match="no gradient has accumulated"):
+        await backend.optim_step_async(ADAM)
 
 
 async def test_samples_are_exact_and_versions_count(remote: Any, make_datums: Any) -> None:
@@ -215,7 +243,7 @@ async def test_checkpoints_that_are_not_there(remote: Any) -> None:
     await backend.delete_checkpoint(path)
     await backend.delete_checkpoint(state)
     with pytest.raises(ServiceCheckpointError, match=path):
-        await backend.checkpoint_sampling_client(path)
+        await backend.sampling_client(path)
     with pytest.raises(ServiceCheckpointError, match=state):
         await backend.load_state(state, with_optimizer=True)
     with pytest.raises(CheckpointError, match="no checkpoint of a service"):

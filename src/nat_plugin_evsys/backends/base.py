@@ -1,6 +1,6 @@
-"""The ``Backend`` protocol (seed ``evsys-backend.txt``) and the sampling client it hands out.
+"""The ``Backend`` protocol and the sampling client it hands out.
 
-``tinker.types`` are the types. What the embedded engine adds to Tinker is marked *extension*.
+``tinker.types`` are the types. What Tinker's own clients do not have is marked *extension*.
 """
 
 from __future__ import annotations
@@ -57,13 +57,19 @@ class SamplingClient(Protocol):
 class Backend(Protocol):
     """A live training client plus a factory of sampling clients. Built once per run.
 
-    The ``*_async`` methods submit at once, in call order, and return an awaitable of the result.
+    This is all that a user of a backend may know of it: nobody asks a backend which one it is. The ``*_async`` methods
+    submit at once, in call order, and return an awaitable of the result.
 
     Attributes:
         checkpoint_dir: where names given to ``save_*`` are saved. *Extension.*
     """
 
     checkpoint_dir: Path
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """``(done, total)`` tokens of the forward_backward that runs or ran last; None if nobody says. *Extension.*"""
+        ...
 
     def forward_backward_async(
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
@@ -90,6 +96,10 @@ class Backend(Protocol):
         """One AdamW step on the accumulated gradient, which it then clears."""
         ...
 
+    def discard_gradient_async(self) -> Awaitable[None]:
+        """Clear the accumulated gradient, which may be none, so that the next step does not use it. *Extension.*"""
+        ...
+
     async def save_for_sampler(self, name: str) -> str:
         """Save the current weights for inference (a PEFT directory for the embedded engine). Returns the URI."""
         ...
@@ -106,11 +116,29 @@ class Backend(Protocol):
         """
         ...
 
+    async def delete_checkpoint(self, path: str) -> None:
+        """Delete a checkpoint saved by this backend. *Extension.*
+
+        Raises:
+            CheckpointError: there is none at ``path``.
+        """
+        ...
+
     async def snapshot_sampling_client(self, name: str | None = None) -> SamplingClient:
         """Freeze the current weights and return a client that samples from them.
 
         With ``name`` the weights are also saved as by ``save_for_sampler``. Each snapshot has a policy version one
         higher than the one before it; the first is 0.
+        """
+        ...
+
+    async def sampling_client(self, path: str) -> SamplingClient:
+        """A client that samples from a checkpoint of either kind; what is being trained stays as it is. *Extension.*
+
+        It gets the next policy version, as a snapshot does.
+
+        Raises:
+            CheckpointError: missing, torn, or made for another base model or LoRA shape.
         """
         ...
 

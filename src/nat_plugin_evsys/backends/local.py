@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from nat_plugin_evsys.backends.base import LossCallable, SamplingClient
-from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
+from nat_plugin_evsys.engine.checkpoints import delete_checkpoint, load_adapter, load_checkpoint, save_checkpoint
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
@@ -111,7 +111,7 @@ class LocalBackend:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """``(done tokens, total tokens)`` of the forward_backward that runs or ran last."""
+        """See ``Backend``."""
         return self._queue.progress
 
     @property
@@ -142,7 +142,7 @@ class LocalBackend:
         return self._submit(lambda _: self._model.optim_step(adam))
 
     def discard_gradient_async(self) -> OperationFuture[None]:
-        """Forget the accumulated gradient, for example after a cancelled job. *Extension.*"""
+        """See ``Backend``."""
         return self._submit(lambda _: self._model.discard_gradient())
 
     async def save_for_sampler(self, name: str, *, user_metadata: Mapping[str, Any] | None = None) -> str:
@@ -163,6 +163,10 @@ class LocalBackend:
         """Put a checkpoint's weights (and moments) in place of the current ones: ``checkpoints.load_checkpoint``."""
         await self._submit(lambda _: load_checkpoint(path, self._model, with_optimizer=with_optimizer))
 
+    async def delete_checkpoint(self, path: str) -> None:
+        """See ``Backend``. After what has been submitted, so a checkpoint that is being saved is saved first."""
+        await self._submit(lambda _: delete_checkpoint(path))
+
     async def snapshot_sampling_client(self, name: str | None = None) -> SamplingClient:
         """See ``Backend``."""
         directory = self.checkpoint_dir
@@ -174,6 +178,17 @@ class LocalBackend:
             return self._model.adapter.snapshot(), self.policy_version
 
         adapter, version = await self._submit(snapshot)
+        return self._get_sampler().client(adapter, version)
+
+    async def sampling_client(self, path: str) -> SamplingClient:
+        """See ``Backend``."""
+
+        def load(_: Progress) -> tuple[LoraAdapter, int]:
+            adapter = load_adapter(path, self.base, like=self._model.adapter)
+            self.policy_version += 1
+            return adapter, self.policy_version
+
+        adapter, version = await self._submit(load)
         return self._get_sampler().client(adapter, version)
 
     def base_sampling_client(self) -> SamplingClient:

@@ -136,14 +136,7 @@ def load_checkpoint(path: Path | str, model: TrainableModel, *, with_optimizer: 
     """
     info = read_checkpoint(path)
     check_base(info, model.base)
-    adapter = model.adapter
-    here = (adapter.rank, adapter.alpha, sorted(adapter.weights))
-    if (info.rank, info.alpha, sorted(info.targets)) != here:
-        raise CheckpointError(
-            f"checkpoint {info.path} has LoRA rank {info.rank}, alpha {info.alpha:g}, {len(info.targets)} modules; "
-            f"this model has rank {adapter.rank}, alpha {adapter.alpha:g}, {len(adapter.weights)} modules; create "
-            "it with the checkpoint's shape"
-        )
+    _check_lora_shape(info, model.adapter)
     if with_optimizer and info.kind != "training":
         raise CheckpointError(
             f"checkpoint {info.path} has no {OPTIMIZER}: it was saved for sampling; load it without the optimizer"
@@ -164,14 +157,16 @@ def load_checkpoint(path: Path | str, model: TrainableModel, *, with_optimizer: 
     return info
 
 
-def load_adapter(path: Path | str, base: BaseModel) -> LoraAdapter:
-    """A frozen adapter for sampling, whatever its rank.
+def load_adapter(path: Path | str, base: BaseModel, *, like: LoraAdapter | None = None) -> LoraAdapter:
+    """A frozen adapter for sampling, of the LoRA shape of ``like``, or of any.
 
     Raises:
-        CheckpointError: missing, torn, or made for another base model.
+        CheckpointError: missing, torn, or made for another base model or LoRA shape.
     """
     info = read_checkpoint(path)
     check_base(info, base)
+    if like is not None:
+        _check_lora_shape(info, like)
     tensors = from_peft_names(_load_tensors(info.path / ADAPTER), info.targets, info.path)
 
     def on_device(name: str, side: str) -> Tensor:
@@ -285,6 +280,16 @@ def check_base(info: CheckpointInfo, base: BaseModel) -> None:
         seen = ", ".join(f"{key} {info.base_identity.get(key)} / {base.identity[key]}" for key in differing[:2])
         raise CheckpointError(
             f"checkpoint {info.path} was made for another base model ({info.base_model}); checkpoint / loaded: {seen}"
+        )
+
+
+def _check_lora_shape(info: CheckpointInfo, adapter: LoraAdapter) -> None:
+    here = (adapter.rank, adapter.alpha, sorted(adapter.weights))
+    if (info.rank, info.alpha, sorted(info.targets)) != here:
+        raise CheckpointError(
+            f"checkpoint {info.path} has LoRA rank {info.rank}, alpha {info.alpha:g}, {len(info.targets)} modules; "
+            f"this model has rank {adapter.rank}, alpha {adapter.alpha:g}, {len(adapter.weights)} modules; create "
+            "it with the checkpoint's shape"
         )
 
 

@@ -53,10 +53,7 @@ class EpochCheckpoints:
         return str(source)
 
     async def _delete(self, path: str) -> None:
-        delete = getattr(self._policy.backend, "delete_checkpoint", None)
-        if delete is None:
-            return
         try:
-            await delete(path)
+            await self._policy.backend.delete_checkpoint(path)
         except EvsysError as error:
             logger.warning("keep_checkpoints: %s stays on the service: %s", path, error)

@@ -87,14 +87,11 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
 
 async def first_client(backend: Backend, start: Path | str | None, *, training: bool) -> SamplingClient:
     """Samples from ``start``, or from a fresh adapter. To train, the backend goes on from there too."""
-    from nat_plugin_evsys.backends.remote.backend import TinkerBackend
-    from nat_plugin_evsys.backends.remote.session import is_sampler_path
-
     if start is None:
         return await backend.snapshot_sampling_client()
     logger.info("policy: %s %s", "training from" if training else "serving", start)
-    if isinstance(backend, TinkerBackend) and not training and is_sampler_path(str(start)):
-        return await backend.checkpoint_sampling_client(str(start))
+    if not training:
+        return await backend.sampling_client(str(start))
     await backend.load_state(str(start))
     return await backend.snapshot_sampling_client()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -12,7 +11,7 @@ from typing import TypeVar
 from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend
-from nat_plugin_evsys.errors import JobError, NonFiniteGradientError
+from nat_plugin_evsys.errors import JobError
 from nat_plugin_evsys.training.job_report import JobReport
 from nat_plugin_evsys.training.step_metrics import StepMetrics, summarize
 
@@ -78,12 +77,12 @@ async def take_step(
 
 
 async def watched(pending: Awaitable[T], backend: Backend, advance: Callable[[float], None]) -> T:
-    """Await an operation, asking the backend now and then how far it is: ``progress -> (done, total) tokens``."""
+    """Await an operation, asking the backend now and then how far it is."""
     future = asyncio.ensure_future(pending)
-    seen = getattr(backend, "progress", None)
+    seen = backend.progress
     while not future.done():
         await asyncio.wait({future}, timeout=POLL_SECONDS)
-        now = getattr(backend, "progress", None)
+        now = backend.progress
         if now is not None and now != seen:
             done, total = seen = now
             advance(min(done / total, 1.0) if total else 0.0)
@@ -101,20 +100,6 @@ async def check_loss(backend: Backend, report: JobReport, advice: str) -> None:
     """
     if report.loss is not None and math.isfinite(report.loss):
         return
-    await _discard_gradient(backend)
+    await backend.discard_gradient_async()  # or the next job would start with it
     seen = "the backend returned no `loss:sum`" if report.loss is None else f"the loss (`loss:sum`) is {report.loss}"
     raise JobError(f"step {report.step}/{report.steps}: {seen}; the weights are as the step before left them. {advice}")
-
-
-async def _discard_gradient(backend: Backend) -> None:
-    """Clear the accumulated gradient, so that the next job does not start with it.
-
-    Where the backend has no call for it, a step that moves no weight does it: a gradient that is not finite is refused
-    and cleared, a finite one enters the moments only.
-    """
-    discard = getattr(backend, "discard_gradient_async", None)
-    if discard is not None:
-        await discard()
-        return
-    with contextlib.suppress(NonFiniteGradientError):
-        await backend.optim_step_async(types.AdamParams(learning_rate=0.0, weight_decay=0.0))

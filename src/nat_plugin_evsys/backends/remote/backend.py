@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.base import LossCallable
+from nat_plugin_evsys.backends.remote.errors import ServiceError
 from nat_plugin_evsys.backends.remote.sampling import TinkerSamplingClient
 from nat_plugin_evsys.backends.remote.service import TinkerService
 from nat_plugin_evsys.backends.remote.session import ServiceOperation, TinkerSession, checked_uri, sampler_uri
@@ -87,6 +89,11 @@ class TinkerBackend:
 
     # -- training ---------------------------------------------------------------------------------------------------
 
+    @property
+    def progress(self) -> None:
+        """See ``Backend``. A service does not say how far an operation is."""
+        return None
+
     def forward_backward_async(
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
     ) -> ServiceOperation[types.ForwardBackwardOutput]:
@@ -122,6 +129,25 @@ class TinkerBackend:
         """See ``Backend``."""
         return self._session.train("optim_step", "step", lambda client: client.optim_step(adam))
 
+    def discard_gradient_async(self) -> Awaitable[None]:
+        """See ``Backend``. The protocol of a service has no call for it, so a step that moves no weight clears it.
+
+        A gradient that is finite enters the optimizer's moments.
+        """
+        from tinker import types
+
+        step = self.optim_step_async(types.AdamParams(learning_rate=0.0, weight_decay=0.0))
+
+        async def cleared() -> None:
+            try:
+                await step
+            except ServiceError as refusal:
+                # One that is not finite is refused and cleared; without one there is nothing to step on.
+                if refusal.category != "user":
+                    raise
+
+        return cleared()
+
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     async def save_for_sampler(self, name: str) -> str:
@@ -145,7 +171,7 @@ class TinkerBackend:
         await self._session.load(checked_uri(path), with_optimizer=with_optimizer)
 
     async def delete_checkpoint(self, path: str) -> None:
-        """Delete a checkpoint of the service. *Extension.*"""
+        """See ``Backend``."""
         watch, uri = self._session.watch, checked_uri(path)
 
         def delete() -> None:
@@ -158,7 +184,7 @@ class TinkerBackend:
     async def snapshot_sampling_client(self, name: str | None = None) -> TinkerSamplingClient:
         """See ``Backend``. Before there is an adapter, the base model is sampled: a fresh adapter adds nothing."""
         if name is not None:
-            return await self.checkpoint_sampling_client(await self.save_for_sampler(name))
+            return await self.sampling_client(await self.save_for_sampler(name))
         if self._session.training_client is None:
             return self._next_version(await self._session.open_sampler(None))
         publishing = self._session.train(
@@ -166,12 +192,8 @@ class TinkerBackend:
         )
         return self._next_version(await publishing)
 
-    async def checkpoint_sampling_client(self, path: str) -> TinkerSamplingClient:
-        """Sample from a checkpoint of the service, without an adapter to train. *Extension.*
-
-        Raises:
-            CheckpointError: none of a service's, gone, or of another base model.
-        """
+    async def sampling_client(self, path: str) -> TinkerSamplingClient:
+        """See ``Backend``. Opening a ``sampler_weights`` checkpoint makes no adapter on the service."""
         return self._next_version(await self._session.open_sampler(checked_uri(path)))
 
     def get_tokenizer(self) -> Any:

@@ -111,13 +111,7 @@ class TinkerSession:
         """
 
         def replace() -> Future[None]:
-            if with_optimizer:
-                made = self._client.create_training_client_from_state_with_optimizer(path)
-            else:
-                made = self._client.create_training_client_from_state(path)
-            loaded = sdk_future(made).result()
-            self._check_fits(path, loaded.get_info())
-            self.training_client = loaded
+            self.training_client = self._load_training_client(path, with_optimizer=with_optimizer)
             return sdk_future(None)
 
         return self._enqueue(f"loading {path}", "checkpoint", replace)
@@ -125,9 +119,13 @@ class TinkerSession:
     async def open_sampler(self, path: str | None) -> Any:
         """The SDK's sampling client of a checkpoint, or of the base model.
 
+        A checkpoint with optimizer state has to be loaded for training first: into an adapter of its own.
+
         Raises:
             CheckpointError: the checkpoint is gone or another model's.
         """
+        if path is not None and not _is_sampler_path(path):
+            return await self._enqueue(f"opening {path} for sampling", "checkpoint", lambda: self._publish_state(path))
         if path is None:
             what = f"opening {self.base_model} for sampling"
             make = functools.partial(self._client.create_sampling_client, base_model=self.base_model)
@@ -167,6 +165,21 @@ class TinkerSession:
             self.training_client = sdk_future(made).result()
         return self.training_client
 
+    def _load_training_client(self, path: str, *, with_optimizer: bool) -> Any:
+        """Runs in the session's thread."""
+        if with_optimizer:
+            made = self._client.create_training_client_from_state_with_optimizer(path)
+        else:
+            made = self._client.create_training_client_from_state(path)
+        loaded = sdk_future(made).result()
+        self._check_fits(path, loaded.get_info())
+        return loaded
+
+    def _publish_state(self, path: str) -> Future[Any]:
+        """Runs in the session's thread."""
+        loaded = self._load_training_client(path, with_optimizer=False)
+        return sdk_future(loaded.save_weights_and_get_sampling_client())
+
     def _check_fits(self, path: str, info: Any) -> None:
         model = info.model_data.model_name
         if model is not None and model != self.base_model:
@@ -188,8 +201,7 @@ def add_missing_loss(output: Any) -> None:
         output.metrics["loss:sum"] = float(sum(sum(each["elementwise_loss"].tolist()) for each in outputs))
 
 
-def is_sampler_path(path: str) -> bool:
-    """True for a checkpoint that a service samples from; one with optimizer state has to be loaded for training."""
+def _is_sampler_path(path: str) -> bool:
     return "/sampler_weights/" in path
 
 
