@@ -20,11 +20,11 @@ import torch
 torch.set_num_threads(1)
 from safetensors.torch import load_file
 from tinker import types
-from nat_plugin_evsys.engine import atomic
+from nat_plugin_evsys import files as atomic
 from nat_plugin_evsys.engine.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from nat_plugin_evsys.engine.lora import LoraAdapter
-from nat_plugin_evsys.engine.model import load_base_model
-from nat_plugin_evsys.engine.training import TrainableModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.loading import load_base_model
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 
 model_dir, root, plan = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 base = load_base_model(model_dir, device="cpu")

@@ -74,7 +74,7 @@ def test_plain_lines_are_few_and_say_it_all() -> None:
 
 def test_plain_updates_come_at_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("nat_plugin_evsys.report.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("nat_plugin_evsys.report.displays.time.monotonic", lambda: now)
     stream = io.StringIO()
     progress = PlainProgress(stream, interval=10.0)
     progress.phase("rollouts")
@@ -124,7 +124,7 @@ import logging, sys, time
 logging.basicConfig(level="INFO", format="LOG %(message)s")   # as NAT does: a handler on the stderr of now
 handler = logging.getLogger().handlers[0]
 before = handler.stream
-from nat_plugin_evsys.report.progress import create_progress
+from nat_plugin_evsys.report.displays import create_progress
 with create_progress("auto") as progress:
     progress.phase("rollouts", "epoch 1/1")
     for done in range(1, 9):
@@ -153,7 +153,7 @@ print("stdout is ours alone")
 
 def test_plain_in_a_pipe_has_no_control_characters() -> None:
     code = (
-        "from nat_plugin_evsys.report.progress import create_progress\nwith create_progress() as p: p.phase('a', 'b')"
+        "from nat_plugin_evsys.report.displays import create_progress\nwith create_progress() as p: p.phase('a', 'b')"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\[evsys +\d+\.\ds\] a, b\n", shown.stderr)

@@ -177,8 +177,8 @@ def test_closing_commits_what_was_handed_in(tmp_path: Path) -> None:
 WRITER = """
     import hashlib, os, sys, threading
     from pathlib import Path
-    from nat_plugin_evsys.service.operations import *
-    from nat_plugin_evsys.service.store import *
+    from nat_plugin_evsys.service.store.operations import *
+    from nat_plugin_evsys.service.store.store import *
 
     store = Store(Path(sys.argv[1]))
     store.add_session(SessionRow("s", "alice")).result()

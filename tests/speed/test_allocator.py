@@ -11,7 +11,7 @@ import pytest
 
 PROBE = """
 import resource, threading, torch
-from nat_plugin_evsys.engine.allocator import keep_memory
+from nat_plugin_evsys.engine.machine.allocator import keep_memory
 torch.set_num_threads(1)
 kept = keep_memory()
 def faults():
