@@ -39,6 +39,8 @@ class Attempt:
         reward: the evaluator's score, or None when there is a ``lost`` reason.
         lost: ``evaluator_error``, ``infrastructure_error``, ``rollout_timeout`` or None.
         error: what the workflow raised, or what went wrong, or None.
+        question, expected, output: the row's input, the answer it wants, and what the workflow returned.
+        reasoning: what the evaluator said of it, or None.
     """
 
     row_id: str
@@ -47,6 +49,10 @@ class Attempt:
     reward: float | None
     lost: str | None
     error: str | None
+    question: Any = None
+    expected: Any = None
+    output: Any = None
+    reasoning: Any = None
 
 
 class PolicyEvaluation(EvaluationRun):
@@ -127,9 +133,11 @@ def evaluation_config(config: Config, reward_name: str, max_concurrency: int | N
 
 
 def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
+    said = {"question": item.input_obj, "expected": item.expected_output_obj, "output": item.output_obj}
     run_id = _run_id(item)
     if run_id is None:
-        return Attempt(_row_id(item), "", [], None, "infrastructure_error", "NAT recorded no WORKFLOW_START step")
+        why = "NAT recorded no WORKFLOW_START step"
+        return Attempt(_row_id(item), "", [], None, "infrastructure_error", why, **said)
     infrastructure = rollouts.recorder.failures(run_id)
     calls = rollouts.recorder.close_run(run_id)
     failure = rollouts.failures.get(run_id)
@@ -143,7 +151,8 @@ def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
         if problem is not None:
             lost, error = "evaluator_error", problem
     reward = float(score.score) if lost is None else None
-    return Attempt(_row_id(item), run_id, calls, reward, lost, error)
+    reasoning = None if score is None else score.reasoning
+    return Attempt(_row_id(item), run_id, calls, reward, lost, error, **said, reasoning=reasoning)
 
 
 def _row_id(item: EvalInputItem) -> str:

@@ -37,6 +37,7 @@ class RolloutReport:
         lost: trajectories without a reward or without calls, by reason.
         errors: first error text seen for each kind of failed rollout.
         staleness: calls of the trajectories by how many policy versions they were old when these were built.
+        attempts: every attempt, scored or not.
     """
 
     rewards: list[float] = field(default_factory=list)
@@ -45,6 +46,7 @@ class RolloutReport:
     failed_rollouts: int = 0
     errors: dict[str, str] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
+    attempts: list[Attempt] = field(default_factory=list)
 
     @property
     def mean_reward(self) -> float:
@@ -211,6 +213,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
     @staticmethod
     def _account(report: RolloutReport, attempt: Attempt) -> None:
+        report.attempts.append(attempt)
         report.tally.calls += len(attempt.calls)
         if attempt.reward is not None:
             report.rewards.append(attempt.reward)
