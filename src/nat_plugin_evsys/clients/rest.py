@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tinker import types
 
@@ -13,15 +13,27 @@ from nat_plugin_evsys.clients.methods import awaits, refuses
 from nat_plugin_evsys.engine.checkpoints import read_checkpoint
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.runtime.arguments import check_int, check_ttl, refuse_options
-from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, parse_path
+from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, CheckpointStore, parse_path
 from nat_plugin_evsys.runtime.runs import RunRecord
-
-if TYPE_CHECKING:
-    from nat_plugin_evsys.clients.service import ServiceClient
 
 _NO_ACCOUNTS = "there are no accounts here; a checkpoint is a directory that you may share"
 _NO_SESSIONS = "sessions are not kept; see list_training_runs"
 _DIRECTORIES = "checkpoints are directories on this machine; use get_checkpoint_directory"
+
+
+class RestHost(Protocol):
+    """What a RestClient asks of the ServiceClient that made it."""
+
+    store: CheckpointStore
+
+    def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
+        """The models that can be trained or sampled."""
+
+    def live_runs(self) -> list[RunRecord]:
+        """The records of the training clients that are open."""
+
+    def run_in_background(self, call: Callable[[], Any]) -> ResultFuture[Any]:
+        """A future of what ``call`` returns, in a thread of the host's."""
 
 
 class RestClient:
@@ -31,7 +43,7 @@ class RestClient:
     deleted when it is next looked at.
     """
 
-    def __init__(self, service: ServiceClient) -> None:
+    def __init__(self, service: RestHost) -> None:
         self._service = service
         self._store = service.store
 

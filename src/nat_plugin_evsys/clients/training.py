@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from tinker import types
@@ -39,9 +39,18 @@ from nat_plugin_evsys.runtime.runs import RunRecord
 if TYPE_CHECKING:
     import tinker
 
-    from nat_plugin_evsys.clients.service import ServiceClient
-
 F = TypeVar("F", bound=OperationFuture[Any])
+
+
+class TrainingHost(Protocol):
+    """What a TrainingClient asks of the ServiceClient that made it."""
+
+    store: CheckpointStore
+
+    def create_sampling_client(
+        self, model_path: str, base_model: str, retry_config: None, record_stability_info: bool
+    ) -> ClientFuture[SamplingClient]:
+        """A future of a client that samples from saved weights."""
 
 
 class TrainingClient:
@@ -57,11 +66,11 @@ class TrainingClient:
         model_id: ``<session_id>:train:<n>``.
     """
 
-    def __init__(self, service: ServiceClient, record: RunRecord, shared: SharedBase, model: TrainableModel) -> None:
+    def __init__(self, service: TrainingHost, record: RunRecord, shared: SharedBase, model: TrainableModel) -> None:
         self.model_id = record.model_id
         self.record = record
         self._service = service
-        self._store: CheckpointStore = service.store
+        self._store = service.store
         self._shared = shared
         self._model = weakref.ref(model)
         self._queue = TrainingQueue(model)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def loaded_is_no_garbage() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """What exists now is not looked at by the garbage collector until the end.
 
     NAT, LangChain, torch and transformers are over half a million objects that live as long as the process. A full

@@ -1,4 +1,4 @@
-"""One sitting of a run: begin it or go on with it, all epochs that are left, and the end."""
+"""One session of a run: begin or resume it, run the epochs that are left, and finish."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import statistics
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
@@ -15,7 +15,7 @@ from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
-from nat_plugin_evsys.finetuning.garbage import loaded_is_no_garbage
+from nat_plugin_evsys.finetuning.garbage import gc_frozen
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
@@ -26,7 +26,11 @@ from nat_plugin_evsys.training.sdft import SdftStep
 from nat_plugin_evsys.training.sft import SftStep
 
 if TYPE_CHECKING:
-    from nat_plugin_evsys.finetuning.trainer import EvsysTrainer
+    from nat.data_models.finetuning import FinetuneConfig
+
+    from nat_plugin_evsys.config import EvsysTrainerConfig
+    from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
+    from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
     from nat_plugin_evsys.report.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -37,15 +41,36 @@ _STATUS_INTERVAL = 0.5
 """Seconds between two looks at a running job."""
 
 
-class Sitting:
-    """What one process does of a run. Epochs are counted from 0 here and from 1 in what is shown.
+class SessionTrainer(Protocol):
+    """What a session asks of NAT's Trainer. Calls go through it so that a subclass's own hooks take effect."""
 
-    Args:
-        trainer: whose ``run_epoch``, ``run_validation_evaluation`` and ``log_progress`` are called.
-    """
+    config: EvsysTrainerConfig
+    run_config: FinetuneConfig
+    trajectory_builder: EvsysTrajectoryBuilder
+    trainer_adapter: EvsysTrainerAdapter
+
+    @property
+    def last_report(self) -> RolloutReport:
+        """What the rollouts of the last epoch came to."""
+
+    async def start_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
+        """Roll out and submit one training job; None when no trajectory is left to train on."""
+
+    async def evaluate(self, name: str) -> RolloutReport:
+        """Score the current policy once on each row of the run's dataset."""
+
+    async def run_validation_evaluation(self, epoch: int, run_id: str) -> dict[str, Any]:
+        """Score the current policy on the held-out dataset."""
+
+    def log_progress(self, epoch: int, metrics: dict[str, Any]) -> None:
+        """Record an epoch's row of metrics."""
+
+
+class RunSession:
+    """What one process does of a run. Epochs are counted from 0 here and from 1 in what is shown."""
 
     def __init__(
-        self, trainer: EvsysTrainer, books: RunBooks, inputs: RunInputs, curriculum: Curriculum, progress: Progress
+        self, trainer: SessionTrainer, books: RunBooks, inputs: RunInputs, curriculum: Curriculum, progress: Progress
     ) -> None:
         self._trainer = trainer
         self._policy = trainer.trajectory_builder.policy
@@ -68,7 +93,7 @@ class Sitting:
         try:
             await self._begin_or_reload(num_epochs)
             first = self._books.state.epochs_done
-            with loaded_is_no_garbage():
+            with gc_frozen():
                 statuses = [await self._epoch(epoch, num_epochs) for epoch in range(first, num_epochs)]
                 await self._finish()
         except asyncio.CancelledError:
@@ -108,7 +133,7 @@ class Sitting:
     async def _epoch(self, epoch: int, num_epochs: int) -> TrainingJobStatus | None:
         started = time.monotonic()
         run_id = self._books.run_dir.path.name
-        ref = await self._trainer.run_epoch(epoch, run_id)
+        ref = await self._trainer.start_epoch(epoch, run_id)
         report = self._trainer.last_report
         if self._trainer.config.overlap_rollouts and epoch + 1 < num_epochs:
             await self._trainer.trajectory_builder.start_run(run_id, {"epoch": epoch + 1})

@@ -20,7 +20,7 @@ from nat.runtime.session import Session, SessionManager
 from pydantic import BaseModel
 
 from nat_plugin_evsys.calls import RunKind
-from nat_plugin_evsys.finetuning.starts import Starts
+from nat_plugin_evsys.finetuning.start_gate import StartGate
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.rollouts.seeds import rollout_seed
 
@@ -38,7 +38,7 @@ class Rollouts:
         name: prefix of the run ids; unique per evaluation run.
         failures: run id -> the exception that ended the rollout.
         timeouts: ids of rollouts that were cut off.
-        starts: in which the rollouts take turns to begin.
+        start_gate: lets the rollouts begin a few at a time.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Rollouts:
     timeouts: set[str] = field(default_factory=set)
     done: int = 0
     total: int = 0
-    starts: Starts = field(default_factory=Starts)
+    start_gate: StartGate = field(default_factory=StartGate)
     _attempts: dict[str, int] = field(default_factory=dict)
 
     async def open(self, message: Any) -> str:
         """Open a recorded run for the next attempt at ``message``, with a seed of its own, when its turn has come."""
-        begun = await self.starts.take()
+        begun = await self.start_gate.take()
         attempt = self._attempts.get(key := str(message), 0)
         self._attempts[key] = attempt + 1
         run_id = f"{self.name}/{sum(self._attempts.values()) - 1:06d}"

@@ -11,10 +11,10 @@ from nat.data_models.finetuning import FinetuneConfig, TrainingJobRef, TrainingJ
 from nat.finetuning.interfaces.finetuning_runner import Trainer
 
 from nat_plugin_evsys.config import EvsysTrainerConfig
-from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.errors import ConfigError, JobError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
-from nat_plugin_evsys.finetuning.run import Sitting
+from nat_plugin_evsys.finetuning.run import RunSession
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.signals import sigterm_cancels
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
@@ -70,10 +70,21 @@ class EvsysTrainer(Trainer):
         """
         with self._progress, sigterm_cancels():
             self._open()
-            sitting = Sitting(self, self._books, self._require_inputs, self._require_curriculum, self._progress)
-            return await sitting.run(num_epochs)
+            session = RunSession(self, self._books, self._require_inputs, self._require_curriculum, self._progress)
+            return await session.run(num_epochs)
 
-    async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
+    async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef:
+        """NAT's form of ``start_epoch``: it always has a job to return.
+
+        Raises:
+            JobError: no trajectory is left to train on.
+        """
+        ref = await self.start_epoch(epoch, run_id)
+        if ref is None:
+            raise JobError(f"epoch {epoch + 1}: no trajectory is left to train on, so no training job was started")
+        return ref
+
+    async def start_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         """Roll out, apply the curriculum and submit one training job; None when no trajectory is left to train on."""
         self._progress.phase("rollouts", f"epoch {epoch + 1}")
         if not self.trajectory_builder.is_started(run_id):

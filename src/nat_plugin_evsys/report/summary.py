@@ -18,7 +18,7 @@ class RunSummary:
     """What a run did. Rewards are means; None where nothing was measured.
 
     Attributes:
-        seconds: time of the run, over all sittings.
+        seconds: time of the run, over all of its sessions.
         calls: LLM calls that the training rollouts made.
         trained: calls that were trained on.
         dropped: reason -> calls that were not; ``trained + sum(dropped.values()) == calls``.

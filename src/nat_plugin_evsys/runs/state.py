@@ -40,7 +40,7 @@ class RunState:
         epochs_done: epochs whose training, checkpoint and metrics are all on disk.
         tally: calls, ``{"calls": n, "trained": n, "dropped": {reason: n}}``.
         trajectories: ``{"trained": n, "dropped": {reason: n}}``.
-        seconds: time spent so far, over all sittings.
+        seconds: time spent so far, over all of its sessions.
         curriculum: the curriculum's own state.
         config_hash: hash of the settings that decide what a run computes.
     """

@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import pytest
 
-from nat_plugin_evsys.finetuning.garbage import loaded_is_no_garbage
-from nat_plugin_evsys.finetuning.starts import Starts
+from nat_plugin_evsys.finetuning.garbage import gc_frozen
+from nat_plugin_evsys.finetuning.start_gate import StartGate
 
 LONG = 60.0
 
 
-async def begin(starts: Starts, count: int) -> tuple[list[asyncio.Task[Callable[[], None]]], int]:
+async def begin(gate: StartGate, count: int) -> tuple[list[asyncio.Task[Callable[[], None]]], int]:
     """Tasks that each want a turn, and how many have one."""
-    tasks = [asyncio.create_task(starts.take()) for _ in range(count)]
+    tasks = [asyncio.create_task(gate.take()) for _ in range(count)]
     return tasks, await taken(tasks)
 
 
@@ -34,7 +34,7 @@ async def give_up(tasks: list[asyncio.Task[Callable[[], None]]]) -> None:
 
 
 async def test_so_many_turns_are_taken_at_a_time() -> None:
-    tasks, started = await begin(Starts(at_once=2, patience=LONG), 5)
+    tasks, started = await begin(StartGate(at_once=2, patience=LONG), 5)
     assert started == 2
     tasks[0].result()()
     assert await taken(tasks) == 3
@@ -42,7 +42,7 @@ async def test_so_many_turns_are_taken_at_a_time() -> None:
 
 
 async def test_a_turn_ends_once() -> None:
-    tasks, _ = await begin(Starts(at_once=1, patience=LONG), 4)
+    tasks, _ = await begin(StartGate(at_once=1, patience=LONG), 4)
     for _ in range(3):
         tasks[0].result()()
     assert await taken(tasks) == 2
@@ -50,7 +50,7 @@ async def test_a_turn_ends_once() -> None:
 
 
 async def test_a_turn_may_end_in_another_thread() -> None:
-    tasks, _ = await begin(Starts(at_once=1, patience=LONG), 2)
+    tasks, _ = await begin(StartGate(at_once=1, patience=LONG), 2)
     thread = threading.Thread(target=tasks[0].result())
     thread.start()
     thread.join()
@@ -58,7 +58,7 @@ async def test_a_turn_may_end_in_another_thread() -> None:
 
 
 async def test_a_turn_that_nobody_ends_ends_by_itself_and_only_once() -> None:
-    tasks, _ = await begin(Starts(at_once=1, patience=0.01), 3)
+    tasks, _ = await begin(StartGate(at_once=1, patience=0.01), 3)
     end = await tasks[0]
     await tasks[1]
     end()
@@ -66,21 +66,21 @@ async def test_a_turn_that_nobody_ends_ends_by_itself_and_only_once() -> None:
 
 
 async def test_whoever_gives_up_waiting_takes_no_turn() -> None:
-    tasks, _ = await begin(Starts(at_once=1, patience=LONG), 3)
+    tasks, _ = await begin(StartGate(at_once=1, patience=LONG), 3)
     await give_up(tasks[1:2])
     tasks[0].result()()
     await asyncio.wait_for(tasks[2], 10)
 
 
 def test_a_turn_may_end_after_its_event_loop() -> None:
-    asyncio.run(Starts().take())()
+    asyncio.run(StartGate().take())()
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_objects_are_collected_again_afterwards(fails: bool) -> None:
     before = gc.get_freeze_count()
     try:
-        with loaded_is_no_garbage():
+        with gc_frozen():
             assert gc.get_freeze_count() > before + 1000
             if fails:
                 raise ZeroDivisionError

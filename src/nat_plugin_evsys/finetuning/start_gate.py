@@ -9,8 +9,8 @@ from contextlib import suppress
 _AT_ONCE, _PATIENCE = 4, 0.03
 
 
-class Starts:
-    """Turns in which rollouts prepare their first calls.
+class StartGate:
+    """Lets rollouts in a few at a time while they prepare their first calls.
 
     If all began together, the event loop would take them through the same steps side by side, and the first call would
     reach the engine when the last one does: a third of a second for 64 rollouts, in which nothing is sampled.
