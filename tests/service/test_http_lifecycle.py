@@ -15,7 +15,7 @@ import pytest
 from serve_process import ServerProcess
 
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.service.http.server import bind
+from nat_plugin_evsys.web.listen import bind
 
 TTL_BODY: dict[str, Any] = {"adam_params": {"learning_rate": 1e-3}}
 
@@ -151,7 +151,7 @@ def test_a_taken_port_is_refused() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(ConfigError, match=r"cannot listen on .*choose another --port"):
-            bind("127.0.0.1", taken.getsockname()[1])
+            bind("127.0.0.1", taken.getsockname()[1], advice="choose another --port")
 
 
 def test_an_idle_session_is_parked_and_comes_back(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -19,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.calls import RunKind
-from nat_plugin_evsys.errors import ConfigError, EvsysError
+from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.policy.api_errors import ApiError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import ChatRoutes, error_response
@@ -27,16 +26,13 @@ from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults, 
 from nat_plugin_evsys.policy.recorder import Recorder
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from nat_plugin_evsys.backends.base import SamplingClient
+    from nat_plugin_evsys.web.listen import HttpServer
 
 __all__ = ["PolicyEndpoint", "SamplingDefaults"]
 
 _START_SECONDS = 30.0
 _CLOSE_SECONDS = 10.0
-# Longer than clients keep idle connections (httpx: 5 s), so that none is closed just as a request goes out on it.
-_KEEP_ALIVE_SECONDS = 75
 
 
 class PolicyEndpoint:
@@ -70,7 +66,7 @@ class PolicyEndpoint:
         self._routes = ChatRoutes(_OnePolicy(source, list(model_names), self.api_key), recorder, self._is_closing)
         self._host, self._port = host, port
         self._url: str | None = None
-        self._server: uvicorn.Server | None = None
+        self._server: HttpServer | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: asyncio.Event | None = None
@@ -97,63 +93,38 @@ class PolicyEndpoint:
         """
         if self._thread is not None:
             return
-        listener = self._listen()
-        self._thread = threading.Thread(target=self._serve, args=(listener,), name="evsys-endpoint", daemon=True)
+        from nat_plugin_evsys.web.listen import bind, listen, url_of
+
+        advice = "set another `port` of the evsys_policy LLM, or 0 for a free one"
+        listener, started = bind(self._host, self._port, advice=advice), threading.Event()
+        port = listener.getsockname()[1]
+        self._server = listen(self._app(), listener, started.set)
+        self._thread = threading.Thread(target=self._serve, args=(self._server,), name="evsys-endpoint", daemon=True)
         self._thread.start()
         deadline = time.monotonic() + _START_SECONDS
-        while self._server is None or not self._server.started:
+        while not started.wait(0.05):
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 listener.close()
-                raise EvsysError(f"the policy endpoint did not start on {self._host}:{self._port}; see the log")
-            time.sleep(0.002)
+                raise EvsysError(f"the policy endpoint did not start on {self._host}:{port}; see the log")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
-        self._url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
+        self._url = f"{url_of(host, port)}/v1"
 
     def close(self) -> None:
         """Stop listening. Requests in flight are answered 503 and their sampling is cancelled."""
         thread, self._thread, self._url = self._thread, None, None
         if thread is None or self._server is None or self._loop is None or self._closing is None:
             return
-        self._server.should_exit = True
+        self._server.stop()
         with suppress(RuntimeError):  # its loop may have ended already
             self._loop.call_soon_threadsafe(self._closing.set)
         if thread is not threading.current_thread():
             thread.join(_CLOSE_SECONDS)
         self._server = None
 
-    def _listen(self) -> socket.socket:
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((self._host, self._port))
-            listener.listen(2048)
-        except OSError as error:
-            listener.close()
-            raise ConfigError(
-                f"the policy endpoint cannot listen on {self._host}:{self._port} ({error.strerror}); "
-                "set another `port` of the evsys_policy LLM, or 0 for a free one"
-            ) from error
-        return listener
-
-    def _serve(self, listener: socket.socket) -> None:
-        import uvicorn
-
+    def _serve(self, server: HttpServer) -> None:
         async def serve() -> None:
             self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
-            self._server = uvicorn.Server(
-                uvicorn.Config(
-                    self._app(),
-                    log_config=None,
-                    log_level="warning",
-                    access_log=False,
-                    lifespan="off",
-                    ws="none",
-                    timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                    timeout_graceful_shutdown=5,
-                )
-            )
-            await self._server.serve(sockets=[listener])
+            await server.run()
 
         asyncio.run(serve())
 

@@ -7,13 +7,10 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-
-import uvicorn
+from collections.abc import Callable
+from contextlib import suppress
 
 from nat_plugin_evsys.config.serve import KEY_PREFIX, ServeConfig
-from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.http.app import create_app
 from nat_plugin_evsys.service.http.auth import Keys
@@ -25,13 +22,9 @@ from nat_plugin_evsys.service.http.pending import Pending
 from nat_plugin_evsys.service.http.presence import Presence
 from nat_plugin_evsys.service.store.store import Store
 from nat_plugin_evsys.service.work.engine import Engine
+from nat_plugin_evsys.web.listen import HttpServer, bind, listen, url_of
 
 logger = logging.getLogger(__name__)
-
-# Longer than clients keep idle connections, so that none is closed just as a request goes out on it.
-_KEEP_ALIVE_SECONDS = 75
-_GRACE_SECONDS = 5  # for responses in flight once the long polls have been answered
-_BACKLOG = 2048
 
 
 def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
@@ -46,7 +39,7 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     """
     setup_logging(config.log_format)
     _raise_file_limit()
-    listener = bind(config.host, config.port)
+    listener = bind(config.host, config.port, advice="choose another --port, or 0 for a free one")
     try:
         asyncio.run(_serve(config, listener, announce))
     finally:
@@ -69,7 +62,7 @@ async def _serve(config: ServeConfig, listener: socket.socket, announce: Callabl
                 config, store, checkpoints, engine, keys, pending, Presence(store), metrics, closing
             )
             if not closing.is_set():
-                await _listen(context, listener, signals, announce)
+                await _answer_requests(context, listener, signals, announce)
         finally:
             pending.close()
             logger.info("parking the models")
@@ -96,36 +89,18 @@ def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore, don
     )
 
 
-async def _listen(
+async def _answer_requests(
     context: ServiceContext, listener: socket.socket, signals: _Signals, announce: Callable[[str], None]
 ) -> None:
-    """Answer requests until a signal comes."""
-    server = _Server(
-        uvicorn.Config(
-            create_app(context),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            server_header=False,
-            backlog=_BACKLOG,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=_GRACE_SECONDS,
-        )
-    )
-    signals.server = server
+    """Until a signal comes."""
+    server = listen(create_app(context), listener, lambda: announce(_announcement(context, listener)))
+    signals.stops(server)
     housekeeping = asyncio.create_task(Housekeeping(context).run())
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn tells by a flag
-        await asyncio.sleep(0.005)
-    if server.started:
-        announce(_announcement(context, listener))
-    shutdown = asyncio.create_task(_answer_polls(context))
+    polls = asyncio.create_task(_answer_polls(context))
     try:
-        await serving
+        await server.run()
     finally:
-        for task in (housekeeping, shutdown):
+        for task in (housekeeping, polls):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
@@ -137,28 +112,23 @@ async def _answer_polls(context: ServiceContext) -> None:
     context.pending.close()
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to ``_Signals``: uvicorn would raise them again at the end, and the exit code were not 0."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class _Signals:
     """SIGTERM and SIGINT end the server gracefully, a second one without waiting for responses in flight."""
 
     def __init__(self, closing: asyncio.Event) -> None:
-        self.server: uvicorn.Server | None = None
+        self._server: HttpServer | None = None
         self._closing = closing
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._end)
 
+    def stops(self, server: HttpServer) -> None:
+        """The server that a signal ends."""
+        self._server = server
+
     def _end(self) -> None:
-        if self.server is not None:
-            self.server.force_exit = self._closing.is_set()
-            self.server.should_exit = True
+        if self._server is not None:
+            self._server.stop(at_once=self._closing.is_set())
         self._closing.set()
 
     def restore(self) -> None:
@@ -167,30 +137,11 @@ class _Signals:
             self._loop.remove_signal_handler(number)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens as soon as the models are loaded; the address is taken at once.
-
-    Raises:
-        ConfigError: it cannot be.
-    """
-    address = host.strip("[]")
-    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((address, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}); choose another --port, or 0 for a free one"
-        ) from error
-    return listener
-
-
 def _announcement(context: ServiceContext, listener: socket.socket) -> str:
     """The one line on stdout. It never has a key in it."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(host, port)
     key = "<one of your keys>" if context.keys.required else f"{KEY_PREFIX}local"
     names = ", ".join(base.name for base in context.engine.base_models())
     return f"serving {names} at {url}  (export TINKER_BASE_URL={url} TINKER_API_KEY={key}; OpenAI at {url}/v1)"

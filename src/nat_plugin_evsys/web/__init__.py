@@ -1,0 +1,1 @@
+"""What the two HTTP servers of this package share: the policy endpoint and ``nat evsys serve``."""
