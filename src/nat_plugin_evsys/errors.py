@@ -7,6 +7,7 @@ EvsysError                     shown to the user as it is: what failed, what was
 ├── PromptTooLongError         prompt + max_tokens do not fit the context window (also a ValueError)
 ├── CheckpointError            a checkpoint is missing, torn, or belongs to another model
 ├── NonFiniteGradientError     an optimizer step was refused; weights and moments are as they were
+├── NothingTrainedError        a run ended, and nothing was trained in it
 ├── JobError                   a training job failed; carries the first cause
 ├── EngineClosedError          an operation was sent to an engine that has been closed
 ├── StoreError                 the server's store on disk could not write or read what was asked
@@ -51,6 +52,10 @@ class CheckpointError(EvsysError):
 
 class NonFiniteGradientError(EvsysError):
     """The accumulated gradient is not finite; the step was refused and nothing changed."""
+
+
+class NothingTrainedError(EvsysError):
+    """A run ended, and nothing was trained in it: there is no adapter to serve."""
 
 
 class JobError(EvsysError):

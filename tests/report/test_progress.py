@@ -20,8 +20,10 @@ from nat.plugins.eval.runtime import evaluate
 from tqdm import tqdm
 
 from nat_plugin_evsys.report.displays import PlainProgress, create_progress
+from nat_plugin_evsys.report.findings import Finding, FindingId
 from nat_plugin_evsys.report.progress import Progress
 from nat_plugin_evsys.report.quiet import quiet_tqdm
+from nat_plugin_evsys.report.replies import Reply
 
 ROW = {
     "reward_mean": 0.5,
@@ -83,6 +85,49 @@ def test_plain_updates_come_at_the_interval(monkeypatch: pytest.MonkeyPatch) -> 
         progress.rollouts(second, 100)
     shown = re.findall(r"(\d+)/100", stream.getvalue())
     assert shown == ["10", "20", "30"]
+
+
+FINDING = Finding(
+    FindingId.SAME_REWARD,
+    1,
+    "Every reward of epoch 1 is 0.000.",
+    "Compare the replies.",
+    [Reply("3", "[bold]Wifi?", "network", "It is broken.", 0.0, "mode: exact", 4, 1, 0)],
+)
+
+
+def test_a_finding_is_indented_below_its_first_line() -> None:
+    stream = io.StringIO()
+    create_progress("plain", stream).finding(FINDING)
+    first, *others = stream.getvalue().splitlines()
+    stamp, sentence = first.split("] ", 1)
+    assert sentence == "! Every reward of epoch 1 is 0.000."
+    indent = " " * (len(stamp) + 2)
+    assert others == [
+        f"{indent}  Compare the replies.",
+        f'{indent}  row 3 asks "[bold]Wifi?" and wants "network"',
+        f'{indent}    reply "It is broken.": reward 0.000, mode: exact',
+    ]
+
+
+def test_without_a_display_a_finding_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    create_progress("none").finding(FINDING)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message.startswith("! Every reward of epoch 1 is 0.000.")
+
+
+def test_a_finding_on_a_terminal_is_whole_and_coloured() -> None:
+    code = """
+from nat_plugin_evsys.report.displays import create_progress
+from nat_plugin_evsys.report.findings import Finding, FindingId
+with create_progress("rich") as progress:
+    progress.phase("rollouts", "epoch 1/1")
+    progress.finding(Finding(FindingId.CUT_OFF, 1, "The [bold]sentence.", "The advice."))
+"""
+    shown, _ = in_terminal(code)
+    assert "\x1b[1;33m! The [bold]sentence." in shown
+    assert "The advice." in shown
 
 
 def test_a_failed_job_shows_its_cause() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.report.findings import Finding, FindingId
+from nat_plugin_evsys.report.replies import Reply
 from nat_plugin_evsys.report.summary import RunSummary
 
 SUMMARY = RunSummary(
@@ -82,3 +84,33 @@ def test_print_at_exit_comes_after_later_log_lines() -> None:
     )
     assert shown.stdout.splitlines()[-2:] == ["the", "last"]
     assert "after the run" in shown.stdout
+
+
+def test_a_run_that_trained_nothing_offers_no_adapter(tmp_path: Path) -> None:
+    summary = replace(SUMMARY, trained=0, adapter=None, serve_command=None)
+    text = summary.format(tmp_path / "summary.json")
+    assert "adapter          none: nothing was trained" in text
+    assert "serve it with" not in text
+
+
+def test_findings_are_said_again_with_one_example_each(tmp_path: Path) -> None:
+    examples = [Reply(f"row-{n}", "Wifi?", "network", f"reply {n}", 0.0, "no", 3, 1, 0) for n in range(3)]
+    finding = Finding(FindingId.CUT_OFF, 2, "Half of the calls were cut off.", "Raise max_tokens.", examples)
+    summary = replace(SUMMARY, findings=[{**finding.to_dict(), "epochs": [2, 3, 7]}])
+    summary.write(path := tmp_path / "summary.json")
+    assert RunSummary.read(path).format(path) == summary.format(path)
+    assert summary.format(path).splitlines()[-6:] == [
+        "! Half of the calls were cut off.",
+        "  Raise max_tokens.",
+        '  row row-0 asks "Wifi?" and wants "network"',
+        '    reply "reply 0": reward 0.000, no',
+        "  The same in 2 more epochs.",
+        str(path),
+    ]
+
+
+def test_a_summary_of_a_run_before_findings_were_kept(tmp_path: Path) -> None:
+    data = asdict(SUMMARY)
+    del data["findings"]
+    (tmp_path / "summary.json").write_text(json.dumps(data))
+    assert RunSummary.read(tmp_path / "summary.json") == SUMMARY

@@ -12,13 +12,13 @@ from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.runs import RunDirectory, resolve_checkpoint
 
 
-def run_with(output_dir: Path, rewards: dict[int, float | None]) -> RunDirectory:
+def run_with(output_dir: Path, rewards: dict[int, float | None], *, trained: bool = True) -> RunDirectory:
     run = RunDirectory.create(output_dir)
     for epoch, reward in rewards.items():
         path = run.checkpoints_dir / f"epoch-{epoch}"
         path.mkdir()
         (path / "manifest.json").write_text("{}")
-        run.record_checkpoint(path.name, epoch, reward)
+        run.record_checkpoint(path.name, epoch, reward, trained=trained)
     run.save_state()
     return run
 
@@ -95,3 +95,25 @@ def test_asking_loads_no_torch_and_no_nat() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_a_run_that_trained_nothing_offers_nothing(tmp_path: Path) -> None:
+    old = run_with(tmp_path, {1: 0.5})
+    new = run_with(tmp_path, {0: 0.9, 1: 0.9}, trained=False)
+    new.state.status = "failed"
+    new.save_state()
+    for word in ("latest", "best"):
+        with pytest.raises(CheckpointError, match=r"trained nothing \(it is failed\).*checkpoint: none") as caught:
+            resolve_checkpoint(tmp_path, word)
+        assert str(new.path) in str(caught.value)
+        assert str(old.checkpoints_dir / "epoch-1") in str(caught.value)
+
+
+def test_a_run_that_trained_later_offers_what_it_trained(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {0: 0.1}, trained=False)
+    (run.checkpoints_dir / "epoch-1").mkdir()
+    (run.checkpoints_dir / "epoch-1" / "manifest.json").write_text("{}")
+    run.record_checkpoint("epoch-1", 1, 0.5)
+    run.save_state()
+    assert resolve_checkpoint(tmp_path, "latest") == run.checkpoints_dir / "epoch-1"
+    assert RunDirectory.open(run.path).state.checkpoints[0].trained is False

@@ -124,6 +124,8 @@ def _line(run: RunDirectory) -> str:
         if before is not None or after is not None
     ]
     adapter = "no adapter" if last is None else str(run.locate(last.adapter))
+    if last is not None and not state.has_trained:
+        adapter = "nothing trained"
     epochs = f"{state.epochs_done} epoch{'' if state.epochs_done == 1 else 's'}"
     return "  ".join([run.path.name, state.status, epochs, *rewards, adapter])
 

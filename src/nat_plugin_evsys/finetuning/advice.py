@@ -1,11 +1,16 @@
-"""What to type next: the texts that a run ends with."""
+"""What to type next, and why: the texts that a run ends with."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.report.summary import RunSummary
 
 
 def how_to_resume(trainer_name: str | None) -> str:
@@ -13,15 +18,37 @@ def how_to_resume(trainer_name: str | None) -> str:
     return f"To go on from the last finished epoch: -o trainers.{trainer_name}.resume true"
 
 
-def serve_command() -> str:
-    """The command that serves what the run trained: the same `nat` on the same YAML."""
+def serve_command(policy_name: str, checkpoint: str) -> str:
+    """The command that serves what the run trained: the same `nat` on the same YAML with the same overrides.
+
+    Args:
+        policy_name: what the YAML calls the policy.
+        checkpoint: its ``checkpoint`` setting; where that is a path, it would be served instead of what was trained.
+    """
     import click
 
     context = click.get_current_context(silent=True)
-    config_file = Path(str(context.params.get("config_file", "CONFIG.yml"))) if context else Path("CONFIG.yml")
+    given = context.params if context else {}
+    config_file = Path(str(given.get("config_file", "CONFIG.yml")))
     if config_file.is_relative_to(Path.cwd()):
         config_file = config_file.relative_to(Path.cwd())
-    return f'{_nat_command() if context else "nat"} run --config_file {config_file} --input "…"'
+    words = [_nat_command() if context else "nat", "run", "--config_file", str(config_file)]
+    for name, value in given.get("override") or ():
+        words += ["--override", name, value]  # `nat run` has no -o
+    if checkpoint not in ("latest", "best"):
+        words += ["--override", f"llms.{policy_name}.checkpoint", "latest"]
+    return f'{shlex.join(words)} --input "…"'
+
+
+def why_nothing_was_trained(summary: RunSummary) -> str:
+    """The error that ends a run without a single trained call."""
+    if summary.findings:
+        why = summary.findings[0]["sentence"]
+    else:
+        reasons = sorted((count, reason) for reason, count in summary.dropped.items() if reason != "validation")
+        counts = ", ".join(f"{reason} {count}" for count, reason in reversed(reasons))
+        why = f"Every call was dropped ({counts})." if counts else "The rollouts made no call of the policy."
+    return f"nothing was trained in {summary.epochs} epochs, so there is no adapter to serve. {why}"
 
 
 def _nat_command() -> str:

@@ -14,6 +14,7 @@ from nat_plugin_evsys.calls import CallTally
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.policy.recorder import RecorderTotals
+from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.metrics import MetricsLog
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path
@@ -54,6 +55,11 @@ class RunBooks:
     def state(self) -> RunState:
         """What has been committed, plus what ``commit`` will."""
         return self.run_dir.state
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether anything was trained so far: by an epoch, or by the warm start."""
+        return self._tally.trained > 0 or self._trained_trajectories > 0 or self.state.warm_started
 
     def rewind(self) -> None:
         """Forget the rows of an epoch that was not finished."""
@@ -101,6 +107,7 @@ class RunBooks:
                 reward,
                 adapter=self.run_dir.locate(record.adapter),
                 training_state=None if record.training_state is None else self.run_dir.locate(record.training_state),
+                trained=record.trained,
             )
 
     # -- committing -------------------------------------------------------------------------------------------------
@@ -124,7 +131,9 @@ class RunBooks:
         state = self.state
         state.epochs_done = epochs_done
         state.curriculum = curriculum
-        self.run_dir.record_checkpoint(name, epochs_done, reward, adapter=adapter, training_state=training_state)
+        self.run_dir.record_checkpoint(
+            name, epochs_done, reward, adapter=adapter, training_state=training_state, trained=self.has_trained
+        )
         self._save_counts()
         before = self._on_service()
         self.run_dir.prune(keep)
@@ -137,12 +146,12 @@ class RunBooks:
         self.run_dir.save_state()
 
     def finish(self, serve_command: str) -> RunSummary:
-        """Write ``summary.json``; the run is done."""
+        """Write ``summary.json``; the run is done. Where nothing was trained, no adapter is offered."""
         state = self.state
         state.status = "finished"
         self._save_counts()
         self.run_dir.save_state()
-        record = state.last_checkpoint()
+        record = state.last_checkpoint() if self.has_trained else None
         summary = RunSummary(
             train_reward_before=state.train_reward_before,
             train_reward_after=state.train_reward_after,
@@ -155,8 +164,9 @@ class RunBooks:
             adapter=None if record is None else str(self.run_dir.locate(record.adapter)),
             trajectories=state.trajectories,
             epochs=state.epochs_done,
-            serve_command=serve_command,
+            serve_command=None if record is None else serve_command,
             run_dir=str(self.run_dir.path),
+            findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(self.metrics.rows())],
         )
         summary.write(self.run_dir.summary_path)
         return summary

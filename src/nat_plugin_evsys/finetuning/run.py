@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
-from nat_plugin_evsys.errors import JobError
-from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command
+from nat_plugin_evsys.errors import JobError, NothingTrainedError
+from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
 from nat_plugin_evsys.finetuning.garbage import gc_frozen
+from nat_plugin_evsys.finetuning.job_queue import BACKEND
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
+from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.report.metrics import VALIDATION, WARM_START
 from nat_plugin_evsys.report.plot import plot_rewards
-from nat_plugin_evsys.report.summary import print_at_exit
+from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
 from nat_plugin_evsys.training.sdft import SdftStep
 from nat_plugin_evsys.training.sft import SftStep
 
@@ -48,6 +50,8 @@ class SessionTrainer(Protocol):
     run_config: FinetuneConfig
     trajectory_builder: EvsysTrajectoryBuilder
     trainer_adapter: EvsysTrainerAdapter
+
+    last_evaluation: RolloutReport | None
 
     @property
     def last_report(self) -> RolloutReport:
@@ -79,30 +83,33 @@ class RunSession:
         self._curriculum = curriculum
         self._progress = progress
         self._plotted = time.monotonic()
+        self._watch = Watch(books.metrics)
         self._checkpoints = EpochCheckpoints(self._policy, books, trainer.config.keep_checkpoints)
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
         """Run (or resume) all epochs.
 
         Returns:
-            One final status per training job of this process.
+            One status for the whole run, whose message says what it came to.
 
         Raises:
             JobError: a training job failed or was canceled; the run can be resumed from the epoch before.
+            NothingTrainedError: the run has come to its end without training anything.
         """
         try:
             await self._begin_or_reload(num_epochs)
             first = self._books.state.epochs_done
             with gc_frozen():
-                statuses = [await self._epoch(epoch, num_epochs) for epoch in range(first, num_epochs)]
-                await self._finish()
+                for epoch in range(first, num_epochs):
+                    await self._epoch(epoch, num_epochs)
+                summary = await self._finish()
         except asyncio.CancelledError:
             self._stop("interrupted", self._how_to_resume())
             raise
         except Exception as error:
             self._stop("failed", f"{error}")
             raise
-        return [status for status in statuses if status is not None]
+        return [self._outcome(summary)]
 
     async def _begin_or_reload(self, num_epochs: int) -> None:
         books = self._books
@@ -130,7 +137,7 @@ class RunSession:
         state.heldout_reward_before = await self._validate(0)
         await self._checkpoints.save(0, state.heldout_reward_before, {})
 
-    async def _epoch(self, epoch: int, num_epochs: int) -> TrainingJobStatus | None:
+    async def _epoch(self, epoch: int, num_epochs: int) -> None:
         started = time.monotonic()
         run_id = self._books.run_dir.path.name
         ref = await self._trainer.start_epoch(epoch, run_id)
@@ -148,13 +155,19 @@ class RunSession:
         }
         if self._inputs.validation_dataset is None:
             self._books.reward_of_last_checkpoint(row["reward_mean"])
-        heldout = await self._validate(epoch + 1) if self._inputs.is_validation_due(epoch + 1, num_epochs) else None
+        validated = self._inputs.is_validation_due(epoch + 1, num_epochs)
+        heldout = await self._validate(epoch + 1) if validated else None
+        columns, found = self._watch.look(
+            epoch + 1, report, row["trained"], self._trainer.last_evaluation if validated else None
+        )
+        row |= columns
         self._trainer.log_progress(epoch + 1, row)
         await self._checkpoints.save(epoch + 1, heldout, self._curriculum.state())
         self._progress.epoch_done(epoch + 1, num_epochs, row)
+        for finding in found:
+            self._progress.finding(finding)
         if time.monotonic() - self._plotted > _PLOT_INTERVAL:
             self._plot()
-        return status
 
     async def _wait(self, ref: TrainingJobRef) -> TrainingJobStatus:
         """Wait for the job and show its progress.
@@ -175,7 +188,12 @@ class RunSession:
             raise JobError(f"training job {status.status.value}: {status.message}. {self._how_to_resume()}")
         return status
 
-    async def _finish(self) -> None:
+    async def _finish(self) -> RunSummary:
+        """Measure the last policy, write the summary, and say it when the process ends.
+
+        Raises:
+            NothingTrainedError: nothing was trained, neither by an epoch nor by a warm start.
+        """
         books = self._books
         if books.state.status != "finished":
             report = await self._trainer.evaluate("train")
@@ -183,9 +201,22 @@ class RunSession:
             if self._inputs.validation_dataset is None:
                 books.reward_of_last_checkpoint(report.mean_reward)
         books.count_stray_calls(self._policy.recorder.totals)
-        summary = books.finish(serve_command=serve_command())
+        adapter = self._trainer.trainer_adapter.config
+        summary = books.finish(serve_command=serve_command(adapter.policy, self._policy.config.checkpoint))
         self._plot()
         print_at_exit(summary.format(books.run_dir.summary_path))
+        if not books.has_trained:
+            raise NothingTrainedError(why_nothing_was_trained(summary))
+        return summary
+
+    def _outcome(self, summary: RunSummary) -> TrainingJobStatus:
+        return TrainingJobStatus(
+            run_id=self._books.run_dir.path.name,
+            backend=BACKEND,
+            status=TrainingStatusEnum.COMPLETED,
+            progress=100.0,
+            message=f"{summary.epochs} epochs, {summary.trained} of {summary.calls} calls trained on",
+        )
 
     async def _validate(self, epochs_done: int) -> float | None:
         """Held-out reward, also written to metrics.jsonl; None without a validation dataset."""

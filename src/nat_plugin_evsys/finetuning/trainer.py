@@ -36,6 +36,7 @@ class EvsysTrainer(Trainer):
         super().__init__(trainer_config)
         self.config = trainer_config
         self._progress = create_progress(trainer_config.progress)
+        self.last_evaluation: RolloutReport | None = None
         self._open_books: RunBooks | None = None
         self._curriculum: Curriculum | None = None
         self._inputs: RunInputs | None = None
@@ -63,10 +64,11 @@ class EvsysTrainer(Trainer):
         """Run (or resume) all epochs.
 
         Returns:
-            One final status per training job of this process.
+            One status for the whole run: NAT prints a line for each that it gets.
 
         Raises:
             JobError: a training job failed or was canceled; the run can be resumed from the epoch before.
+            NothingTrainedError: the run has come to its end without training anything.
         """
         with self._progress, sigterm_cancels():
             self._open()
@@ -132,12 +134,13 @@ class EvsysTrainer(Trainer):
         self._progress.phase("evaluation", name)
         report = await self.trajectory_builder.evaluate(name, dataset, config)
         self._books.count_rollouts(report)
+        self.last_evaluation = report
         return report
 
     async def get_metrics(self, run_id: str) -> dict[str, Any]:
-        """The last epoch's row of metrics.jsonl; empty before the first."""
+        """The numbers of the last epoch's row of metrics.jsonl (NAT logs them in one line); empty before the first."""
         rows = [row for row in self._books.metrics.rows() if row["event"] == EPOCH]
-        return rows[-1] if rows else {}
+        return {name: value for name, value in rows[-1].items() if isinstance(value, int | float)} if rows else {}
 
     def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         """Append an epoch's row to metrics.jsonl (of ``output_dir`` where given)."""

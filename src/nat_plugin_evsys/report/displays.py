@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from nat_plugin_evsys.report.findings import Finding, finding_text
 from nat_plugin_evsys.report.progress import Mode, Progress
 from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
@@ -55,6 +56,10 @@ class PlainProgress(Progress):
         """See Progress."""
         self._write(validation_text(epoch, reward))
 
+    def finding(self, finding: Finding) -> None:
+        """See Progress."""
+        self._write(finding_text(finding))
+
     def _update(self, text: str, *, last: bool) -> None:
         if text != self._shown and (last or time.monotonic() - self._last >= self._interval):
             self._write(text)
@@ -62,8 +67,9 @@ class PlainProgress(Progress):
     def _write(self, text: str) -> None:
         self._last = time.monotonic()
         self._shown = text
+        stamp = f"[evsys {self._last - self._started:6.1f}s] "
         # one write, so that a line of another thread's log cannot land inside ours
-        self._stream.write(f"[evsys {self._last - self._started:6.1f}s] {text}\n")
+        self._stream.write(stamp + text.replace("\n", "\n" + " " * len(stamp)) + "\n")
         self._stream.flush()
 
 

@@ -12,6 +12,7 @@ from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from nat_plugin_evsys.report.findings import Finding, finding_text
 from nat_plugin_evsys.report.progress import Progress
 from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
@@ -65,6 +66,10 @@ class RichProgress(Progress):
         """See Progress."""
         self._say(validation_text(epoch, reward))
 
+    def finding(self, finding: Finding) -> None:
+        """See Progress."""
+        self._say(finding_text(finding), style="bold yellow")
+
     def close(self) -> None:
         """See Progress."""
         if self._running:
@@ -74,8 +79,8 @@ class RichProgress(Progress):
                 handler, stream = self._redirected.pop()
                 handler.setStream(stream)
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+    def _say(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, markup=False, highlight=False, style=style)
 
     def _start(self) -> None:
         if self._running:

@@ -5,12 +5,17 @@ Everything goes to stderr, so that stdout ends with the summary alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from nat_plugin_evsys.report.findings import Finding, finding_text
+
 if TYPE_CHECKING:
     from nat.data_models.finetuning import TrainingJobStatus
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["auto", "rich", "plain", "none"]
 
@@ -41,6 +46,10 @@ class Progress:
 
     def validation(self, epoch: int, reward: float) -> None:
         """The held-out reward after ``epoch`` epochs (0: before training)."""
+
+    def finding(self, finding: Finding) -> None:
+        """Something that a person should look at. It is never kept back: without a display it is a warning."""
+        logger.warning(finding_text(finding))
 
     def close(self) -> None:
         """Leave the terminal as it was found. May be called twice."""

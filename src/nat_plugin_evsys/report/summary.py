@@ -11,6 +11,7 @@ from typing import Any
 
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import atomic_write, to_json
+from nat_plugin_evsys.report.findings import Finding, finding_text
 
 
 @dataclass(slots=True)
@@ -27,6 +28,7 @@ class RunSummary:
         epochs: epochs finished.
         serve_command: what to type to serve the adapter.
         run_dir: the run directory.
+        findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.
     """
 
     train_reward_before: float | None
@@ -42,6 +44,7 @@ class RunSummary:
     epochs: int = 0
     serve_command: str | None = None
     run_dir: str | None = None
+    findings: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """Write ``summary.json``, whole or not at all."""
@@ -56,8 +59,8 @@ class RunSummary:
         """
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{item.name: data[item.name] for item in fields(cls)})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls(**{item.name: data[item.name] for item in fields(cls) if item.name in data})
+        except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} is not a run's summary: {error!r}") from error
 
     def format(self, path: Path) -> str:
@@ -69,11 +72,15 @@ class RunSummary:
             f"  held-out reward  {_change(self.heldout_reward_before, self.heldout_reward_after)}",
             f"  trajectories     {trajectories['trained']} trained, {_dropped(trajectories['dropped'])}",
             f"  calls            {self.calls} made, {self.trained} trained, {_dropped(self.dropped)}",
-            f"  adapter          {self.adapter or 'none was saved'}",
+            f"  adapter          {self.adapter or self._why_no_adapter()}",
         ]
         if self.serve_command:
             lines.append(f"  serve it with    {self.serve_command}")
+        lines += [_finding(data) for data in self.findings]
         return "\n".join([*lines, str(path)])
+
+    def _why_no_adapter(self) -> str:
+        return "none was saved" if self.trained else "none: nothing was trained"
 
 
 def print_at_exit(text: str) -> None:
@@ -84,6 +91,12 @@ def print_at_exit(text: str) -> None:
         print(text, flush=True)
 
     atexit.register(write)
+
+
+def _finding(data: dict[str, Any]) -> str:
+    finding, epochs = Finding.from_dict(data), data["epochs"]
+    again = f"\n  The same in {_count(len(epochs) - 1, 'more epoch')}." if len(epochs) > 1 else ""
+    return finding_text(finding, examples=1) + again
 
 
 def _change(before: float | None, after: float | None) -> str:

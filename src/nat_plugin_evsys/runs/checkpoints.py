@@ -53,12 +53,17 @@ def _of_newest_run(output_dir: Path, word: str) -> Path | str:
             "or set checkpoint: none to serve the base model"
         )
     record = run.state.last_checkpoint() if word == "latest" else run.state.best_checkpoint()
-    if record is None:
+    if record is None or not run.state.has_trained:
         raise CheckpointError(f"checkpoint: {word}: {_why_none(run, word)}{_other_run(run)}")
     return _existing(run, record)
 
 
 def _why_none(run: RunDirectory, word: str) -> str:
+    if run.state.checkpoints and not run.state.has_trained:
+        return (
+            f"the newest run, {run.path}, has trained nothing (it is {run.state.status}), so its adapter would be the "
+            "one that it started from; set checkpoint: none to serve the base model"
+        )
     if run.state.checkpoints:
         return f"no checkpoint of run {run.path} has a reward; set checkpoint: latest"
     return (
@@ -69,11 +74,11 @@ def _why_none(run: RunDirectory, word: str) -> str:
 
 def _other_run(run: RunDirectory) -> str:
     """Names the newest older run that has a checkpoint: a run that failed at its start must not hide it."""
-    if run.state.checkpoints:
+    if run.state.has_trained:
         return ""
     for other in reversed(RunDirectory.all(run.path.parent)):
         record = other.state.last_checkpoint()
-        if other.path != run.path and record is not None:
+        if other.path != run.path and record is not None and other.state.has_trained:
             return f", or to an older run's: {other.locate(record.adapter)}"
     return ""
 

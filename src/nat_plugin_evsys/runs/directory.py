@@ -169,6 +169,7 @@ class RunDirectory:
         *,
         adapter: Path | str | None = None,
         training_state: Path | str | None = None,
+        trained: bool = True,
     ) -> CheckpointRecord:
         """Note a checkpoint that lies on disk already. ``save_state`` makes it count.
 
@@ -178,6 +179,7 @@ class RunDirectory:
             reward: what `best` compares; None when it was not measured.
             adapter: where the weights for sampling lie (path or URI); default ``checkpoints/<name>``.
             training_state: where the weights with optimizer state lie, if anywhere.
+            trained: False for what a run starts from; `latest` and `best` lead to no run without a trained one.
         """
         record = CheckpointRecord(
             name=name,
@@ -185,6 +187,7 @@ class RunDirectory:
             reward=reward,
             adapter=self._stored(self.checkpoints_dir / name if adapter is None else adapter),
             training_state=None if training_state is None else self._stored(training_state),
+            trained=trained,
         )
         self.state.checkpoints = [old for old in self.state.checkpoints if old.epoch != epoch] + [record]
         best = self.state.best_checkpoint()

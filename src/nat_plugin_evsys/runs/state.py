@@ -23,6 +23,7 @@ class CheckpointRecord:
         reward: the reward that `best` compares, or None when it was not measured.
         adapter: where the weights for sampling lie: a path (relative to the run directory if inside it) or a URI.
         training_state: where the weights with the optimizer state lie, or None.
+        trained: whether the run had trained anything when it was saved.
     """
 
     name: str
@@ -30,6 +31,7 @@ class CheckpointRecord:
     reward: float | None
     adapter: str
     training_state: str | None = None
+    trained: bool = True
 
 
 @dataclass(slots=True)
@@ -85,6 +87,11 @@ class RunState:
         values = {name: data[name] for name in known if name in data}
         values["checkpoints"] = [CheckpointRecord(**record) for record in values.get("checkpoints", [])]
         return cls(**values)
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether there is a checkpoint of weights that the run has trained."""
+        return any(record.trained for record in self.checkpoints)
 
     def last_checkpoint(self) -> CheckpointRecord | None:
         """The newest saved epoch."""

@@ -1,0 +1,61 @@
+"""Attempts as replies: what the report's diagnosis, tables and tracks show of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.finetuning.evaluation import Attempt
+from nat_plugin_evsys.report.replies import Reply
+from nat_plugin_evsys.rollouts.episodes import text_of
+
+VERDICT_LENGTH = 200
+"""Characters of an evaluator's reasoning that are kept."""
+
+
+def replies_of(attempts: Sequence[Attempt]) -> list[Reply]:
+    """One reply for each attempt, in order."""
+    return [_reply(attempt) for attempt in attempts]
+
+
+def _reply(attempt: Attempt) -> Reply:
+    text = _text(attempt.output) or _last_words(attempt.calls)
+    expected = _text(attempt.expected) or None
+    return Reply(
+        row=attempt.row_id,
+        question=_text(attempt.question),
+        expected=expected,
+        text=text,
+        reward=attempt.reward,
+        verdict=attempt.error or _verdict(attempt.reasoning, shown=(text, expected)),
+        tokens=sum(len(call.output_ids) for call in attempt.calls),
+        calls=len(attempt.calls),
+        cut=sum(call.stop_reason == "length" for call in attempt.calls),
+    )
+
+
+def _text(value: Any) -> str:
+    if value is None or value != value:  # NaN is what NAT's data frame has for an absent answer
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _last_words(calls: Sequence[Call]) -> str:
+    """What the policy said last, its tool calls included."""
+    if not calls:
+        return ""
+    reply = max(calls, key=lambda call: (call.sequence, call.index)).reply
+    functions = [tool_call.get("function") or {} for tool_call in reply.get("tool_calls") or []]
+    wanted = [f"{function.get('name')}({function.get('arguments')})" for function in functions]
+    return " ".join(filter(None, (text_of(reply.get("content")), *wanted)))
+
+
+def _verdict(reasoning: Any, shown: tuple[str | None, ...]) -> str:
+    """An evaluator's reasoning in one line, without what is shown beside it anyway."""
+    if isinstance(reasoning, dict):
+        told = {name: _text(value) for name, value in reasoning.items() if _text(value) not in ("", *shown)}
+        reasoning = ", ".join(f"{name}: {value}" for name, value in told.items())
+    line = " ".join(_text(reasoning).split())
+    return line if len(line) <= VERDICT_LENGTH else f"{line[: VERDICT_LENGTH - 2]} …"

@@ -1,0 +1,45 @@
+"""Looks at every finished epoch and says what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nat_plugin_evsys.finetuning.replies import replies_of
+from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
+from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
+from nat_plugin_evsys.report.findings import KEY as FINDINGS
+from nat_plugin_evsys.report.findings import Finding, findings_of
+from nat_plugin_evsys.report.metrics import EPOCH, MetricsLog
+from nat_plugin_evsys.report.replies import KEY as REPLIES
+from nat_plugin_evsys.report.replies import ReplyNumbers
+
+
+class Watch:
+    """What a run's epochs came to, by what they left in metrics.jsonl: so a resumed run says nothing twice."""
+
+    def __init__(self, metrics: MetricsLog) -> None:
+        self._metrics = metrics
+
+    def look(
+        self, epoch: int, report: RolloutReport, trained: int, heldout: RolloutReport | None
+    ) -> tuple[dict[str, Any], list[Finding]]:
+        """What the row of an epoch keeps of its replies, and the findings that have not been said yet.
+
+        Args:
+            epoch: counted from 1; the rows of the epochs before are in metrics.jsonl.
+            trained: calls that were trained on.
+            heldout: the validation after the epoch, if there was one.
+        """
+        rows = [row for row in self._metrics.rows() if row["event"] == EPOCH]
+        facts = EpochFacts(
+            epoch=epoch,
+            replies=replies_of(report.attempts),
+            trained=trained,
+            heldout=() if heldout is None else replies_of(heldout.attempts),
+            before=[numbers for row in rows if (numbers := ReplyNumbers.of_row(row)) is not None],
+            last_trained=max((row["epoch"] for row in rows if row.get("trained")), default=0),
+        )
+        found = diagnose(facts)
+        said = {finding.id for finding, _ in findings_of(rows)}
+        columns = {REPLIES: facts.numbers.to_dict(), FINDINGS: [finding.to_dict() for finding in found]}
+        return columns, [finding for finding in found if finding.id not in said]

@@ -1,0 +1,233 @@
+"""What is wrong with a run: facts of an epoch in, findings out. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nat_plugin_evsys.report.findings import Finding, FindingId, quoted
+from nat_plugin_evsys.report.replies import EQUAL_WITHIN, Reply, ReplyNumbers
+
+EXAMPLES = 3
+"""Replies that a finding shows."""
+
+CUT_SHARE = 0.2
+"""Share of the calls that must have ended at the token limit before it is worth a word."""
+
+SAME_SHARE = 0.9
+"""Share of the replies that must say the same before they count as one answer."""
+
+ROWS_FOR_ONE_ANSWER = 3
+"""Fewer rows than this may well have one answer."""
+
+SHRUNK_TO = 0.2
+"""A reply that is shorter than this share of those of the first epoch has shrunk."""
+
+EMPTY_SHARE = 0.5
+"""Share of the replies without a word that is worth one."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochFacts:
+    """What is known of an epoch when it has ended.
+
+    Attributes:
+        epoch: counted from 1.
+        replies: of the training rollouts.
+        trained: calls that were trained on.
+        heldout: replies of the validation after the epoch; empty where there was none.
+        before: the numbers of the epochs before, oldest first.
+        last_trained: the last epoch before this one that trained anything; 0 for none.
+    """
+
+    epoch: int
+    replies: Sequence[Reply]
+    trained: int
+    heldout: Sequence[Reply] = ()
+    before: Sequence[ReplyNumbers] = ()
+    last_trained: int = 0
+
+    @property
+    def numbers(self) -> ReplyNumbers:
+        """The training rollouts in numbers."""
+        return ReplyNumbers.of(self.replies)
+
+
+def diagnose(facts: EpochFacts) -> list[Finding]:
+    """Everything that is wrong with the epoch, the most telling first."""
+    checks: tuple[Callable[[EpochFacts, ReplyNumbers], Finding | None], ...] = (
+        _same_reward,
+        _one_answer,
+        _no_signal,
+        _shrunk,
+        _cut_off,
+    )
+    numbers = facts.numbers
+    return [finding for check in checks if (finding := check(facts, numbers)) is not None]
+
+
+def one_answer(replies: Sequence[Reply]) -> tuple[str, list[Reply]] | None:
+    """The answer that nearly all ``replies`` give although their rows want different ones, and who gives it.
+
+    Two texts are the same answer if they are made of the same words: a list of all teams is one in any order. The text
+    returned is the most frequent of them.
+
+    Returns:
+        None where the replies differ, where there are too few rows to tell, or where all rows want the same.
+    """
+    scored = [reply for reply in replies if reply.reward is not None]
+    wanted = {reply.expected for reply in scored}
+    all_want_the_same = len(wanted) == 1 and None not in wanted
+    if all_want_the_same or len({reply.row for reply in scored}) < ROWS_FOR_ONE_ANSWER:
+        return None
+    words = [frozenset(re.findall(r"\w+", reply.text.casefold())) for reply in scored]
+    most, count = Counter(words).most_common(1)[0]
+    if not most or count < SAME_SHARE * len(scored):
+        return None
+    same = [reply for reply, its in zip(scored, words, strict=True) if its == most]
+    return Counter(reply.text for reply in same).most_common(1)[0][0], same
+
+
+def _same_reward(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    low, high = _range(facts, numbers)
+    if numbers.replies < 2 or high - low > EQUAL_WITHIN:
+        return None
+    outcome = "no reply is better than another" + ("" if facts.trained else " and nothing was trained")
+    return Finding(
+        FindingId.SAME_REWARD,
+        facts.epoch,
+        f"Every reward of epoch {facts.epoch} is {low:.3f} ({numbers.replies} replies to {numbers.rows} rows), so "
+        f"{outcome}.",
+        "Compare the replies with what the evaluator wants. A prompt that states the form of the answer, an evaluator "
+        "that rewards a part of it, or a `warm_start` on demonstrations gives the policy a difference to learn from.",
+        _examples(facts.replies),
+    )
+
+
+def _no_signal(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    low, high = _range(facts, numbers)
+    if facts.trained or numbers.rows_with_signal or numbers.reward_mean is None or high - low <= EQUAL_WITHIN:
+        return None
+    lost = f"every group has lost its signal after epoch {facts.last_trained}" if facts.last_trained else "no signal"
+    return Finding(
+        FindingId.NO_SIGNAL,
+        facts.epoch,
+        f"Epoch {facts.epoch} trained nothing: {lost}, since all attempts at a row get the same reward "
+        f"(mean {numbers.reward_mean:.3f}). {_variety(facts.replies)}",
+        _advice_on_no_signal(facts, is_best=numbers.reward_min == high),
+        _examples(facts.replies),
+    )
+
+
+def _advice_on_no_signal(facts: EpochFacts, *, is_best: bool) -> str:
+    if is_best:
+        return "Every reply has the highest reward of this run, so more epochs on these rows change nothing."
+    if not facts.last_trained:
+        return "Raise `num_generations` or the policy's `temperature`, so that the attempts at a row differ."
+    return (
+        "Start again with a lower `learning_rate` or with `grad_clip_norm: 1.0`, or from an earlier checkpoint "
+        "(`checkpoint: <its path>`)."
+    )
+
+
+def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    low, high = _range(facts, numbers)
+    for where, replies in ((f"of epoch {facts.epoch}", facts.replies), ("to held-out rows", facts.heldout)):
+        found = one_answer(replies)
+        if found is None:
+            continue
+        text, same = found
+        earned = sum(reply.reward or 0.0 for reply in same) / len(same)
+        wins = high > low and earned - low >= (high - low) / 2
+        if replies is facts.heldout and not wins:
+            continue  # a greedy policy that is still unsure may well begin with one answer
+        rows = len({reply.row for reply in same})
+        return Finding(
+            FindingId.ONE_ANSWER,
+            facts.epoch,
+            f"{len(same)} of {len(replies)} replies {where} give the same answer to {rows} different rows: "
+            f"{quoted(text)}. It earns {earned:.3f} on average.",
+            _advice_on_one_answer(wins, facts.epoch),
+            _examples(same),
+        )
+    return None
+
+
+def _advice_on_one_answer(wins: bool, epoch: int) -> str:
+    if wins:
+        return (
+            "The reward can be won without reading the row: let the evaluator refuse an answer that fits every row "
+            "(evsys_exact_match has `mode: exact`)."
+        )
+    if epoch == 1:
+        return "The untrained policy does not read the row: look at the prompt, or begin with a `warm_start`."
+    return "The policy has collapsed: start again with a lower `learning_rate` or with `grad_clip_norm: 1.0`."
+
+
+def _shrunk(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    first = facts.before[0] if facts.before else None
+    if first is None or numbers.reward_mean is None or first.reward_mean is None or not numbers.replies:
+        return None
+    silent = numbers.empty >= EMPTY_SHARE * numbers.replies and numbers.empty > first.empty
+    short = numbers.tokens_mean <= SHRUNK_TO * first.tokens_mean
+    if numbers.reward_mean <= first.reward_mean or not (silent or short):
+        return None
+    empty = f", {numbers.empty} of {numbers.replies} say nothing at all" if numbers.empty else ""
+    return Finding(
+        FindingId.SHRUNK,
+        facts.epoch,
+        f"The reward rose from {first.reward_mean:.3f} to {numbers.reward_mean:.3f} between epoch 1 and {facts.epoch} "
+        f"while the replies shrank from {first.tokens_mean:.0f} to {numbers.tokens_mean:.0f} tokens{empty}.",
+        "See whether they still say what you want: the evaluator may reward shortness or silence.",
+        _examples(sorted(facts.replies, key=lambda reply: (-(reply.reward or 0.0), reply.tokens))),
+    )
+
+
+def _cut_off(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    if not numbers.calls or numbers.cut < CUT_SHARE * numbers.calls:
+        return None
+    share = 100 * numbers.cut / numbers.calls
+    return Finding(
+        FindingId.CUT_OFF,
+        facts.epoch,
+        f"{numbers.cut} of {numbers.calls} calls of epoch {facts.epoch} ({share:.0f} %) ended at `max_tokens`, in the "
+        "middle of a reply.",
+        "Raise the policy's `max_tokens`, or ask for shorter replies in the prompt.",
+        _examples([reply for reply in facts.replies if reply.cut]),
+    )
+
+
+def _range(facts: EpochFacts, numbers: ReplyNumbers) -> tuple[float, float]:
+    """The lowest and the highest reward of the run so far."""
+    seen = [*facts.before, numbers]
+    lows = [each.reward_min for each in seen if each.reward_min is not None]
+    highs = [each.reward_max for each in seen if each.reward_max is not None]
+    return min(lows, default=0.0), max(highs, default=0.0)
+
+
+def _variety(replies: Sequence[Reply]) -> str:
+    found = one_answer(replies)
+    if found is not None:
+        return f"The policy gives one answer to every row: {quoted(found[0])}."
+    texts = {(reply.row, reply.text) for reply in replies}
+    if len(texts) == len({reply.row for reply in replies}):
+        return "The policy gives each row one answer."
+    return "The replies still differ, but not their rewards."
+
+
+def _examples(replies: Sequence[Reply]) -> list[Reply]:
+    """The first replies, as different from one another as can be had: other texts first, then other rows."""
+    by_text: dict[str, Reply] = {}
+    by_row: dict[str, Reply] = {}
+    for reply in replies:
+        by_text.setdefault(reply.text, reply)
+        by_row.setdefault(reply.row, reply)
+    chosen: list[Reply] = []
+    for reply in (*by_text.values(), *by_row.values(), *replies):
+        if reply not in chosen:
+            chosen.append(reply)
+        if len(chosen) == EXAMPLES:
+            break
+    return chosen

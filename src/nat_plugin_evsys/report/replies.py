@@ -1,0 +1,106 @@
+"""What was said in an epoch: its replies as a person looks at them, and the few numbers that sum them up.
+
+A *reply* is what one attempt at a dataset row came to: the workflow's output, or the policy's last words where the
+workflow returned none.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+KEY = "replies"
+"""Where an epoch's row of metrics.jsonl keeps its ``ReplyNumbers``."""
+
+EQUAL_WITHIN = 1e-12
+"""Rewards that differ by no more than this are equal, as they are where advantages are computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One attempt.
+
+    Attributes:
+        row: id of the dataset row.
+        question: what was asked.
+        expected: the answer that the row wants, or None where it names none.
+        text: what was answered.
+        reward: the evaluator's score, or None where there is none.
+        verdict: what the evaluator said of it, or why there is no reward.
+        tokens: tokens that the policy sampled, over all calls of the attempt.
+        calls: calls that the attempt made.
+        cut: those of them that ended at the token limit.
+    """
+
+    row: str
+    question: str
+    expected: str | None
+    text: str
+    reward: float | None
+    verdict: str
+    tokens: int
+    calls: int
+    cut: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was said at all."""
+        return not self.text.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyNumbers:
+    """The replies of one epoch in numbers. Means are over the replies that have a reward.
+
+    Attributes:
+        rows: dataset rows with a reward.
+        rows_with_signal: those whose attempts got different rewards.
+        tokens_mean: sampled tokens of a reply.
+        calls, cut: LLM calls, and those of them that ended at the token limit.
+        empty: replies without a word.
+    """
+
+    replies: int
+    rows: int
+    rows_with_signal: int
+    reward_mean: float | None
+    reward_min: float | None
+    reward_max: float | None
+    tokens_mean: float
+    calls: int
+    cut: int
+    empty: int
+
+    @classmethod
+    def of(cls, replies: Sequence[Reply]) -> ReplyNumbers:
+        """Count ``replies``; those without a reward count for nothing but their calls."""
+        scored = [reply for reply in replies if reply.reward is not None]
+        rewards = [reply.reward for reply in scored if reply.reward is not None]
+        by_row: dict[str, list[float]] = defaultdict(list)
+        for reply in scored:
+            by_row[reply.row].append(float(reply.reward or 0.0))
+        return cls(
+            replies=len(scored),
+            rows=len(by_row),
+            rows_with_signal=sum(max(rewards_G) - min(rewards_G) > EQUAL_WITHIN for rewards_G in by_row.values()),
+            reward_mean=fmean(rewards) if rewards else None,
+            reward_min=min(rewards, default=None),
+            reward_max=max(rewards, default=None),
+            tokens_mean=fmean(reply.tokens for reply in scored) if scored else 0.0,
+            calls=sum(reply.calls for reply in replies),
+            cut=sum(reply.cut for reply in replies),
+            empty=sum(reply.is_empty for reply in scored),
+        )
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> ReplyNumbers | None:
+        """The numbers that an epoch's row of metrics.jsonl keeps, or None for a row without them."""
+        kept = row.get(KEY)
+        return None if kept is None else cls(**kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``of_row`` reads it back."""
+        return asdict(self)

@@ -1,0 +1,93 @@
+"""Attempts become replies; what was said of one epoch is not said of the next."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.finetuning.evaluation import Attempt
+from nat_plugin_evsys.finetuning.replies import replies_of
+from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
+from nat_plugin_evsys.finetuning.watch import Watch
+from nat_plugin_evsys.report.findings import FindingId
+from nat_plugin_evsys.report.metrics import EPOCH, MetricsLog
+
+
+def call(content: str | None, sequence: int = 0, *, tokens: int = 3, stop: Any = "stop", **reply: Any) -> Call:
+    return Call(
+        call_id=f"chatcmpl-{sequence}",
+        index=0,
+        run_id="run",
+        step_id=None,
+        policy_version=0,
+        prompt_ids=[1],
+        output_ids=[2] * tokens,
+        logprobs=[-1.0] * tokens,
+        stop_reason=stop,
+        temperature=1.0,
+        top_p=1.0,
+        messages=[],
+        tools=[],
+        reply={"role": "assistant", "content": content, **reply},
+        sequence=sequence,
+    )
+
+
+def attempt(output: Any, *calls: Call, reward: float | None = 0.0, **changes: Any) -> Attempt:
+    values = {"lost": None, "error": None, "question": "Wifi?", "expected": "network", **changes}
+    return Attempt("row-1", "run", list(calls), reward, output=output, **values)
+
+
+def test_the_output_is_the_reply_and_all_calls_count() -> None:
+    first, last = call("let me see", tokens=5, stop="length"), call("network", 1)
+    [reply] = replies_of([attempt("network", first, last, reasoning={"output": "network", "mode": "exact"})])
+    assert (reply.text, reply.tokens, reply.calls, reply.cut) == ("network", 8, 2, 1)
+    assert (reply.question, reply.expected, reply.verdict) == ("Wifi?", "network", "mode: exact")
+
+
+def test_a_failed_workflow_shows_the_policys_last_words_and_its_error() -> None:
+    wanted = [{"function": {"name": "look_up", "arguments": '{"team": 1}'}}]
+    [reply] = replies_of([attempt("", call("hm", 0), call("so", 1, tool_calls=wanted), error="ValueError: no team")])
+    assert reply.text == 'so look_up({"team": 1})'
+    assert reply.verdict == "ValueError: no team"
+
+
+@pytest.mark.parametrize(
+    ("expected", "wanted"), [(math.nan, None), (None, None), ("", None), ({"team": "é"}, '{"team": "é"}')]
+)
+def test_what_a_row_wants(expected: Any, wanted: str | None) -> None:
+    assert replies_of([attempt("x", expected=expected)])[0].expected == wanted
+
+
+def test_a_long_verdict_is_shortened() -> None:
+    [reply] = replies_of([attempt("x", reasoning="very\nlong " * 100)])
+    assert len(reply.verdict) == 200
+    assert reply.verdict.startswith("very long very long")
+
+
+def test_a_finding_is_said_once_over_restarts_and_kept_in_every_row(tmp_path: Path) -> None:
+    report = RolloutReport(attempts=[attempt("network", call("network")), attempt("payroll", call("payroll"))])
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    said = []
+    for epoch in (1, 2):
+        columns, new = Watch(MetricsLog(log.path)).look(epoch, report, trained=0, heldout=None)
+        said.append([finding.id for finding in new])
+        log.append(EPOCH, epoch, trained=0, **columns)
+    assert said == [[FindingId.SAME_REWARD], []]
+    assert [[each["id"] for each in row["findings"]] for row in log.rows()] == [["same_reward"]] * 2
+    assert log.rows()[0]["replies"]["calls"] == 2
+
+
+def test_the_last_epoch_that_trained_is_read_from_the_log(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    both = RolloutReport(attempts=[attempt("network", call("network"), reward=1.0), attempt("x", call("x"))])
+    for epoch, trained in ((1, 2), (2, 2)):
+        columns, _ = Watch(log).look(epoch, both, trained=trained, heldout=None)
+        log.append(EPOCH, epoch, trained=trained, **columns)
+    equal = RolloutReport(attempts=[attempt("x", call("x")), attempt("x", call("x"))])
+    _, [finding] = Watch(log).look(3, equal, trained=0, heldout=None)
+    assert "lost its signal after epoch 2" in finding.sentence

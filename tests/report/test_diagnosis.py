@@ -1,0 +1,236 @@
+"""Facts of an epoch in, findings out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose, one_answer
+from nat_plugin_evsys.report.findings import Finding, FindingId, finding_text, findings_of, quoted
+from nat_plugin_evsys.report.replies import Reply, ReplyNumbers
+
+TEAMS = ("network", "printing", "accounts", "payroll")
+
+
+def reply(row: int, text: str, reward: float | None, **changes: object) -> Reply:
+    """A reply to one of the rows, which ask for different teams in turn."""
+    made = Reply(
+        row=f"row-{row}",
+        question=f"Question {row}?",
+        expected=TEAMS[row % 4],
+        text=text,
+        reward=reward,
+        verdict="mode: exact",
+        tokens=10,
+        calls=1,
+        cut=0,
+    )
+    return replace(made, **changes)
+
+
+HEALTHY = [reply(row, team, float(team == TEAMS[row % 4])) for row in range(4) for team in TEAMS]
+"""Four rows, four attempts at each, one of them right."""
+
+ALL_WRONG = [replace(each, reward=0.0) for each in HEALTHY]
+
+LISTING = [
+    reply(row, text, 1.0)
+    for row in range(4)
+    for text in ("network, printing, accounts, payroll", "payroll accounts network printing!")
+]
+
+SILENT = [replace(each, text="", tokens=1, reward=1.0 if each.row == "row-0" else each.reward) for each in HEALTHY]
+
+
+def found(facts: EpochFacts) -> dict[FindingId, Finding]:
+    return {finding.id: finding for finding in diagnose(facts)}
+
+
+def numbers(replies: Sequence[Reply] = HEALTHY, **changes: object) -> ReplyNumbers:
+    return replace(ReplyNumbers.of(replies), **changes)
+
+
+def test_a_healthy_epoch_has_no_finding() -> None:
+    assert diagnose(EpochFacts(1, HEALTHY, trained=16)) == []
+    assert diagnose(EpochFacts(5, HEALTHY, trained=16, heldout=HEALTHY[::5], before=[numbers()] * 4)) == []
+
+
+def test_the_numbers_of_an_epoch() -> None:
+    lost = reply(7, "", None, verdict="the judge is gone", cut=1)
+    assert ReplyNumbers.of([*HEALTHY, lost, reply(8, " \n", 0.0)]) == ReplyNumbers(
+        replies=17,
+        rows=5,
+        rows_with_signal=4,
+        reward_mean=4 / 17,
+        reward_min=0.0,
+        reward_max=1.0,
+        tokens_mean=10.0,
+        calls=18,
+        cut=1,
+        empty=1,
+    )
+    row = {"replies": json.loads(json.dumps(numbers().to_dict()))}
+    assert ReplyNumbers.of_row(row) == numbers()
+    assert ReplyNumbers.of_row({}) is None
+
+
+class TestSameReward:
+    def test_is_said_with_three_different_replies_and_what_the_evaluator_said(self) -> None:
+        finding = found(EpochFacts(1, ALL_WRONG, trained=0))[FindingId.SAME_REWARD]
+        assert finding.sentence == (
+            "Every reward of epoch 1 is 0.000 (16 replies to 4 rows), so no reply is better than another and nothing "
+            "was trained."
+        )
+        assert [(example.row, example.text) for example in finding.examples] == [
+            ("row-0", "network"),
+            ("row-0", "printing"),
+            ("row-0", "accounts"),
+        ]
+        text = finding_text(finding)
+        assert text.splitlines()[0].startswith("! Every reward of epoch 1 is 0.000")
+        assert 'row row-0 asks "Question 0?" and wants "network"' in text
+        assert 'reply "accounts": reward 0.000, mode: exact' in text
+
+    def test_is_the_only_finding_as_long_as_it_holds(self) -> None:
+        facts = EpochFacts(2, ALL_WRONG, trained=0, before=[numbers(ALL_WRONG)])
+        assert [finding.id for finding in diagnose(facts)] == [FindingId.SAME_REWARD]
+
+    def test_one_other_reward_in_an_earlier_epoch_ends_it(self) -> None:
+        facts = EpochFacts(2, ALL_WRONG, trained=0, before=[numbers()], last_trained=1)
+        assert FindingId.SAME_REWARD not in found(facts)
+        assert FindingId.NO_SIGNAL in found(facts)
+
+    def test_a_single_reply_is_no_pattern(self) -> None:
+        assert diagnose(EpochFacts(1, [reply(0, "network", 1.0)], trained=0)) == []
+
+    def test_without_any_reward_nothing_is_claimed(self) -> None:
+        assert diagnose(EpochFacts(1, [reply(row, "", None) for row in range(4)], trained=0)) == []
+
+
+class TestNoSignal:
+    def test_names_the_last_epoch_that_trained_and_the_one_answer(self) -> None:
+        replies = [reply(row, "network", float(row == 0)) for row in range(4) for _ in range(4)]
+        facts = EpochFacts(5, replies, trained=0, before=[numbers()] * 4, last_trained=3)
+        finding = found(facts)[FindingId.NO_SIGNAL]
+        assert "Epoch 5 trained nothing: every group has lost its signal after epoch 3" in finding.sentence
+        assert 'The policy gives one answer to every row: "network".' in finding.sentence
+        assert "learning_rate" in finding.advice
+
+    def test_one_answer_to_each_row(self) -> None:
+        replies = [reply(row, TEAMS[(row + (row == 3)) % 4], float(row != 3)) for row in range(4) for _ in range(4)]
+        finding = found(EpochFacts(5, replies, trained=0, before=[numbers()], last_trained=4))[FindingId.NO_SIGNAL]
+        assert "The policy gives each row one answer." in finding.sentence
+
+    def test_a_run_that_has_learned_all_there_is_is_told_so(self) -> None:
+        replies = [reply(row, TEAMS[row], 1.0) for row in range(4) for _ in range(4)]
+        finding = found(EpochFacts(5, replies, trained=0, before=[numbers()], last_trained=4))[FindingId.NO_SIGNAL]
+        assert "more epochs on these rows change nothing" in finding.advice
+
+    def test_a_run_that_never_had_a_signal_is_not_told_that_it_lost_one(self) -> None:
+        replies = [reply(row, "network", float(row == 0)) for row in range(4) for _ in range(4)]
+        finding = found(EpochFacts(1, replies, trained=0))[FindingId.NO_SIGNAL]
+        assert "lost" not in finding.sentence
+        assert "temperature" in finding.advice
+
+    def test_one_group_with_a_signal_is_enough(self) -> None:
+        replies = [replace(each, reward=0.0) for each in HEALTHY[:-4]] + HEALTHY[-4:]
+        assert FindingId.NO_SIGNAL not in found(EpochFacts(2, replies, trained=0, before=[numbers()]))
+
+
+class TestOneAnswer:
+    def test_a_list_of_all_answers_is_found_in_any_order(self) -> None:
+        finding = found(EpochFacts(3, LISTING, trained=4, before=[numbers()]))[FindingId.ONE_ANSWER]
+        assert finding.sentence == (
+            "8 of 8 replies of epoch 3 give the same answer to 4 different rows: "
+            '"network, printing, accounts, payroll". It earns 1.000 on average.'
+        )
+        assert "can be won without reading the row" in finding.advice
+
+    def test_held_out_rows_show_it_first(self) -> None:
+        finding = found(EpochFacts(1, HEALTHY, trained=4, heldout=LISTING))[FindingId.ONE_ANSWER]
+        assert "to held-out rows" in finding.sentence
+
+    def test_a_greedy_policy_that_is_still_unsure_is_left_alone(self) -> None:
+        heldout = [reply(row, "network", float(row % 4 == 0)) for row in range(8)]
+        assert diagnose(EpochFacts(1, HEALTHY, trained=4, heldout=heldout)) == []
+
+    def test_a_collapse_is_no_success(self) -> None:
+        replies = [reply(row, "network", float(row % 4 == 0)) for row in range(8) for _ in range(2)]
+        finding = found(EpochFacts(3, replies, trained=4, before=[numbers()]))[FindingId.ONE_ANSWER]
+        assert "The policy has collapsed" in finding.advice
+
+    @pytest.mark.parametrize(
+        "replies",
+        [
+            pytest.param([replace(each, expected="all") for each in LISTING], id="all rows want the same"),
+            pytest.param(LISTING[:4], id="too few rows"),
+            pytest.param(HEALTHY, id="different answers"),
+            pytest.param([replace(each, text="") for each in LISTING], id="nothing said"),
+            pytest.param(
+                [reply(row, f"The team that should look at this ticket is {TEAMS[row % 4]}.", 1.0) for row in range(8)],
+                id="the same sentence but for the answer",
+            ),
+        ],
+    )
+    def test_what_is_not_one_answer(self, replies: list[Reply]) -> None:
+        assert one_answer(replies) is None
+
+    def test_rows_without_a_wanted_answer_may_have_it(self) -> None:
+        answer = one_answer([replace(each, expected=None) for each in LISTING])
+        assert answer is not None
+        assert len(answer[1]) == 8
+
+    def test_one_in_ten_may_differ(self) -> None:
+        replies = [reply(row, "network", 1.0) for row in range(20)]
+        replies[3] = replace(replies[3], text="printing")
+        answer = one_answer(replies)
+        assert answer is not None
+        assert len(answer[1]) == 19
+        assert one_answer([*replies, *(reply(row, "payroll", 1.0) for row in range(2))]) is None
+
+
+def test_replies_that_end_at_the_token_limit() -> None:
+    replies = [replace(each, cut=int(index % 2)) for index, each in enumerate(HEALTHY)]
+    finding = found(EpochFacts(1, replies, trained=16))[FindingId.CUT_OFF]
+    assert "8 of 16 calls of epoch 1 (50 %) ended at `max_tokens`" in finding.sentence
+    assert all(example.cut for example in finding.examples)
+    few = [replace(each, cut=int(index < 3)) for index, each in enumerate(HEALTHY)]
+    assert diagnose(EpochFacts(1, few, trained=16)) == []
+
+
+class TestShrunk:
+    def test_more_reward_for_silence(self) -> None:
+        facts = EpochFacts(4, SILENT, trained=4, before=[numbers(reward_mean=0.1)])
+        sentence = found(facts)[FindingId.SHRUNK].sentence
+        assert "The reward rose from 0.100 to 0.438 between epoch 1 and 4" in sentence
+        assert "shrank from 10 to 1 tokens, 16 of 16 say nothing at all" in sentence
+
+    def test_more_reward_for_a_fifth_of_the_words(self) -> None:
+        short = [replace(each, tokens=10) for each in HEALTHY]
+        assert found(EpochFacts(4, short, trained=4, before=[numbers(reward_mean=0.1, tokens_mean=50.0)]))
+        assert not found(EpochFacts(4, short, trained=4, before=[numbers(reward_mean=0.1, tokens_mean=49.0)]))
+
+    def test_without_more_reward_it_is_not_what_the_reward_asks_for(self) -> None:
+        assert not found(EpochFacts(4, SILENT, trained=4, before=[numbers(reward_mean=0.9)]))
+
+
+def test_findings_of_a_run_come_once_each_with_their_epochs() -> None:
+    [same] = diagnose(EpochFacts(1, ALL_WRONG, trained=0))
+    [cut] = diagnose(EpochFacts(2, [replace(each, cut=1) for each in HEALTHY], trained=16))
+    rows = [
+        {"epoch": 1, "findings": [same.to_dict()]},
+        {"epoch": 2, "findings": [cut.to_dict()]},
+        {"epoch": 3},
+        {"epoch": 4, "findings": [replace(cut, epoch=4, sentence="later").to_dict()]},
+    ]
+    assert findings_of(json.loads(json.dumps(rows))) == [(same, [1]), (cut, [2, 4])]
+
+
+def test_quoted_keeps_one_line_and_both_ends() -> None:
+    assert quoted('a "b"\n') == '"a \\"b\\"\\n"'
+    assert quoted("é" * 10) == '"éééééééééé"'
+    short = quoted("a" * 100 + "b" * 100, limit=20)
+    assert short == '"aaaaaaaa … bbbbbbbb"'
