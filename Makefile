@@ -12,16 +12,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard examples/*/pyproject.toml))
+PYTHONS := 3.11 3.12 3.13
+OTHER_PYTHONS := $(filter-out $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null),$(PYTHONS))
+SELECTION := tests/packaging tests/rollouts tests/runs tests/report tests/e2e/test_life_of_a_run.py
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-pythons test-wheel on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
-	@echo "make test         install the test tools, run all tests"
+	@echo "make test         install the test tools, run all tests (TESTS=tests/rollouts: some of them)"
+	@echo "make test-all     the same on Python 3.11, 3.12 and 3.13, in .venv-3.11, …"
+	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
 	@echo "make check        lint, format check, types, generated docs"
 ifneq ($(BENCHMARK),)
 	@echo "make bench        training steps and rollouts beside their peers' (benchmarks/README.md); BENCH_ARGS=--small tries it"
@@ -41,7 +46,25 @@ install-dev: $(INSTALLED_DEV)
 
 # Two files at a time, a thread each: torch's threads would wait for one another.
 test: $(INSTALLED_DEV)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# The whole suite on each Python that the package claims; a Python that is not on this machine is named and left out.
+test-all:
+	@for version in $(PYTHONS); do $(MAKE) on-python VERSION=$$version TARGET=test || exit 1; done
+
+# About three minutes of tests that a new Python is likely to break, each in an environment of its own.
+test-pythons:
+	@for version in $(OTHER_PYTHONS); do $(MAKE) on-python VERSION=$$version TARGET=test TESTS="$(SELECTION)" || exit 1; done
+
+on-python:
+	@if python=$$(scripts/find-python $(VERSION)); then \
+		echo "Python $(VERSION): $$python"; \
+		$(MAKE) $(TARGET) VENV=.venv-$(VERSION) PYTHON="$$python" TESTS="$(TESTS)"; \
+	else echo "Python $(VERSION): not tested"; fi
+
+# A wheel in an empty environment, and a run from a directory that holds nothing but the YAML.
+test-wheel: $(BIN)/python
+	@scripts/check-wheel $(BIN)/python $(PIP_ARGS)
 
 check: $(INSTALLED_DEV)
 	@$(BIN)/ruff check $(SOURCES)
