@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from typing import Any, Literal
 
 StopReason = Literal["stop", "length"]
@@ -18,6 +19,59 @@ RunKind = Literal["rollout", "evaluation"]
 
 RUN_ID_HEADER = "x-evsys-run-id"
 STEP_ID_HEADER = "x-evsys-step-id"
+
+
+class DropReason(StrEnum):
+    """Why a call, or a whole trajectory, is not trained on. ``docs/drop-reasons.md`` says what to do about each."""
+
+    # What happened in the rollouts.
+    EVALUATOR_ERROR = "evaluator_error"
+    """The evaluator failed or gave no finite score, so the rollout has no reward."""
+    INFRASTRUCTURE_ERROR = "infrastructure_error"
+    """The policy endpoint failed or could not be reached, which is not the policy's doing, so the rollout has no
+    reward."""
+    ROLLOUT_TIMEOUT = "rollout_timeout"
+    """The rollout took longer than `rollout_timeout` and was cut off."""
+    NO_CALLS = "no_calls"
+    """The workflow ended without a call to the policy, so there is nothing to train on."""
+    VALIDATION = "validation"
+    """The call was made to measure the policy, not to train it."""
+    UNATTRIBUTED = "unattributed"
+    """The call reached the endpoint without the id of an open rollout, so no reward belongs to it."""
+    CALL_FAILED = "call_failed"
+    """The endpoint could not answer the call."""
+    CLIENT_DISCONNECTED = "client_disconnected"
+    """The client went away before the call was answered."""
+
+    # What the curriculum holds back.
+    CURRICULUM_MIN_REWARD_DIFF = "curriculum_min_reward_diff"
+    """The rewards of the group differ by less than the curriculum's `min_reward_diff`."""
+    CURRICULUM_PERCENTILE = "curriculum_percentile"
+    """The group is not among the share of the groups that the curriculum trains on in this epoch."""
+    CURRICULUM_SUBSAMPLE = "curriculum_subsample"
+    """The curriculum's `random_subsample` left the trajectory out."""
+
+    # What has nothing to teach.
+    ZERO_VARIANCE_GROUP = "zero_variance_group"
+    """All trajectories of the dataset row have the same reward, so none is better than another."""
+    SINGLE_TRAJECTORY_GROUP = "single_trajectory_group"
+    """The dataset row has only one trajectory with a reward, so there is nothing to compare it with."""
+    NO_USABLE_CALLS = "no_usable_calls"
+    """None of the trajectory's calls can be trained on; each call is counted under its own reason."""
+    EMPTY_OUTPUT = "empty_output"
+    """The reply has no token."""
+    EMPTY_PROMPT = "empty_prompt"
+    """The prompt has no token."""
+    NON_FINITE_LOGPROBS = "non_finite_logprobs"
+    """A recorded log-probability is NaN or infinite."""
+
+    # What the training job did not get to.
+    JOB_FAILED = "job_failed"
+    """The training job failed before it trained on the call."""
+    JOB_CANCELED = "job_canceled"
+    """The training job was canceled before it trained on the call."""
+    NOT_REACHED = "not_reached"
+    """The training job completed without training on the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +122,7 @@ class CallTally:
 
     calls: int = 0
     trained: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[DropReason] = field(default_factory=Counter)
 
     def add(self, other: CallTally) -> None:
         """Add another tally to this one, in place."""
@@ -76,7 +130,7 @@ class CallTally:
         self.trained += other.trained
         self.dropped.update(other.dropped)
 
-    def drop(self, reason: str, calls: int) -> None:
-        """Count calls that will not be trained on, under a named reason."""
+    def drop(self, reason: DropReason, calls: int) -> None:
+        """Count calls that will not be trained on."""
         if calls:
             self.dropped[reason] += calls

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from nat.data_models.finetuning import TrainingJobStatus
 
-from nat_plugin_evsys.calls import CallTally
-from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.calls import CallTally, DropReason
+from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.policy.recorder import RecorderTotals
 from nat_plugin_evsys.report.findings import findings_of
@@ -26,11 +26,10 @@ class RunBooks:
     def __init__(self, run_dir: RunDirectory) -> None:
         self.run_dir = run_dir
         self.metrics = MetricsLog(run_dir.metrics_path)
-        self._tally = CallTally(
-            run_dir.state.tally["calls"], run_dir.state.tally["trained"], Counter(run_dir.state.tally["dropped"])
-        )
+        tally = run_dir.state.tally
+        self._tally = CallTally(tally["calls"], tally["trained"], _reasons(tally["dropped"], run_dir))
         self._trained_trajectories = int(run_dir.state.trajectories["trained"])
-        self._dropped_trajectories = Counter(run_dir.state.trajectories["dropped"])
+        self._dropped_trajectories = _reasons(run_dir.state.trajectories["dropped"], run_dir)
         self._seconds_before = run_dir.state.seconds
         self._started = time.monotonic()
 
@@ -73,7 +72,7 @@ class RunBooks:
         self._tally.add(report.tally)
         self._dropped_trajectories.update(report.lost)
 
-    def count_dropped(self, calls: Mapping[str, int], trajectories: Mapping[str, int]) -> None:
+    def count_dropped(self, calls: Mapping[DropReason, int], trajectories: Mapping[DropReason, int]) -> None:
         """Calls and trajectories held back under a reason."""
         self._tally.dropped.update(calls)
         self._dropped_trajectories.update(trajectories)
@@ -89,9 +88,9 @@ class RunBooks:
     def count_stray_calls(self, totals: RecorderTotals) -> None:
         """Calls that reached the endpoint but belong to no rollout, or got no answer."""
         strays = {
-            "unattributed": totals.unattributed,
-            "call_failed": totals.failures,
-            "client_disconnected": totals.disconnected,
+            DropReason.UNATTRIBUTED: totals.unattributed,
+            DropReason.CALL_FAILED: totals.failures,
+            DropReason.CLIENT_DISCONNECTED: totals.disconnected,
         }
         for reason, number in strays.items():
             self._tally.calls += number
@@ -160,7 +159,7 @@ class RunBooks:
             seconds=round(state.seconds, 3),
             calls=self._tally.calls,
             trained=self._tally.trained,
-            dropped=dict(self._tally.dropped),
+            dropped={reason.value: calls for reason, calls in self._tally.dropped.items()},
             adapter=None if record is None else str(self.run_dir.locate(record.adapter)),
             trajectories=state.trajectories,
             epochs=state.epochs_done,
@@ -183,3 +182,15 @@ class RunBooks:
             "dropped": dict(self._dropped_trajectories),
         }
         state.seconds = self._seconds_before + time.monotonic() - self._started
+
+
+def _reasons(dropped: Mapping[str, int], run_dir: RunDirectory) -> Counter[DropReason]:
+    """Counts that a run's state holds.
+
+    Raises:
+        CheckpointError: another version of this package counted under a reason that this one does not know.
+    """
+    try:
+        return Counter({DropReason(reason): number for reason, number in dropped.items()})
+    except ValueError as error:
+        raise CheckpointError(f"cannot resume {run_dir.path}: {error}; use the version that wrote it") from None

@@ -22,11 +22,8 @@ from typing import Any
 
 from nat.data_models.finetuning import CurriculumLearningConfig, Trajectory, TrajectoryCollection
 
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import ConfigError, DataError
-
-PERCENTILE = "curriculum_percentile"
-MIN_REWARD_DIFF = "curriculum_min_reward_diff"
-SUBSAMPLE = "curriculum_subsample"
 
 ROW_ID_KEY = "row_id"
 """Key of ``Trajectory.metadata`` that names the dataset row; groups without it are known by their position."""
@@ -46,10 +43,10 @@ class Selection:
     """
 
     collection: TrajectoryCollection
-    dropped_calls: Counter[str] = field(default_factory=Counter)
-    dropped_trajectories: Counter[str] = field(default_factory=Counter)
+    dropped_calls: Counter[DropReason] = field(default_factory=Counter)
+    dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
 
-    def drop(self, reason: str, trajectories: list[Trajectory]) -> None:
+    def drop(self, reason: DropReason, trajectories: list[Trajectory]) -> None:
         """Count trajectories that are left out."""
         if trajectories:
             self.dropped_trajectories[reason] += len(trajectories)
@@ -82,7 +79,7 @@ class Curriculum:
         expansions = self._expansions(epoch)
         return expansions * self.config.expansion_interval if expansions else -1
 
-    def apply(self, collection: TrajectoryCollection, epoch: int) -> tuple[TrajectoryCollection, Counter[str]]:
+    def apply(self, collection: TrajectoryCollection, epoch: int) -> tuple[TrajectoryCollection, Counter[DropReason]]:
         """The trajectories to train on in ``epoch`` (counted from 0), and reason -> calls left out."""
         selection = self.select(collection, epoch)
         return selection.collection, selection.dropped_calls
@@ -138,20 +135,21 @@ class Curriculum:
         for index, group in enumerate(groups):
             rewards = [trajectory.reward for trajectory in group]
             if max(rewards) - min(rewards) < self.config.min_reward_diff - _ROUNDING:
-                kept.drop(MIN_REWARD_DIFF, group)
+                kept.drop(DropReason.CURRICULUM_MIN_REWARD_DIFF, group)
             else:
                 telling.append(index)
         sign = 1 if self.config.sort_ascending else -1
         telling.sort(key=lambda index: sign * _mean_reward(groups[index]))
         wanted = max(1, math.ceil(self.percentile(epoch) * len(telling) - _ROUNDING))
         for index in telling[wanted:]:
-            kept.drop(PERCENTILE, groups[index])
+            kept.drop(DropReason.CURRICULUM_PERCENTILE, groups[index])
         return sorted(telling[:wanted])
 
     def _subsample(self, group: list[Trajectory], seed: str, kept: Selection) -> list[Trajectory]:
         size = min(len(group), max(2, math.floor((self.config.random_subsample or 1.0) * len(group) + 0.5)))
         stay = set(random.Random(seed).sample(range(len(group)), size))
-        kept.drop(SUBSAMPLE, [item for index, item in enumerate(group) if index not in stay])
+        left_out = [item for index, item in enumerate(group) if index not in stay]
+        kept.drop(DropReason.CURRICULUM_SUBSAMPLE, left_out)
         return [item for index, item in enumerate(group) if index in stay]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nat.data_models.evaluate_runtime import EvaluationRunConfig
 from nat.plugins.eval.runtime.evaluate import EvaluationRun
 
-from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.finetuning.sessions import RecordedSessions, Rollouts
 from nat_plugin_evsys.report.quiet import quiet_tqdm
@@ -36,8 +36,8 @@ class Attempt:
     Attributes:
         row_id: id of the dataset row.
         run_id: NAT's workflow_run_id of the rollout.
-        reward: the evaluator's score, or None when there is a ``lost`` reason.
-        lost: ``evaluator_error``, ``infrastructure_error``, ``rollout_timeout`` or None.
+        reward: the evaluator's score; None when ``lost`` is not.
+        lost: why there is no reward, or None.
         error: what the workflow raised, or what went wrong, or None.
         question, expected, output: the row's input, the answer it wants, and what the workflow returned.
         reasoning: what the evaluator said of it, or None.
@@ -47,7 +47,7 @@ class Attempt:
     run_id: str
     calls: list[Call]
     reward: float | None
-    lost: str | None
+    lost: DropReason | None
     error: str | None
     question: Any = None
     expected: Any = None
@@ -137,19 +137,20 @@ def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
     run_id = _run_id(item)
     if run_id is None:
         why = "NAT recorded no WORKFLOW_START step"
-        return Attempt(_row_id(item), "", [], None, "infrastructure_error", why, **said)
+        return Attempt(_row_id(item), "", [], None, DropReason.INFRASTRUCTURE_ERROR, why, **said)
     infrastructure = rollouts.recorder.failures(run_id)
     calls = rollouts.recorder.close_run(run_id)
     failure = rollouts.failures.get(run_id)
-    lost, error = None, None if failure is None else f"{type(failure).__name__}: {failure}"
+    lost: DropReason | None = None
+    error = None if failure is None else f"{type(failure).__name__}: {failure}"
     if run_id in rollouts.timeouts:
-        lost, error = "rollout_timeout", f"cut off after {rollouts.timeout} s"
+        lost, error = DropReason.ROLLOUT_TIMEOUT, f"cut off after {rollouts.timeout} s"
     elif infrastructure or _is_connection_error(failure):
-        lost, error = "infrastructure_error", str(infrastructure[0]) if infrastructure else error
+        lost, error = DropReason.INFRASTRUCTURE_ERROR, str(infrastructure[0]) if infrastructure else error
     else:
         problem = _evaluator_problem(score)
         if problem is not None:
-            lost, error = "evaluator_error", problem
+            lost, error = DropReason.EVALUATOR_ERROR, problem
     reward = float(score.score) if lost is None else None
     reasoning = None if score is None else score.reasoning
     return Attempt(_row_id(item), run_id, calls, reward, lost, error, **said, reasoning=reasoning)

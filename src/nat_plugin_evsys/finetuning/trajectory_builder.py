@@ -15,7 +15,7 @@ from nat.data_models.config import Config
 from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig, Trajectory, TrajectoryCollection
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
 
-from nat_plugin_evsys.calls import CallTally, RunKind
+from nat_plugin_evsys.calls import CallTally, DropReason, RunKind
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.evaluation import Attempt, evaluate_policy
@@ -42,7 +42,7 @@ class RolloutReport:
 
     rewards: list[float] = field(default_factory=list)
     tally: CallTally = field(default_factory=CallTally)
-    lost: Counter[str] = field(default_factory=Counter)
+    lost: Counter[DropReason] = field(default_factory=Counter)
     failed_rollouts: int = 0
     errors: dict[str, str] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
@@ -136,7 +136,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         report = RolloutReport()
         for attempt in attempts:
             self._account(report, attempt)
-            report.tally.drop("validation", len(attempt.calls))
+            report.tally.drop(DropReason.VALIDATION, len(attempt.calls))
         return report
 
     async def cancel(self) -> None:
@@ -200,12 +200,13 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         for attempt in attempts:
             self._account(report, attempt)
             group = groups.setdefault(attempt.row_id, [])
-            if attempt.reward is None:
-                report.lost[attempt.lost or "unknown"] += 1
-                report.tally.drop(attempt.lost or "unknown", len(attempt.calls))
+            if attempt.lost is not None:
+                report.lost[attempt.lost] += 1
+                report.tally.drop(attempt.lost, len(attempt.calls))
             elif not attempt.calls:
-                report.lost["no_calls"] += 1
+                report.lost[DropReason.NO_CALLS] += 1
             else:
+                assert attempt.reward is not None
                 metadata = {"row_id": attempt.row_id, "rollout_id": attempt.run_id, "error": attempt.error}
                 group.append(build_trajectory(attempt.calls, attempt.reward, metadata))
                 report.staleness.update(self.policy.version - call.policy_version for call in attempt.calls)

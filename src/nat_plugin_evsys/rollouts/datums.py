@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tinker import Datum, ModelInput, TensorData
 
-from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.rollouts.advantages import AdvantageMethod, group_advantages, has_zero_variance
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
@@ -63,8 +63,8 @@ class DatumSet:
     datums: list[Datum] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
     calls: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    dropped_trajectories: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[DropReason] = field(default_factory=Counter)
+    dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
 
     @property
     def trained_calls(self) -> int:
@@ -122,7 +122,7 @@ def group_datums(
     for position, (calls, value) in enumerate(zip(group.calls_G, advantages_G, strict=True)):
         usable = _usable(calls, result)
         if not usable:
-            result.dropped_trajectories["no_usable_calls" if calls else "no_calls"] += 1
+            result.dropped_trajectories[DropReason.NO_USABLE_CALLS if calls else DropReason.NO_CALLS] += 1
         for chain in token_chains(usable) if merge else [[call] for call in usable]:
             datum, spans = chain_datum(chain, value, loss_fn)
             result.datums.append(datum)
@@ -208,27 +208,27 @@ def trained_rows(datum: Datum, origin: Provenance) -> Iterator[tuple[tuple[int, 
             yield tuple(ids[: row + 1]), columns[0][row], columns[1][row], columns[2][row]
 
 
-def _no_signal(rewards_G: list[float], advantage: AdvantageMethod) -> str | None:
+def _no_signal(rewards_G: list[float], advantage: AdvantageMethod) -> DropReason | None:
     if advantage == "reward" or not has_zero_variance(rewards_G):
         return None
-    return "single_trajectory_group" if len(rewards_G) == 1 else "zero_variance_group"
+    return DropReason.SINGLE_TRAJECTORY_GROUP if len(rewards_G) == 1 else DropReason.ZERO_VARIANCE_GROUP
 
 
 def _usable(calls: list[Call], result: DatumSet) -> list[Call]:
     usable = []
     for call in calls:
         if not call.output_ids:
-            _drop(result, "empty_output", 1)
+            _drop(result, DropReason.EMPTY_OUTPUT, 1)
         elif not call.prompt_ids:
-            _drop(result, "empty_prompt", 1)
+            _drop(result, DropReason.EMPTY_PROMPT, 1)
         elif not all(math.isfinite(logprob) for logprob in call.logprobs):
-            _drop(result, "non_finite_logprobs", 1)
+            _drop(result, DropReason.NON_FINITE_LOGPROBS, 1)
         else:
             usable.append(call)
     return usable
 
 
-def _drop(result: DatumSet, reason: str, calls: int) -> None:
+def _drop(result: DatumSet, reason: DropReason, calls: int) -> None:
     if calls:
         result.dropped[reason] += calls
 

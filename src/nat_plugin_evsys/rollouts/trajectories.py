@@ -8,7 +8,7 @@ from typing import Any
 
 from nat.data_models.finetuning import Trajectory
 
-from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.rollouts.episodes import episode_of
 from nat_plugin_evsys.rollouts.roles import validate_episode_order
@@ -44,7 +44,7 @@ def build_trajectory(calls: list[Call], reward: float, metadata: dict[str, Any])
         DataError: no calls, or ``metadata`` already has the key ``calls``.
     """
     if not calls:
-        raise DataError("a trajectory needs at least one recorded call; count this attempt as dropped (`no_calls`)")
+        raise DataError(f"a trajectory needs at least one recorded call; count this attempt as {DropReason.NO_CALLS}")
     if CALLS_KEY in metadata:
         raise DataError(f"metadata key `{CALLS_KEY}` is reserved for the recorded calls; name it differently")
     ordered = sorted(calls, key=lambda call: (call.sequence, call.index))

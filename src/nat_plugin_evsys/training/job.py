@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from nat.data_models.finetuning import TrainingJobStatus, TrainingStatusEnum
 
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.training.job_report import Account, JobReport
 
@@ -18,8 +19,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOST_REASONS = {TrainingStatusEnum.FAILED: "job_failed", TrainingStatusEnum.CANCELED: "job_canceled"}
-"""Reason under which calls count that an early end kept from being trained on."""
+LOST_REASONS = {
+    TrainingStatusEnum.COMPLETED: DropReason.NOT_REACHED,
+    TrainingStatusEnum.FAILED: DropReason.JOB_FAILED,
+    TrainingStatusEnum.CANCELED: DropReason.JOB_CANCELED,
+}
+"""Reason under which calls count that the job did not train on, by the state in which it ended."""
 
 
 class Work(Protocol):
@@ -29,7 +34,7 @@ class Work(Protocol):
         """Do it all, telling ``report``. A cancellation takes effect where no half-done step is left behind."""
         ...
 
-    def account(self, lost_reason: str) -> Account:
+    def account(self, lost_reason: DropReason) -> Account:
         """Where every call went; those that were not reached count under ``lost_reason``."""
         ...
 
@@ -125,7 +130,7 @@ class TrainingJob:
             if self._work is not None:
                 # The work holds every Datum; it is let go with the job's end.
                 work, self._work = self._work, None
-                self.account = work.account(LOST_REASONS.get(self.state, "not_reached"))
+                self.account = work.account(LOST_REASONS[self.state])
             if self._on_end is not None:
                 self._on_end(self)
         finally:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nat_plugin_evsys.calls import CallTally
+from nat_plugin_evsys.calls import CallTally, DropReason
 
 Phase = Literal["queued", "preparing", "forward_backward", "optim_step", "publishing", "done"]
 
@@ -71,7 +71,7 @@ class Account:
 
     calls: CallTally = field(default_factory=CallTally)
     trained_trajectories: int = 0
-    dropped_trajectories: Counter[str] = field(default_factory=Counter)
+    dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
 
     def as_metadata(self) -> dict[str, Any]:
         """``calls``, ``trained`` and ``dropped`` of calls; ``trajectories`` with ``trained`` and ``dropped``."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend
-from nat_plugin_evsys.calls import CallTally
+from nat_plugin_evsys.calls import CallTally, DropReason
 from nat_plugin_evsys.files import append_json_lines
 from nat_plugin_evsys.rollouts.datums import DatumSet
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
@@ -75,7 +75,7 @@ class TrainingWork:
         report.enter("publishing")
         await uninterrupted(self._publish_to(report))
 
-    def account(self, lost_reason: str) -> Account:
+    def account(self, lost_reason: DropReason) -> Account:
         """Where every call and trajectory went; see ``Work``."""
         account = Account(calls=CallTally(calls=sum(group.num_calls for group in self._groups)))
         if not self._sets:
@@ -127,6 +127,6 @@ class TrainingWork:
             await asyncio.to_thread(append_json_lines, self.datum_log, records)
 
     def _nothing_to_train(self) -> str:
-        dropped = sum((datums.dropped for datums in self._sets), start=Counter[str]())
+        dropped = sum((datums.dropped for datums in self._sets), start=Counter[DropReason]())
         reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items())) or "there were none"
         return f"nothing to train: every call was dropped ({reasons}); the policy is unchanged"

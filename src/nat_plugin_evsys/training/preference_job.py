@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import append_json_lines
 from nat_plugin_evsys.rollouts.preferences import PreferenceTrajectory
@@ -131,7 +132,7 @@ class PreferenceWork:
         report.enter("publishing")
         await uninterrupted(self._publish_to(report))
 
-    def account(self, lost_reason: str) -> Account:
+    def account(self, lost_reason: DropReason) -> Account:
         """Where every trajectory went, trained if one of its pairs was; there are no calls. See ``Work``."""
         account = Account(trained_trajectories=len(self._trained))
         if lost := len(self._trajectories) - len(self._trained):

@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend, SamplingClient
-from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.rollouts.seeds import rollout_seed
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
@@ -62,7 +62,7 @@ class RlIteration:
     policy_version: int
     reward_mean: float
     trajectories: int
-    dropped: Counter[str]
+    dropped: Counter[DropReason]
     steps: list[dict[str, float]]
 
 
@@ -196,7 +196,7 @@ async def train_rl(
 
 async def train_groups(
     backend: Backend, groups: Sequence[TrajectoryGroup], settings: TrainingSettings
-) -> tuple[list[dict[str, float]], Counter[str]]:
+) -> tuple[list[dict[str, float]], Counter[DropReason]]:
     """Every optimizer step on some groups; returns each step's metrics, and the dropped trajectories by reason."""
     sets = build_datums(groups, settings)
     metrics = []
@@ -204,4 +204,4 @@ async def train_groups(
         data = await step_data(backend, [sets[index] for index in indices], settings)
         pending = backend.forward_backward_async(data, loss_fn=settings.loss_fn, loss_fn_config=settings.loss_fn_config)
         metrics.append(await optimizer_step(backend, pending, settings.adam))
-    return metrics, sum((datums.dropped_trajectories for datums in sets), start=Counter[str]())
+    return metrics, sum((datums.dropped_trajectories for datums in sets), start=Counter[DropReason]())
