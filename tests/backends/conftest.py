@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from byte_model import make_model
+from random_datums import byte_datums
 from tinker import types
+from tiny import save_byte_model
 
 from nat_plugin_evsys.backends.local import LocalBackend
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("models") / "tiny", 0)
+    return save_byte_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest_asyncio.fixture
@@ -38,10 +38,4 @@ async def make_backend(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Callab
 @pytest.fixture
 def make_datums() -> Callable[..., list[types.Datum]]:
     """``make_datums(seed, count, length)`` of cross_entropy Datums."""
-
-    def make(seed: int, count: int = 4, length: int = 12) -> list[types.Datum]:
-        rng = random.Random(seed)
-        rows = [[rng.randrange(256) for _ in range(length)] for _ in range(count)]
-        return [types.Datum(types.ModelInput.from_ints(r[:-1]), {"target_tokens": r[1:]}) for r in rows]
-
-    return make
+    return byte_datums

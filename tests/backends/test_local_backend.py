@@ -138,7 +138,7 @@ async def test_cancelling_the_waiting_task_abandons_the_operation(make_backend: 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (await backend.forward_async(make_datums(1), loss_fn="cross_entropy")).metrics["loss:sum"] > 0
+    assert (await backend.forward_async(make_datums(1, 4, 12), loss_fn="cross_entropy")).metrics["loss:sum"] > 0
     assert backend.progress[1] == 4 * 11
     assert backend._model.gradient is None
 

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from byte_model import make_model
+from random_datums import byte_datums
+from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, TrainingClient, types
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_model(tmp_path_factory.mktemp("models") / "tiny", 0))
+    return str(save_byte_model(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the same shape, with other weights."""
-    return str(make_model(tmp_path_factory.mktemp("models") / "other", 1))
+    return str(save_byte_model(tmp_path_factory.mktemp("models") / "other", seed=1))
 
 
 @pytest.fixture
@@ -59,17 +50,10 @@ def client(make_client: Callable[..., TrainingClient]) -> TrainingClient:
     return make_client()
 
 
-def make_datums(seed: int, count: int = 3, length: int = 10) -> list[types.Datum]:
-    """Random cross_entropy Datums."""
-    rng = random.Random(seed)
-    rows = [[rng.randrange(256) for _ in range(length)] for _ in range(count)]
-    return [types.Datum(types.ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in rows]
-
-
 @pytest.fixture
 def datums() -> Callable[..., list[types.Datum]]:
     """``datums(seed, count, length)``."""
-    return make_datums
+    return byte_datums
 
 
 @pytest.fixture

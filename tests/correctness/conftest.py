@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from plain_reference import PlainModel
-from tiny_families import save_family
+from tiny import save_family
 
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 
 RECORD_VARIABLE = "EVSYS_CORRECTNESS_RECORD"
 """Names the JSON-lines file that ``measured`` appends to; scripts/correctness_report.py sets it."""
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

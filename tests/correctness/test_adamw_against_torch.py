@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tinker import types
-from tiny_families import VOCAB, perturb
+from tiny import VOCAB, perturb
 
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
@@ -56,7 +56,7 @@ class Formula:
 
 
 def test_every_step_is_adamws(base_of: Any, measured: Any) -> None:
-    base = base_of("Llama")
+    base = base_of("llama")
     worst = {"torch.optim.AdamW": 0.0, "its formula": 0.0}
     runs = steps = clipped = 0
 

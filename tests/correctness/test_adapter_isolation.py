@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinker import types
-from tiny_families import VOCAB, perturb
+from tiny import VOCAB, perturb
 
 from nat_plugin_evsys.backends.base import SamplingClient
 from nat_plugin_evsys.backends.local import LocalBackend
@@ -88,7 +88,7 @@ class Sampling(threading.Thread):
 async def test_the_others_steps_change_nothing(
     base_of: Callable[[str], Any], measured: Callable[..., None], tmp_path: Path
 ) -> None:
-    base = base_of("Qwen3")
+    base = base_of("qwen3")
 
     def backend(name: str, seed: int, rank: int) -> LocalBackend:
         adapter = perturb(LoraAdapter.create(base.model, rank=rank, alpha=8.0, seed=seed, train_unembed=True), seed)

@@ -17,14 +17,13 @@ PROGRAM = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-torch.set_num_threads(1)
 from safetensors.torch import load_file
 from tinker import types
-from nat_plugin_evsys import files as atomic
+from nat_plugin_evsys import files
 from nat_plugin_evsys.engine.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
-from nat_plugin_evsys.engine.model.loading import load_base_model
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.loading import load_base_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
 model_dir, root, plan = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 base = load_base_model(model_dir, device="cpu")
@@ -90,7 +89,7 @@ results = {}
 for swap, tries in plan.items():
     directory = root / swap
     if swap == "plain renames":
-        atomic._exchange = lambda new, target: False
+        files._exchange = lambda new, target: False
     results[swap] = kill(tries)
 print(json.dumps(results))
 """
@@ -99,7 +98,7 @@ print(json.dumps(results))
 def test_kill_nine_during_saves(
     model_dir: Callable[[str], Path], measured: Callable[..., None], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", PROGRAM, str(model_dir("Qwen3")), str(tmp_path), json.dumps(TRIES)]
+    command = [sys.executable, "-c", PROGRAM, str(model_dir("qwen3")), str(tmp_path), json.dumps(TRIES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     compared = {

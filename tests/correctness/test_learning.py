@@ -13,7 +13,7 @@ Both sides compute in float32 and round differently, and training amplifies the 
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ import pytest
 import torch
 from peft import PeftModel
 from tinker import types
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from tiny import save_byte_model
+from transformers import AutoModelForCausalLM
 
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
@@ -35,40 +35,12 @@ END, ASK, SAY = 256, 257, 258
 SEED, RATE = 5, 5e-3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 with one token per byte."""
-    path = tmp_path_factory.mktemp("learning") / "model"
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|end|>", "<|ask|>", "<|say|>"]
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pieces)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    config = Qwen3Config(
-        vocab_size=259,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=12,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        eos_token_id=END,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", additional_special_tokens=["<|ask|>", "<|say|>"]
-    ).save_pretrained(path)
-    return path
+    shape = {"hidden_size": 48, "intermediate_size": 96, "head_dim": 12, "initializer_range": 0.1}
+    special = ("<|end|>", "<|ask|>", "<|say|>")
+    return save_byte_model(tmp_path_factory.mktemp("learning") / "model", special=special, **shape)
 
 
 @pytest.fixture

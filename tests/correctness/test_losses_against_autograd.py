@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from plain_reference import Matrices, PlainModel, double_leaves, gradients, padded
 from tinker import types
-from tiny_families import FAMILIES, VOCAB, perturb
+from tiny import PROVED, VOCAB, perturb
 from torch import Tensor
 
 from nat_plugin_evsys.engine.gradient.losses import LOSSES
@@ -64,7 +64,7 @@ def shapes(draw: Any, salt: str) -> tuple[Batch, random.Random]:
     # Computing shared beginnings once is a fast path that these batches must meet.
     common = [rng.randrange(VOCAB) for _ in range(draw(st.sampled_from([0, 3, 16])))]
     batch = Batch(
-        family=draw(st.sampled_from(list(FAMILIES))),
+        family=draw(st.sampled_from(list(PROVED))),
         adapter_seed=draw(st.integers(0, 99)),
         unembed=draw(st.booleans()),
         budget=draw(st.sampled_from([1, 40, 10_000])),

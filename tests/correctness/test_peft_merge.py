@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_families import FAMILIES, perturb
+from tiny import PROVED, perturb
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -32,7 +32,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("unembed", [False, True])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(PROVED))
 async def test_the_merged_model_has_the_engines_logits(
     family: str,
     unembed: bool,
@@ -63,4 +63,4 @@ async def test_the_merged_model_has_the_engines_logits(
     with_head = " with the unembedding" if unembed else ""
     for what, worst in (("PEFT's logits", attached), ("merged logits", merged)):
         compared = f"{what}{with_head} vs the engine's (relative)"
-        measured("9 optimizer and PEFT", compared, family, worst=worst, bound=TOLERANCE, logits=engine.numel())
+        measured("9 optimizer and PEFT", compared, PROVED[family], worst=worst, bound=TOLERANCE, logits=engine.numel())

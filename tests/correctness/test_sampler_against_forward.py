@@ -16,7 +16,7 @@ import pytest
 import torch
 from plain_reference import PlainModel, double_leaves
 from tinker import types
-from tiny_families import FAMILIES, VOCAB, perturb
+from tiny import PROVED, VOCAB, perturb
 from torch import Tensor
 
 from nat_plugin_evsys.backends.base import Backend, SamplingClient
@@ -91,7 +91,7 @@ def furthest(one: list[Tensor], other: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", list(PROVED))
 async def test_sampled_logprobs_are_the_trainers(
     family: str,
     base_of: Callable[[str], Any],
@@ -120,12 +120,12 @@ async def test_sampled_logprobs_are_the_trainers(
     proof = "2 sampler and trainer"
     worst = furthest([sampler[i] for i in at_one], [trainer[i] for i in at_one])
     count = sum(len(sampled[i][1]) for i in at_one)
-    measured(proof, "sampler vs `forward`, T = 1", family, worst=worst, bound=TOLERANCE, tokens=count)
+    measured(proof, "sampler vs `forward`, T = 1", PROVED[family], worst=worst, bound=TOLERANCE, tokens=count)
     worst = furthest(trainer, untempered)
-    measured(proof, "`forward` vs plain float64, T = 1", family, worst=worst, bound=TOLERANCE, tokens=tokens)
+    measured(proof, "`forward` vs plain float64, T = 1", PROVED[family], worst=worst, bound=TOLERANCE, tokens=tokens)
     for temperature in TEMPERATURES:
         here = [i for i, row in enumerate(sampled) if row[3] == temperature]
         worst = furthest([sampler[i] for i in here], [plain[i] for i in here])
         count = sum(len(sampled[i][1]) for i in here)
         compared = f"sampler vs plain float64, T = {temperature:g}"
-        measured(proof, compared, family, worst=worst, bound=TOLERANCE, tokens=count)
+        measured(proof, compared, PROVED[family], worst=worst, bound=TOLERANCE, tokens=count)

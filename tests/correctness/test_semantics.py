@@ -15,7 +15,7 @@ import torch
 from computed import computed
 from plain_reference import PlainModel, double_leaves
 from tinker import types
-from tiny_families import VOCAB, perturb
+from tiny import VOCAB, perturb
 
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.engine.gradient.losses import LOSSES
@@ -51,7 +51,7 @@ def make_model(base_of: Callable[[str], Any]) -> Callable[..., TrainableModel]:
     """``make_model(token_budget=…)`` over Qwen3 with a perturbed adapter, the same each time."""
 
     def make(token_budget: int | None = None) -> TrainableModel:
-        base = base_of("Qwen3")
+        base = base_of("qwen3")
         adapter = perturb(LoraAdapter.create(base.model, rank=4, alpha=8.0))
         return TrainableModel(base, adapter, token_budget=token_budget)
 
@@ -244,7 +244,7 @@ def test_values_that_would_make_nan_or_overflow_are_refused(
     values: dict[str, float], message: str, base_of: Any
 ) -> None:
     """A fresh adapter's A has no gradient yet (B is zero): with eps 0 its first update would be 0 / 0."""
-    base = base_of("Qwen3")
+    base = base_of("qwen3")
     model = TrainableModel(base, LoraAdapter.create(base.model, rank=4, alpha=8.0))
     model.forward_backward(batch("cross_entropy"), "cross_entropy")
     before = state(model)
@@ -261,7 +261,7 @@ def test_values_that_would_make_nan_or_overflow_are_refused(
 @pytest_asyncio.fixture
 async def backend(base_of: Callable[[str], Any], tmp_path: Path) -> Any:
     """A backend over Qwen3 with a perturbed adapter."""
-    base = base_of("Qwen3")
+    base = base_of("qwen3")
     made = LocalBackend(base, perturb(LoraAdapter.create(base.model, rank=4, alpha=8.0)), checkpoint_dir=tmp_path)
     yield made
     await made.close()
@@ -291,7 +291,7 @@ async def test_logprobs_are_those_of_the_distribution_that_was_sampled(
     temperature: float, top_k: int, top_p: float, backend: LocalBackend, plain_of: Any, measured: Any
 ) -> None:
     adapter = backend._model.adapter
-    plain: PlainModel = plain_of("Qwen3")
+    plain: PlainModel = plain_of("qwen3")
     client = await backend.snapshot_sampling_client()
     prompt = [3, 14, 15, 92, 65]
     params = types.SamplingParams(max_tokens=24, temperature=temperature, top_k=top_k, top_p=top_p, seed=5, stop=[])
@@ -332,7 +332,7 @@ async def test_what_cannot_be_sampled_is_refused_by_name(
 
 async def test_a_sequence_keeps_its_version_while_new_ones_are_published(backend: LocalBackend, plain_of: Any) -> None:
     """A long sequence is under way while steps are taken and versions published: all of it is the version it says."""
-    plain: PlainModel = plain_of("Qwen3")
+    plain: PlainModel = plain_of("qwen3")
     old = double_leaves(backend._model.adapter.weights)
     first = await backend.snapshot_sampling_client()
     began = asyncio.Event()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from nat.data_models.finetuning import Trajectory, TrajectoryCollection
 from tinker import ModelInput, types
+from tiny import tiny_model
 
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.calls import Call
@@ -142,26 +142,10 @@ class TinyPolicy:
 @pytest.fixture
 async def make_policy(tmp_path: Path) -> AsyncIterator[Callable[..., TinyPolicy]]:
     """``make_policy()``: each one the same random model with the same fresh adapter."""
-    torch.set_num_threads(1)
     made: list[TinyPolicy] = []
 
     def make() -> TinyPolicy:
-        torch.manual_seed(0)
-        model = transformers.Qwen3ForCausalLM(
-            transformers.Qwen3Config(
-                vocab_size=VOCAB,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                max_position_embeddings=64,
-                initializer_range=0.1,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
+        model = tiny_model("qwen3", vocab_size=VOCAB, max_position_embeddings=64, initializer_range=0.1)
         base = wrap_model("tiny", model, tokenizer=None)
         adapter = LoraAdapter.create(base.model, rank=4, alpha=8, seed=0)
         backend = PausingBackend(base, adapter, checkpoint_dir=tmp_path / "checkpoints")

@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from tiny import perturb
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER, Call
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
@@ -23,22 +24,14 @@ MESSAGES: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]
 
 
 @pytest.fixture(scope="module")
-def base(model_dir: Path) -> Iterator[BaseModel]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_base_model(str(model_dir), device="cpu")
-    torch.set_num_threads(threads)
+def base(model_dir: Path) -> BaseModel:
+    return load_base_model(str(model_dir), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def adapter(base: BaseModel) -> LoraAdapter:
     """An adapter whose B is not zero any more."""
-    made = LoraAdapter.create(base.model, rank=4, alpha=8, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, b in made.weights.values():
-            b.normal_(std=0.05, generator=generator)
-    return made.snapshot()
+    return perturb(LoraAdapter.create(base.model, rank=4, alpha=8, seed=0)).snapshot()
 
 
 @pytest.fixture

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from byte_model import make_model
 from serve_process import ALICE, BOB, ServerProcess, add_chat_template, start_server
+from tiny import save_byte_model
 from wire_client import Wire
 
 
 @pytest.fixture(scope="session")
 def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 of 260 tokens that can chat."""
-    return add_chat_template(make_model(tmp_path_factory.mktemp("served") / "models" / "tiny", seed=0))
+    return add_chat_template(save_byte_model(tmp_path_factory.mktemp("served") / "models" / "tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,6 @@ import tinker  # noqa: E402 - after the settings above
 import torch  # noqa: E402 - after the settings above
 from tinker import types  # noqa: E402 - after the settings above
 
-torch.set_num_threads(1)
-
 PROMPT = [72, 101, 108, 108, 111, 32]
 TARGET = [119, 111, 114, 108, 100, 33]
 RL_LOSSES = ("importance_sampling", "ppo", "cispo")

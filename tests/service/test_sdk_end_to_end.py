@@ -21,7 +21,7 @@ def report(open_server: ServerProcess, served_model: Path) -> dict[str, Any]:
     """What ``sdk_script.py`` printed."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), open_server.url, str(served_model)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=180,

@@ -17,15 +17,14 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from engine_operations import SESSION, EngineHarness, ModelOperations, make_datums, sample_operation
+from engine_operations import SESSION, EngineHarness, ModelOperations, sample_operation
+from random_datums import byte_datums
 from tinker import types
 from transformers.utils import logging as transformers_logging
 
 from nat_plugin_evsys.service.store.operations import Operation, OperationKind
 from nat_plugin_evsys.service.work.states import SnapshotPolicy
 
-torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
 STEPS = 12
@@ -39,7 +38,7 @@ def script(base_model: str) -> list[Operation]:
     bad = [types.Datum(types.ModelInput.from_ints([1, 999]), {"target_tokens": [1, 2]})]
     for step in range(STEPS):
         for model in (first, second):
-            made += [model.forward_backward(make_datums(100 * step + chunk, length=30)) for chunk in range(2)]
+            made += [model.forward_backward(byte_datums(100 * step + chunk, length=30)) for chunk in range(2)]
             if step == 3 and model is second:
                 made.append(model.forward_backward(bad))
             made.append(model.optim_step(1e-2 / (1 + step), grad_clip_norm=1.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 import time
 from collections.abc import Sequence
@@ -22,13 +21,6 @@ from nat_plugin_evsys.service.store.store import SamplerRow, SessionRow, Store
 from nat_plugin_evsys.service.work.engine import Engine
 
 SESSION = "00000000-0000-4000-8000-000000000000"
-
-
-def make_datums(seed: int, count: int = 3, length: int = 10) -> list[types.Datum]:
-    """Random cross_entropy Datums of byte tokens."""
-    rng = random.Random(seed)
-    rows = [[rng.randrange(256) for _ in range(length)] for _ in range(count)]
-    return [types.Datum(types.ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in rows]
 
 
 class ModelOperations:

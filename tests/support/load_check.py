@@ -24,11 +24,11 @@ from typing import Any
 
 import psutil
 import torch
-from byte_model import make_model
 from load_client import Journal
 from safetensors.torch import load_file
 from serve_process import start_server
 from tinker import types
+from tiny import save_byte_model
 
 from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
@@ -51,9 +51,8 @@ def drive(url: str, base_model: Path, journals: list[Path], operations: int, kil
         rng = random.Random(f"{seed}/{index}")
         command = [sys.executable, str(Path(__file__).with_name("load_client.py")), url, KEY, str(base_model)]
         command += [str(journals[index]), str(operations), str(seed + index)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         for kill in range(kills + 1):
-            process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             if kill < kills:
                 goal = operations * (kill + rng.random()) / kills
                 while process.poll() is None and _sent(journals[index]) < goal:
@@ -217,7 +216,9 @@ def _run(model: TrainableModel, operation: Operation, outcome: Outcome) -> float
 
 def check(clients: int, operations: int, kills: int, seed: int, root: Path) -> dict[str, Any]:
     """All of it; what is wrong is in ``wrong``."""
-    base_model = make_model(root / "model", seed=0)
+    # As the server and the clients: the order of sums depends on it.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+    base_model = save_byte_model(root / "model")
     journals = [root / f"client{index}.jsonl" for index in range(clients)]
     started = time.monotonic()
     server = start_server(base_model, root / "store", "--api-key", KEY, "--retain-operations")
@@ -230,7 +231,6 @@ def check(clients: int, operations: int, kills: int, seed: int, root: Path) -> d
             raise RuntimeError(f"the server did not end well: {server.log.read_text()[-3000:]}")
     finally:
         server.kill()
-    torch.set_num_threads(1)  # as the server: the order of sums depends on it
     store = Store(root / "store")
     try:
         counts, wrong = check_journals(store, journals)

@@ -29,7 +29,7 @@ class Finished:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "NAT_TELEMETRY_ENABLED": "false", "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **extra}
+    return {**os.environ, "NAT_TELEMETRY_ENABLED": "false", "NO_COLOR": "1", **extra}
 
 
 def run_nat(*args: str, timeout: float = 240, **env: str) -> Finished:

@@ -68,7 +68,7 @@ def start_server(
         *("--base-model", str(model), "--port", "0", "--store", str(store), "--device", "cpu"),
         *options,
     ]
-    settings = {**os.environ, "NAT_TELEMETRY_ENABLED": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings = {**os.environ, "NAT_TELEMETRY_ENABLED": "false", "HF_HUB_OFFLINE": "1"}
     settings = {**settings, "PYTHONWARNINGS": "ignore", **(env or {})}
     with log.open("a") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=settings)

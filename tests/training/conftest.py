@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from tiny import perturb, save_byte_model
+from transformers import PreTrainedTokenizerFast
 
 from nat_plugin_evsys.backends.local import LocalBackend
 
 END, USER, ASSISTANT = 256, 257, 258
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    pieces = [*sorted(alphabet), "<|end|>", "<|user|>", "<|assistant|>"]
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pieces)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    config = Qwen3Config(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        eos_token_id=END,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|end|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-    )
-    fast.save_pretrained(path)
-    return path
+    special = ("<|end|>", "<|user|>", "<|assistant|>")
+    return save_byte_model(tmp_path_factory.mktemp("models") / "tiny", special=special, vocab_size=259)
 
 
 @pytest_asyncio.fixture
@@ -68,10 +35,7 @@ async def make_backend(tiny_model: Path, tmp_path: Path) -> AsyncIterator[Callab
         options = {"checkpoint_dir": tmp_path / "checkpoints", "rank": 4, "device": "cpu", **options}
         made.append(await LocalBackend.create(str(tiny_model), **options))
         if perturbed:
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for _, b in made[-1]._model.adapter.weights.values():
-                    b.normal_(0, 0.1, generator=generator)
+            perturb(made[-1]._model.adapter, seed=1, std=0.1)
         return made[-1]
 
     yield make

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nat.data_models.finetuning import DPOItem, EpisodeItem, EpisodeItemRole, OpenAIMessage, Trajectory
+from tiny import perturb
 
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.training.dpo import (
@@ -79,9 +80,7 @@ async def test_loss_and_gradient_are_autograds(
     with torch.no_grad():
         references = [[reply_logprob(datum) for datum in pair] for pair in plain]
     pairs = await with_reference(backend, plain)
-    with torch.no_grad():
-        for _, b in backend._model.adapter.weights.values():
-            b.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    perturb(backend._model.adapter, seed=1, std=0.1)
     margins = torch.stack(
         [
             beta * ((reply_logprob(chosen) - ref_c) - (reply_logprob(rejected) - ref_r))

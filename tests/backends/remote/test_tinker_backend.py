@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
-from byte_model import make_model
 from serve_process import ServerProcess, start_server
 from tinker import types
+from tiny import save_byte_model
 
 from nat_plugin_evsys.backends.base import Backend, SamplingClient
 from nat_plugin_evsys.backends.remote.backend import TinkerBackend
@@ -106,7 +106,7 @@ async def test_a_custom_loss_has_the_gradient_of_the_embedded_engine(
 
     results = []
     for backend in (await remote(), await make_backend()):
-        output = await backend.forward_backward_custom_async(make_datums(1), loss)
+        output = await backend.forward_backward_custom_async(make_datums(1, count=4), loss)
         assert output.metrics["rows:mean"] == 4.0
         step = await backend.optim_step_async(ADAM)
         after = await backend.forward_async(make_datums(1), loss_fn="cross_entropy")
@@ -269,7 +269,7 @@ async def test_a_model_that_the_service_does_not_serve(server: ServerProcess, tm
 
 
 async def test_a_restarted_server_a_wrong_key_and_a_tokenizer_elsewhere(tmp_path: Path, make_datums: Any) -> None:
-    model, hidden = make_model(tmp_path / "models" / "tiny", 0), tmp_path / "models" / "elsewhere"
+    model, hidden = save_byte_model(tmp_path / "models" / "tiny"), tmp_path / "models" / "elsewhere"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         options = ("--port", str(free.getsockname()[1]), "--api-key", "tml-alice-0123456789")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tinker import types
+from tiny import CONTEXT
 
 from nat_plugin_evsys.errors import ConfigError, DataError
 
@@ -58,10 +59,10 @@ BAD: list[tuple[str, list[Any], dict[str, Any] | None, type[Exception], str]] = 
     ("cross_entropy", [datum([], target_tokens=[2])], None, DataError, "model_input is empty"),
     (
         "cross_entropy",
-        [datum([1] * 129, target_tokens=[2] * 129)],
+        [datum([1] * (CONTEXT + 1), target_tokens=[2] * (CONTEXT + 1))],
         None,
         DataError,
-        "129 tokens.*context length is 128",
+        f"{CONTEXT + 1} tokens.*context length is {CONTEXT}",
     ),
     (
         "cross_entropy",

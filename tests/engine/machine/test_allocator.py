@@ -12,7 +12,6 @@ import pytest
 PROBE = """
 import resource, threading, torch
 from nat_plugin_evsys.engine.machine.allocator import keep_memory
-torch.set_num_threads(1)
 kept = keep_memory()
 def faults():
     for _ in range(25):
@@ -30,7 +29,7 @@ PAGES = 5 * 12_000_000 * 4 // 4096
 
 
 def run(setting: str) -> list[tuple[bool, int]]:
-    environment = {**os.environ, "EVSYS_KEEP_MEMORY": setting, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "EVSYS_KEEP_MEMORY": setting}
     # Huge pages would hide the faults that are counted here.
     environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=0"
     out = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True)

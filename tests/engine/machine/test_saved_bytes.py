@@ -9,8 +9,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nat_plugin_evsys.engine.gradient.fast_forward import fast_forward
 from nat_plugin_evsys.engine.machine.memory import SavedBytes
@@ -93,8 +93,7 @@ def test_the_graph_goes_with_the_last_reference_to_it(no_collector: None) -> Non
 
 
 def test_a_base_model_goes_although_its_fast_path_was_found_out() -> None:
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    base = wrap_model("llama", LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)), None)
+    base = wrap_model("llama", tiny_model("llama"), None)
     fast, refusal = fast_forward(base, OutputHead(base.model))
     assert fast is not None
     assert not refusal

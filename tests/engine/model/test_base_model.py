@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import CONTEXT, VOCAB
 
 from nat_plugin_evsys.engine.model.loading import BaseModel, default_cache_dir, load_base_model
 from nat_plugin_evsys.errors import ConfigError, ModelError
@@ -22,7 +23,7 @@ def test_a_loaded_model_is_frozen_and_described(model_dir: Callable[[str], Path]
     assert not base.model.training
     assert not any(p.requires_grad for p in base.model.parameters())
     assert (base.dtype, base.device.type) == (torch.float32, "cpu")
-    assert (base.context_length, base.vocab_size) == (128, 200)
+    assert (base.context_length, base.vocab_size) == (CONTEXT, VOCAB)
     assert base.identity["model_type"] == "qwen3"
     assert base.tokenizer.decode(base.tokenizer.encode("Hi")) == "Hi"
     assert load_base_model(str(model_dir("qwen3")), context_length=64).context_length == 64
@@ -97,7 +98,7 @@ def test_bad_settings(model_dir: Callable[[str], Path]) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA GPU"):
             load_base_model(path, device="cuda")
-    for length in (1, 129):
+    for length in (1, CONTEXT + 1):
         with pytest.raises(ModelError, match=f"context_length {length} does not fit"):
             load_base_model(path, context_length=length)
 

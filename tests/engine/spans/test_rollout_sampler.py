@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tinker.types import ModelInput, SamplingParams
+from tiny import VOCAB, WINDOW, perturb
 
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
@@ -24,22 +25,17 @@ from nat_plugin_evsys.errors import ModelError
 
 FAST = ["qwen3", "qwen2", "llama", "llama3_rope", "granite", "qwen3_moe"]
 PLAIN = {
-    "mistral": "see 16 tokens only",
-    "gemma2": "see 16 tokens only",
-    "gemma3": "see 16 tokens only",
+    "mistral": f"see {WINDOW} tokens only",
+    "gemma2": f"see {WINDOW} tokens only",
+    "gemma3": f"see {WINDOW} tokens only",
     "dynamic_rope": "rotary embedding depends",
 }
-VOCAB = 90
 TIMEOUT = 60
 
 
 def perturbed(base: BaseModel, seed: int = 0, **options: bool) -> LoraAdapter:
     adapter = LoraAdapter.create(base.model, rank=4, alpha=8.0, seed=seed, **options)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, b in adapter.weights.values():
-            b.normal_(0, 0.1, generator=generator)
-    return adapter.snapshot()
+    return perturb(adapter, seed, std=0.1).snapshot()
 
 
 def ids(length: int, seed: int) -> list[int]:

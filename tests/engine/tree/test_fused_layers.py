@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import perturb, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, fast_forward
 from nat_plugin_evsys.engine.machine import memory
@@ -18,23 +18,9 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
 from nat_plugin_evsys.engine.tree.trie import TokenTrie
 
-SIZES = {
-    "vocab_size": 90,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-}
-
 
 def adapter_of(base: BaseModel, **lora: bool) -> LoraAdapter:
-    adapter = LoraAdapter.create(base.model, rank=4, alpha=8.0, seed=1, **lora)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for _, b in adapter.weights.values():
-            b.normal_(0, 0.05, generator=generator)
-    return adapter
+    return perturb(LoraAdapter.create(base.model, rank=4, alpha=8.0, seed=1, **lora), seed=2)
 
 
 def randomise_vectors(base: BaseModel) -> None:
@@ -91,8 +77,8 @@ def test_either_library_of_products(onednn: bool, base_of: Any, monkeypatch: pyt
 
 @pytest.mark.parametrize("lora", [{}, {"train_mlp": False}, {"train_attn": False}])
 def test_biases_norms_and_layers_without_lora(lora: dict[str, bool]) -> None:
-    config = LlamaConfig(**SIZES, num_hidden_layers=2, num_key_value_heads=2, attention_bias=True, mlp_bias=True)
-    base = wrap_model("biased", AutoModelForCausalLM.from_config(config), None)
+    model = tiny_model("llama", initializer_range=0.3, attention_bias=True, mlp_bias=True)
+    base = wrap_model("biased", model, None)
     randomise_vectors(base)
     fast_forward(base, OutputHead(base.model))
     adapter = adapter_of(base, **lora)
@@ -105,14 +91,14 @@ def test_layers_of_another_shape_stay_transformers_own(base_of: Any, monkeypatch
     for family in ("gemma3", "qwen3_moe", "granite"):
         assert FusedDecoder.of(base_of(family).model) is None
     assert FusedDecoder.of(base_of("qwen3", None, torch.bfloat16).model) is None
-    gelu = LlamaConfig(**SIZES, num_hidden_layers=1, hidden_act="gelu")
-    assert FusedDecoder.of(wrap_model("gelu", AutoModelForCausalLM.from_config(gelu), None).model) is None
+    gelu = tiny_model("llama", hidden_act="gelu")
+    assert FusedDecoder.of(wrap_model("gelu", gelu, None).model) is None
 
 
 def test_a_fused_layer_that_computes_something_else_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base = wrap_model("shifted", AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, num_hidden_layers=1)), None)
+    base = wrap_model("shifted", tiny_model("llama", num_hidden_layers=1), None)
     forward = type(base.model.model.layers[0]).forward
     monkeypatch.setattr(type(base.model.model.layers[0]), "forward", lambda *a, **k: forward(*a, **k) + 1)
     fast, refusal = fast_forward(base, OutputHead(base.model))

@@ -14,11 +14,12 @@ from typing import Any
 import engine_kill_program
 import numpy as np
 import pytest
-from byte_model import make_model
 from computed import computed
 from engine_kill_program import STEPS, script
-from engine_operations import decode, make_datums
+from engine_operations import decode
+from random_datums import byte_datums
 from safetensors.torch import load_file
+from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, types
 from nat_plugin_evsys.service.store.operations import Operation, OperationKind, Outcome
@@ -29,7 +30,7 @@ LIVES = 8
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_model(tmp_path_factory.mktemp("kills") / "tiny", 0))
+    return str(save_byte_model(tmp_path_factory.mktemp("kills") / "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def stores(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """Two stores after the same script: of one server's life, and of many that were killed."""
     root = tmp_path_factory.mktemp("kills") / "stores"
     command = [sys.executable, engine_kill_program.__file__, base, str(root), str(LIVES)]
-    env = {**os.environ, "PYTHONPATH": str(Path(engine_kill_program.__file__).parent), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(Path(engine_kill_program.__file__).parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stderr
     ended = json.loads(done.stdout.splitlines()[-1])
@@ -100,7 +101,7 @@ def test_weights_and_moments_are_those_of_an_in_process_run(
             # The step whose gradient was incomplete was refused.
             if not (number and step == 3):
                 for chunk in range(2):
-                    client.forward_backward(make_datums(100 * step + chunk, length=30), "cross_entropy")
+                    client.forward_backward(byte_datums(100 * step + chunk, length=30), "cross_entropy")
                 client.optim_step(types.AdamParams(learning_rate=1e-2 / (1 + step), grad_clip_norm=1.0)).result()
             if number and step % 4 == 1:
                 path = client.save_state(f"step-{step}").result().path

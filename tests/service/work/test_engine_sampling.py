@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from byte_model import make_model
-from engine_operations import SESSION, EngineHarness, ModelOperations, make_datums, sample_operation
+from engine_operations import SESSION, EngineHarness, ModelOperations, sample_operation
+from random_datums import byte_datums
+from tiny import save_byte_model
 
 from nat_plugin_evsys.errors import CheckpointError, ModelError
 from nat_plugin_evsys.service.store.operations import OperationKind
@@ -18,17 +18,9 @@ from nat_plugin_evsys.service.work import samplers
 PROMPT = list(b"how are you?")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_model(tmp_path_factory.mktemp("engine") / "tiny", 0))
+    return str(save_byte_model(tmp_path_factory.mktemp("engine") / "tiny"))
 
 
 @pytest.fixture
@@ -41,7 +33,7 @@ def train(harness: EngineHarness, model: ModelOperations, base: str) -> None:
     """A step that changes what is sampled."""
     if harness.store.model(model.model_id) is None:
         harness.run(model.create(base))
-    harness.run(model.forward_backward(make_datums(model.next_seq)), model.optim_step(0.1))
+    harness.run(model.forward_backward(byte_datums(model.next_seq)), model.optim_step(0.1))
 
 
 def test_everything_that_can_be_asked_for(harness: EngineHarness, base: str) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from byte_model import make_model
 from computed import computed
-from engine_operations import SESSION, EngineHarness, ModelOperations, make_datums
+from engine_operations import SESSION, EngineHarness, ModelOperations
+from random_datums import byte_datums
 from safetensors.torch import load_file
+from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, types
 from nat_plugin_evsys.service.store.operations import Operation, OperationKind
@@ -23,17 +24,9 @@ from nat_plugin_evsys.service.store.store import SessionRow
 STEPS = 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_model(tmp_path_factory.mktemp("engine") / "tiny", 0))
+    return str(save_byte_model(tmp_path_factory.mktemp("engine") / "tiny"))
 
 
 @pytest.fixture
@@ -58,7 +51,7 @@ def saved(directory: Path) -> dict[str, bytes]:
 def steps(model: ModelOperations, count: int = STEPS, chunks: int = 2) -> list[Operation]:
     made = []
     for step in range(count):
-        made += [model.forward_backward(make_datums(10 * step + chunk)) for chunk in range(chunks)]
+        made += [model.forward_backward(byte_datums(10 * step + chunk)) for chunk in range(chunks)]
         made.append(model.optim_step(1e-2 / (1 + step), grad_clip_norm=1.0))
     return made
 
@@ -76,7 +69,7 @@ def test_same_weights_and_results_as_in_process(
             assert result["metrics"] == client.optim_step(params).result().metrics
         else:
             step, chunk = divmod(operation.seq_id - 1, 3)
-            expected = client.forward_backward(make_datums(10 * step + chunk), "cross_entropy").result()
+            expected = client.forward_backward(byte_datums(10 * step + chunk), "cross_entropy").result()
             assert computed(result.metrics) == computed(expected.metrics)
             assert all(name.count(":") == 1 for name in result.metrics)
             assert "loss:sum" in result.metrics
@@ -111,14 +104,14 @@ def test_any_order_of_arrival(tmp_path: Path, base: str) -> None:
 def test_a_repeated_request_runs_once(harness: EngineHarness, base: str) -> None:
     model = ModelOperations()
     harness.run(model.create(base))
-    first = model.forward_backward(make_datums(0))
+    first = model.forward_backward(byte_datums(0))
     again = Operation("another-id", first.owner, first.kind, first.scope, first.seq_id, first.payload)
     ids = harness.put(first, again, first)
     assert ids == [first.request_id] * 3
     harness.wait(*ids)
     once = {k: v.clone() for k, v in harness.engine._hosted[model.model_id].model.gradient.items()}  # type: ignore[union-attr]
     other = ModelOperations(1)
-    harness.run(other.create(base), other.forward_backward(make_datums(0)))
+    harness.run(other.create(base), other.forward_backward(byte_datums(0)))
     gradient = harness.engine._hosted[other.model_id].model.gradient  # type: ignore[union-attr]
     assert all(torch.equal(once[name], gradient[name]) for name in gradient)
     assert harness.finished.count(first.request_id) == 1
@@ -127,7 +120,7 @@ def test_a_repeated_request_runs_once(harness: EngineHarness, base: str) -> None
 def test_a_pipelined_step_is_refused_after_a_failed_chunk(harness: EngineHarness, base: str) -> None:
     model = ModelOperations()
     harness.run(model.create(base))
-    good, bad = make_datums(0), [types.Datum(types.ModelInput.from_ints([1, 999]), {"target_tokens": [1, 2]})]
+    good, bad = byte_datums(0), [types.Datum(types.ModelInput.from_ints([1, 999]), {"target_tokens": [1, 2]})]
     results = harness.run(model.forward_backward(good), model.forward_backward(bad), model.optim_step())
     assert results[1]["category"] == "user"
     assert "999" in results[1]["error"]
@@ -136,7 +129,7 @@ def test_a_pipelined_step_is_refused_after_a_failed_chunk(harness: EngineHarness
     # The refused step threw the gradient away: there is nothing to step with, and the next one is whole.
     (empty,) = harness.run(model.optim_step())
     assert "no gradient has accumulated" in empty["error"]
-    results = harness.run(model.forward_backward(make_datums(1)), model.optim_step())
+    results = harness.run(model.forward_backward(byte_datums(1)), model.optim_step())
     assert results[1]["metrics"]["step"] == 1.0
 
 
@@ -145,11 +138,11 @@ def test_a_step_sent_after_the_failure_uses_what_accumulated(
 ) -> None:
     model, client = ModelOperations(), in_process()
     bad = [types.Datum(types.ModelInput.from_ints([1, 999]), {"target_tokens": [1, 2]})]
-    harness.run(model.create(base), model.forward_backward(make_datums(0)), model.forward_backward(bad))
+    harness.run(model.create(base), model.forward_backward(byte_datums(0)), model.forward_backward(bad))
     forward_only = harness.run(model.forward_backward(bad, forward_only=True))
     assert forward_only[0]["category"] == "user"
     (result,) = harness.run(model.optim_step())
-    client.forward_backward(make_datums(0), "cross_entropy").result()
+    client.forward_backward(byte_datums(0), "cross_entropy").result()
     expected = client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
     assert result["metrics"] == expected.metrics
 
@@ -159,7 +152,7 @@ def test_a_failure_is_remembered_over_a_restart(tmp_path: Path, base: str) -> No
     bad = [types.Datum(types.ModelInput.from_ints([1, 999]), {"target_tokens": [1, 2]})]
     with EngineHarness(tmp_path / "store", [base]) as harness:
         harness.run(model.create(base))
-        pipelined = [model.forward_backward(make_datums(0)), model.forward_backward(bad), model.optim_step()]
+        pipelined = [model.forward_backward(byte_datums(0)), model.forward_backward(bad), model.optim_step()]
         harness.run(*pipelined[:2])
         harness.store.add_operation(pipelined[2]).result()  # arrived, not run
     with EngineHarness(tmp_path / "store", [base]) as harness:
@@ -172,14 +165,14 @@ def test_a_failure_is_remembered_over_a_restart(tmp_path: Path, base: str) -> No
 def test_a_gap_that_does_not_close_is_given_up(harness: EngineHarness, base: str) -> None:
     model = ModelOperations()
     harness.run(model.create(base))
-    missing = model.forward_backward(make_datums(0))
+    missing = model.forward_backward(byte_datums(0))
     started = time.monotonic()
-    results = harness.run(model.forward_backward(make_datums(1)), model.optim_step())
+    results = harness.run(model.forward_backward(byte_datums(1)), model.optim_step())
     assert 0.5 <= time.monotonic() - started < 10
     assert all("operation 1 of model" in result["error"] for result in results)
     (late,) = harness.run(missing)
     assert "came too late" in late["error"]
-    results = harness.run(model.forward_backward(make_datums(2)), model.optim_step())
+    results = harness.run(model.forward_backward(byte_datums(2)), model.optim_step())
     assert results[1]["metrics"]["step"] == 1.0
 
 
@@ -198,7 +191,7 @@ def test_bad_requests_fail_by_name_and_the_thread_goes_on(harness: EngineHarness
         assert result["category"] == "user"
     good = ModelOperations(5)
     harness.run(good.create(base))
-    kinds, data = OperationKind, make_datums(0)
+    kinds, data = OperationKind, byte_datums(0)
     cases = [
         (good.forward_backward([]), "data is an empty list"),
         (good.forward_backward(data, "custom"), "'custom' is not offered"),
@@ -244,7 +237,7 @@ def test_a_fault_in_a_step_does_not_leave_half_a_step(
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(hosted.model.optimizer, "step", half_a_step)
-    results = harness.run(model.forward_backward(make_datums(5)), model.optim_step())
+    results = harness.run(model.forward_backward(byte_datums(5)), model.optim_step())
     assert results[1]["category"] == "server"
     assert harness.weights(model.model_id) == before
 
@@ -329,15 +322,15 @@ def test_a_model_loaded_from_a_deleted_checkpoint_comes_back(tmp_path: Path, bas
         harness.run(*steps(model, 1), *steps(other, 1))
         before = harness.weights(model.model_id), harness.weights(other.model_id)
     with EngineHarness(tmp_path / "store", [base]) as harness:
-        harness.run(model.forward_backward(make_datums(0)), other.forward_backward(make_datums(0)))
+        harness.run(model.forward_backward(byte_datums(0)), other.forward_backward(byte_datums(0)))
         assert (harness.weights(model.model_id), harness.weights(other.model_id)) == before
 
 
 def test_models_take_turns(harness: EngineHarness, base: str) -> None:
     greedy, modest = ModelOperations(0), ModelOperations(1)
     harness.run(greedy.create(base), modest.create(base))
-    many = [greedy.forward_backward(make_datums(i, count=4, length=40)) for i in range(40)]
-    few = [modest.forward_backward(make_datums(i, count=4, length=40)) for i in range(8)]
+    many = [greedy.forward_backward(byte_datums(i, count=4, length=40)) for i in range(40)]
+    few = [modest.forward_backward(byte_datums(i, count=4, length=40)) for i in range(8)]
     harness.finished.clear()
     ids = harness.put(*many) + harness.put(*few)
     harness.wait(*ids)
