@@ -15,7 +15,7 @@ import torch
 from computed import computed
 from plain_reference import PlainModel, double_leaves
 from tinker import types
-from tiny import VOCAB, perturb
+from tiny import CONTEXT, VOCAB, perturb
 
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.engine.gradient.losses import LOSSES
@@ -164,7 +164,7 @@ REFUSED: list[tuple[str, list[Any], dict[str, Any] | None, type[Exception], str]
     ("cross_entropy", [datum("cross_entropy", R, weights=[1e39] * 9)], None, DataError, "is inf"),
     ("ppo", [datum("ppo", R, target_tokens=[VOCAB] * 9)], None, DataError, "token ids are 0 to 199"),
     ("ppo", [datum("ppo", R, target_tokens=[-1] * 9)], None, DataError, "is -1"),
-    ("cross_entropy", [datum("cross_entropy", R, n=161)], None, DataError, "161 tokens.*context length is 160"),
+    ("ppo", [datum("ppo", R, n=CONTEXT + 1)], None, DataError, f"{CONTEXT + 1} tokens.*length is {CONTEXT}"),
     ("ppo", [datum("ppo", R)], {"epsilon": 0.2}, ConfigError, "unknown key 'epsilon'"),
     ("dro", [datum("dro", R)], {"beta": math.nan}, ConfigError, "beta is nan"),
     ("ppo", [datum("ppo", R, clip_high_threshold=[math.nan] * 9)], None, DataError, "is nan"),
