@@ -111,9 +111,34 @@ class Call:
     reply: dict[str, Any]
     sequence: int
 
+    @property
+    def key(self) -> CallKey:
+        """What names the call: several choices of one completion share its id."""
+        return self.call_id, self.index
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict of the same lists; ``Call(**d)`` gives the call back."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+CallKey = tuple[str, int]
+"""``(call_id, index)``: names one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallFate:
+    """What training made of one call.
+
+    Attributes:
+        dropped: why it was not trained on, or None when it was.
+        advantage: that of each of its sampled tokens, or None where none was computed.
+        learner_logprobs: log-probability of each output id under the learner, at the start of the last optimizer step
+            that trained on it, length T; None where that was not computed.
+    """
+
+    dropped: DropReason | None = None
+    advantage: float | None = None
+    learner_logprobs: list[float] | None = None
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from nat_plugin_evsys.cli import options
 from nat_plugin_evsys.cli import runs as cli
 from nat_plugin_evsys.config.policy import DEFAULT_OUTPUT_DIR
 from nat_plugin_evsys.report.metrics import MetricsLog
@@ -73,4 +74,4 @@ def test_no_run_is_one_readable_line(tmp_path: Path, command: str) -> None:
 
 
 def test_the_default_is_the_policys_own() -> None:
-    assert Path(cli.DEFAULT_OUTPUT_DIR) == DEFAULT_OUTPUT_DIR
+    assert Path(options.DEFAULT_OUTPUT_DIR) == DEFAULT_OUTPUT_DIR

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 from nat_process import ROOT, first_rows, json_lines, newest_run, run_nat, start_nat
+
+from nat_plugin_evsys.runs import RunDirectory
 
 
 def small(config: dict[str, Any], tmp_path: Path) -> None:
@@ -57,6 +60,12 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
     assert summary["epochs"] == 4
     assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())
     assert done.out.rstrip().splitlines()[-1] == str(run / "summary.json")
+    kept = Counter(RunDirectory.open(run).rollouts.collections())
+    expected = [("train", 0), ("heldout", 0), *((kind, epoch) for epoch in epochs for kind in ("epoch", "heldout"))]
+    assert kept == Counter([*expected, ("train", 4)])
+    sizes = {"epoch": 24, "heldout": 4, "train": 6}
+    for collection in kept:
+        assert len(list(RunDirectory.open(run).rollouts.lines(collection))) == sizes[collection.kind]
 
 
 def ask_server(config: Path, log: Path) -> str:

@@ -235,3 +235,26 @@ async def test_group_order_depends_on_seed_pass_and_epoch_only(make_policy: Fixt
     assert await steps(0, 1) == first
     assert await steps(1, 1) != first
     assert await steps(0, 2) != first
+
+
+async def test_it_is_known_what_became_of_every_call(policy: Fixture, make_adapter: Fixture) -> None:
+    collection = await policy.collection(groups=2, size=4, turns=2)
+    for position, (trajectory, other) in enumerate(zip(*collection.trajectories, strict=True)):
+        trajectory.reward, other.reward = position / 4, 0.5
+    adapter = make_adapter(policy, learning_rate=1e-3)
+    ref = await adapter.submit(collection)
+    assert adapter.take_fates(ref) == {}
+    await adapter.wait_until_complete(ref)
+    fates = adapter.take_fates(ref)
+    assert set(fates) == {call.key for call in calls_in(collection).values()}
+    mean = sum(trajectory.reward for trajectory in collection.trajectories[0]) / 4
+    for trajectory in collection.trajectories[0]:
+        for call in calls_of(trajectory):
+            fate = fates[call.key]
+            assert fate.dropped is None
+            assert fate.advantage == pytest.approx(trajectory.reward - mean, abs=1e-6)
+            # the learner is the policy that sampled, so it finds the tokens as likely
+            assert fate.learner_logprobs == pytest.approx(call.logprobs, abs=1e-4)
+    for trajectory in collection.trajectories[1]:
+        assert {fates[call.key].dropped for call in calls_of(trajectory)} == {"zero_variance_group"}
+    assert adapter.take_fates(ref) == {}  # they are handed over once

@@ -121,6 +121,12 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     keep_checkpoints: int = Field(
         default=2, ge=1, description="Checkpoints of epochs to keep besides the last and the best."
     )
+    keep_rollouts: int | None = Field(
+        default=64,
+        ge=0,
+        description="Dataset rows whose training rollouts are kept in `rollouts/`, of each epoch the first so many; "
+        "null keeps all. Held-out rows are always kept.",
+    )
     seed: int = Field(default=0, description="Seed of curriculum subsampling.")
     progress: Literal["auto", "rich", "plain", "none"] = Field(
         default="auto", description="`auto`: a live display on a terminal, plain lines in a pipe."

@@ -61,8 +61,9 @@ class RunBooks:
         return self._tally.trained > 0 or self._trained_trajectories > 0 or self.state.warm_started
 
     def rewind(self) -> None:
-        """Forget the rows of an epoch that was not finished."""
+        """Forget the rows and the rollouts of an epoch that was not finished."""
         self.metrics.truncate_after(self.state.epochs_done)
+        self.run_dir.rollouts.discard_after(self.state.epochs_done)
         self.state.status, self.state.error = "running", None
 
     # -- counting ---------------------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ from nat_plugin_evsys.errors import ConfigError, DataError
 ROW_ID_KEY = "row_id"
 """Key of ``Trajectory.metadata`` that names the dataset row; groups without it are known by their position."""
 
+ROLLOUT_ID_KEY = "rollout_id"
+"""Key of ``Trajectory.metadata`` that names the rollout."""
+
 _ROUNDING = 1e-9
 """0.3 - 0.2 is a difference of 0.1, and 30% of 10 groups are 3 groups, whatever binary floats make of them."""
 
@@ -40,17 +43,20 @@ class Selection:
         collection: the trajectories to train on; groups keep their order, and so do the trajectories within one.
         dropped_calls: reason -> calls in the trajectories left out.
         dropped_trajectories: reason -> trajectories left out.
+        reasons: why each trajectory left out was, by its rollout id (``Trajectory.metadata["rollout_id"]``).
     """
 
     collection: TrajectoryCollection
     dropped_calls: Counter[DropReason] = field(default_factory=Counter)
     dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
+    reasons: dict[str, DropReason] = field(default_factory=dict)
 
     def drop(self, reason: DropReason, trajectories: list[Trajectory]) -> None:
         """Count trajectories that are left out."""
         if trajectories:
             self.dropped_trajectories[reason] += len(trajectories)
             self.dropped_calls[reason] += sum(len((item.metadata or {}).get("calls", ())) for item in trajectories)
+            self.reasons |= {str((item.metadata or {}).get(ROLLOUT_ID_KEY)): reason for item in trajectories}
 
 
 class Curriculum:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nat.data_models.evaluate_runtime import EvaluationRunConfig
 from nat.plugins.eval.runtime.evaluate import EvaluationRun
 
-from nat_plugin_evsys.calls import Call, DropReason
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.finetuning.sessions import RecordedSessions, Rollouts
 from nat_plugin_evsys.report.quiet import quiet_tqdm
+from nat_plugin_evsys.rollouts.attempts import Attempt
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config
@@ -25,34 +24,6 @@ if TYPE_CHECKING:
     from nat.runtime.session import SessionManager
 
 logger = logging.getLogger(__name__)
-
-_REP_SUFFIX = re.compile(r"_rep\d+$")
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One rollout: which row it tried, the calls it made, and its reward or the reason it has none.
-
-    Attributes:
-        row_id: id of the dataset row.
-        run_id: NAT's workflow_run_id of the rollout.
-        reward: the evaluator's score; None when ``lost`` is not.
-        lost: why there is no reward, or None.
-        error: what the workflow raised, or what went wrong, or None.
-        question, expected, output: the row's input, the answer it wants, and what the workflow returned.
-        reasoning: what the evaluator said of it, or None.
-    """
-
-    row_id: str
-    run_id: str
-    calls: list[Call]
-    reward: float | None
-    lost: DropReason | None
-    error: str | None
-    question: Any = None
-    expected: Any = None
-    output: Any = None
-    reasoning: Any = None
 
 
 class PolicyEvaluation(EvaluationRun):
@@ -84,8 +55,8 @@ async def evaluate_policy(
         reward_name: the evaluator whose score is the reward.
         dataset: overrides the configured dataset's path.
 
-    Raises:
-        EvsysError: not a single attempt could be scored; the message has the first cause.
+    Returns:
+        Every attempt, scored or not; see ``refuse_total_loss``.
     """
     run_config = EvaluationRunConfig(
         config_file=evaluation_config(config, reward_name, max_concurrency),
@@ -101,9 +72,7 @@ async def evaluate_policy(
         if name == reward_name
         for item in result.eval_output_items
     }
-    attempts = [_attempt(item, scores.get(str(item.id)), rollouts) for item in output.eval_input.eval_input_items]
-    _refuse_total_loss(attempts)
-    return attempts
+    return [_attempt(item, scores.get(str(item.id)), rollouts) for item in output.eval_input.eval_input_items]
 
 
 def evaluation_config(config: Config, reward_name: str, max_concurrency: int | None) -> Config:
@@ -133,31 +102,53 @@ def evaluation_config(config: Config, reward_name: str, max_concurrency: int | N
 
 
 def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
-    said = {"question": item.input_obj, "expected": item.expected_output_obj, "output": item.output_obj}
     run_id = _run_id(item)
+    lost, error = _loss(run_id, score, rollouts)
+    row_id, number = _row_and_attempt(item)
+    return Attempt(
+        row_id=row_id,
+        number=number,
+        run_id=run_id or "",
+        calls=[] if run_id is None else rollouts.recorder.close_run(run_id),
+        reward=float(score.score) if lost is None else None,
+        lost=lost,
+        error=error,
+        question=item.input_obj,
+        expected=item.expected_output_obj,
+        entry=_entry(item, row_id),
+        output=item.output_obj,
+        reasoning=getattr(score, "reasoning", None),
+        seconds=rollouts.seconds.get(run_id or ""),
+    )
+
+
+def _loss(run_id: str | None, score: Any, rollouts: Rollouts) -> tuple[DropReason | None, str | None]:
+    """Why a rollout has no reward, or None; and the error to show, which a rollout with a reward may have too."""
     if run_id is None:
-        why = "NAT recorded no WORKFLOW_START step"
-        return Attempt(_row_id(item), "", [], None, DropReason.INFRASTRUCTURE_ERROR, why, **said)
+        return DropReason.INFRASTRUCTURE_ERROR, "NAT recorded no WORKFLOW_START step"
     infrastructure = rollouts.recorder.failures(run_id)
-    calls = rollouts.recorder.close_run(run_id)
     failure = rollouts.failures.get(run_id)
-    lost: DropReason | None = None
     error = None if failure is None else f"{type(failure).__name__}: {failure}"
     if run_id in rollouts.timeouts:
-        lost, error = DropReason.ROLLOUT_TIMEOUT, f"cut off after {rollouts.timeout} s"
-    elif infrastructure or _is_connection_error(failure):
-        lost, error = DropReason.INFRASTRUCTURE_ERROR, str(infrastructure[0]) if infrastructure else error
-    else:
-        problem = _evaluator_problem(score)
-        if problem is not None:
-            lost, error = DropReason.EVALUATOR_ERROR, problem
-    reward = float(score.score) if lost is None else None
-    reasoning = None if score is None else score.reasoning
-    return Attempt(_row_id(item), run_id, calls, reward, lost, error, **said, reasoning=reasoning)
+        return DropReason.ROLLOUT_TIMEOUT, f"cut off after {rollouts.timeout} s"
+    if infrastructure or _is_connection_error(failure):
+        return DropReason.INFRASTRUCTURE_ERROR, str(infrastructure[0]) if infrastructure else error
+    problem = _evaluator_problem(score)
+    return (None, error) if problem is None else (DropReason.EVALUATOR_ERROR, problem)
 
 
-def _row_id(item: EvalInputItem) -> str:
-    return _REP_SUFFIX.sub("", str(item.id))
+def _row_and_attempt(item: EvalInputItem) -> tuple[str, int]:
+    """NAT numbers the repetitions of a row in the item's id: ``row_rep3`` is the fourth attempt at ``row``."""
+    row_id, suffix, number = str(item.id).rpartition("_rep")
+    return (row_id, int(number)) if suffix and number.isdecimal() else (str(item.id), 0)
+
+
+def _entry(item: EvalInputItem, row_id: str) -> Any:
+    """The dataset row with its own id again."""
+    entry = item.full_dataset_entry
+    if not isinstance(entry, dict):
+        return entry
+    return {key: row_id if value == item.id else value for key, value in entry.items()}
 
 
 def _run_id(item: EvalInputItem) -> str | None:
@@ -195,7 +186,12 @@ def _evaluator_problem(score: Any) -> str | None:
     return None
 
 
-def _refuse_total_loss(attempts: list[Attempt]) -> None:
+def refuse_total_loss(attempts: list[Attempt]) -> None:
+    """Refuse a collection of which nothing can be learned or reported.
+
+    Raises:
+        EvsysError: not a single attempt could be scored; the message has the first cause.
+    """
     if attempts and all(attempt.lost for attempt in attempts):
         first = attempts[0]
         raise EvsysError(

@@ -6,17 +6,20 @@ import asyncio
 import logging
 import statistics
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
-from nat_plugin_evsys.errors import JobError, NothingTrainedError
+from nat_plugin_evsys.calls import DropReason
+from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
 from nat_plugin_evsys.finetuning.garbage import gc_frozen
 from nat_plugin_evsys.finetuning.job_queue import BACKEND
+from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
@@ -24,6 +27,7 @@ from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.report.metrics import VALIDATION, WARM_START
 from nat_plugin_evsys.report.plot import plot_rewards
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
+from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
 from nat_plugin_evsys.training.sdft import SdftStep
 from nat_plugin_evsys.training.sft import SftStep
 
@@ -52,6 +56,10 @@ class SessionTrainer(Protocol):
     trainer_adapter: EvsysTrainerAdapter
 
     last_evaluation: RolloutReport | None
+
+    @property
+    def held_back(self) -> Mapping[str, DropReason]:
+        """Why each rollout that the curriculum held back in the last epoch was, by rollout id."""
 
     @property
     def last_report(self) -> RolloutReport:
@@ -85,6 +93,14 @@ class RunSession:
         self._plotted = time.monotonic()
         self._watch = Watch(books.metrics)
         self._checkpoints = EpochCheckpoints(self._policy, books, trainer.config.keep_checkpoints)
+        self._keeper = RolloutKeeper(
+            books.run_dir.rollouts,
+            lambda token_id: self._policy.renderer.token_bytes(token_id),
+            rows=trainer.config.keep_rollouts,
+            session=books.run_dir.path.name,
+            agent=inputs.workflow,
+            model=inputs.policy.base_model,
+        )
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
         """Run (or resume) all epochs.
@@ -133,19 +149,24 @@ class RunSession:
             self._books.metrics.append(WARM_START, 0, **metrics, seconds=round(time.monotonic() - started, 3))
             self._books.state.warm_started = True
         state = self._books.state
-        state.train_reward_before = (await self._trainer.evaluate("train")).mean_reward
+        state.train_reward_before = await self._score_training_rows(0)
         state.heldout_reward_before = await self._validate(0)
         await self._checkpoints.save(0, state.heldout_reward_before, {})
 
     async def _epoch(self, epoch: int, num_epochs: int) -> None:
         started = time.monotonic()
         run_id = self._books.run_dir.path.name
-        ref = await self._trainer.start_epoch(epoch, run_id)
+        ref = await self._roll_out(epoch, run_id)
         report = self._trainer.last_report
+        attempts, held_back = self._trainer.trajectory_builder.take_attempts(), self._trainer.held_back
         if self._trainer.config.overlap_rollouts and epoch + 1 < num_epochs:
             await self._trainer.trajectory_builder.start_run(run_id, {"epoch": epoch + 1})
         rolled_out = time.monotonic()
-        status = None if ref is None else await self._wait(ref)
+        try:
+            status = None if ref is None else await self._wait(ref)
+        finally:
+            fates = {} if ref is None else self._trainer.trainer_adapter.take_fates(ref)
+            await self._keeper.keep(Collection("epoch", epoch + 1), attempts, fates=fates, held_back=held_back)
         if status is not None:
             self._books.count_job(status)
         row = {
@@ -168,6 +189,17 @@ class RunSession:
             self._progress.finding(finding)
         if time.monotonic() - self._plotted > _PLOT_INTERVAL:
             self._plot()
+
+    async def _roll_out(self, epoch: int, run_id: str) -> TrainingJobRef | None:
+        """Rollouts and a submitted job; where that fails, what was said is kept none the less."""
+        try:
+            return await self._trainer.start_epoch(epoch, run_id)
+        except EvsysError:
+            await self._keep_evaluation("epoch", epoch + 1)
+            raise
+
+    async def _keep_evaluation(self, kind: CollectionKind, epoch: int) -> None:
+        await self._keeper.keep(Collection(kind, epoch), self._trainer.trajectory_builder.take_attempts())
 
     async def _wait(self, ref: TrainingJobRef) -> TrainingJobStatus:
         """Wait for the job and show its progress.
@@ -196,10 +228,10 @@ class RunSession:
         """
         books = self._books
         if books.state.status != "finished":
-            report = await self._trainer.evaluate("train")
-            books.state.train_reward_after = report.mean_reward
+            reward = await self._score_training_rows(books.state.epochs_done)
+            books.state.train_reward_after = reward
             if self._inputs.validation_dataset is None:
-                books.reward_of_last_checkpoint(report.mean_reward)
+                books.reward_of_last_checkpoint(reward)
         books.count_stray_calls(self._policy.recorder.totals)
         adapter = self._trainer.trainer_adapter.config
         summary = books.finish(serve_command=serve_command(adapter.policy, self._policy.config.checkpoint))
@@ -218,13 +250,27 @@ class RunSession:
             message=f"{summary.epochs} epochs, {summary.trained} of {summary.calls} calls trained on",
         )
 
+    async def _score_training_rows(self, epochs_done: int) -> float:
+        """Mean reward of the policy on the training rows, tried once each."""
+        try:
+            return (await self._trainer.evaluate("train")).mean_reward
+        finally:
+            await self._keep_evaluation("train", epochs_done)
+
     async def _validate(self, epochs_done: int) -> float | None:
         """Held-out reward, also written to metrics.jsonl; None without a validation dataset."""
         if self._inputs.validation_dataset is None:
             return None
-        metrics = await self._trainer.run_validation_evaluation(epochs_done, self._books.run_dir.path.name)
+        started = time.monotonic()
+        try:
+            metrics = await self._trainer.run_validation_evaluation(epochs_done, self._books.run_dir.path.name)
+        finally:
+            await self._keep_evaluation("heldout", epochs_done)
         reward = float(metrics["avg_reward"])
-        self._books.metrics.append(VALIDATION, epochs_done, reward=reward, num_examples=metrics["num_examples"])
+        seconds = round(time.monotonic() - started, 3)
+        self._books.metrics.append(
+            VALIDATION, epochs_done, reward=reward, num_examples=metrics["num_examples"], seconds=seconds
+        )
         self._books.state.heldout_reward_after = reward
         self._progress.validation(epochs_done, reward)
         return reward

@@ -22,6 +22,7 @@ class RunInputs:
 
     Attributes:
         policy: the configuration of the policy under training.
+        workflow: the workflow's type.
         validation_dataset: held-out rows; `--validation_dataset` wins over the trainer's setting.
         validation_config: of `--validation_config_file`, or None for the run's own.
         validation_interval: epochs between two validations.
@@ -29,6 +30,7 @@ class RunInputs:
     """
 
     policy: EvsysPolicyConfig
+    workflow: str
     validation_dataset: Path | None
     validation_config: Config | None
     validation_interval: int
@@ -47,6 +49,7 @@ class RunInputs:
         dataset = run.validation_dataset if run is not None else None
         inputs = cls(
             policy=policy,
+            workflow=str(config.workflow.type),
             validation_dataset=trainer.validation_dataset if dataset is None else Path(dataset),
             validation_config=_validation_config(finetuning, policy),
             validation_interval=trainer.validation_interval or (run.validation_interval if run else 5),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Rollouts:
         name: prefix of the run ids; unique per evaluation run.
         failures: run id -> the exception that ended the rollout.
         timeouts: ids of rollouts that were cut off.
+        seconds: run id -> how long the workflow ran.
         start_gate: lets the rollouts begin a few at a time.
     """
 
@@ -50,6 +52,7 @@ class Rollouts:
     on_done: Callable[[int, int], None] | None = None
     failures: dict[str, Exception] = field(default_factory=dict)
     timeouts: set[str] = field(default_factory=set)
+    seconds: dict[str, float] = field(default_factory=dict)
     done: int = 0
     total: int = 0
     start_gate: StartGate = field(default_factory=StartGate)
@@ -64,8 +67,9 @@ class Rollouts:
         self.recorder.open_run(run_id, self.kind, rollout_seed(self.seed, self.name, key, attempt), begun)
         return run_id
 
-    def close(self, run_id: str, error: Exception | None) -> None:
-        """Note how a rollout ended."""
+    def close(self, run_id: str, error: Exception | None, seconds: float) -> None:
+        """Note how a rollout ended, and how long it took."""
+        self.seconds[run_id] = seconds
         if error is not None:
             self.failures[run_id] = error
         self.done += 1
@@ -120,6 +124,7 @@ class RecordedRunner:
         token = ContextState.get().workflow_run_id.set(self._run_id)
         error: Exception | None = None
         output: Any = ""
+        started = time.monotonic()
         try:
             async with asyncio.timeout(self._rollouts.timeout) as deadline:
                 output = self._extract(await self._runner.result())
@@ -131,7 +136,7 @@ class RecordedRunner:
             logger.debug("rollout %s failed: %s", self._run_id, caught)
         finally:
             ContextState.get().workflow_run_id.reset(token)
-        self._rollouts.close(self._run_id, error)
+        self._rollouts.close(self._run_id, error, time.monotonic() - started)
         return output
 
     def convert(self, value: Any, to_type: type) -> Any:

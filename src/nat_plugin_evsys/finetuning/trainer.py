@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from nat.data_models.config import Config
 from nat.data_models.finetuning import FinetuneConfig, TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from nat.finetuning.interfaces.finetuning_runner import Trainer
 
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.config import EvsysTrainerConfig
 from nat_plugin_evsys.errors import ConfigError, JobError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
@@ -27,7 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class EvsysTrainer(Trainer):
-    """NAT's Trainer for the evsys builder and adapter. Epochs are counted from 0 here and from 1 in what is shown."""
+    """NAT's Trainer for the evsys builder and adapter. Epochs are counted from 0 here and from 1 in what is shown.
+
+    Attributes:
+        held_back: rollout id -> why the curriculum held it back in the last epoch.
+    """
 
     trajectory_builder: EvsysTrajectoryBuilder
     trainer_adapter: EvsysTrainerAdapter
@@ -40,6 +46,7 @@ class EvsysTrainer(Trainer):
         self._open_books: RunBooks | None = None
         self._curriculum: Curriculum | None = None
         self._inputs: RunInputs | None = None
+        self.held_back: Mapping[str, DropReason] = {}
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
         """Check everything, then load the model.
@@ -105,6 +112,7 @@ class EvsysTrainer(Trainer):
     ) -> TrajectoryCollection:
         """Leave out what the curriculum holds back in this epoch; it is counted under the curriculum's reasons."""
         selection = self._require_curriculum.select(trajectory_collection, epoch)
+        self.held_back = selection.reasons
         self._books.count_dropped(selection.dropped_calls, selection.dropped_trajectories)
         return selection.collection
 

@@ -17,6 +17,7 @@ from nat.data_models.finetuning import (
 )
 from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter
 
+from nat_plugin_evsys.calls import CallFate, CallKey
 from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError, ModelError
 from nat_plugin_evsys.files import append_json_lines
@@ -152,6 +153,18 @@ class EvsysTrainerAdapter(TrainerAdapter):
         while not await job.wait(poll_interval):
             self.log_progress(ref, progress_of(job.status(BACKEND)))
         return job.status(BACKEND)
+
+    def take_fates(self, ref: TrainingJobRef) -> dict[CallKey, CallFate]:
+        """What became of each call of an ended job, which then lets it go; empty for a job that has not ended.
+
+        Raises:
+            ValueError: unknown job.
+        """
+        account = self._jobs.find(ref).account
+        if account is None:
+            return {}
+        fates, account.fates = account.fates, {}
+        return fates
 
     async def cancel(self, ref: TrainingJobRef) -> TrainingJobStatus:
         """Cancel a job: at once while it is pending, else at the next border of an optimizer step.

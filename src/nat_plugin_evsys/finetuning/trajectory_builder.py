@@ -18,10 +18,12 @@ from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
 from nat_plugin_evsys.calls import CallTally, DropReason, RunKind
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.finetuning.evaluation import Attempt, evaluate_policy
+from nat_plugin_evsys.finetuning.curriculum import ROLLOUT_ID_KEY, ROW_ID_KEY
+from nat_plugin_evsys.finetuning.evaluation import evaluate_policy, refuse_total_loss
 from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, check_run, resolve_config
 from nat_plugin_evsys.finetuning.sessions import Rollouts
 from nat_plugin_evsys.policy.policy import Policy
+from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.rollouts.trajectories import build_trajectory
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         self.config = trajectory_builder_config
         self.report: RolloutReport | None = None
         self.on_rollout: Callable[[int, int], None] | None = None
+        self._attempts: list[Attempt] = []
         self._runs: dict[str, tuple[asyncio.Task[list[Attempt]], Rollouts]] = {}
         self._nat_config: Config | None = None
         self._policy_config: EvsysPolicyConfig | None = None
@@ -109,16 +112,18 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
         Raises:
             ValueError: unknown run id.
+            EvsysError: not a single rollout could be scored.
         """
         if run_id not in self._runs:
             raise ValueError(f"run `{run_id}` is unknown; known: {sorted(self._runs)}; call start_run first")
         task, rollouts = self._runs[run_id]
         rollouts.on_done = self.on_rollout
         try:
-            attempts = await task
+            self._attempts = await task
         finally:
             self._runs.pop(run_id, None)
-        groups, self.report = self._build(attempts)
+        refuse_total_loss(self._attempts)
+        groups, self.report = self._build(self._attempts)
         return TrajectoryCollection(trajectories=groups, run_id=run_id)
 
     async def evaluate(self, name: str, dataset: str | Path | None, config: Config | None = None) -> RolloutReport:
@@ -128,16 +133,25 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             name: names the evaluation (and so its seeds).
             dataset: path that overrides the configured dataset.
             config: another NAT configuration, as `--validation_config_file` gives.
+
+        Raises:
+            EvsysError: not a single rollout could be scored.
         """
         check_dataset(config or self._config, dataset, what=name)
         rollouts = self._rollouts(name, "evaluation")
         rollouts.on_done = self.on_rollout
-        attempts = await self._roll_out(rollouts, 1, dataset=dataset, config=config)
+        self._attempts = await self._roll_out(rollouts, 1, dataset=dataset, config=config)
+        refuse_total_loss(self._attempts)
         report = RolloutReport()
-        for attempt in attempts:
+        for attempt in self._attempts:
             self._account(report, attempt)
             report.tally.drop(DropReason.VALIDATION, len(attempt.calls))
         return report
+
+    def take_attempts(self) -> list[Attempt]:
+        """The attempts of the last ``finalize`` or ``evaluate``, scored or not, which are then let go."""
+        attempts, self._attempts = self._attempts, []
+        return attempts
 
     async def cancel(self) -> None:
         """Stop rollouts in flight."""
@@ -207,7 +221,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
                 report.lost[DropReason.NO_CALLS] += 1
             else:
                 assert attempt.reward is not None
-                metadata = {"row_id": attempt.row_id, "rollout_id": attempt.run_id, "error": attempt.error}
+                metadata = {ROW_ID_KEY: attempt.row_id, ROLLOUT_ID_KEY: attempt.run_id, "error": attempt.error}
                 group.append(build_trajectory(attempt.calls, attempt.reward, metadata))
                 report.staleness.update(self.policy.version - call.policy_version for call in attempt.calls)
         return [group for group in groups.values() if group], report

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from tinker import Datum, ModelInput, TensorData
 
-from nat_plugin_evsys.calls import Call, DropReason
+from nat_plugin_evsys.calls import Call, CallKey, DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.rollouts.advantages import AdvantageMethod, group_advantages, has_zero_variance
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
@@ -58,6 +59,7 @@ class DatumSet:
         calls: recorded calls that came in.
         dropped: calls left out, by reason.
         dropped_trajectories: trajectories without a single Datum, by reason.
+        reasons: why each call that was left out was.
     """
 
     datums: list[Datum] = field(default_factory=list)
@@ -65,6 +67,13 @@ class DatumSet:
     calls: int = 0
     dropped: Counter[DropReason] = field(default_factory=Counter)
     dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
+    reasons: dict[CallKey, DropReason] = field(default_factory=dict)
+
+    def drop(self, reason: DropReason, calls: Iterable[Call]) -> None:
+        """Leave calls out under a named reason."""
+        for call in calls:
+            self.dropped[reason] += 1
+            self.reasons[call.key] = reason
 
     @property
     def trained_calls(self) -> int:
@@ -114,7 +123,7 @@ def group_datums(
         return result
     reason = _no_signal(group.rewards_G, advantage)
     if reason is not None:
-        _drop(result, reason, group.num_calls)
+        result.drop(reason, itertools.chain.from_iterable(group.calls_G))
         result.dropped_trajectories[reason] += len(group.calls_G)
         return result
     merge = merge_calls and loss_fn not in PER_SEQUENCE_LOSSES
@@ -218,19 +227,14 @@ def _usable(calls: list[Call], result: DatumSet) -> list[Call]:
     usable = []
     for call in calls:
         if not call.output_ids:
-            _drop(result, DropReason.EMPTY_OUTPUT, 1)
+            result.drop(DropReason.EMPTY_OUTPUT, [call])
         elif not call.prompt_ids:
-            _drop(result, DropReason.EMPTY_PROMPT, 1)
+            result.drop(DropReason.EMPTY_PROMPT, [call])
         elif not all(math.isfinite(logprob) for logprob in call.logprobs):
-            _drop(result, DropReason.NON_FINITE_LOGPROBS, 1)
+            result.drop(DropReason.NON_FINITE_LOGPROBS, [call])
         else:
             usable.append(call)
     return usable
-
-
-def _drop(result: DatumSet, reason: DropReason, calls: int) -> None:
-    if calls:
-        result.dropped[reason] += calls
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> TensorData:

@@ -9,6 +9,7 @@
         rewards.png      the reward curve
         summary.json     the result
         checkpoints/     weights
+        rollouts/        what was said (runs/rollouts.py)
 
 ``state.json`` is the commit: what it does not name did not happen, whatever else lies in the directory.
 """
@@ -27,6 +28,7 @@ import yaml
 
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.files import atomic_write, to_json
+from nat_plugin_evsys.runs.rollouts import RolloutFiles
 from nat_plugin_evsys.runs.settings import changed_settings, redact, settings_hash
 from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
 
@@ -47,6 +49,7 @@ class RunDirectory:
         self.jobs_path = self.path / "jobs.jsonl"
         self.plot_path = self.path / "rewards.png"
         self.summary_path = self.path / "summary.json"
+        self.rollouts = RolloutFiles(self.path)
         self._lock: IO[str] | None = None
 
     # -- finding ----------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ NOT_COMPARED = (
     "trainers.*.resume",
     "trainers.*.progress",
     "trainers.*.keep_checkpoints",
+    "trainers.*.keep_rollouts",
     "trainers.*.validation_interval",
     "trajectory_builders.*.max_concurrency",
     "trajectory_builders.*.rollout_timeout",

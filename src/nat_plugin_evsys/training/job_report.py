@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nat_plugin_evsys.calls import CallTally, DropReason
+from nat_plugin_evsys.calls import CallFate, CallKey, CallTally, DropReason
 
 Phase = Literal["queued", "preparing", "forward_backward", "optim_step", "publishing", "done"]
 
@@ -67,11 +67,13 @@ class Account:
         calls: ``calls.calls == calls.trained + sum(calls.dropped.values())``.
         trained_trajectories: trajectories with at least one trained call or preference pair.
         dropped_trajectories: the others, by reason.
+        fates: what became of each call; empty for preference pairs, which are made of no calls.
     """
 
     calls: CallTally = field(default_factory=CallTally)
     trained_trajectories: int = 0
     dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
+    fates: dict[CallKey, CallFate] = field(default_factory=dict)
 
     def as_metadata(self) -> dict[str, Any]:
         """``calls``, ``trained`` and ``dropped`` of calls; ``trajectories`` with ``trained`` and ``dropped``."""

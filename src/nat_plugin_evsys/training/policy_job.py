@@ -10,11 +10,12 @@ from pathlib import Path
 from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend
-from nat_plugin_evsys.calls import CallTally, DropReason
+from nat_plugin_evsys.calls import CallFate, CallTally, DropReason
 from nat_plugin_evsys.files import append_json_lines
 from nat_plugin_evsys.rollouts.datums import DatumSet
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.training.datum_log import datum_records
+from nat_plugin_evsys.training.fates import Learned, call_fates, learner_logprobs
 from nat_plugin_evsys.training.job import uninterrupted
 from nat_plugin_evsys.training.job_report import Account, JobReport
 from nat_plugin_evsys.training.policy_gradient import TrainingSettings, build_datums, plan_steps, step_data
@@ -50,6 +51,7 @@ class TrainingWork:
         self._sets: list[DatumSet] = []
         self._trained: set[int] = set()
         self._history: list[StepMetrics] = []
+        self._learned: Learned = {}
 
     async def run(self, report: JobReport) -> None:
         """Build the Datums, take every optimizer step, publish.
@@ -81,9 +83,12 @@ class TrainingWork:
         if not self._sets:
             account.calls.drop(lost_reason, account.calls.calls)
             account.dropped_trajectories[lost_reason] = sum(len(group.calls_G) for group in self._groups)
+            calls = [call for group in self._groups for calls in group.calls_G for call in calls]
+            account.fates = {call.key: CallFate(dropped=lost_reason) for call in calls}
         for index, datums in enumerate(self._sets):
             account.calls.dropped.update(datums.dropped)
             account.dropped_trajectories.update(datums.dropped_trajectories)
+            account.fates |= call_fates(datums, self._learned, None if index in self._trained else lost_reason)
             if index in self._trained:
                 account.calls.trained += datums.trained_calls
                 account.trained_trajectories += datums.trained_trajectories
@@ -116,7 +121,9 @@ class TrainingWork:
         data = await step_data(backend, batch, settings)
         report.beat()
         pending = backend.forward_backward_async(data, loss_fn=settings.loss_fn, loss_fn_config=settings.loss_fn_config)
-        return await watched(pending, backend, advance)
+        output = await watched(pending, backend, advance)
+        self._learned |= learner_logprobs(batch, output)
+        return output
 
     async def _publish_to(self, report: JobReport) -> None:
         report.policy_version = await self._publish()

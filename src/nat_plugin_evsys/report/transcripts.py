@@ -1,0 +1,98 @@
+"""Rollouts in a terminal.
+
+What a model said is data: it is shown as text, never read as markup, and its control characters are made visible, so
+that no reply can repaint a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+from nat_plugin_evsys.runs.rollouts import RolloutFacts
+
+if TYPE_CHECKING:
+    from nat.atif import Step, Trajectory
+
+_ROLE_STYLES = {"system": "dim", "user": "bold", "agent": "bold cyan"}
+_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
+_VISIBLE |= {code: "�" for code in range(128, 160)}
+
+
+def transcript(trajectory: Trajectory) -> RenderableType:
+    """One rollout: a line of facts, the conversation, and what the evaluator said."""
+    facts = RolloutFacts.of(trajectory.extra)
+    lines: list[Text] = []
+    for step in trajectory.steps:
+        lines += _step_lines(step)
+    lines += list(_verdict_lines(facts))
+    return Panel(Group(*lines), title=_title(facts), title_align="left", border_style=_colour(facts.reward))
+
+
+def visible(text: str) -> str:
+    """``text`` with every control character but newline and tab replaced by a sign that stands for it."""
+    return text.translate(_VISIBLE)
+
+
+def _title(facts: RolloutFacts) -> Text:
+    reward = "no reward" if facts.reward is None else f"reward {facts.reward:g}"
+    parts = [f"row {visible(facts.row_id)}", f"attempt {facts.attempt + 1}"]
+    if facts.policy_versions:
+        parts.append("policy " + ", ".join(map(str, facts.policy_versions)))
+    if facts.seconds is not None:
+        parts.append(f"{facts.seconds:.1f} s")
+    parts.append(f"not trained on: {facts.dropped}" if facts.dropped else f"advantage {facts.advantage or 0:+.3f}")
+    return Text.assemble((reward, f"bold {_colour(facts.reward)}"), "  ", "  ".join(parts))
+
+
+def _colour(reward: float | None) -> str:
+    if reward is None:
+        return "magenta"
+    return "green" if reward > 0 else "red"
+
+
+def _step_lines(step: Step) -> Iterator[Text]:
+    role = str((step.extra or {}).get("role", "assistant" if step.source == "agent" else step.source))
+    heading = Text(role, style=_ROLE_STYLES[step.source])
+    if step.metrics is not None:
+        heading.append(f"  {step.metrics.completion_tokens} tokens", style="dim")
+        if (step.extra or {}).get("stop_reason") == "length":
+            heading.append("  cut at max_tokens", style="yellow")
+    elif step.is_copied_context:
+        heading.append("  not sampled in this run", style="dim")
+    yield heading
+    if step.message:
+        yield _indented(step.message if isinstance(step.message, str) else str(step.message), _body_style(step))
+    for call in step.tool_calls or ():
+        raw = (call.extra or {}).get("raw_arguments")
+        arguments = raw if raw is not None else json.dumps(call.arguments, ensure_ascii=False)
+        yield _indented(f"→ {call.function_name}({arguments})", "blue")
+    for result in step.observation.results if step.observation else ():
+        yield _indented(f"← {result.content}", "green")
+
+
+def _body_style(step: Step) -> str:
+    return "dim" if step.source == "system" else ""
+
+
+def _verdict_lines(facts: RolloutFacts) -> Iterator[Text]:
+    if facts.expected not in (None, ""):
+        yield _labelled("expected", facts.expected)
+    if facts.reasoning not in (None, "", {}, []):
+        yield _labelled("evaluator", facts.reasoning)
+    if facts.error:
+        yield _labelled("error", facts.error, "red")
+
+
+def _labelled(label: str, value: Any, style: str = "") -> Text:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return Text.assemble((f"{label}  ", "dim"), (visible(text), style))
+
+
+def _indented(text: str, style: str) -> Text:
+    return Text("\n".join(f"  {line}" for line in visible(text).split("\n")), style=style)

@@ -1,0 +1,186 @@
+"""An attempt in ATIF, NAT's interchange format of trajectories, with the exact tokens of every sampled reply.
+
+What ATIF has no field for lies in its ``extra`` dicts: of the trajectory what the caller knows; of a sampled step
+``call_id``, ``choice``, ``conversation``, ``policy_version``, ``temperature``, ``top_p``, ``stop_reason`` and
+``dropped``; of such a step's metrics ``token_texts``, ``advantage`` and ``learner_logprobs``, the latter from the
+start of the optimizer step that trained on it. Prompt ids are left out: a reply's context is the messages before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nat.atif import Agent, FinalMetrics, Metrics, Observation, ObservationResult, Step, ToolCall, Trajectory
+
+from nat_plugin_evsys.calls import Call, CallFate, CallKey
+from nat_plugin_evsys.rollouts.attempts import Attempt
+from nat_plugin_evsys.rollouts.episodes import Message, message_chains, new_messages, text_of
+
+TokenTexts = Callable[[Sequence[int]], list[str]]
+"""The text of each token id; joined they are the text of all."""
+
+_DIGITS = 5
+_IMPOSSIBLE = -9999.0
+"""What OpenAI writes for a log-probability of minus infinity, which JSON has no word for."""
+
+_SOURCES = {"system": "system", "developer": "system", "user": "user", "assistant": "agent"}
+
+
+def atif_trajectory(
+    attempt: Attempt,
+    fates: Mapping[CallKey, CallFate],
+    texts: TokenTexts,
+    *,
+    session: str,
+    name: str,
+    agent: str,
+    model: str,
+    extra: dict[str, Any],
+) -> Trajectory:
+    """The attempt in ATIF.
+
+    Conversations follow one another, as in ``episode_of``. A tool's result is the observation of the step that called
+    the tool. Assistant messages that were not sampled here (few-shot examples, history) are marked as copied context.
+
+    Args:
+        fates: what training made of the calls; those without one were not trained on.
+        session: the run's name; ``name`` is the trajectory's own.
+        agent: the workflow's type; its version is that of the policy that ended the attempt.
+        model: the base model.
+        extra: JSON-ready facts about the attempt.
+    """
+    steps = _Steps(fates, texts)
+    calls = sorted(attempt.calls, key=lambda call: (call.sequence, call.index))
+    for number, chain in enumerate(message_chains(calls)):
+        steps.add_conversation(number, chain)
+    return Trajectory(
+        session_id=session,
+        trajectory_id=name,
+        agent=Agent(
+            name=agent,
+            version=f"policy-{calls[-1].policy_version}" if calls else "policy",
+            model_name=model,
+            tool_definitions=next((call.tools for call in calls if call.tools), None),
+        ),
+        steps=steps.steps,
+        final_metrics=FinalMetrics(
+            total_prompt_tokens=sum(len(call.prompt_ids) for call in calls),
+            total_completion_tokens=sum(len(call.output_ids) for call in calls),
+            total_steps=len(steps.steps),
+        ),
+        extra=extra,
+    )
+
+
+class _Steps:
+    """Collects the steps of a trajectory."""
+
+    def __init__(self, fates: Mapping[CallKey, CallFate], texts: TokenTexts) -> None:
+        self.steps: list[Step] = []
+        self._fates = fates
+        self._texts = texts
+        self._first = 0
+
+    def add_conversation(self, number: int, chain: list[Call]) -> None:
+        """The messages and replies of one conversation, in their order."""
+        self._first = len(self.steps)
+        parent: Call | None = None
+        for call in chain:
+            for message in new_messages(call, parent):
+                self._add_message(message)
+            self._add_reply(call, number)
+            parent = call
+
+    def _add_message(self, message: Message) -> None:
+        role, text = str(message.get("role")), text_of(message.get("content"))
+        if role in ("tool", "function") and self._observe(text, message.get("tool_call_id")):
+            return
+        source = _SOURCES.get(role, "user")
+        copied = source == "agent"
+        self.steps.append(
+            Step(
+                step_id=len(self.steps) + 1,
+                source=source,
+                message=text,
+                tool_calls=_tool_calls(message) if copied else None,
+                is_copied_context=True if copied else None,
+                extra=None if role in _SOURCES else {"role": role},
+            )
+        )
+
+    def _observe(self, text: str, call_id: str | None) -> bool:
+        """Give a tool's result to the step of this conversation that called it, or to its last agent's step."""
+        agents = [step for step in self.steps[self._first :] if step.source == "agent"]
+        callers = [step for step in agents if any(call.tool_call_id == call_id for call in step.tool_calls or ())]
+        if not agents:
+            return False
+        step = callers[-1] if callers else agents[-1]
+        step.observation = step.observation or Observation()
+        source = call_id if callers else None
+        step.observation.results.append(ObservationResult(source_call_id=source, content=text))
+        return True
+
+    def _add_reply(self, call: Call, conversation: int) -> None:
+        fate = self._fates.get(call.key, CallFate())
+        learner = fate.learner_logprobs
+        self.steps.append(
+            Step(
+                step_id=len(self.steps) + 1,
+                source="agent",
+                message=text_of(call.reply.get("content")),
+                tool_calls=_tool_calls(call.reply),
+                metrics=Metrics(
+                    prompt_tokens=len(call.prompt_ids),
+                    completion_tokens=len(call.output_ids),
+                    completion_token_ids=call.output_ids,
+                    logprobs=_rounded(call.logprobs),
+                    extra={
+                        "token_texts": self._texts(call.output_ids),
+                        "advantage": fate.advantage,
+                        "learner_logprobs": None if learner is None else _rounded(learner),
+                    },
+                ),
+                llm_call_count=1,
+                extra={
+                    "call_id": call.call_id,
+                    "choice": call.index,
+                    "conversation": conversation,
+                    "policy_version": call.policy_version,
+                    "temperature": call.temperature,
+                    "top_p": call.top_p,
+                    "stop_reason": call.stop_reason,
+                    "dropped": fate.dropped,
+                },
+            )
+        )
+
+
+def _tool_calls(message: Message) -> list[ToolCall] | None:
+    calls = []
+    for index, call in enumerate(message.get("tool_calls") or []):
+        function = call.get("function") or {}
+        arguments, raw = _arguments(function.get("arguments"))
+        calls.append(
+            ToolCall(
+                tool_call_id=str(call.get("id") or f"call-{index}"),
+                function_name=str(function.get("name")),
+                arguments=arguments,
+                extra=None if raw is None else {"raw_arguments": raw},
+            )
+        )
+    return calls or None
+
+
+def _arguments(written: Any) -> tuple[dict[str, Any], str | None]:
+    """The arguments of a tool call, or, where they are no JSON object, none and what was written."""
+    try:
+        arguments = json.loads(written) if isinstance(written, str) else written
+    except json.JSONDecodeError:
+        arguments = None
+    return (arguments, None) if isinstance(arguments, dict) else ({}, str(written))
+
+
+def _rounded(logprobs: Sequence[float]) -> list[float]:
+    return [round(max(logprob, _IMPOSSIBLE), _DIGITS) for logprob in logprobs]
