@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nat_plugin_evsys.calls import DropReason
+
 if TYPE_CHECKING:
     from nat_plugin_evsys.report.summary import RunSummary
 
@@ -45,7 +47,7 @@ def why_nothing_was_trained(summary: RunSummary) -> str:
     if summary.findings:
         why = summary.findings[0]["sentence"]
     else:
-        reasons = sorted((count, reason) for reason, count in summary.dropped.items() if reason != "validation")
+        reasons = sorted((count, reason) for reason, count in summary.dropped.items() if reason != DropReason.VALIDATION)
         counts = ", ".join(f"{reason} {count}" for count, reason in reversed(reasons))
         why = f"Every call was dropped ({counts})." if counts else "The rollouts made no call of the policy."
     return f"nothing was trained in {summary.epochs} epochs, so there is no adapter to serve. {why}"
