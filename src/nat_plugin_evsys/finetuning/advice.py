@@ -47,7 +47,8 @@ def why_nothing_was_trained(summary: RunSummary) -> str:
     if summary.findings:
         why = summary.findings[0]["sentence"]
     else:
-        reasons = sorted((count, reason) for reason, count in summary.dropped.items() if reason != DropReason.VALIDATION)
+        dropped = {reason: count for reason, count in summary.dropped.items() if reason != DropReason.VALIDATION}
+        reasons = sorted((count, reason) for reason, count in dropped.items())
         counts = ", ".join(f"{reason} {count}" for count, reason in reversed(reasons))
         why = f"Every call was dropped ({counts})." if counts else "The rollouts made no call of the policy."
     return f"nothing was trained in {summary.epochs} epochs, so there is no adapter to serve. {why}"
