@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.files import read_json_lines
+from nat_plugin_evsys.json_lines import read_json_lines
 from nat_plugin_evsys.training.dpo import REFERENCE, build_dpo_pairs, train_dpo
 
 Fixture = Any

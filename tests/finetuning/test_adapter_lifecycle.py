@@ -17,7 +17,7 @@ from nat.data_models.finetuning import (
 )
 
 from nat_plugin_evsys.errors import EngineClosedError, ModelError
-from nat_plugin_evsys.files import read_json_lines
+from nat_plugin_evsys.json_lines import read_json_lines
 from nat_plugin_evsys.training import step
 
 Fixture = Any
@@ -319,6 +319,7 @@ async def test_log_progress_appends_a_json_line(policy: Fixture, make_adapter: F
     assert read_json_lines(tmp_path / "run" / "trainer_adapter.jsonl") == [
         {"run_id": "run", "job_id": "j", "loss": 1.5}
     ]
-    assert read_json_lines(tmp_path / "elsewhere" / "trainer_adapter.jsonl")[0]["loss"] == "nan"
+    (elsewhere,) = read_json_lines(tmp_path / "elsewhere" / "trainer_adapter.jsonl")
+    assert (elsewhere["loss"], elsewhere["non_finite"]) == (None, {"loss": "nan"})
     adapter.run_dir = None
     adapter.log_progress(ref, {"loss": 2.0})

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nat_plugin_evsys.files import JobLedger, append_json_lines, read_json_lines
+from nat_plugin_evsys.json_lines import append_json_lines, read_json_lines
+from nat_plugin_evsys.training.job_ledger import JobLedger
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:
@@ -33,11 +34,16 @@ def test_a_torn_last_line_spoils_no_other(tmp_path: Path, caplog: pytest.LogCapt
     assert [r["job_id"] for r in ledger.read()] == ["a", "b", "b"]
 
 
-def test_numbers_that_json_lacks_are_text(tmp_path: Path) -> None:
+def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     append_json_lines(path, [{"loss": float("nan"), "more": [float("inf"), 1.5], "deep": {"x": float("-inf")}}])
     line = path.read_text()
-    assert json.loads(line, parse_constant=pytest.fail) == {"loss": "nan", "more": ["inf", 1.5], "deep": {"x": "-inf"}}
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "loss": None,
+        "more": [None, 1.5],
+        "deep": {"x": None},
+        "non_finite": {"loss": "nan"},
+    }
 
 
 def _append(path: Path, name: int) -> None:

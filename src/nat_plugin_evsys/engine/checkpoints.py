@@ -27,7 +27,7 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_format import adapter_config, from_peft_names, to_peft_names
 from nat_plugin_evsys.errors import CheckpointError
-from nat_plugin_evsys.files import atomic_directory, remove_directory, replace_file, restore_set_aside
+from nat_plugin_evsys.files import atomic_directory, atomic_write, remove_directory, restore_set_aside
 
 Kind = Literal["sampler", "training", "external"]
 
@@ -92,7 +92,7 @@ def save_checkpoint(
         CheckpointError: the name could leave the directory, the metadata is no JSON, or the disk refused the write.
     """
     try:
-        json.dumps(user_metadata)
+        json.dumps(user_metadata, allow_nan=False)
     except (TypeError, ValueError) as exc:
         raise CheckpointError(f"user_metadata of checkpoint {name!r} cannot be written as JSON: {exc}") from exc
     target = checkpoint_path(directory, name)
@@ -205,7 +205,7 @@ def set_expiry(path: Path | str, expires_at: float | None) -> None:
     directory = read_checkpoint(path).path
     manifest = {**json.loads((directory / MANIFEST).read_text()), "expires_at": expires_at}
     try:
-        replace_file(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        atomic_write(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     except OSError as exc:
         raise CheckpointError(f"checkpoint {directory}: {MANIFEST} could not be written: {exc}") from exc
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus
 
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.files import JobLedger
 from nat_plugin_evsys.training.job import TrainingJob
+from nat_plugin_evsys.training.job_ledger import JobLedger
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.training.policy_job import TrainingWork

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from nat_plugin_evsys.calls import CallFate, CallKey, DropReason
-from nat_plugin_evsys.files import jsonable
+from nat_plugin_evsys.json_lines import jsonable
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.runs.rollouts import Collection, RolloutFacts, RolloutFiles
 

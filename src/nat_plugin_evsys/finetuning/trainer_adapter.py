@@ -20,9 +20,9 @@ from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter
 from nat_plugin_evsys.calls import CallFate, CallKey
 from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError, ModelError
-from nat_plugin_evsys.files import append_json_lines
 from nat_plugin_evsys.finetuning.job_queue import BACKEND, JobQueue, progress_of
 from nat_plugin_evsys.finetuning.job_work import JobWork, PolicyUnderTraining, groups_of
+from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.rollouts.preferences import has_preferences
 from nat_plugin_evsys.rollouts.roles import validate_episode_order
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup

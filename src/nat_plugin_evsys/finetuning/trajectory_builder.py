@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from nat_plugin_evsys.finetuning.curriculum import ROLLOUT_ID_KEY, ROW_ID_KEY
 from nat_plugin_evsys.finetuning.evaluation import evaluate_policy, refuse_total_loss
 from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, check_run, resolve_config
 from nat_plugin_evsys.finetuning.sessions import Rollouts
+from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.rollouts.trajectories import build_trajectory
@@ -164,9 +164,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
     def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         """Append a JSON line to ``trajectory_builder.jsonl`` in ``output_dir`` (default: finetuning.output_dir)."""
         path = Path(output_dir or self.run_config.output_dir) / "trajectory_builder.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run_id": run_id, **metrics}) + "\n")
+        append_json_lines(path, [{"run_id": run_id, **metrics}])
 
     @property
     def _config(self) -> Config:

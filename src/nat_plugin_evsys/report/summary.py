@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.files import atomic_write, to_json
+from nat_plugin_evsys.files import atomic_write
+from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.report.findings import Finding, finding_text
 
 

@@ -27,7 +27,8 @@ from typing import IO, Any, ClassVar
 import yaml
 
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
-from nat_plugin_evsys.files import atomic_write, to_json
+from nat_plugin_evsys.files import atomic_write
+from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.runs.rollouts import RolloutFiles
 from nat_plugin_evsys.runs.settings import changed_settings, redact, settings_hash
 from nat_plugin_evsys.runs.state import CheckpointRecord, RunState

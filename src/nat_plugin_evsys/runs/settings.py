@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nat_plugin_evsys.files import jsonable, to_json
+from nat_plugin_evsys.json_lines import jsonable, to_json
 
 REDACTED = "<redacted>"
 

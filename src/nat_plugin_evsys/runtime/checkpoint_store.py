@@ -24,7 +24,7 @@ from nat_plugin_evsys.engine.checkpoints import (
 )
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.errors import CheckpointError
-from nat_plugin_evsys.files import replace_file
+from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.runtime.runs import RUN_FILE, RunRecord
 
 SCHEME = "tinker://"
@@ -75,7 +75,7 @@ class CheckpointStore:
         expires_at = None if ttl_seconds is None else time.time() + ttl_seconds
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            replace_file(self.root / record.model_id / RUN_FILE, record.to_json())
+            atomic_write(self.root / record.model_id / RUN_FILE, record.to_json())
         except OSError as exc:
             raise CheckpointError(f"checkpoint {path} could not be written below {self.root}: {exc}") from exc
         save_checkpoint(

@@ -11,7 +11,7 @@ from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.calls import CallFate, CallTally, DropReason
-from nat_plugin_evsys.files import append_json_lines
+from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.rollouts.datums import DatumSet
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.training.datum_log import datum_records

@@ -16,7 +16,7 @@ from tinker import types
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.files import append_json_lines
+from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.rollouts.preferences import PreferenceTrajectory
 from nat_plugin_evsys.training.dpo import Pair, build_dpo_pairs, dpo_loss, with_reference
 from nat_plugin_evsys.training.job import uninterrupted

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nat_plugin_evsys.json_lines import json_line
+
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.http.metrics import ServiceMetrics
 
@@ -39,7 +41,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return json_line(line).rstrip()
 
 
 class TextFormatter(logging.Formatter):
