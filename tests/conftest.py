@@ -1,6 +1,5 @@
 """What all tests share."""
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -11,15 +10,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from nat_plugin_evsys.engine.model import builtin
+from nat_plugin_evsys.engine.model.builtin_tiny import TinyRecipe
 
 
 @pytest.fixture(scope="session")
-def short_spec() -> builtin.BuiltinSpec:
-    return dataclasses.replace(builtin.SPECS["builtin/tiny"], pretraining_steps=2)
+def short_recipe() -> TinyRecipe:
+    return TinyRecipe(pretraining_steps=2)
 
 
 @pytest.fixture(scope="session")
-def tiny(short_spec: builtin.BuiltinSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(short_recipe: TinyRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(builtin.SPECS, "builtin/tiny", short_spec)
+        patch.setitem(builtin.RECIPES, "builtin/tiny", short_recipe)
         return builtin.ensure_builtin("builtin/tiny", tmp_path_factory.mktemp("builtin"))

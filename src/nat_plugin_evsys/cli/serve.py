@@ -25,7 +25,7 @@ _STATUS_SECONDS = 10.0
     "base_models",
     multiple=True,
     required=True,
-    help="Model to serve: a Hugging Face id, a local directory, or builtin/tiny. Repeatable.",
+    help="Model to serve: a Hugging Face id, a local directory or .gguf file, or builtin/…. Repeatable.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; off loopback needs a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")

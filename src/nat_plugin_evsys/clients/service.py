@@ -19,7 +19,7 @@ from nat_plugin_evsys.clients.sampling import SamplingClient
 from nat_plugin_evsys.clients.training import TrainingClient
 from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.engine.model.builtin import SPECS
+from nat_plugin_evsys.engine.model.builtin import available_builtins
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.targets import linear_roles
@@ -135,7 +135,7 @@ class ServiceClient:
         """A future of a client with a fresh adapter: A kaiming-uniform, B zero, alpha 32, scale alpha / rank.
 
         Args:
-            base_model: ``builtin/tiny``, a directory, or a Hugging Face hub id.
+            base_model: ``builtin/smollm2-135m``, a directory, a GGUF file, or a Hugging Face hub id.
             rank: r of the LoRA matrices.
             seed: of A; None draws one.
             train_mlp, train_attn, train_unembed: which layers get matrices; at least one.
@@ -272,7 +272,7 @@ class ServiceClient:
     # -- the rest
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
-        """The builtin models and the models in memory. Any directory and hub id is a base model besides.
+        """The builtin models that can be made here, and those in memory. Any other directory and hub id will do, too.
 
         Raises:
             EngineClosedError: the ServiceClient has been closed.
@@ -394,10 +394,8 @@ def _closed() -> EngineClosedError:
 def capabilities(loaded: Iterable[BaseModel]) -> types.GetServerCapabilitiesResponse:
     """The builtin models and those in memory."""
     models = {
-        name: SupportedModel(
-            model_name=name, max_context_length=spec.max_position_embeddings, trainable=True, sampleable=True
-        )
-        for name, spec in SPECS.items()
+        name: SupportedModel(model_name=name, max_context_length=context_length, trainable=True, sampleable=True)
+        for name, context_length in available_builtins().items()
     }
     models.update({base.name: _in_memory(base) for base in loaded})
     return types.GetServerCapabilitiesResponse(supported_models=list(models.values()))

@@ -33,8 +33,8 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     """
 
     base_model: str = Field(
-        description="A Hugging Face id, a local directory of any causal LM that transformers loads, or `builtin/tiny` "
-        "(a small Qwen3 model that is built on the spot and cached)."
+        description="A Hugging Face id, a local directory or `.gguf` file of any causal LM that transformers loads, "
+        "`builtin/smollm2-135m` (SmolLM2-135M-Instruct, from the package index), or `builtin/tiny` (a toy for tests)."
     )
     base_url: str | None = Field(
         default=None,

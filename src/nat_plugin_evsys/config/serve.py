@@ -32,7 +32,9 @@ class ServeConfig(StrictConfig):
     """One training and sampling server over the engine of this machine."""
 
     base_models: list[str] = Field(
-        min_length=1, description="Each a Hugging Face id, a local directory, or `builtin/tiny`; loaded at the start."
+        min_length=1,
+        description="Each a Hugging Face id, a local directory or `.gguf` file, or a `builtin/…` model; loaded at the "
+        "start.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on; off loopback only with API keys.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 from nat_plugin_evsys.engine.checkpoints import CheckpointInfo, check_base, load_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.source import local_key
 from nat_plugin_evsys.engine.model.targets import linear_roles
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
@@ -95,7 +95,7 @@ class BaseModels:
             ModelError: it cannot be loaded. The next call tries again.
             EngineClosedError: the service has been closed.
         """
-        key = _key(base_model)
+        key = local_key(base_model)
         with self._lock:
             loading = self._loading.setdefault(key, threading.Lock())
         with loading:
@@ -123,9 +123,3 @@ class BaseModels:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the ServiceClient has been closed; create a new one")
-
-
-def _key(base_model: str) -> str:
-    """Two spellings of one directory are one model."""
-    path = Path(base_model).expanduser()
-    return str(path.resolve()) if path.is_dir() else base_model

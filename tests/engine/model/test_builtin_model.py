@@ -1,4 +1,8 @@
 import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nat_plugin_evsys.engine.model import builtin
+from nat_plugin_evsys.engine.model.builtin_tiny import TinyRecipe
 from nat_plugin_evsys.errors import ModelError
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}]
@@ -31,9 +36,9 @@ def ids(tokenizer: Any, messages: list[dict[str, Any]], *, opened: bool, tools: 
 
 
 def test_two_builds_give_identical_files(
-    tiny: Path, short_spec: builtin.BuiltinSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, short_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(builtin.SPECS, "builtin/tiny", short_spec)
+    monkeypatch.setitem(builtin.RECIPES, "builtin/tiny", short_recipe)
     again = builtin.ensure_builtin("builtin/tiny", tmp_path)
     assert again.name == tiny.name
     names = sorted(path.name for path in tiny.iterdir())
@@ -43,20 +48,20 @@ def test_two_builds_give_identical_files(
 
 
 def test_a_model_that_is_there_is_not_built_again(
-    tiny: Path, short_spec: builtin.BuiltinSpec, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, short_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(builtin.SPECS, "builtin/tiny", short_spec)
+    monkeypatch.setitem(builtin.RECIPES, "builtin/tiny", short_recipe)
     before = (tiny / "model.safetensors").stat().st_mtime_ns
     assert builtin.ensure_builtin("builtin/tiny", tiny.parent) == tiny
     assert (tiny / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_another_recipe_has_another_directory(short_spec: builtin.BuiltinSpec) -> None:
-    assert builtin._digest(short_spec) != builtin._digest(builtin.SPECS["builtin/tiny"])
+def test_another_recipe_has_another_directory(short_recipe: TinyRecipe) -> None:
+    assert short_recipe.digest() != TinyRecipe().digest()
 
 
 def test_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no builtin model `builtin/huge`.*`builtin/tiny`"):
+    with pytest.raises(ModelError, match=r"no builtin model `builtin/huge`.*`builtin/smollm2-135m`, `builtin/tiny`"):
         builtin.ensure_builtin("builtin/huge", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -126,3 +131,69 @@ def test_without_tools_nothing_speaks_of_tools(tokenizer: Any) -> None:
 def test_what_the_template_cannot_write_is_refused(tokenizer: Any, message: dict[str, Any], said: str) -> None:
     with pytest.raises(Exception, match=said):
         tokenizer.apply_chat_template([message], tokenize=False)
+
+
+def damage_weights(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+
+
+def tear_weights(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        damage_weights,
+        tear_weights,
+        lambda directory: (directory / "tokenizer.json").unlink(),
+        lambda directory: (directory / builtin.CHECKSUMS).write_text("[1]"),
+    ],
+    ids=["one bit", "torn", "a file is missing", "checksums are damaged"],
+)
+def test_what_was_damaged_is_made_again(
+    harm: Callable[[Path], None],
+    tiny: Path,
+    short_recipe: TinyRecipe,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(builtin.RECIPES, "builtin/tiny", short_recipe)
+    copy = shutil.copytree(tiny, tmp_path / tiny.name)
+    harm(copy)
+    assert builtin.ensure_builtin("builtin/tiny", tmp_path) == copy
+    assert "damaged; making `builtin/tiny` again" in caplog.text
+    assert [path.name for path in copy.iterdir() if path.read_bytes() != (tiny / path.name).read_bytes()] == []
+    assert [path.name for path in tmp_path.iterdir()] == [tiny.name]
+
+
+def test_two_processes_that_make_it_at_once_both_end_with_a_whole_one(tiny: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from nat_plugin_evsys.engine.model import builtin;"
+        "builtin.RECIPES['builtin/tiny'] = builtin.TinyRecipe(pretraining_steps=2); sys.stdin.readline();"
+        "print(builtin.ensure_builtin('builtin/tiny', Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    racers = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    made = {racer.communicate(timeout=250)[0].strip() for racer in racers}
+    assert [racer.returncode for racer in racers] == [0, 0]
+    assert made == {str(tmp_path / tiny.name)}
+    assert [path.name for path in tmp_path.iterdir()] == [tiny.name]
+    assert [
+        path.name for path in tiny.iterdir() if path.read_bytes() != (tmp_path / tiny.name / path.name).read_bytes()
+    ] == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(ModelError, match=r"cannot make `builtin/tiny` at .*; set EVSYS_CACHE to a directory"):
+        builtin.ensure_builtin("builtin/tiny", tmp_path / "file")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 from nat_plugin_evsys.backends.remote.session import TinkerSession
@@ -19,8 +18,9 @@ async def find_tokenizer(session: TinkerSession, name: str | None) -> Any:
         ModelError: ``name`` or ``base_model`` has none that loads.
     """
     from nat_plugin_evsys.engine.model.loading import load_tokenizer
+    from nat_plugin_evsys.engine.model.source import is_local
 
-    source = name or (session.base_model if _is_here(session.base_model) else None)
+    source = name or (session.base_model if is_local(session.base_model) else None)
     if source is not None:
         return await asyncio.to_thread(load_tokenizer, source)
     client = session.training_client or await session.open_sampler(None)
@@ -35,7 +35,3 @@ async def find_tokenizer(session: TinkerSession, name: str | None) -> Any:
             f"no tokenizer for `{session.base_model}` on this machine ({type(error).__name__}: {error}); set "
             "`tokenizer:` to a local directory or a Hugging Face id that has it"
         ) from error
-
-
-def _is_here(base_model: str) -> bool:
-    return base_model.startswith("builtin/") or Path(base_model).expanduser().is_dir()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from nat_plugin_evsys.engine.model import lora
+from nat_plugin_evsys.engine.model import gguf, lora
+from nat_plugin_evsys.engine.model.builtin import PREFIX, builtin_tokenizer
 from nat_plugin_evsys.engine.model.identity import model_identity
+from nat_plugin_evsys.engine.model.source import WHAT_TO_TYPE, LocalSource, find_local
 from nat_plugin_evsys.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -23,9 +24,7 @@ logger = logging.getLogger(__name__)
 # later one.
 _LOADING = threading.Lock()
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_TIMEOUT_S = 8.0
-_WHAT_TO_TYPE = "give an existing model directory, a hub id such as Qwen/Qwen3-0.6B, or builtin/tiny"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,7 +61,7 @@ def load_base_model(
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
 ) -> BaseModel:
-    """Load ``builtin/<name>``, a local directory or a Hugging Face hub id.
+    """Load ``builtin/<name>``, a local directory, a GGUF file (or the one in a directory) or a Hugging Face hub id.
 
     ``device="auto"`` is CUDA when present, else the CPU. ``dtype="auto"`` is bfloat16 on a GPU that has it and float32
     elsewhere. A hub model that is already in the Hugging Face cache is loaded from there without any network access.
@@ -74,9 +73,9 @@ def load_base_model(
     where = _resolve_device(device)
     precision = _resolve_dtype(dtype, where)
     options: dict[str, Any] = {"dtype": precision, "trust_remote_code": trust_remote_code}
-    path = _local_directory(base_model, cache_dir or default_cache_dir())
-    if path is not None:
-        tokenizer, model = _load(base_model, path, local_files_only=True, **options)
+    source = find_local(base_model, cache_dir or default_cache_dir())
+    if source is not None:
+        tokenizer, model = _load(base_model, source, **options)
     else:
         tokenizer, model = _load_from_hub(base_model, **options)
     model.to(where)  # type: ignore[arg-type]  # transformers wraps .to() without its overloads
@@ -90,14 +89,14 @@ def load_tokenizer(base_model: str, *, cache_dir: Path | None = None) -> Any:
         ModelError: it cannot be found or loaded; the message says what to type.
     """
     cache = cache_dir or default_cache_dir()
-    if base_model.startswith("builtin/"):
-        from nat_plugin_evsys.engine.model.builtin import builtin_tokenizer
-
+    if base_model.startswith(PREFIX):
         return builtin_tokenizer(base_model, cache)
-    path = _local_directory(base_model, cache)
+    source = find_local(base_model, cache)
     try:
         with _LOADING:
-            return AutoTokenizer.from_pretrained(path or base_model, local_files_only=path is not None)
+            if source is None:
+                return AutoTokenizer.from_pretrained(base_model)
+            return AutoTokenizer.from_pretrained(source.directory, **source.tokenizer_options())
     except Exception as exc:
         # Boundary: transformers and the hub client raise many types; all become one readable line.
         raise ModelError(f"the tokenizer of {base_model!r} cannot be loaded: {one_line(exc)}") from exc
@@ -165,22 +164,6 @@ def _resolve_context(name: str, model: PreTrainedModel, asked: int | None) -> in
     return asked
 
 
-def _local_directory(base_model: str, cache_dir: Path) -> Path | None:
-    """The directory to load from, or None for what can only be a hub id."""
-    if base_model.startswith("builtin/"):
-        from nat_plugin_evsys.engine.model.builtin import ensure_builtin
-
-        return ensure_builtin(base_model, cache_dir)
-    path = Path(base_model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"base_model {base_model!r} is a directory without config.json; {_WHAT_TO_TYPE}")
-        return path
-    if path.exists() or not _HUB_ID.fullmatch(base_model):
-        raise ModelError(f"base_model {base_model!r}: no such directory below {Path.cwd()}; {_WHAT_TO_TYPE}")
-    return None
-
-
 def _load_from_hub(hub_id: str, **options: Any) -> tuple[Any, PreTrainedModel]:
     """Load from the Hugging Face cache if the model is whole there, else download it."""
     import huggingface_hub
@@ -188,35 +171,46 @@ def _load_from_hub(hub_id: str, **options: Any) -> tuple[Any, PreTrainedModel]:
 
     if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str):
         try:
-            return _load(hub_id, hub_id, local_files_only=True, **options)
+            return _load(hub_id, None, local_files_only=True, **options)
         except ModelError:
             # An interrupted download leaves a partial cache, which only the hub can complete.
             if constants.HF_HUB_OFFLINE:
                 raise
     elif constants.HF_HUB_OFFLINE:
-        raise ModelError(f"base_model {hub_id!r} is not cached here and HF_HUB_OFFLINE is set; {_WHAT_TO_TYPE}")
+        raise ModelError(f"base_model {hub_id!r} is not cached here and HF_HUB_OFFLINE is set; {WHAT_TO_TYPE}")
     try:
         huggingface_hub.model_info(hub_id, timeout=_HUB_TIMEOUT_S)
     except Exception as exc:
         # Boundary: the hub client raises HTTP, DNS and validation errors alike.
         raise ModelError(
             f"base_model {hub_id!r} is no directory here and the Hugging Face hub did not give it: {one_line(exc)}; "
-            f"{_WHAT_TO_TYPE}"
+            f"{WHAT_TO_TYPE}"
         ) from exc
-    return _load(hub_id, hub_id, local_files_only=False, **options)
+    return _load(hub_id, None, **options)
 
 
 def _load(
-    base_model: str, source: Path | str, *, dtype: torch.dtype, local_files_only: bool, trust_remote_code: bool
+    base_model: str,
+    source: LocalSource | None,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    local_files_only: bool = False,
 ) -> tuple[Any, PreTrainedModel]:
-    common = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+    """Tokenizer and model from ``source``, else from the hub (or, with ``local_files_only``, from its cache)."""
+    where = base_model if source is None else source.directory
+    common: dict[str, Any] = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
+    for_tokenizer = common | (source.tokenizer_options() if source else {})
+    for_model = common | (source.model_options() if source else {})
     try:
         with _LOADING:
-            tokenizer = AutoTokenizer.from_pretrained(source, **common)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **common)
+            tokenizer = AutoTokenizer.from_pretrained(where, **for_tokenizer)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, output_loading_info=True, **for_model
+            )
     except Exception as exc:
         # Boundary: transformers raises many types; all become one readable line.
-        raise ModelError(f"base_model {base_model!r} cannot be loaded from {source}: {one_line(exc)}") from exc
+        raise ModelError(f"base_model {base_model!r} cannot be loaded from {source or where}: {one_line(exc)}") from exc
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -224,6 +218,8 @@ def _load(
             f"base_model {base_model!r}: the weight files lack {len(missing)} tensors (first: {missing[0]}); "
             "the directory is incomplete, download or save the model again"
         )
+    if source and source.gguf_file:
+        gguf.forget_file(model)
     return tokenizer, model
 
 

@@ -1,0 +1,63 @@
+"""Models in GGUF files, read by transformers' own loader into plain weights."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nat_plugin_evsys.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SUFFIX = ".gguf"
+READER = "gguf"
+"""The package that transformers reads such files with."""
+
+
+def gguf_files(directory: Path) -> list[Path]:
+    """The GGUF files in a directory, by name."""
+    return sorted(path for path in directory.iterdir() if path.suffix == SUFFIX)
+
+
+def can_read() -> bool:
+    """Whether the package that reads GGUF files is installed."""
+    return importlib.util.find_spec(READER) is not None
+
+
+def check_reader(base_model: str) -> None:
+    """Refuse, in a sentence, what transformers would fail on later.
+
+    Raises:
+        ModelError: the package ``gguf`` is not installed.
+    """
+    if not can_read():
+        raise ModelError(
+            f"base_model {base_model!r} is a GGUF file, and the package that reads it is not installed: "
+            "pip install gguf"
+        )
+
+
+def loading_options(file: Path) -> dict[str, Any]:
+    """What ``from_pretrained(file.parent, …)`` of a model needs in addition, so that its layers are plain ones.
+
+    Newer transformers would leave the weights packed where it has a kernel for them: layers that LoRA does not know.
+    """
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": file.name}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
+
+
+def forget_file(model: PreTrainedModel) -> None:
+    """Make a model that was unpacked from a GGUF file like any other: it can be saved, and it is the same model
+    (``identity.model_identity``) when it is loaded from what was saved.
+    """
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
