@@ -202,7 +202,7 @@ async def test_sampling_from_a_checkpoint_leaves_the_training_alone(
     client = await backend.sampling_client(path)
     logprobs = await client.compute_logprobs_async(prompt)
     assert logprobs[1:] == pytest.approx(expected[1:], abs=1e-5)
-    assert (client.policy_version, backend.policy_version, backend.step) == (1, 1, 4)
+    assert (client.policy_version, backend.policy_version, backend.step) == (2, 2, 4)
     assert equal(weights(backend), trained)
     with pytest.raises(CheckpointError, match=r"has LoRA rank 4, .*this model has rank 8"):
         await (await make_backend(rank=8)).sampling_client(path)
@@ -220,12 +220,35 @@ async def test_checkpoint_dir_may_change(make_backend: Any, tmp_path: Path) -> N
     one = await backend.save_for_sampler("a", user_metadata={"epoch": 1})
     backend.checkpoint_dir = tmp_path / "elsewhere"
     two = await backend.save_for_sampler("a")
-    assert (Path(one).parent.name, Path(two).parent.name) == ("checkpoints", "elsewhere")
-    assert [i.user_metadata for i in list_checkpoints(tmp_path / "checkpoints")] == [{"epoch": 1}]
+    assert Path(one) == tmp_path / "checkpoints" / "sampler_weights" / "a"
+    assert Path(two) == tmp_path / "elsewhere" / "sampler_weights" / "a"
+    assert [i.user_metadata for i in list_checkpoints(Path(one).parent)] == [{"epoch": 1}]
     with pytest.raises(CheckpointError, match="is refused"):
         await backend.save_full_state("../a")
     with pytest.raises(CheckpointError, match="no optimizer"):
         await backend.load_state(one, with_optimizer=True)
+
+
+async def test_the_two_kinds_of_a_name_lie_in_two_places_and_none_is_overwritten(
+    make_backend: Any, make_datums: Any
+) -> None:
+    backend = await make_backend()
+    await train(backend, make_datums, 0, 2)
+    state = await backend.save_full_state("a")
+    await backend.save_for_sampler("a")
+    await backend.snapshot_sampling_client("b")
+    await train(backend, make_datums, 2, 3)
+    for save in (backend.save_full_state, backend.save_for_sampler, backend.snapshot_sampling_client):
+        with pytest.raises(CheckpointError, match="a exists; choose another name"):
+            await save("a")
+    with pytest.raises(CheckpointError, match="b exists"):
+        await backend.snapshot_sampling_client("b")
+    with pytest.raises(CheckpointError, match="sampler_weights exists"):
+        await backend.save_full_state("sampler_weights")
+    await backend.load_state(state, with_optimizer=True)
+    assert backend.step == 2
+    await backend.delete_checkpoint(state)
+    assert await backend.save_full_state("a") == state
 
 
 async def test_closing(make_backend: Any, make_datums: Any) -> None:
@@ -266,8 +289,8 @@ async def test_snapshots_count_versions_and_stay_as_they_were(
     before = await first.compute_logprobs_async(prompt)
     await train(backend, make_datums, 0, 3)
     second = await backend.snapshot_sampling_client("kept")
-    assert (first.policy_version, second.policy_version, backend.policy_version) == (0, 1, 1)
-    assert [i.path.name for i in list_checkpoints(tmp_path / "checkpoints")] == ["kept"]
+    assert (first.policy_version, second.policy_version, backend.policy_version) == (0, 3, 3)
+    assert [i.path.name for i in list_checkpoints(tmp_path / "checkpoints" / "sampler_weights")] == ["kept"]
     assert await first.compute_logprobs_async(prompt) == before
     after = await second.compute_logprobs_async(prompt)
     assert after != before

@@ -78,7 +78,7 @@ async def test_a_job_raises_the_margin_and_publishes(policy: Fixture, make_adapt
     assert (metadata["phase"], metadata["step"], metadata["steps"], metadata["epoch"]) == ("done", 12, 12, 2)
     assert (metadata["calls"], metadata["trained"], metadata["dropped"]) == (0, 0, {})
     assert metadata["trajectories"] == {"trained": 3, "dropped": {}}
-    assert metadata["policy_version"] == policy.client.policy_version == 1
+    assert metadata["policy_version"] == policy.client.policy_version == 12
     assert metadata["tokens_per_second"] > 0
     metrics = metadata["metrics"]
     assert 0 < metrics["loss:mean"] < math.log(2)

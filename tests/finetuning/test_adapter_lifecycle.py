@@ -99,7 +99,7 @@ async def test_submit_returns_at_once_and_the_job_completes(
     assert (metadata["phase"], metadata["step"], metadata["steps"]) == ("done", 3, 3)
     assert (metadata["calls"], metadata["trained"], metadata["dropped"]) == (12, 12, {})
     assert metadata["trajectories"] == {"trained": 12, "dropped": {}}
-    assert metadata["policy_version"] == policy.client.policy_version == 1
+    assert metadata["policy_version"] == policy.client.policy_version == 3
     assert metadata["metrics"]["sampled_tokens"] == 12 * 6
     assert metadata["metrics"]["grad_norm"] > 0
     assert metadata["tokens_per_second"] > 0

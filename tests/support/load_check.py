@@ -32,8 +32,7 @@ from tiny import save_byte_model
 
 from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
-from nat_plugin_evsys.runtime.bases import LORA_ALPHA, BaseModels
+from nat_plugin_evsys.runtime.bases import BaseModels
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
 from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
@@ -193,8 +192,7 @@ def _first(
 ) -> TrainableModel:
     shared = bases.get(base_model)
     flags = {"train_attn": row.train_attn, "train_mlp": row.train_mlp, "train_unembed": row.train_unembed}
-    adapter = LoraAdapter.create(shared.base.model, rank=row.lora_rank, alpha=LORA_ALPHA, seed=row.lora_seed, **flags)
-    model = shared.train(adapter)
+    model = shared.fresh(rank=row.lora_rank, seed=row.lora_seed, **flags)
     if operation.kind is OperationKind.LOAD_WEIGHTS:
         body = json.loads(operation.payload)
         load_checkpoint(checkpoints.resolve(body["path"]), model, with_optimizer=body["optimizer"])

@@ -101,11 +101,21 @@ class Backend(Protocol):
         ...
 
     async def save_for_sampler(self, name: str) -> str:
-        """Save the current weights for inference (a PEFT directory for the embedded engine). Returns the URI."""
+        """Save the current weights for inference (a PEFT directory for the embedded engine). Returns the URI.
+
+        The two kinds of checkpoint lie in two places, so that each has its own names.
+
+        Raises:
+            CheckpointError: the name is taken or refused.
+        """
         ...
 
     async def save_full_state(self, name: str) -> str:
-        """Save weights and optimizer state for resume. Returns the URI."""
+        """Save weights and optimizer state for resume. Returns the URI.
+
+        Raises:
+            CheckpointError: the name is taken or refused.
+        """
         ...
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
@@ -127,15 +137,15 @@ class Backend(Protocol):
     async def snapshot_sampling_client(self, name: str | None = None) -> SamplingClient:
         """Freeze the current weights and return a client that samples from them.
 
-        With ``name`` the weights are also saved as by ``save_for_sampler``. Each snapshot has a policy version one
-        higher than the one before it; the first is 0.
+        With ``name`` the weights are also saved as by ``save_for_sampler``. Its policy version is the number of
+        optimizer steps that made the weights.
         """
         ...
 
     async def sampling_client(self, path: str) -> SamplingClient:
         """A client that samples from a checkpoint of either kind; what is being trained stays as it is. *Extension.*
 
-        It gets the next policy version, as a snapshot does.
+        Its policy version is the number of optimizer steps that made the checkpoint, 0 where nobody knows.
 
         Raises:
             CheckpointError: missing, torn, or made for another base model or LoRA shape.

@@ -1,4 +1,4 @@
-"""The engine in this process as a ``Backend``."""
+"""The engine in this process as a ``Backend``: one model and its queue, over a shared base."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from nat_plugin_evsys.backends.base import LossCallable, SamplingClient
-from nat_plugin_evsys.engine.checkpoints import delete_checkpoint, load_adapter, load_checkpoint, save_checkpoint
+from nat_plugin_evsys.engine.checkpoints import (
+    Kind,
+    checkpoint_path,
+    delete_checkpoint,
+    load_adapter,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
-from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.errors import CheckpointError
+from nat_plugin_evsys.runtime import defaults
+from nat_plugin_evsys.runtime.bases import SharedBase
+from nat_plugin_evsys.runtime.checkpoint_store import SEGMENTS
 
 if TYPE_CHECKING:
     import tinker
@@ -23,12 +33,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SAMPLER_WEIGHTS = SEGMENTS["sampler"]
+"""Directory of ``save_for_sampler`` below ``checkpoint_dir``; ``save_full_state`` writes beside it."""
+
 
 class LocalBackend:
     """A LoRA adapter over a base model in this process.
 
     Operations run in submission order in a thread of the backend's own; the event loop is never blocked. A failed
-    operation fails its own awaitable and leaves the next ones be.
+    operation fails its own awaitable and leaves the next ones be. A policy version is the number of optimizer steps
+    that made the weights.
 
     Attributes:
         base: the base model.
@@ -42,34 +56,33 @@ class LocalBackend:
         adapter: LoraAdapter,
         *,
         checkpoint_dir: Path,
-        max_batch_size: int = 64,
+        max_batch_size: int = defaults.MAX_BATCH_SIZE,
         untrained_logprobs: bool = True,
     ) -> None:
         """``untrained_logprobs``: see ``TrainableModel``."""
         self.base = base
         self.checkpoint_dir = Path(checkpoint_dir)
         self.policy_version = -1
-        self._max_batch_size = max_batch_size
-        self._model = TrainableModel(base, adapter, untrained_logprobs=untrained_logprobs)
+        self._shared = SharedBase(base, max_batch_size)
+        self._model = self._shared.train(adapter, untrained_logprobs=untrained_logprobs)
         self._queue = TrainingQueue(self._model)
-        self._sampler: Any = None
 
     @classmethod
     async def create(
         cls,
         base_model: str,
         *,
-        rank: int = 16,
-        alpha: float = 32.0,
+        rank: int = defaults.RANK,
+        alpha: float = defaults.ALPHA,
         seed: int | None = 0,
-        train_attn: bool = True,
-        train_mlp: bool = True,
-        train_unembed: bool = False,
+        train_attn: bool = defaults.TRAIN_ATTN,
+        train_mlp: bool = defaults.TRAIN_MLP,
+        train_unembed: bool = defaults.TRAIN_UNEMBED,
         checkpoint_dir: Path,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str = defaults.DEVICE,
+        dtype: str = defaults.DTYPE,
         context_length: int | None = None,
-        max_batch_size: int = 64,
+        max_batch_size: int = defaults.MAX_BATCH_SIZE,
         trust_remote_code: bool = False,
         cache_dir: Path | None = None,
         untrained_logprobs: bool = True,
@@ -109,9 +122,11 @@ class LocalBackend:
 
         return await asyncio.to_thread(build)
 
+    # -- training ---------------------------------------------------------------------------------------------------
+
     @property
     def progress(self) -> tuple[int, int]:
-        """See ``Backend``."""
+        """``(done tokens, total tokens)`` of the forward_backward that runs or ran last."""
         return self._queue.progress
 
     @property
@@ -123,116 +138,118 @@ class LocalBackend:
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
     ) -> OperationFuture[types.ForwardBackwardOutput]:
         """See ``Backend``. Cancelling the awaiting task stops it between micro-batches, with no gradient added."""
-        return self._submit(lambda progress: self._model.forward_backward(data, loss_fn, loss_fn_config, progress))
+        return self._submit(lambda model, progress: model.forward_backward(data, loss_fn, loss_fn_config, progress))
 
     def forward_async(
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
     ) -> OperationFuture[types.ForwardBackwardOutput]:
         """See ``Backend``."""
-        return self._submit(lambda progress: self._model.forward(data, loss_fn, loss_fn_config, progress))
+        return self._submit(lambda model, progress: model.forward(data, loss_fn, loss_fn_config, progress))
 
     def forward_backward_custom_async(
         self, data: list[tinker.Datum], loss_fn: LossCallable
     ) -> OperationFuture[types.ForwardBackwardOutput]:
         """See ``Backend``. ``loss_fn`` runs in the training thread."""
-        return self._submit(lambda progress: self._model.forward_backward_custom(data, loss_fn, progress))
+        return self._submit(lambda model, progress: model.forward_backward_custom(data, loss_fn, progress))
 
     def optim_step_async(self, adam: types.AdamParams) -> OperationFuture[types.OptimStepResponse]:
         """See ``Backend``."""
-        return self._submit(lambda _: self._model.optim_step(adam))
+        return self._submit(lambda model, _: model.optim_step(adam))
 
     def discard_gradient_async(self) -> OperationFuture[None]:
-        """See ``Backend``."""
-        return self._submit(lambda _: self._model.discard_gradient())
+        """Forget the accumulated gradient, for example after a cancelled job. *Extension.*"""
+        return self._submit(lambda model, _: model.discard_gradient())
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
 
     async def save_for_sampler(self, name: str, *, user_metadata: Mapping[str, Any] | None = None) -> str:
-        """Write ``checkpoint_dir/name`` as a PEFT directory; returns its path."""
-        directory = self.checkpoint_dir
-        return await self._submit(
-            lambda _: str(save_checkpoint(directory, name, self._model, kind="sampler", user_metadata=user_metadata))
-        )
+        """Write ``checkpoint_dir/sampler_weights/name`` as a PEFT directory; returns its path.
+
+        Raises:
+            CheckpointError: the name is refused or taken, or the disk refused the write.
+        """
+        return await self._submit(self._saving("sampler", name, user_metadata))
 
     async def save_full_state(self, name: str, *, user_metadata: Mapping[str, Any] | None = None) -> str:
-        """Write ``checkpoint_dir/name`` with the optimizer state; returns its path."""
-        directory = self.checkpoint_dir
-        return await self._submit(
-            lambda _: str(save_checkpoint(directory, name, self._model, kind="training", user_metadata=user_metadata))
-        )
+        """Write ``checkpoint_dir/name``, a PEFT directory with the optimizer's state beside; returns its path.
+
+        Raises:
+            CheckpointError: the name is refused or taken, or the disk refused the write.
+        """
+        return await self._submit(self._saving("training", name, user_metadata))
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
         """Put a checkpoint's weights (and moments) in place of the current ones: ``checkpoints.load_checkpoint``."""
-        await self._submit(lambda _: load_checkpoint(path, self._model, with_optimizer=with_optimizer))
+        await self._submit(lambda model, _: load_checkpoint(path, model, with_optimizer=with_optimizer))
 
     async def delete_checkpoint(self, path: str) -> None:
         """See ``Backend``. After what has been submitted, so a checkpoint that is being saved is saved first."""
-        await self._submit(lambda _: delete_checkpoint(path))
+        await self._submit(lambda *_: delete_checkpoint(path))
+
+    # -- sampling ---------------------------------------------------------------------------------------------------
 
     async def snapshot_sampling_client(self, name: str | None = None) -> SamplingClient:
         """See ``Backend``."""
-        directory = self.checkpoint_dir
+        save = None if name is None else self._saving("sampler", name, None)
 
-        def snapshot(_: Progress) -> tuple[LoraAdapter, int]:
-            if name is not None:
-                save_checkpoint(directory, name, self._model, kind="sampler")
-            self.policy_version += 1
-            return self._model.adapter.snapshot(), self.policy_version
+        def snapshot(model: TrainableModel, progress: Progress) -> tuple[LoraAdapter, int]:
+            if save is not None:
+                save(model, progress)
+            return model.adapter.snapshot(), model.step
 
-        adapter, version = await self._submit(snapshot)
-        return self._get_sampler().client(adapter, version)
+        return self._client(*await self._submit(snapshot))
 
     async def sampling_client(self, path: str) -> SamplingClient:
         """See ``Backend``."""
 
-        def load(_: Progress) -> tuple[LoraAdapter, int]:
-            adapter = load_adapter(path, self.base, like=self._model.adapter)
-            self.policy_version += 1
-            return adapter, self.policy_version
+        def load(model: TrainableModel, _: Progress) -> tuple[LoraAdapter, int]:
+            return load_adapter(path, self.base, like=model.adapter), read_checkpoint(path).step
 
-        adapter, version = await self._submit(load)
-        return self._get_sampler().client(adapter, version)
+        return self._client(*await self._submit(load))
 
     def base_sampling_client(self) -> SamplingClient:
         """A client that samples from the bare base model; its policy version is -1. *Extension.*"""
-        return self._get_sampler().client(None, -1)
+        return self._shared.sampler.client(None, -1)
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
         return self.base.tokenizer
+
+    # -- life -------------------------------------------------------------------------------------------------------
 
     async def is_healthy(self) -> bool:
         """True when the backend is open and a one-token forward pass gives finite logits.
 
         It does not wait behind the operations that are queued.
         """
-        if self._queue.closed:
-            return False
-        return await asyncio.to_thread(self._probe)
+        return not self._queue.closed and await asyncio.to_thread(self._shared.is_healthy)
 
     async def close(self) -> None:
         """Stop the running operation at its next micro-batch, fail the queued ones, free the memory."""
         await asyncio.to_thread(self._queue.close)
-        if self._sampler is not None:
-            await asyncio.to_thread(self._sampler.close)
-            self._sampler = None
+        await asyncio.to_thread(self._shared.close)
         self._model.discard_gradient()
 
-    def _submit(self, operation: Callable[[Progress], T]) -> OperationFuture[T]:
+    # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _submit(self, operation: Callable[[TrainableModel, Progress], T]) -> OperationFuture[T]:
         future: OperationFuture[T] = OperationFuture()
-        return self._queue.submit(lambda _, progress: operation(progress), future)
+        return self._queue.submit(operation, future)
 
-    def _get_sampler(self) -> Any:
-        if self._sampler is None:
-            from nat_plugin_evsys.engine.sampler import Sampler
+    def _saving(
+        self, kind: Kind, name: str, user_metadata: Mapping[str, Any] | None
+    ) -> Callable[[TrainableModel, Progress], str]:
+        """The operation that saves a checkpoint where its kind belongs, and never over another."""
+        directory = self.checkpoint_dir / SAMPLER_WEIGHTS if kind == "sampler" else self.checkpoint_dir
 
-            self._sampler = Sampler(self.base, max_batch_size=self._max_batch_size)
-        return self._sampler
+        def save(model: TrainableModel, _: Progress) -> str:
+            target = checkpoint_path(directory, name)
+            if target.exists() or target == self.checkpoint_dir / SAMPLER_WEIGHTS:
+                raise CheckpointError(f"checkpoint {target} exists; choose another name, or delete it first")
+            return str(save_checkpoint(directory, name, model, kind=kind, user_metadata=user_metadata))
 
-    def _probe(self) -> bool:
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.base.device)
-        try:
-            with torch.no_grad(), applied(None):
-                logits = self.base.model(input_ids=ids, use_cache=False).logits
-        except RuntimeError:
-            # A broken device (lost GPU, out of memory) is exactly what this reports.
-            return False
-        return bool(torch.isfinite(logits).all())
+        return save
+
+    def _client(self, adapter: LoraAdapter, version: int) -> SamplingClient:
+        self.policy_version = version
+        return self._shared.sampler.client(adapter, version)

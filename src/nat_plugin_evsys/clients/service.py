@@ -21,11 +21,10 @@ from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.builtin import available_builtins
 from nat_plugin_evsys.engine.model.loading import BaseModel
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.targets import linear_roles
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError
+from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.arguments import (
-    DEFAULT_RANK,
     check_flag,
     check_int,
     check_lora_config,
@@ -35,7 +34,7 @@ from nat_plugin_evsys.runtime.arguments import (
     check_text,
     refuse_options,
 )
-from nat_plugin_evsys.runtime.bases import LORA_ALPHA, BaseModels, SharedBase
+from nat_plugin_evsys.runtime.bases import BaseModels, SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore, default_store
 from nat_plugin_evsys.runtime.extensions import SupportedModel
 from nat_plugin_evsys.runtime.runs import RunRecord
@@ -79,10 +78,10 @@ class ServiceClient:
         api_key: None = None,
         default_headers_overrides: None = None,
         store: Path | str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str = defaults.DEVICE,
+        dtype: str = defaults.DTYPE,
         context_length: int | None = None,
-        max_batch_size: int = 64,
+        max_batch_size: int = defaults.MAX_BATCH_SIZE,
         trust_remote_code: bool = False,
         cache_dir: Path | str | None = None,
     ) -> None:
@@ -124,11 +123,11 @@ class ServiceClient:
     def create_lora_training_client(
         self,
         base_model: str,
-        rank: int = DEFAULT_RANK,
+        rank: int = defaults.RANK,
         seed: int | None = None,
-        train_mlp: bool = True,
-        train_attn: bool = True,
-        train_unembed: bool = True,
+        train_mlp: bool = defaults.TRAIN_MLP,
+        train_attn: bool = defaults.TRAIN_ATTN,
+        train_unembed: bool = defaults.TINKER_TRAIN_UNEMBED,
         user_metadata: dict[str, str] | None = None,
         optimizer: types.OptimizerConfig | None = None,
     ) -> ClientFuture[TrainingClient]:
@@ -163,8 +162,7 @@ class ServiceClient:
 
         def create() -> TrainingClient:
             shared = self._bases.get(base_model)
-            model = shared.train(LoraAdapter.create(shared.base.model, alpha=LORA_ALPHA, **lora))
-            return self._register(model_id, shared, model, metadata)
+            return self._register(model_id, shared, shared.fresh(**lora), metadata)
 
         return self._submit(create, ClientFuture)
 

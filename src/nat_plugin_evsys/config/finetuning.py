@@ -8,6 +8,7 @@ from nat.data_models.finetuning import TrainerAdapterConfig, TrainerConfig, Traj
 from pydantic import Field, model_validator
 
 from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.runtime import defaults
 
 
 class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys_trajectory_builder"):
@@ -44,11 +45,11 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     dpo_batch_size: int = Field(
         default=8, ge=1, description="Preference pairs per optimizer step; `groups_per_step` is for rewarded groups."
     )
-    learning_rate: float = Field(default=1e-4, gt=0, description="AdamW learning rate.")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta1.")
-    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta2.")
-    eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW decoupled weight decay.")
+    learning_rate: float = Field(default=defaults.LEARNING_RATE, gt=0, description="AdamW learning rate.")
+    beta1: float = Field(default=defaults.BETA1, ge=0, lt=1, description="AdamW beta1.")
+    beta2: float = Field(default=defaults.BETA2, ge=0, lt=1, description="AdamW beta2.")
+    eps: float = Field(default=defaults.EPS, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(default=defaults.WEIGHT_DECAY, ge=0, description="AdamW decoupled weight decay.")
     grad_clip_norm: float = Field(default=0.0, ge=0, description="Clip of the gradient's global norm; 0 is off.")
     advantage: Literal["group_mean", "group_mean_std", "reward"] = Field(
         default="group_mean",
@@ -94,7 +95,9 @@ class WarmStartConfig(StrictConfig):
     )
     epochs: int = Field(default=1, ge=1, description="Passes over the demonstrations.")
     batch_size: int = Field(default=8, ge=1, description="Demonstrations per optimizer step.")
-    learning_rate: float = Field(default=1e-4, gt=0, description="AdamW learning rate, linearly decayed to zero.")
+    learning_rate: float = Field(
+        default=defaults.LEARNING_RATE, gt=0, description="AdamW learning rate, linearly decayed to zero."
+    )
     seed: int = Field(default=0, description="Seed of the order of the demonstrations (and of sdft's samples).")
     candidates: int = Field(
         default=64, ge=1, description="`sdft`: tokens per position that the reverse KL is taken over."
@@ -114,9 +117,9 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     resume: bool = Field(default=False, description="Go on from the last finished epoch of the newest run.")
     overlap_rollouts: bool = Field(
         default=False,
-        description="Make the next epoch's rollouts while an epoch trains. A call is then up to one policy version old "
-        "when it is trained on (`staleness` in metrics.jsonl counts them), and the loss is `ppo` unless the adapter's "
-        "`loss_fn` is set.",
+        description="Make the next epoch's rollouts while an epoch trains. A call is then up to an epoch's optimizer "
+        "steps old when it is trained on (`staleness` in metrics.jsonl counts them), and the loss is `ppo` unless the "
+        "adapter's `loss_fn` is set.",
     )
     keep_checkpoints: int = Field(
         default=2, ge=1, description="Checkpoints of epochs to keep besides the last and the best."

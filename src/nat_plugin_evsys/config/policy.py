@@ -8,6 +8,7 @@ from nat.data_models.llm import LLMBaseConfig
 from pydantic import Field, field_validator, model_validator
 
 from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.runtime import defaults
 
 DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
 """NAT's own default of ``finetuning.output_dir``."""
@@ -60,11 +61,13 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         "the newest run in output_dir), or the path of a checkpoint (with base_url: a tinker:// path). `nat "
         "finetune` starts a new adapter unless this is a path.",
     )
-    lora_rank: int = Field(default=16, ge=1, description="Rank of the LoRA adapter.")
-    lora_alpha: float = Field(default=32.0, gt=0, description="LoRA scale numerator: the update is alpha/rank * B A x.")
-    train_attn: bool = Field(default=True, description="Put LoRA on the attention projections.")
-    train_mlp: bool = Field(default=True, description="Put LoRA on the MLP projections.")
-    train_unembed: bool = Field(default=False, description="Put LoRA on the unembedding (lm_head).")
+    lora_rank: int = Field(default=defaults.RANK, ge=1, description="Rank of the LoRA adapter.")
+    lora_alpha: float = Field(
+        default=defaults.ALPHA, gt=0, description="LoRA scale numerator: the update is alpha/rank * B A x."
+    )
+    train_attn: bool = Field(default=defaults.TRAIN_ATTN, description="Put LoRA on the attention projections.")
+    train_mlp: bool = Field(default=defaults.TRAIN_MLP, description="Put LoRA on the MLP projections.")
+    train_unembed: bool = Field(default=defaults.TRAIN_UNEMBED, description="Put LoRA on the unembedding (lm_head).")
     temperature: float = Field(
         default=1.0,
         ge=0.0,
@@ -86,7 +89,9 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="`auto`: bfloat16 on CUDA, float32 on CPU."
     )
-    max_batch_size: int = Field(default=64, ge=1, description="Sequences that are sampled in one batch at the most.")
+    max_batch_size: int = Field(
+        default=defaults.MAX_BATCH_SIZE, ge=1, description="Sequences that are sampled in one batch at the most."
+    )
     chat_template: Path | None = Field(
         default=None, description="A Jinja chat template file that replaces the tokenizer's own."
     )

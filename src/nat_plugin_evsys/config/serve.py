@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.runtime import defaults
 
 KEY_PREFIX = "tml-"
 """What the tinker SDK insists that a key starts with."""
@@ -54,7 +55,9 @@ class ServeConfig(StrictConfig):
     context_length: int | None = Field(
         default=None, ge=2, description="Upper bound of tokens in a sequence; default is the model's own limit."
     )
-    max_batch_size: int = Field(default=64, ge=1, description="Sequences of one policy that are decoded together.")
+    max_batch_size: int = Field(
+        default=defaults.MAX_BATCH_SIZE, ge=1, description="Sequences of one policy that are decoded together."
+    )
     cache_dir: Path | None = Field(default=None, description="Where `builtin/…` models are kept.")
     trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")
     log_format: Literal["text", "json"] = Field(default="text", description="Of the log on stderr.")

@@ -38,7 +38,7 @@ class RolloutReport:
         tally: calls made, and those already dropped; what is left is in the trajectories.
         lost: trajectories without a reward or without calls, by reason.
         errors: first error text seen for each kind of failed rollout.
-        staleness: calls of the trajectories by how many policy versions they were old when these were built.
+        staleness: calls of the trajectories by how many optimizer steps old they were when these were built.
         attempts: every attempt, scored or not.
     """
 

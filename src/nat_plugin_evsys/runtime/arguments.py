@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from tinker import types
 
 from nat_plugin_evsys.errors import ConfigError, DataError, UnsupportedError
+from nat_plugin_evsys.runtime import defaults
 
 if TYPE_CHECKING:
     import tinker
 
-DEFAULT_RANK = 32
 MIN_TTL_SECONDS = 3600
 MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
 
@@ -106,7 +106,7 @@ def check_lora_config(given: Any) -> types.LoraConfig:
     if given is not None and not isinstance(given, Mapping):
         raise ConfigError(f"lora_config must be a dict such as {{'rank': 32}}, got {given!r}")
     try:
-        return types.LoraConfig.model_validate({"rank": DEFAULT_RANK, **(given or {})})
+        return types.LoraConfig.model_validate({"rank": defaults.RANK, **(given or {})})
     except ValidationError as exc:
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -1,27 +1,27 @@
-"""The base models of a ServiceClient: each is loaded once and shared by all adapters over it."""
+"""Base models in memory: each is loaded once and shared by all adapters over it."""
 
 from __future__ import annotations
 
 import threading
 from typing import Any
 
+import torch
+
 from nat_plugin_evsys.engine.checkpoints import CheckpointInfo, check_base, load_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.source import local_key
 from nat_plugin_evsys.engine.model.targets import linear_roles
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
-
-LORA_ALPHA = 32.0
-"""Tinker's alpha; the delta is scaled by ``alpha / rank``, which makes the learning rate independent of the rank."""
+from nat_plugin_evsys.runtime import defaults
 
 
 class SharedBase:
     """A base model and the one sampler of all its adapters, made when first asked for."""
 
-    def __init__(self, base: BaseModel, max_batch_size: int) -> None:
+    def __init__(self, base: BaseModel, max_batch_size: int = defaults.MAX_BATCH_SIZE) -> None:
         self.base = base
         self._max_batch_size = max_batch_size
         self._lock = threading.Lock()
@@ -33,19 +33,38 @@ class SharedBase:
         """The sampler.
 
         Raises:
-            EngineClosedError: the service has been closed.
+            EngineClosedError: the base has been closed.
         """
         with self._lock:
             if self._closed:
-                raise EngineClosedError("the ServiceClient has been closed; create a new one")
+                raise EngineClosedError("the engine has been closed; create a new one")
             if self._sampler is None:
                 self._sampler = Sampler(self.base, max_batch_size=self._max_batch_size)
             return self._sampler
 
-    def train(self, adapter: LoraAdapter) -> TrainableModel:
-        """``adapter`` made ready for training. One at a time: the first one prepares the base model."""
+    def fresh(
+        self,
+        *,
+        rank: int = defaults.RANK,
+        alpha: float = defaults.ALPHA,
+        seed: int | None = None,
+        train_attn: bool = defaults.TRAIN_ATTN,
+        train_mlp: bool = defaults.TRAIN_MLP,
+        train_unembed: bool = defaults.TRAIN_UNEMBED,
+        untrained_logprobs: bool = True,
+    ) -> TrainableModel:
+        """A fresh adapter, ready for training; see ``LoraAdapter.create`` and ``train``."""
+        flags = {"train_attn": train_attn, "train_mlp": train_mlp, "train_unembed": train_unembed}
+        adapter = LoraAdapter.create(self.base.model, rank=rank, alpha=alpha, seed=seed, **flags)
+        return self.train(adapter, untrained_logprobs=untrained_logprobs)
+
+    def train(self, adapter: LoraAdapter, *, untrained_logprobs: bool = True) -> TrainableModel:
+        """``adapter`` made ready for training. One at a time: the first one prepares the base model.
+
+        ``untrained_logprobs``: see ``TrainableModel``.
+        """
         with self._lock:
-            return TrainableModel(self.base, adapter)
+            return TrainableModel(self.base, adapter, untrained_logprobs=untrained_logprobs)
 
     def train_checkpoint(self, info: CheckpointInfo, *, with_optimizer: bool) -> TrainableModel:
         """A model of a checkpoint's LoRA shape and weights, with its moments if asked for.
@@ -62,6 +81,17 @@ class SharedBase:
         model = self.train(LoraAdapter.create(self.base.model, rank=info.rank, alpha=info.alpha, **flags))
         load_checkpoint(info.path, model, with_optimizer=with_optimizer)
         return model
+
+    def is_healthy(self) -> bool:
+        """True when a one-token forward pass of the bare base model gives finite logits."""
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.base.device)
+        try:
+            with torch.no_grad(), applied(None):
+                logits = self.base.model(input_ids=ids, use_cache=False).logits
+        except RuntimeError:
+            # A broken device (lost GPU, out of memory) is exactly what this reports.
+            return False
+        return bool(torch.isfinite(logits).all())
 
     def close(self) -> None:
         """Fail what is being sampled and free the sampler's memory."""

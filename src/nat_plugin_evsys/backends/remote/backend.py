@@ -12,9 +12,11 @@ from nat_plugin_evsys.backends.remote.errors import ServiceError
 from nat_plugin_evsys.backends.remote.sampling import TinkerSamplingClient
 from nat_plugin_evsys.backends.remote.service import TinkerService
 from nat_plugin_evsys.backends.remote.session import ServiceOperation, TinkerSession, checked_uri, sampler_uri
+from nat_plugin_evsys.backends.remote.steps import StepCount
 from nat_plugin_evsys.backends.remote.tokenizer import find_tokenizer
 from nat_plugin_evsys.backends.remote.waiting import in_thread, sdk_future
 from nat_plugin_evsys.errors import ModelError
+from nat_plugin_evsys.runtime import defaults
 
 if TYPE_CHECKING:
     import tinker
@@ -40,6 +42,7 @@ class TinkerBackend:
         self.policy_version = -1
         self.context_length = context_length
         self._session = session
+        self._steps = StepCount()
         self._tokenizer: Any = None
 
     @classmethod
@@ -48,11 +51,11 @@ class TinkerBackend:
         base_model: str,
         *,
         service: TinkerService,
-        rank: int = 16,
+        rank: int = defaults.RANK,
         seed: int | None = 0,
-        train_attn: bool = True,
-        train_mlp: bool = True,
-        train_unembed: bool = False,
+        train_attn: bool = defaults.TRAIN_ATTN,
+        train_mlp: bool = defaults.TRAIN_MLP,
+        train_unembed: bool = defaults.TRAIN_UNEMBED,
         checkpoint_dir: Path,
         context_length: int | None = None,
         tokenizer: str | None = None,
@@ -127,7 +130,9 @@ class TinkerBackend:
 
     def optim_step_async(self, adam: types.AdamParams) -> ServiceOperation[types.OptimStepResponse]:
         """See ``Backend``."""
-        return self._session.train("optim_step", "step", lambda client: client.optim_step(adam))
+        step = self._submit_step(adam)
+        self._steps.submitted(step)
+        return step
 
     def discard_gradient_async(self) -> Awaitable[None]:
         """See ``Backend``. The protocol of a service has no call for it, so a step that moves no weight clears it.
@@ -136,7 +141,7 @@ class TinkerBackend:
         """
         from tinker import types
 
-        step = self.optim_step_async(types.AdamParams(learning_rate=0.0, weight_decay=0.0))
+        step = self._submit_step(types.AdamParams(learning_rate=0.0, weight_decay=0.0))
 
         async def cleared() -> None:
             try:
@@ -155,11 +160,14 @@ class TinkerBackend:
         saved = await self._session.train(
             f"saving {name} for sampling", "save", lambda client: client.save_weights_for_sampler(name)
         )
-        return sampler_uri(str(saved.path))
+        path = sampler_uri(str(saved.path))
+        await self._steps.saved(path)
+        return path
 
     async def save_full_state(self, name: str) -> str:
         """Save weights and optimizer state; returns ``tinker://…/weights/<name>``."""
         saved = await self._session.train(f"saving {name}", "save", lambda client: client.save_state(name))
+        await self._steps.saved(str(saved.path))
         return str(saved.path)
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
@@ -169,6 +177,7 @@ class TinkerBackend:
             CheckpointError: none of a service's, gone, or of another base model or rank.
         """
         await self._session.load(checked_uri(path), with_optimizer=with_optimizer)
+        self._steps.restart_from(path)
 
     async def delete_checkpoint(self, path: str) -> None:
         """See ``Backend``."""
@@ -186,15 +195,17 @@ class TinkerBackend:
         if name is not None:
             return await self.sampling_client(await self.save_for_sampler(name))
         if self._session.training_client is None:
-            return self._next_version(await self._session.open_sampler(None))
+            return self._client_of(await self._session.open_sampler(None), 0)
         publishing = self._session.train(
             "publishing the weights", "save", lambda client: client.save_weights_and_get_sampling_client()
         )
-        return self._next_version(await publishing)
+        client = await publishing
+        return self._client_of(client, await self._steps.settled())
 
     async def sampling_client(self, path: str) -> TinkerSamplingClient:
         """See ``Backend``. Opening a ``sampler_weights`` checkpoint makes no adapter on the service."""
-        return self._next_version(await self._session.open_sampler(checked_uri(path)))
+        client = await self._session.open_sampler(checked_uri(path))
+        return self._client_of(client, self._steps.of(path))
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
@@ -210,6 +221,9 @@ class TinkerBackend:
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
-    def _next_version(self, client: Any) -> TinkerSamplingClient:
-        self.policy_version += 1
-        return TinkerSamplingClient(client, self.policy_version, self._session.watch, self.context_length)
+    def _submit_step(self, adam: types.AdamParams) -> ServiceOperation[types.OptimStepResponse]:
+        return self._session.train("optim_step", "step", lambda client: client.optim_step(adam))
+
+    def _client_of(self, client: Any, version: int) -> TinkerSamplingClient:
+        self.policy_version = version
+        return TinkerSamplingClient(client, version, self._session.watch, self.context_length)

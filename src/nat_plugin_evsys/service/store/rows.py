@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.service.store.operations import OperationKind, Outcome
 
 
@@ -44,9 +45,9 @@ class ModelRow:
     base_model: str
     lora_rank: int
     lora_seed: int | None = None
-    train_attn: bool = True
-    train_mlp: bool = True
-    train_unembed: bool = True
+    train_attn: bool = defaults.TRAIN_ATTN
+    train_mlp: bool = defaults.TRAIN_MLP
+    train_unembed: bool = defaults.TINKER_TRAIN_UNEMBED
     user_metadata: dict[str, Any] = field(default_factory=dict)
     created_at: float = field(default_factory=time.time)
     next_seq: int = 0

@@ -11,6 +11,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from tinker import types
 
 from nat_plugin_evsys.errors import DataError, UnsupportedError
+from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.arguments import check_metadata
 
 MAX_RANK = 1024
@@ -35,11 +36,11 @@ class OptimizerChoice(RequestBody):
 class LoraChoice(RequestBody):
     """``lora_config``."""
 
-    rank: int = Field(default=32, ge=1, le=MAX_RANK)
+    rank: int = Field(default=defaults.RANK, ge=1, le=MAX_RANK)
     seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
-    train_unembed: bool = True
-    train_mlp: bool = True
-    train_attn: bool = True
+    train_unembed: bool = defaults.TINKER_TRAIN_UNEMBED
+    train_mlp: bool = defaults.TRAIN_MLP
+    train_attn: bool = defaults.TRAIN_ATTN
 
 
 class CreateModel(RequestBody):

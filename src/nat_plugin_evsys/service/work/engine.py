@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import CheckpointError, EvsysError
+from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.store.operations import Operation, OperationKind
@@ -63,7 +64,7 @@ class Engine:
         device: str = "auto",
         dtype: str = "auto",
         context_length: int | None = None,
-        max_batch_size: int = 64,
+        max_batch_size: int = defaults.MAX_BATCH_SIZE,
         cache_dir: Path | None = None,
         trust_remote_code: bool = False,
         retain_operations: bool = False,

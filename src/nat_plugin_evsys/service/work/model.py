@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import EvsysError
-from nat_plugin_evsys.runtime.bases import LORA_ALPHA, SharedBase
+from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
 from nat_plugin_evsys.service.wire.forward_backward import WireError, decode_forward_backward
 from nat_plugin_evsys.service.wire.requests import OptimStep, parse
@@ -240,13 +239,10 @@ def loses_gradient(operation: Operation) -> bool:
 
 def fresh_model(shared: SharedBase, row: ModelRow) -> TrainableModel:
     """The model as ``create_model`` made it: its row says which."""
-    adapter = LoraAdapter.create(
-        shared.base.model,
+    return shared.fresh(
         rank=row.lora_rank,
-        alpha=LORA_ALPHA,
         seed=row.lora_seed,
         train_attn=row.train_attn,
         train_mlp=row.train_mlp,
         train_unembed=row.train_unembed,
     )
-    return shared.train(adapter)

@@ -1,0 +1,33 @@
+"""One table of defaults for clients, backends, service and config. Standard library only: config must load fast."""
+
+from __future__ import annotations
+
+RANK = 32
+"""Rank of a LoRA adapter; Tinker's."""
+
+ALPHA = 32.0
+"""Tinker's alpha; the update is scaled by ``alpha / rank``, so that the learning rate does not depend on the rank."""
+
+TRAIN_ATTN = True
+TRAIN_MLP = True
+
+TRAIN_UNEMBED = False
+"""No LoRA on the unembedding: Adam moves the rows of tokens that are never sampled as fast as all others, and few
+servers load an adapter of lm_head."""
+
+TINKER_TRAIN_UNEMBED = True
+"""What the signatures of Tinker's API promise, and so what a client or a request gets that does not say."""
+
+DEVICE = "auto"
+DTYPE = "auto"
+
+MAX_BATCH_SIZE = 64
+"""Largest sampling batch of one policy version, in sequences."""
+
+LEARNING_RATE = 1e-4
+BETA1 = 0.9
+BETA2 = 0.95
+EPS = 1e-8
+"""Larger than Tinker's 1e-12: a matrix entry that has hardly any gradient is not moved at the full rate."""
+
+WEIGHT_DECAY = 0.0
