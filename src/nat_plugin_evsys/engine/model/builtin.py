@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 from nat_plugin_evsys.engine.model.builtin_smollm2 import SmolLM2Recipe
 from nat_plugin_evsys.engine.model.builtin_tiny import TinyRecipe
 from nat_plugin_evsys.errors import ModelError
-from nat_plugin_evsys.files import atomic_directory, to_json
+from nat_plugin_evsys.files import atomic_directory
+from nat_plugin_evsys.json_lines import to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
