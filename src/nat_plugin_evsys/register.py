@@ -58,12 +58,13 @@ async def evsys_exact_match(config: EvsysExactMatchConfig, _builder: EvalBuilder
 
 @register_trajectory_builder(config_type=EvsysTrajectoryBuilderConfig)
 async def evsys_trajectory_builder(
-    config: EvsysTrajectoryBuilderConfig, _builder: Builder
+    config: EvsysTrajectoryBuilderConfig, builder: Builder
 ) -> "AsyncIterator[EvsysTrajectoryBuilder]":
     """Rollouts -> trajectory groups."""
+    from nat_plugin_evsys.finetuning.telemetry import RunExporters
     from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
 
-    yield EvsysTrajectoryBuilder(config)
+    yield EvsysTrajectoryBuilder(config, RunExporters.of(builder))
 
 
 @register_trainer_adapter(config_type=EvsysTrainerAdapterConfig)

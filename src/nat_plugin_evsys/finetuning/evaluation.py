@@ -15,6 +15,7 @@ from nat.plugins.eval.runtime.evaluate import EvaluationRun
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.finetuning.sessions import RecordedSessions, Rollouts
+from nat_plugin_evsys.finetuning.telemetry import without_exporters
 from nat_plugin_evsys.report.quiet import quiet_tqdm
 from nat_plugin_evsys.rollouts.attempts import Attempt
 
@@ -80,7 +81,8 @@ def evaluation_config(config: Config, reward_name: str, max_concurrency: int | N
 
     Without the finetuning components (NAT would build and close them each time), without ``run_configuration`` (it
     contains the configuration itself: NAT logs it and ends in a RecursionError), without NAT's own output directory
-    (it is wiped at every evaluation), and with the reward's evaluator alone.
+    (it is wiped at every evaluation), without exporters and log handlers (the run has them), and with the reward's
+    evaluator alone.
     """
     general = config.eval.general.model_copy(
         update={
@@ -92,6 +94,7 @@ def evaluation_config(config: Config, reward_name: str, max_concurrency: int | N
     evaluators = {reward_name: config.eval.evaluators[reward_name]}
     return config.model_copy(
         update={
+            "general": without_exporters(config.general),
             "finetuning": config.finetuning.model_copy(update={"run_configuration": None, "enabled": False}),
             "trainers": {},
             "trainer_adapters": {},
@@ -209,6 +212,7 @@ def quiet_nat() -> Iterator[None]:
         "httpx2": logging.WARNING,
         "nat.runtime": logging.CRITICAL,
         "nat.builder": logging.CRITICAL,
+        "nat.observability": logging.WARNING,
         "nat.plugins.langchain": logging.CRITICAL,
         "nat.plugins.profiler": logging.ERROR,
     }

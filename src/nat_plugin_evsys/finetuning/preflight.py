@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.finetuning.telemetry import check_exporters
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_workflow_uses(config, policy_name)
     check_output_dirs(policy_name, policy, finetuning.output_dir)
     check_group_size(config, finetuning, adapter)
+    check_exporters(config)
     check_dataset(config, None if run is None else run.dataset)
     check_service(policy)
 

@@ -247,7 +247,7 @@ class RunSession:
             backend=BACKEND,
             status=TrainingStatusEnum.COMPLETED,
             progress=100.0,
-            message=f"{summary.epochs} epochs, {summary.trained} of {summary.calls} calls trained on",
+            message=f"epochs: {summary.epochs}, calls: {summary.calls}, of which trained on: {summary.trained}",
         )
 
     async def _score_training_rows(self, epochs_done: int) -> float:

@@ -12,7 +12,7 @@ from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, r
 from nat_plugin_evsys.finetuning.warm_start import load_demonstrations
 
 if TYPE_CHECKING:
-    from nat.data_models.config import Config
+    from nat.data_models.config import Config, GeneralConfig
     from nat.data_models.finetuning import FinetuneConfig
 
 
@@ -26,6 +26,7 @@ class RunInputs:
         validation_dataset: held-out rows; `--validation_dataset` wins over the trainer's setting.
         validation_config: of `--validation_config_file`, or None for the run's own.
         validation_interval: epochs between two validations.
+        general: NAT's ``general`` section.
         dump: the configuration in JSON's types, with what the command line adds.
     """
 
@@ -34,6 +35,7 @@ class RunInputs:
     validation_dataset: Path | None
     validation_config: Config | None
     validation_interval: int
+    general: GeneralConfig
     dump: dict[str, Any]
 
     @classmethod
@@ -53,6 +55,7 @@ class RunInputs:
             validation_dataset=trainer.validation_dataset if dataset is None else Path(dataset),
             validation_config=_validation_config(finetuning, policy),
             validation_interval=trainer.validation_interval or (run.validation_interval if run else 5),
+            general=config.general,
             dump=_dump(config, finetuning),
         )
         if inputs.validation_dataset is not None:

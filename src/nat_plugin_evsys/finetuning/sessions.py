@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from nat_plugin_evsys.calls import RunKind
 from nat_plugin_evsys.finetuning.start_gate import StartGate
+from nat_plugin_evsys.finetuning.telemetry import RunExporters
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.rollouts.seeds import rollout_seed
 
@@ -41,12 +42,14 @@ class Rollouts:
         timeouts: ids of rollouts that were cut off.
         seconds: run id -> how long the workflow ran.
         start_gate: lets the rollouts begin a few at a time.
+        exporters: NAT's telemetry, which every rollout is exported to.
     """
 
     name: str
     kind: RunKind
     seed: int
     recorder: Recorder
+    exporters: RunExporters
     result_json_path: str = "$"
     timeout: float | None = None
     on_done: Callable[[int, int], None] | None = None
@@ -126,7 +129,7 @@ class RecordedRunner:
         output: Any = ""
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._rollouts.timeout) as deadline:
+            async with self._rollouts.exporters.exporting(), asyncio.timeout(self._rollouts.timeout) as deadline:
                 output = self._extract(await self._runner.result())
         except Exception as caught:  # noqa: BLE001 - a failed rollout is data: its cause is recorded and counted
             error = caught

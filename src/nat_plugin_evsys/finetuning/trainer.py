@@ -19,6 +19,7 @@ from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.run import RunSession
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.signals import sigterm_cancels
+from nat_plugin_evsys.finetuning.telemetry import run_logging
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
 from nat_plugin_evsys.policy.policy import Policy
@@ -77,10 +78,11 @@ class EvsysTrainer(Trainer):
             JobError: a training job failed or was canceled; the run can be resumed from the epoch before.
             NothingTrainedError: the run has come to its end without training anything.
         """
-        with self._progress, sigterm_cancels():
-            self._open()
-            session = RunSession(self, self._books, self._require_inputs, self._require_curriculum, self._progress)
-            return await session.run(num_epochs)
+        async with run_logging(self._require_inputs.general):
+            with self._progress, sigterm_cancels():
+                self._open()
+                session = RunSession(self, self._books, self._require_inputs, self._require_curriculum, self._progress)
+                return await session.run(num_epochs)
 
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef:
         """NAT's form of ``start_epoch``: it always has a job to return.

@@ -21,6 +21,7 @@ from nat_plugin_evsys.finetuning.curriculum import ROLLOUT_ID_KEY, ROW_ID_KEY
 from nat_plugin_evsys.finetuning.evaluation import evaluate_policy, refuse_total_loss
 from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, check_run, resolve_config
 from nat_plugin_evsys.finetuning.sessions import Rollouts
+from nat_plugin_evsys.finetuning.telemetry import RunExporters
 from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.rollouts.attempts import Attempt
@@ -59,8 +60,11 @@ class RolloutReport:
 class EvsysTrajectoryBuilder(TrajectoryBuilder):
     """NAT's TrajectoryBuilder on recorded calls."""
 
-    def __init__(self, trajectory_builder_config: EvsysTrajectoryBuilderConfig) -> None:
+    def __init__(
+        self, trajectory_builder_config: EvsysTrajectoryBuilderConfig, exporters: RunExporters | None = None
+    ) -> None:
         super().__init__(trajectory_builder_config)
+        self._exporters = exporters or RunExporters({})
         self.config = trajectory_builder_config
         self.report: RolloutReport | None = None
         self.on_rollout: Callable[[int, int], None] | None = None
@@ -154,12 +158,13 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         return attempts
 
     async def cancel(self) -> None:
-        """Stop rollouts in flight."""
+        """Stop rollouts in flight, and let what the others did be exported."""
         tasks = [task for task, _ in self._runs.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._runs.clear()
+        await self._exporters.drain()
 
     def log_progress(self, run_id: str, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         """Append a JSON line to ``trajectory_builder.jsonl`` in ``output_dir`` (default: finetuning.output_dir)."""
@@ -179,6 +184,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             kind=kind,
             seed=self.policy.config.seed,
             recorder=self.policy.recorder,
+            exporters=self._exporters,
             result_json_path=run.result_json_path,
             timeout=self.config.rollout_timeout,
         )
