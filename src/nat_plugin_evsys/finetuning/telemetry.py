@@ -34,9 +34,14 @@ DRAIN_TIMEOUT = 10.0
 
 
 class RunExporters:
-    """The exporters of a run. Each rollout has copies of its own, as NAT's workflow runs have."""
+    """The exporters of a run. Each rollout has copies of its own, as NAT's workflow runs have.
+
+    Attributes:
+        names: what the YAML calls them.
+    """
 
     def __init__(self, exporters: dict[str, BaseExporter]) -> None:
+        self.names = list(exporters)
         self._manager = ExporterManager.from_exporters(exporters)
         self._exports: set[asyncio.Task[None]] = set()
         self._failed: set[str] = set()
