@@ -1,19 +1,29 @@
-"""Every exception this package raises on purpose.
+"""Every exception class of this package; none is defined elsewhere.
 
-EvsysError                     shown to the user as it is: what failed, what was seen, what to type
-├── ConfigError                a setting is wrong or does not fit another one (also a ValueError)
-├── DataError                  a Datum, dataset row or demonstration is malformed (also a ValueError)
-├── ModelError                 a base model or tokenizer cannot be loaded, or lacks what was asked of it
-├── PromptTooLongError         prompt + max_tokens do not fit the context window (also a ValueError)
-├── CheckpointError            a checkpoint is missing, torn, or belongs to another model
-├── NonFiniteGradientError     an optimizer step was refused; weights and moments are as they were
-├── NothingTrainedError        a run ended, and nothing was trained in it
-├── JobError                   a training job failed; carries the first cause
-├── EngineClosedError          an operation was sent to an engine that has been closed
-├── StoreError                 the server's store on disk could not write or read what was asked
-├── QueueFullError             too many operations wait already; nothing was stored, try again later
-└── UnsupportedError           a call of another service's API that this engine does not offer (also a
-                               NotImplementedError)
+Exception
+├── EvsysError                       shown to the user as it is: what failed, what was seen, what to type
+│   ├── ConfigError                  a setting is wrong or does not fit another one (also a ValueError)
+│   ├── DataError                    a Datum, dataset row or demonstration is malformed (also a ValueError)
+│   │   └── WireError                a protobuf message is malformed or too large
+│   ├── ModelError                   a base model or tokenizer cannot be loaded, or lacks what was asked of it
+│   ├── PromptTooLongError           prompt + max_tokens do not fit the context window (also a ValueError)
+│   ├── CheckpointError              a checkpoint is missing, torn, or belongs to another model
+│   ├── NonFiniteGradientError       an optimizer step was refused; weights and moments are as they were
+│   ├── NothingTrainedError          a run ended, and nothing was trained in it
+│   ├── JobError                     a training job failed; carries the first cause
+│   ├── EngineClosedError            an operation was sent to an engine that has been closed
+│   ├── StoreError                   the server's store on disk could not write or read what was asked
+│   ├── RestoreError                 the server cannot rebuild a model's state after a restart
+│   ├── QueueFullError               too many operations wait already; nothing was stored, try again later
+│   ├── UnsupportedError             another service's call that this engine does not offer (also a NotImplementedError)
+│   └── ServiceError                 a Tinker service failed or refused an operation; in its own words
+│       ├── ServiceUnavailableError  it could not be reached, or not for longer than anybody waits
+│       ├── ServiceLostError         it does not know the session, the model or the request (any more)
+│       ├── ServiceDataError         it refused a Datum or a loss (also a DataError)
+│       ├── ServiceGradientError     it refused a step on a gradient that is not finite (also a NonFiniteGradientError)
+│       └── ServiceCheckpointError   it has no such checkpoint, or cannot load or save it (also a CheckpointError)
+├── OperationCancelled               inside an operation that nobody waits for any more; caught by its queue
+└── OperationAbandoned               inside an operation of a server that closes; caught by whoever runs it
 """
 
 
@@ -27,6 +37,10 @@ class ConfigError(EvsysError, ValueError):
 
 class DataError(EvsysError, ValueError):
     """A Datum, a dataset row or a demonstration is malformed."""
+
+
+class WireError(DataError):
+    """A protobuf message is malformed or too large; the message says where."""
 
 
 class ModelError(EvsysError):
@@ -70,9 +84,55 @@ class StoreError(EvsysError):
     """The server's store on disk could not write or read what was asked; nothing of that write is kept."""
 
 
+class RestoreError(EvsysError):
+    """The server cannot rebuild a model's state from its snapshot and the operations since."""
+
+
 class QueueFullError(EvsysError):
     """Too many operations wait already. The new one was not stored; sending it again later is safe."""
 
 
 class UnsupportedError(EvsysError, NotImplementedError):
     """A call or option of another service's API that this engine does not offer; the message says why."""
+
+
+class ServiceError(EvsysError):
+    """A Tinker service failed or refused an operation.
+
+    Attributes:
+        category: ``user`` (what was asked is wrong), ``server`` or ``unknown``.
+        request_id: the service's id of the request, for its operator; None where there is none.
+    """
+
+    def __init__(self, message: str, *, category: str = "unknown", request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.category = category
+        self.request_id = request_id
+
+
+class ServiceUnavailableError(ServiceError):
+    """The service cannot be reached."""
+
+
+class ServiceLostError(ServiceError):
+    """The service does not know what an operation was about: a session, a model, a sampler or a request."""
+
+
+class ServiceDataError(ServiceError, DataError):
+    """The service refused a Datum or a loss."""
+
+
+class ServiceGradientError(ServiceError, NonFiniteGradientError):
+    """The service refused an optimizer step: the accumulated gradient is not finite."""
+
+
+class ServiceCheckpointError(ServiceError, CheckpointError):
+    """The service has no such checkpoint, or cannot load or save it."""
+
+
+class OperationCancelled(Exception):
+    """Raised inside a running operation whose awaiting task was cancelled."""
+
+
+class OperationAbandoned(Exception):
+    """Raised inside an operation that has to stop because the server closes; it stays unfinished in the store."""

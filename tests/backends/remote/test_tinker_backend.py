@@ -17,7 +17,6 @@ from tiny import save_byte_model
 
 from nat_plugin_evsys.backends.base import Backend, SamplingClient
 from nat_plugin_evsys.backends.remote.backend import TinkerBackend
-from nat_plugin_evsys.backends.remote.errors import ServiceCheckpointError, ServiceDataError, ServiceError
 from nat_plugin_evsys.backends.remote.service import TinkerService
 from nat_plugin_evsys.errors import (
     CheckpointError,
@@ -26,6 +25,9 @@ from nat_plugin_evsys.errors import (
     EngineClosedError,
     ModelError,
     PromptTooLongError,
+    ServiceCheckpointError,
+    ServiceDataError,
+    ServiceError,
     UnsupportedError,
 )
 from nat_plugin_evsys.types import SamplingParams

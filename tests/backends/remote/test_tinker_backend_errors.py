@@ -19,20 +19,23 @@ from pydantic import ValidationError
 from tinker.types import RequestErrorCategory
 
 from nat_plugin_evsys.backends.remote import waiting as service_waiting
-from nat_plugin_evsys.backends.remote.errors import (
-    Purpose,
+from nat_plugin_evsys.backends.remote.errors import Purpose, readable
+from nat_plugin_evsys.backends.remote.service import TinkerService
+from nat_plugin_evsys.backends.remote.waiting import ServiceWatch
+from nat_plugin_evsys.config import EvsysPolicyConfig
+from nat_plugin_evsys.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteGradientError,
+    PromptTooLongError,
     ServiceCheckpointError,
     ServiceDataError,
     ServiceError,
     ServiceGradientError,
     ServiceLostError,
     ServiceUnavailableError,
-    readable,
 )
-from nat_plugin_evsys.backends.remote.service import TinkerService
-from nat_plugin_evsys.backends.remote.waiting import ServiceWatch
-from nat_plugin_evsys.config import EvsysPolicyConfig
-from nat_plugin_evsys.errors import CheckpointError, ConfigError, DataError, NonFiniteGradientError, PromptTooLongError
 from nat_plugin_evsys.policy.weights import check_place
 from nat_plugin_evsys.training.job import describe_error
 

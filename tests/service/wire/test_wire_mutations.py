@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tinker.types.forward_backward_request import ForwardBackwardRequest
 from wire_strategies import requests, serialized
 
+from nat_plugin_evsys.errors import WireError
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
-from nat_plugin_evsys.service.wire.forward_backward import WireError, decode_forward_backward, forward_backward_address
+from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward, forward_backward_address
 
 EDITS = st.lists(st.tuples(st.sampled_from(["set", "insert", "delete", "cut", "copy"]), st.integers(0), st.binary()))
 

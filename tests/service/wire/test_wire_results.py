@@ -14,7 +14,8 @@ from tinker.types.prompt_alt_tokens import PromptAltTokens
 from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 from wire_strategies import DTYPES, NAMES
 
-from nat_plugin_evsys.service.wire.forward_backward import WireError, encode_forward_backward, encode_sample
+from nat_plugin_evsys.errors import WireError
+from nat_plugin_evsys.service.wire.forward_backward import encode_forward_backward, encode_sample
 
 
 @st.composite

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.base import LossCallable
-from nat_plugin_evsys.backends.remote.errors import ServiceError
 from nat_plugin_evsys.backends.remote.sampling import TinkerSamplingClient
 from nat_plugin_evsys.backends.remote.service import TinkerService
 from nat_plugin_evsys.backends.remote.session import ServiceOperation, TinkerSession, checked_uri, sampler_uri
 from nat_plugin_evsys.backends.remote.steps import StepCount
 from nat_plugin_evsys.backends.remote.tokenizer import find_tokenizer
 from nat_plugin_evsys.backends.remote.waiting import in_thread, sdk_future
-from nat_plugin_evsys.errors import ModelError
+from nat_plugin_evsys.errors import ModelError, ServiceError
 from nat_plugin_evsys.runtime import defaults
 
 if TYPE_CHECKING:

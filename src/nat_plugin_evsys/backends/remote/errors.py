@@ -1,12 +1,4 @@
-"""What a Tinker service's failures become.
-
-ServiceError                      the service failed or refused an operation; in its own words, with its category
-├── ServiceUnavailableError       it could not be reached, or not for longer than anybody waits
-├── ServiceLostError              it does not know the session, the model or the request (any more)
-├── ServiceDataError              … a Datum (also a DataError)
-├── ServiceGradientError          … an optimizer step, for a gradient that is not finite (also a NonFiniteGradientError)
-└── ServiceCheckpointError        … a checkpoint (also a CheckpointError)
-"""
+"""What a Tinker service's failures become: a ``ServiceError``, or the error that the embedded engine would raise."""
 
 from __future__ import annotations
 
@@ -14,12 +6,15 @@ import re
 from typing import Any, Literal
 
 from nat_plugin_evsys.errors import (
-    CheckpointError,
     ConfigError,
-    DataError,
     EvsysError,
-    NonFiniteGradientError,
     PromptTooLongError,
+    ServiceCheckpointError,
+    ServiceDataError,
+    ServiceError,
+    ServiceGradientError,
+    ServiceLostError,
+    ServiceUnavailableError,
     UnsupportedError,
 )
 
@@ -33,40 +28,6 @@ _TOO_LONG = re.compile(
     r"prompt has (?P<prompt>\d+) tokens and (?P<more>\d+) more .* context length is (?P<context>\d+)", re.DOTALL
 )
 _GO_ON = "go on from the last finished epoch with `resume: true` on the trainer"
-
-
-class ServiceError(EvsysError):
-    """The service failed or refused an operation.
-
-    Attributes:
-        category: ``user`` (what was asked is wrong), ``server`` or ``unknown``.
-        request_id: the service's id of the request, for its operator; None where there is none.
-    """
-
-    def __init__(self, message: str, *, category: str = "unknown", request_id: str | None = None) -> None:
-        super().__init__(message)
-        self.category = category
-        self.request_id = request_id
-
-
-class ServiceUnavailableError(ServiceError):
-    """The service cannot be reached."""
-
-
-class ServiceLostError(ServiceError):
-    """The service does not know what an operation was about: a session, a model, a sampler or a request."""
-
-
-class ServiceDataError(ServiceError, DataError):
-    """The service refused a Datum or a loss."""
-
-
-class ServiceGradientError(ServiceError, NonFiniteGradientError):
-    """The service refused an optimizer step: the accumulated gradient is not finite."""
-
-
-class ServiceCheckpointError(ServiceError, CheckpointError):
-    """The service has no such checkpoint, or cannot load or save it."""
 
 
 _REFUSALS: dict[Purpose, type[ServiceError]] = {

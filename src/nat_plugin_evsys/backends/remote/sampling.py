@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.base import TokenCallback
-from nat_plugin_evsys.backends.remote.errors import ServiceError
 from nat_plugin_evsys.backends.remote.waiting import ServiceWatch, sdk_future
-from nat_plugin_evsys.errors import DataError, PromptTooLongError, UnsupportedError
+from nat_plugin_evsys.errors import DataError, PromptTooLongError, ServiceError, UnsupportedError
 
 if TYPE_CHECKING:
     from tinker import types

@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from nat_plugin_evsys.backends.remote.errors import Purpose, ServiceUnavailableError, readable
+from nat_plugin_evsys.backends.remote.errors import Purpose, readable
 from nat_plugin_evsys.config.serve import is_loopback
-from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.errors import ConfigError, ServiceUnavailableError
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.config.policy import EvsysPolicyConfig

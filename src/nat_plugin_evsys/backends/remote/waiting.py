@@ -11,8 +11,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from nat_plugin_evsys.backends.remote.errors import Purpose, ServiceUnavailableError
+from nat_plugin_evsys.backends.remote.errors import Purpose
 from nat_plugin_evsys.backends.remote.service import TinkerService
+from nat_plugin_evsys.errors import ServiceUnavailableError
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,10 @@ from typing import Any, TypeVar
 
 from tinker import APIFuture
 
-from nat_plugin_evsys.errors import EngineClosedError
+from nat_plugin_evsys.errors import EngineClosedError, OperationCancelled
 
 T = TypeVar("T")
 F = TypeVar("F", bound="OperationFuture[Any]")
-
-
-class OperationCancelled(Exception):
-    """Raised inside a running operation whose awaiting task was cancelled."""
 
 
 class OperationFuture(APIFuture[T]):

@@ -47,11 +47,9 @@ class FusedDecoder:
         if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in decoder.parameters()):
             return None
         prefix = next(name for name, module in model.named_modules() if module is decoder)
-        try:
-            layers = [_layer(f"{prefix}.layers.{i}.", layer) for i, layer in enumerate(decoder.layers)]
-        except _OtherShapeError:
-            return None
-        return cls(decoder, layers)
+        layers = [_layer(f"{prefix}.layers.{i}.", layer) for i, layer in enumerate(decoder.layers)]
+        known = [layer for layer in layers if layer is not None]
+        return cls(decoder, known) if len(known) == len(layers) else None
 
     def hidden(self, trie: TokenTrie, read: Tensor, adapter: LoraAdapter | None, *, keep: bool = True) -> Tensor:
         """Last hidden states of the rows ``read`` (R,), rising, of the trie: [R, H].
@@ -72,20 +70,17 @@ class FusedDecoder:
         return out
 
 
-class _OtherShapeError(Exception):
-    """A module is not what the class's name promises."""
-
-
-def _layer(prefix: str, layer: Any) -> FusedLayer:
+def _layer(prefix: str, layer: Any) -> FusedLayer | None:
+    """None where a module is not what the class's name promises."""
     attention, mlp = layer.self_attn, layer.mlp
     linears = [layer.get_submodule(name) for name in _LINEARS]
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     eps = {n.variance_epsilon for n in (*norms, *head_norms) if n is not None}
     if any(type(linear) is not LoraLinear for linear in linears) or len(eps) != 1 or not _is_silu(mlp.act_fn):
-        raise _OtherShapeError
+        return None
     if any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules()):
-        raise _OtherShapeError
+        return None
     q, k, v, o, gate, up, down = linears
     return FusedLayer(
         query=LinearStack([q], norms[0].weight),

@@ -8,9 +8,10 @@ from google.protobuf.message import DecodeError
 from tinker import types
 from tinker.types.provenance_spans import PromptProvenanceSpan, SampledProvenanceSpan
 
+from nat_plugin_evsys.errors import WireError
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
 from nat_plugin_evsys.service.wire.results import encode_forward_backward, encode_sample
-from nat_plugin_evsys.service.wire.scan import WireError, check_affordable, forward_backward_address
+from nat_plugin_evsys.service.wire.scan import check_affordable, forward_backward_address
 from nat_plugin_evsys.service.wire.tensors import INT32, MAX_DENSE, decode_tensor, dense_elements, numbers
 
 __all__ = [

@@ -7,8 +7,8 @@ from itertools import groupby
 
 from tinker import types
 
+from nat_plugin_evsys.errors import WireError
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
-from nat_plugin_evsys.service.wire.scan import WireError
 from nat_plugin_evsys.service.wire.tensors import FLOAT32, INT32, INT64, encode_tensor, encode_topk, joined, to_bytes
 
 _STOP_REASONS = {"stop": wire_pb2.STOP_REASON_STOP, "length": wire_pb2.STOP_REASON_LENGTH}

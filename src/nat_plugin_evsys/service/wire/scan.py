@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.errors import WireError
 
 MAX_DATUMS = 1_000_000
 """Datums in one request; not less than the ``fwdbwd_max_chunk_len`` that clients are told."""
@@ -23,10 +23,6 @@ MAX_OTHERS = 10_000
 _MODEL_ID, _SEQ_ID, _DATA = 1, 2, 3
 
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
-
-
-class WireError(DataError):
-    """A protobuf message is malformed or too large; the message says where."""
 
 
 def forward_backward_address(body: bytes) -> tuple[str, int]:

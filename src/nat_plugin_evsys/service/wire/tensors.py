@@ -10,8 +10,8 @@ import numpy.typing as npt
 from tinker import types
 from tinker.types.topk_logprobs import TopkLogprobs
 
+from nat_plugin_evsys.errors import WireError
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
-from nat_plugin_evsys.service.wire.scan import WireError
 
 Array = npt.NDArray[np.generic]
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.engine.checkpoints import Kind, load_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.errors import CheckpointError, DataError, EvsysError, NonFiniteGradientError, UnsupportedError
+from nat_plugin_evsys.errors import (
+    CheckpointError,
+    DataError,
+    EvsysError,
+    NonFiniteGradientError,
+    OperationAbandoned,
+    UnsupportedError,
+)
 from nat_plugin_evsys.runtime.arguments import check_ttl
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, CheckpointStore
 from nat_plugin_evsys.runtime.runs import RunRecord
@@ -17,7 +24,7 @@ from nat_plugin_evsys.service.store.operations import JSON, PROTOBUF, Effect, Op
 from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward, encode_forward_backward
 from nat_plugin_evsys.service.wire.requests import LoadWeights, OptimStep, SaveWeights, metadata_of, parse
 from nat_plugin_evsys.service.work.access import CheckpointAccess
-from nat_plugin_evsys.service.work.failures import OperationAbandoned, failure, failure_of
+from nat_plugin_evsys.service.work.failures import failure, failure_of
 from nat_plugin_evsys.service.work.model import HostedModel
 from nat_plugin_evsys.service.work.opening import ModelOpening
 from nat_plugin_evsys.service.work.samplers import Samplers

@@ -6,18 +6,10 @@ import json
 import logging
 
 from nat_plugin_evsys.engine.model.loading import one_line
-from nat_plugin_evsys.errors import EngineClosedError, EvsysError, ModelError
+from nat_plugin_evsys.errors import EngineClosedError, EvsysError, ModelError, RestoreError
 from nat_plugin_evsys.service.store.operations import JSON, Effect, FailureCategory, Operation, Outcome
 
 logger = logging.getLogger(__name__)
-
-
-class OperationAbandoned(Exception):
-    """Raised inside an operation that has to stop because the engine closes; it stays unfinished in the store."""
-
-
-class RestoreError(EvsysError):
-    """A model's state cannot be made again from its snapshot and the operations since."""
 
 
 def failure(message: str, category: FailureCategory = FailureCategory.USER, effect: Effect = Effect.NONE) -> Outcome:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.errors import EvsysError, OperationAbandoned, RestoreError, WireError
 from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
-from nat_plugin_evsys.service.wire.forward_backward import WireError, decode_forward_backward
+from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward
 from nat_plugin_evsys.service.wire.requests import OptimStep, parse
-from nat_plugin_evsys.service.work.failures import OperationAbandoned, RestoreError, error_of
+from nat_plugin_evsys.service.work.failures import error_of
 from nat_plugin_evsys.service.work.ordering import SequenceBuffer
 from nat_plugin_evsys.service.work.states import SnapshotPolicy, Snapshots
 

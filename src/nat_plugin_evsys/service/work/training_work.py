@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.errors import EvsysError, OperationAbandoned
 from nat_plugin_evsys.service.store.operations import Operation, Outcome
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ import time
 
 from nat_plugin_evsys.service.store.operations import Effect, OperationKind
 from nat_plugin_evsys.service.work.execution import Execution
-from nat_plugin_evsys.service.work.failures import OperationAbandoned, failure
+from nat_plugin_evsys.service.work.failures import failure
 from nat_plugin_evsys.service.work.model import HostedModel
 from nat_plugin_evsys.service.work.throughput import Throughput
 
