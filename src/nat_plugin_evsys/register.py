@@ -53,7 +53,11 @@ async def evsys_exact_match(config: EvsysExactMatchConfig, _builder: EvalBuilder
     from nat_plugin_evsys.evaluators import ExactMatchEvaluator
 
     evaluator = ExactMatchEvaluator(config)
-    yield EvaluatorInfo(config=config, evaluate_fn=evaluator.evaluate, description="Output matches the answer")
+    yield EvaluatorInfo(
+        config=config,
+        evaluate_fn=evaluator.evaluate,  # type: ignore[arg-type]  # NAT awaits it, whatever it declares
+        description="Output matches the answer",
+    )
 
 
 @register_trajectory_builder(config_type=EvsysTrajectoryBuilderConfig)

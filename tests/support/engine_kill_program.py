@@ -18,8 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine_operations import SESSION, EngineHarness, ModelOperations, sample_operation
-from random_datums import byte_datums
-from tinker import types
+from random_datums import byte_datums, datum
 from transformers.utils import logging as transformers_logging
 
 from nat_plugin_evsys.service.store.operations import Operation, OperationKind
@@ -35,7 +34,7 @@ def script(base_model: str) -> list[Operation]:
     """The operations of two models, in the order that a client sends them. No two runs of it differ."""
     first, second = ModelOperations(0), ModelOperations(1)
     made = [first.create(base_model, seed=None), second.create(base_model, seed=7)]
-    bad = [types.Datum(types.ModelInput.from_ints([1, 999]), {"target_tokens": [1, 2]})]
+    bad = [datum([1, 999], {"target_tokens": [1, 2]})]
     for step in range(STEPS):
         for model in (first, second):
             made += [model.forward_backward(byte_datums(100 * step + chunk, length=30)) for chunk in range(2)]

@@ -32,7 +32,9 @@ def write_gguf(source: Path, target: Path) -> Path:
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
     for name, tensor in load_file(source / "model.safetensors").items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.numpy())
+        name_there = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert name_there is not None
+        writer.add_tensor(name_there, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

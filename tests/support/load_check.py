@@ -156,7 +156,8 @@ def _compare(model_id: str, sends: list[dict[str, Any]], log: list[tuple[Operati
 def _loss(outcome: Outcome) -> float:
     output = wire_pb2.ForwardBackwardOutput()
     output.ParseFromString(outcome.body)
-    return output.metrics["loss:sum"]
+    loss: float = output.metrics["loss:sum"]
+    return loss
 
 
 def replay(store: Store, root: Path, base_model: Path, row: ModelRow, scratch: Path) -> str | None:

@@ -38,7 +38,7 @@ class PlainModel:
             # Padding further than a window from the last real token would see no key at all and become NaN.
             mask = torch.ones_like(mask)
         merged = {
-            f"{name}.weight": self.model.get_submodule(name).weight + scale * (b @ a)
+            f"{name}.weight": self.model.get_parameter(f"{name}.weight") + scale * (b @ a)
             for name, (a, b) in matrices.items()
         }
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 from tinker import types
 from tiny import BYTES, VOCAB
+
+
+def datum(tokens: Sequence[int], inputs: Mapping[str, Sequence[float]]) -> types.Datum:
+    """A Datum whose inputs are plain lists, as a user writes them; Tinker's type makes tensors of them."""
+    return types.Datum(types.ModelInput.from_ints(list(tokens)), cast(types.LossFnInputs, dict(inputs)))
 
 
 def byte_datums(seed: int, count: int = 3, length: int = 10) -> list[types.Datum]:
     """cross_entropy Datums of byte tokens."""
     rng = random.Random(seed)
     rows = [[rng.randrange(BYTES) for _ in range(length)] for _ in range(count)]
-    return [types.Datum(types.ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in rows]
+    return [datum(row[:-1], {"target_tokens": row[1:]}) for row in rows]
 
 
 def ragged(seed: int, count: int = 5, shortest: int = 2, longest: int = 20) -> list[list[int]]:
@@ -28,8 +34,7 @@ def ce_datums(seed: int, count: int = 5) -> list[types.Datum]:
     data = []
     for tokens in ragged(seed, count):
         weights = [rng.choice([0.0, 1.0, rng.uniform(-1, 1)]) for _ in tokens[1:]]
-        inputs = {"target_tokens": tokens[1:], "weights": weights}
-        data.append(types.Datum(types.ModelInput.from_ints(tokens[:-1]), inputs))
+        data.append(datum(tokens[:-1], {"target_tokens": tokens[1:], "weights": weights}))
     return data
 
 
@@ -44,13 +49,13 @@ def rl_datums(seed: int, **extra: Callable[[int, random.Random], list[float]]) -
     for tokens in ragged(seed, shortest=4):
         n = len(tokens) - 1
         prompt = rng.randint(0, n - 1)
-        inputs = {
+        inputs: dict[str, Sequence[float]] = {
             "target_tokens": tokens[1:],
             "logprobs": [0.0] * prompt + [rng.uniform(-6.5, -4.0) for _ in range(n - prompt)],
             "advantages": [0.0] * prompt + [rng.uniform(-1.5, 1.5) for _ in range(n - prompt)],
             **{key: make(n, rng) for key, make in extra.items()},
         }
-        data.append(types.Datum(types.ModelInput.from_ints(tokens[:-1]), inputs))
+        data.append(datum(tokens[:-1], inputs))
     return data
 
 
@@ -80,7 +85,7 @@ def related_datums(seed: int, loss_fn: str = "ppo", count: int = 7, longest: int
         targets = [*tokens[1:], rng.randrange(VOCAB)]
         masked = rng.randint(0, n - 1)
         trained = [i >= masked and rng.random() < 0.8 for i in range(n)]
-        inputs: dict[str, list[float] | list[int]] = {"target_tokens": targets}
+        inputs: dict[str, Sequence[float]] = {"target_tokens": targets}
         if loss_fn == "cross_entropy":
             inputs["weights"] = [rng.uniform(-1, 1) if t else 0.0 for t in trained]
         else:
@@ -88,5 +93,5 @@ def related_datums(seed: int, loss_fn: str = "ppo", count: int = 7, longest: int
             inputs["advantages"] = [rng.uniform(-1.5, 1.5) if t else 0.0 for t in trained]
         if loss_fn == "gspo":
             inputs["sequence_ratio_mask"] = [1.0] * n
-        data.append(types.Datum(types.ModelInput.from_ints(tokens), inputs))
+        data.append(datum(tokens, inputs))
     return data

@@ -387,7 +387,8 @@ async def set_up(client: httpx.AsyncClient, base_model: str) -> Known:
     async def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = await client.post(f"{API}/{path}", json=body)
         answer.raise_for_status()
-        return answer.json()
+        found: dict[str, Any] = answer.json()
+        return found
 
     async def future(path: str, body: dict[str, Any]) -> dict[str, Any]:
         request_id = (await post(path, body))["request_id"]
@@ -395,9 +396,10 @@ async def set_up(client: httpx.AsyncClient, base_model: str) -> Known:
             answer = await client.post(f"{API}/retrieve_future", json={"request_id": request_id})
             if answer.status_code != 408:
                 answer.raise_for_status()
-                return answer.json()
+                found: dict[str, Any] = answer.json()
+                return found
 
-    session = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
+    session: dict[str, Any] = {"tags": [], "user_metadata": None, "sdk_version": "0.38.0", "type": "create_session"}
     session_id = (await post("create_session", session))["session_id"]
     lora = {"rank": 4, "seed": 0, "train_mlp": True, "train_attn": True, "train_unembed": False}
     model = {"session_id": session_id, "model_seq_id": 0, "base_model": base_model, "lora_config": lora}

@@ -91,7 +91,9 @@ def tiny_model(family: str, *, seed: int = 0, attention: str | None = None, **ch
     options = {"attn_implementation": attention} if attention else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(tiny_config(family, **changes), **options)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), **options)
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def byte_tokenizer(*special: str, letters: int = BYTES) -> PreTrainedTokenizerFast:

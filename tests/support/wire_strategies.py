@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -13,7 +15,7 @@ from tinker.types.provenance_spans import PromptProvenanceSpan, SampledProvenanc
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 NAMES = st.text(max_size=8)
-DTYPES = {"float32": np.float32, "int64": np.int64}
+DTYPES: dict[Literal["float32", "int64"], type[np.float32 | np.int64]] = {"float32": np.float32, "int64": np.int64}
 
 
 @st.composite
@@ -77,4 +79,5 @@ requests = st.builds(
 
 def serialized(request: ForwardBackwardRequest) -> bytes:
     """What the SDK posts."""
-    return forward_backward_request_to_proto(request).SerializeToString()
+    body: bytes = forward_backward_request_to_proto(request).SerializeToString()
+    return body

@@ -11,6 +11,7 @@ from nat_plugin_evsys.errors import UnsupportedError
 S = TypeVar("S")
 P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C", bound=Callable[..., Any])
 F = TypeVar("F", bound=OperationFuture[Any])
 
 
@@ -20,7 +21,7 @@ def submits(method: Callable[Concatenate[S, P], F]) -> Callable[Concatenate[S, P
     ``await (await client.forward_async(…))`` is the result. With ``wait=True`` the coroutine itself waits.
     """
 
-    async def submit(self: S, *args: P.args, **kwargs: P.kwargs) -> F:
+    async def submit(self: S, /, *args: P.args, **kwargs: P.kwargs) -> F:
         wait = kwargs.pop("wait", False)
         future = method(self, *args, **kwargs)
         if wait:
@@ -33,7 +34,7 @@ def submits(method: Callable[Concatenate[S, P], F]) -> Callable[Concatenate[S, P
 def awaits(method: Callable[Concatenate[S, P], Awaitable[T]]) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
     """The coroutine that waits for the result, as Tinker's sampling and creating calls do."""
 
-    async def wait(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def wait(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await method(self, *args, **kwargs)
 
     return _twin(wait, method, "returns the result")
@@ -42,7 +43,7 @@ def awaits(method: Callable[Concatenate[S, P], Awaitable[T]]) -> Callable[Concat
 def answers(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
     """The coroutine of a method that answers at once."""
 
-    async def answer(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def answer(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return method(self, *args, **kwargs)
 
     return _twin(answer, method, "returns the same")
@@ -59,10 +60,11 @@ def refuses(owner: str, name: str, why: str) -> Callable[..., Any]:
     return refuse
 
 
-def _twin(coroutine: Any, method: Any, returns: str) -> Any:
-    coroutine.__name__ = f"{method.__name__}_async"
-    coroutine.__qualname__ = f"{method.__qualname__}_async"
-    coroutine.__module__ = method.__module__
-    coroutine.__wrapped__ = method  # inspect.signature and help() then show the parameters
-    coroutine.__doc__ = f"Like ``{method.__name__}``, as a coroutine that {returns}."
+def _twin(coroutine: C, method: Any, returns: str) -> C:
+    twin: Any = coroutine
+    twin.__name__ = f"{method.__name__}_async"
+    twin.__qualname__ = f"{method.__qualname__}_async"
+    twin.__module__ = method.__module__
+    twin.__wrapped__ = method  # inspect.signature and help() then show the parameters
+    twin.__doc__ = f"Like ``{method.__name__}``, as a coroutine that {returns}."
     return coroutine

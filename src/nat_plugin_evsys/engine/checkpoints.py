@@ -170,7 +170,7 @@ def load_adapter(path: Path | str, base: BaseModel, *, like: LoraAdapter | None 
     tensors = from_peft_names(_load_tensors(info.path / ADAPTER), info.targets, info.path)
 
     def on_device(name: str, side: str) -> Tensor:
-        return tensors[f"{name}.lora_{side}.weight"].to(base.model.get_submodule(name).weight.device)  # type: ignore[arg-type]
+        return tensors[f"{name}.lora_{side}.weight"].to(base.model.get_parameter(f"{name}.weight").device)
 
     weights = {name: (on_device(name, "A"), on_device(name, "B")) for name in info.targets}
     return LoraAdapter(info.rank, info.alpha, weights)

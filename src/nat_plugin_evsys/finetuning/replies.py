@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nat_plugin_evsys.calls import Call
-from nat_plugin_evsys.finetuning.evaluation import Attempt
 from nat_plugin_evsys.report.replies import Reply
+from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.rollouts.episodes import text_of
 
 VERDICT_LENGTH = 200

@@ -168,6 +168,6 @@ class RecordedRunner:
 @cache
 def _json_path(expression: str) -> Any:
     """Parsed once: that takes longer than many a rollout's other bookkeeping."""
-    from jsonpath_ng import parse
+    from jsonpath_ng.parser import parse
 
     return parse(expression)

@@ -155,7 +155,7 @@ class ChatRenderer:
 
         extra = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         try:
-            return self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 messages,
                 tools=list(tools) if tools else None,
                 chat_template=self._chat_template,
@@ -165,6 +165,7 @@ class ChatRenderer:
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise DataError(f"the model's chat template cannot render these messages: {error}") from error
+        return text
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:
@@ -190,7 +191,8 @@ class ChatRenderer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, control tokens included."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     def without_stop(self, ids: Sequence[int]) -> list[int]:
         """The ids without the control token that ended the sequence.
@@ -205,7 +207,7 @@ class ChatRenderer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a token may hold a part of a character only."""
-        piece = self.tokenizer.convert_ids_to_tokens(token_id)
+        piece: str | None = self.tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
         if token_id in self._control_ids:

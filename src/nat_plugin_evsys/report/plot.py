@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.report.metrics import EPOCH, VALIDATION
@@ -97,10 +97,12 @@ def _label(axes: Axes, title: str) -> None:
 
 def _clipped(row: Row, sign: int) -> float:
     """One standard deviation from the mean, but not beyond what was really seen."""
-    edge = row["reward_mean"] + sign * row["reward_std"]
+    edge: float = row["reward_mean"] + sign * row["reward_std"]
     low, high = row.get("reward_min"), row.get("reward_max")
-    return min(max(edge, low if _number(low) else edge), high if _number(high) else edge)
+    if _number(low):
+        edge = max(edge, low)
+    return min(edge, high) if _number(high) else edge
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)

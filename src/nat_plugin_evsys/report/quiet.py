@@ -56,8 +56,9 @@ def _restore() -> None:
 
 
 def _disabled(bar: type) -> type:
-    class QuietTqdm(bar):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
+    original: Any = bar
 
-    return QuietTqdm
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original.__init__(self, *args, **{**kwargs, "disable": True})
+
+    return type("QuietTqdm", (bar,), {"__init__": init})

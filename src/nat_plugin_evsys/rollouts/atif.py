@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from nat.atif import Agent, FinalMetrics, Metrics, Observation, ObservationResult, Step, ToolCall, Trajectory
 
@@ -25,7 +25,12 @@ _DIGITS = 5
 _IMPOSSIBLE = -9999.0
 """What OpenAI writes for a log-probability of minus infinity, which JSON has no word for."""
 
-_SOURCES = {"system": "system", "developer": "system", "user": "user", "assistant": "agent"}
+_SOURCES: dict[str, Literal["system", "user", "agent"]] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "agent",
+}
 
 
 def atif_trajectory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nat.data_models.finetuning import DPOItem, Trajectory
+from nat.data_models.finetuning import DPOItem, EpisodeItem, Trajectory
 
 from nat_plugin_evsys.errors import DataError
 
@@ -38,8 +38,9 @@ def preference_trajectories(rows: Sequence[Sequence[Trajectory]]) -> list[Prefer
     found = []
     for group, row in enumerate(rows):
         for position, trajectory in enumerate(row):
+            episode: Sequence[EpisodeItem | DPOItem] = trajectory.episode  # NAT's list of either kind
             items = []
-            for number, item in enumerate(trajectory.episode):
+            for number, item in enumerate(episode):
                 if not isinstance(item, DPOItem):
                     raise DataError(
                         f"{_name(group, position)}, item {number}: an item with a role (`{item.role.value}`), but "

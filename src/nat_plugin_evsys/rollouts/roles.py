@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 from nat.data_models.finetuning import DPOItem, EpisodeItem, EpisodeItemRole, Trajectory
@@ -32,7 +33,8 @@ def validate_episode_order(trajectory: Trajectory, name: str) -> None:
     if not episode:
         raise DataError(f"{name}: the episode is empty; it must open with system or user and end with assistant")
     previous: EpisodeItemRole | None = None
-    for position, item in enumerate(episode):
+    items: Sequence[EpisodeItem | DPOItem] = episode  # NAT's list of either kind
+    for position, item in enumerate(items):
         if isinstance(item, DPOItem):
             raise DataError(
                 f"{name}, item {position}: a DPO preference pair, but an episode of items with roles (EpisodeItem) "

@@ -63,12 +63,13 @@ def check_ttl(ttl_seconds: Any) -> int | None:
     if ttl_seconds is None:
         return None
     whole = isinstance(ttl_seconds, int) and not isinstance(ttl_seconds, bool)
-    if not whole or not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
+    seconds: int = ttl_seconds
+    if not whole or not MIN_TTL_SECONDS <= seconds <= MAX_TTL_SECONDS:
         raise ConfigError(
             f"ttl_seconds must be None (never expires) or an integer from {MIN_TTL_SECONDS} (one hour) to "
             f"{MAX_TTL_SECONDS} (ten years), got {ttl_seconds!r}"
         )
-    return ttl_seconds
+    return seconds
 
 
 def check_data(data: Any) -> list[tinker.Datum]:

@@ -59,7 +59,7 @@ class TinkerSamplingClient:
             )
         except TypeError as error:
             raise self._watch.service.readable(error, self._what, "sample") from error
-        response = await self._watch.wait(sdk_future(returned), self._what, "sample", cancel=True)
+        response: types.SampleResponse = await self._watch.wait(sdk_future(returned), self._what, "sample", cancel=True)
         for index, sequence in enumerate(response.sequences):
             tokens, logprobs = sequence.tokens, sequence.logprobs
             if logprobs is None or len(logprobs) != len(tokens):

@@ -89,7 +89,8 @@ class TinkerService:
         if found is None:
             names = ", ".join(sorted(f"`{name}`" for name in models if name)) or "none"
             raise ConfigError(f"base_url {self.url} does not serve `{base_model}`; set base_model to one of: {names}")
-        return found.max_context_length
+        length: int | None = found.max_context_length
+        return length
 
     def is_healthy(self) -> bool:
         """True when the service answers what it can do. Blocks."""

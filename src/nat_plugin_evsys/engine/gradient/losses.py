@@ -186,7 +186,7 @@ LOSSES: dict[str, LossSpec] = {
 }
 
 
-def resolve_config(loss_fn: str, config: Mapping[str, float] | None) -> dict[str, float]:
+def resolve_config(loss_fn: str, config: Mapping[str, float | str] | None) -> dict[str, float]:
     """The config with defaults filled in.
 
     Raises:
@@ -198,11 +198,11 @@ def resolve_config(loss_fn: str, config: Mapping[str, float] | None) -> dict[str
     if unknown:
         known = ", ".join(defaults) or "no keys at all"
         raise ConfigError(f"loss_fn_config of {loss_fn} has the unknown key {unknown[0]!r}; it takes {known}")
+    merged = dict(defaults)
     for key, value in given.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             raise ConfigError(f"loss_fn_config of {loss_fn}: {key} is {value!r}; give a finite number >= 0")
-    merged = {**defaults, **given}
+        merged[key] = value
     if "clip_low_threshold" in merged and merged["clip_low_threshold"] > merged["clip_high_threshold"]:
         raise ConfigError(
             f"loss_fn_config of {loss_fn}: clip_low_threshold {merged['clip_low_threshold']} is above "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from tinker import types
@@ -11,9 +10,6 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.losses import LossResult, summarise, trained_rows
-
-if TYPE_CHECKING:
-    pass
 
 _OUTPUT_TYPE = "TorchLossReturn"
 

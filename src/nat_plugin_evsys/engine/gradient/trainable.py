@@ -82,7 +82,7 @@ class TrainableModel:
         self,
         data: Sequence[tinker.Datum],
         loss_fn: str,
-        loss_fn_config: Mapping[str, float] | None = None,
+        loss_fn_config: Mapping[str, float | str] | None = None,
         progress: Progress | None = None,
     ) -> types.ForwardBackwardOutput:
         """Loss and gradient of the *sum* over Datums; the gradient is added to what has accumulated.
@@ -110,7 +110,7 @@ class TrainableModel:
         self,
         data: Sequence[tinker.Datum],
         loss_fn: str,
-        loss_fn_config: Mapping[str, float] | None = None,
+        loss_fn_config: Mapping[str, float | str] | None = None,
         progress: Progress | None = None,
     ) -> types.ForwardBackwardOutput:
         """``forward_backward`` without gradient."""
@@ -180,7 +180,7 @@ class TrainableModel:
         self,
         data: Sequence[tinker.Datum],
         loss_fn: str,
-        loss_fn_config: Mapping[str, float] | None,
+        loss_fn_config: Mapping[str, float | str] | None,
         progress: Progress | None,
         *,
         backward: bool,

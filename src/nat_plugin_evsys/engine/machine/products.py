@@ -52,8 +52,9 @@ def transposed(weight: Tensor) -> Tensor:
     """
     if not prefers_onednn():
         return weight.T
-    version, copy = _TRANSPOSED.get(weight, (None, None))
-    if copy is None or version != weight._version:
-        copy = reordered(weight.detach().T)
-        _TRANSPOSED[weight] = (weight._version, copy)
+    made: tuple[int, Tensor] | None = _TRANSPOSED.get(weight)
+    if made is not None and made[0] == weight._version:
+        return made[1]
+    copy = reordered(weight.detach().T)
+    _TRANSPOSED[weight] = (weight._version, copy)
     return copy

@@ -194,7 +194,8 @@ def _encode(
 
     def ids(upto: int, prompt: bool) -> list[int]:
         text = tokenizer.apply_chat_template(messages[:upto], tools=tools, tokenize=False, add_generation_prompt=prompt)
-        return tokenizer(text)["input_ids"]
+        found: list[int] = tokenizer(text)["input_ids"]
+        return found
 
     full = ids(len(messages), False)
     weights = [PROMPT_WEIGHT] * len(full)

@@ -40,7 +40,7 @@ class OutputHead:
         self._check(model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.linear(hidden)
+        logits: Tensor = self.linear(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -66,7 +66,7 @@ def hidden_rows(model: PreTrainedModel, sequences: Sequence[Tensor], device: tor
     """
     lengths = torch.tensor([len(s) for s in sequences])
     ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).to(device)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    hidden: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     real = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
     return hidden.reshape(-1, hidden.shape[-1])[real.reshape(-1).nonzero().squeeze(1).to(device)]
 

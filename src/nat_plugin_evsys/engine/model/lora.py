@@ -162,10 +162,10 @@ def install(model: PreTrainedModel) -> None:
         module = model.get_submodule(name)
         if type(module) is nn.Linear:
             module.__class__ = LoraLinear
-            module.lora_name = name  # type: ignore[assignment]
+            module.lora_name = name  # type: ignore[assignment]  # mypy does not follow __class__
         else:
             module.register_forward_hook(_hook(name))
-    model._evsys_lora_installed = True  # type: ignore[assignment]
+    model._evsys_lora_installed = True  # type: ignore[assignment]  # torch knows tensors and modules only
 
 
 def _hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:

@@ -20,7 +20,7 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
         [..., out]. B's share is added into the product with W, in the forward pass and in the gradient by x, so no
         tensor of the size of x or of the output is made besides the result; x is kept once for A's gradient.
     """
-    out: Tensor = _LoraLinear.apply(x, weight, bias, a, b, scale)
+    out: Tensor = _LoraLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]  # torch gives apply() no types
     return out
 
 

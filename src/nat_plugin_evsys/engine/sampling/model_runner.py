@@ -138,7 +138,8 @@ class ModelRunner:
                 use_cache=True,
                 logits_to_keep=keep,
             )
-        return output.logits
+        logits: Tensor = output.logits
+        return logits
 
 
 class _Feed:

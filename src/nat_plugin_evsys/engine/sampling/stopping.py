@@ -103,4 +103,7 @@ class StopTextMatcher:
         self._base = self._decode(self._settled)
 
     def _decode(self, end: int) -> str:
-        return self._tokenizer.decode(self._ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(
+            self._ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text

@@ -121,7 +121,7 @@ def _attention(
     """``query [1, heads, T, dim]``, ``key`` and ``value [1, kv_heads, T, dim]`` -> ``[1, T, heads, dim]``."""
     plan = _ACTIVE.get()
     assert plan is not None
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]  # torch knows tensors and modules only
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return span_attention(query, key, value, plan, layer, scale).transpose(1, 2), None
 

@@ -90,7 +90,7 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, sc
     Returns:
         [1, heads, T, dim], in memory [1, T, heads, dim]. No tensor larger than that is made.
     """
-    out: Tensor = _TreeAttention.apply(query, key, value, plan, scale)
+    out: Tensor = _TreeAttention.apply(query, key, value, plan, scale)  # type: ignore[no-untyped-call]  # torch gives apply() no types
     return out
 
 

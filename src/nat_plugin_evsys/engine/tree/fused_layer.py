@@ -88,7 +88,7 @@ def fused_layer(
         keep: keep what the backward pass needs; if not, it computes the layer again from x.
     """
     flat = [t for pair in pairs for t in (pair or (None, None))]
-    out: Tensor = _FusedLayer.apply(x, layer, rows, scale, keep, *flat)
+    out: Tensor = _FusedLayer.apply(x, layer, rows, scale, keep, *flat)  # type: ignore[no-untyped-call]  # torch gives apply() no types
     return out
 
 
@@ -222,7 +222,8 @@ class _Step:
     def _values(self, kv_low: Tensor) -> Tensor:
         """``[T, kv_heads, dim]``."""
         width = self._layer.kv_heads * self._layer.dim
-        return kv_low[:, width : 2 * width].unflatten(1, (self._layer.kv_heads, self._layer.dim))
+        values: Tensor = kv_low[:, width : 2 * width].unflatten(1, (self._layer.kv_heads, self._layer.dim))
+        return values
 
     def _mlp_backward(self, grad: Tensor, middle: Tensor, gu_low: Tensor, d_low: Tensor) -> Tensor:
         """``grad`` plus what comes through the MLP."""
@@ -251,7 +252,8 @@ def _first(heads: Tensor) -> Tensor:
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.ops.aten.silu(gate).mul_(up)
+    product: Tensor = torch.ops.aten.silu(gate).mul_(up)
+    return product
 
 
 def _some(tensor: Tensor | None) -> Tensor:

@@ -69,7 +69,7 @@ def pair_logprobs(
         elif adapted:
             lp, h = _plain_logprobs(head, adapter, hidden[rows], here)
         else:
-            lp, h = _TargetLogprobs.apply(hidden[rows], here, head)
+            lp, h = _TargetLogprobs.apply(hidden[rows], here, head)  # type: ignore[no-untyped-call]  # torch gives apply() no types
         logprobs = logprobs.masked_scatter(index, lp)
         entropy[rows] = h.detach() * row_read[rows]
     return logprobs, entropy

@@ -118,7 +118,7 @@ class AccessLog:
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == REQUEST_ID_HEADER.encode():
-            given = value.decode("latin-1")
+            given: str = value.decode("latin-1")
             if _REQUEST_ID.fullmatch(given):
                 return given
     return uuid.uuid4().hex

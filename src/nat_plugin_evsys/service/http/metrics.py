@@ -98,7 +98,7 @@ def _counter(name: str, text: str, label: str | None, values: dict[str, float]) 
     return _family(CounterMetricFamily(name, text, labels=[label] if label else []), label, values)
 
 
-def _family(family: Any, label: str | None, values: dict[str, float]) -> Metric:
+def _family(family: GaugeMetricFamily | CounterMetricFamily, label: str | None, values: dict[str, float]) -> Metric:
     for key, value in values.items():
         family.add_metric([key] if label else [], value)
     return family

@@ -45,7 +45,7 @@ sessions = Table(
 )
 
 
-def _session() -> Column:
+def _session() -> Column[str]:
     return Column("session_id", Text, ForeignKey("sessions.session_id", ondelete="CASCADE"), nullable=False, index=True)
 
 
@@ -124,7 +124,7 @@ Index("operations_unfinished", operations.c.scope, sqlite_where=operations.c.fin
 Index("operations_by_end", operations.c.finished_at)
 
 
-def _operation() -> Column:
+def _operation() -> Column[int]:
     return Column("operation", Integer, ForeignKey("operations.id", ondelete="CASCADE"), primary_key=True)
 
 

@@ -31,7 +31,8 @@ def encode_forward_backward(output: types.ForwardBackwardOutput) -> bytes:
             raise WireError(f"loss_fn_outputs[{index}] has the fields {layout}, but the first has {layouts[0]}")
     for _, group in groupby(outputs, key=_trailing_shapes):
         message.loss_fn_outputs.append(_encode_record(list(group), output.loss_fn_output_type))
-    return message.SerializeToString()
+    body: bytes = message.SerializeToString()
+    return body
 
 
 def encode_sample(response: types.SampleResponse) -> bytes:
@@ -49,7 +50,8 @@ def encode_sample(response: types.SampleResponse) -> bytes:
     if response.prompt_alt_tokens is not None:
         message.prompt_alt_tokens.tokens.CopyFrom(encode_tensor(response.prompt_alt_tokens.tokens))
         message.prompt_alt_tokens.logprobs.CopyFrom(encode_tensor(response.prompt_alt_tokens.logprobs))
-    return message.SerializeToString()
+    body: bytes = message.SerializeToString()
+    return body
 
 
 def _layout(datum: types.LossFnOutput) -> dict[str, str]:

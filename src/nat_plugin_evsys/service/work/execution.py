@@ -106,7 +106,7 @@ class Execution:
                 raise OperationAbandoned
 
         method = TrainableModel.forward if request.forward_only else TrainableModel.forward_backward
-        output = method(model, request.data, request.loss_fn, request.loss_fn_config, progress)  # type: ignore[arg-type]
+        output = method(model, request.data, request.loss_fn, request.loss_fn_config, progress)
         if not request.forward_only:
             hosted.tokens_trained += int(output.metrics.get("datum_tokens:sum", 0))
         effect = Effect.NONE if request.forward_only else Effect.APPLIED

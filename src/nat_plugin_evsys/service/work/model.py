@@ -213,7 +213,7 @@ class HostedModel:
             model.discard_gradient()
         elif operation.kind == OperationKind.FORWARD_BACKWARD:
             request = decode_forward_backward(operation.payload)
-            model.forward_backward(request.data, request.loss_fn, request.loss_fn_config, progress)  # type: ignore[arg-type]
+            model.forward_backward(request.data, request.loss_fn, request.loss_fn_config, progress)
         elif operation.kind == OperationKind.OPTIM_STEP:
             model.optim_step(parse(OptimStep, operation.payload).params.params())
         elif operation.kind == OperationKind.LOAD_WEIGHTS:
