@@ -19,6 +19,7 @@ from nat.data_models.finetuning import (
 )
 from nat.finetuning.interfaces.finetuning_runner import Trainer
 
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 
@@ -48,18 +49,26 @@ def rows(kept: TrajectoryCollection) -> list[str]:
     return [(group[0].metadata or {})["row_id"] for group in kept.trajectories]
 
 
+def apply(
+    subject: Curriculum, trajectories: TrajectoryCollection, epoch: int
+) -> tuple[TrajectoryCollection, Counter[DropReason]]:
+    """What is trained on, and reason -> calls left out."""
+    selection = subject.select(trajectories, epoch)
+    return selection.collection, selection.dropped_calls
+
+
 TEN = collection(*(spread(mean / 10) for mean in (5, 9, 1, 8, 2, 7, 3, 6, 4, 10)))
 """Ten groups; the easiest are row9 (1.0), row1 (0.9), row3 (0.8)."""
 
 
 def test_starts_with_the_easiest_groups_in_dataset_order() -> None:
-    kept, dropped = curriculum(initial_percentile=0.3).apply(TEN, 0)
+    kept, dropped = apply(curriculum(initial_percentile=0.3), TEN, 0)
     assert rows(kept) == ["row1", "row3", "row9"]
     assert dropped == Counter({"curriculum_percentile": 14})
 
 
 def test_sort_ascending_starts_with_the_hardest() -> None:
-    kept, _ = curriculum(initial_percentile=0.3, sort_ascending=True).apply(TEN, 0)
+    kept, _ = apply(curriculum(initial_percentile=0.3, sort_ascending=True), TEN, 0)
     assert rows(kept) == ["row2", "row4", "row6"]
 
 
@@ -69,7 +78,7 @@ def test_sort_ascending_starts_with_the_hardest() -> None:
 )
 def test_grows_every_expansion_interval_epochs_up_to_all_groups(epoch: int, groups: int, last_expansion: int) -> None:
     subject = curriculum(initial_percentile=0.3, increment_percentile=0.2, expansion_interval=5)
-    kept, _ = subject.apply(TEN, epoch)
+    kept, _ = apply(subject, TEN, epoch)
     assert len(kept.trajectories) == groups
     assert subject.state()["last_expansion_epoch"] == last_expansion
     assert subject.state()["current_percentile"] == pytest.approx(min(1.0, 0.3 + 0.2 * (epoch // 5)))
@@ -77,19 +86,19 @@ def test_grows_every_expansion_interval_epochs_up_to_all_groups(epoch: int, grou
 
 def test_min_reward_diff_leaves_out_groups_without_a_signal_before_the_percentile_counts() -> None:
     epoch = collection([1.0, 1.0], [0.9, 0.8], [0.2, 0.3], [0.0, 0.05], calls=3)
-    kept, dropped = curriculum(initial_percentile=0.5, min_reward_diff=0.1).apply(epoch, 0)
+    kept, dropped = apply(curriculum(initial_percentile=0.5, min_reward_diff=0.1), epoch, 0)
     assert rows(kept) == ["row1"]
     assert dropped == Counter({"curriculum_min_reward_diff": 12, "curriculum_percentile": 6})
 
 
 def test_a_difference_of_exactly_min_reward_diff_is_included() -> None:
     assert 0.3 - 0.2 < 0.1  # in binary floats
-    kept, _ = curriculum(initial_percentile=1.0, min_reward_diff=0.1).apply(collection([0.2, 0.3]), 0)
+    kept, _ = apply(curriculum(initial_percentile=1.0, min_reward_diff=0.1), collection([0.2, 0.3]), 0)
     assert rows(kept) == ["row0"]
 
 
 def test_one_group_is_filtered_like_any_other() -> None:
-    kept, dropped = curriculum().apply(collection([0.5, 0.5]), 0)
+    kept, dropped = apply(curriculum(), collection([0.5, 0.5]), 0)
     assert kept.trajectories == []
     assert dropped == Counter({"curriculum_min_reward_diff": 2})
 
@@ -97,10 +106,10 @@ def test_one_group_is_filtered_like_any_other() -> None:
 def test_random_subsample_thins_every_group_and_keeps_two() -> None:
     epoch = collection([0, 1, 0, 1, 0, 1, 0, 1], [0, 1, 0], [0, 1], calls=2)
     subject = curriculum(initial_percentile=1.0, random_subsample=0.5)
-    kept, dropped = subject.apply(epoch, 0)
+    kept, dropped = apply(subject, epoch, 0)
     assert [len(group) for group in kept.trajectories] == [4, 2, 2]
     assert dropped == Counter({"curriculum_subsample": 10})
-    again, _ = curriculum(initial_percentile=1.0, random_subsample=0.5).apply(epoch, 0)
+    again, _ = apply(curriculum(initial_percentile=1.0, random_subsample=0.5), epoch, 0)
     assert again == kept
 
 
@@ -108,7 +117,7 @@ def test_random_subsample_differs_between_epochs_and_seeds() -> None:
     epoch = collection([float(number) for number in range(32)])
 
     def chosen(seed: int, number: int) -> list[float]:
-        kept, _ = curriculum(seed, initial_percentile=1.0, random_subsample=0.5).apply(epoch, number)
+        kept, _ = apply(curriculum(seed, initial_percentile=1.0, random_subsample=0.5), epoch, number)
         return [item.reward for item in kept.trajectories[0]]
 
     assert chosen(0, 0) == chosen(0, 0)
@@ -119,7 +128,7 @@ def test_random_subsample_differs_between_epochs_and_seeds() -> None:
 def test_disabled_changes_nothing() -> None:
     epoch = collection([1.0, 1.0], [0.0, 1.0])
     config = CurriculumLearningConfig(enabled=False, initial_percentile=0.1, random_subsample=0.5)
-    kept, dropped = Curriculum(config).apply(epoch, 0)
+    kept, dropped = apply(Curriculum(config), epoch, 0)
     assert kept == epoch
     assert not dropped
 
@@ -138,12 +147,12 @@ def test_min_reward_diff_that_no_group_or_every_group_meets_is_refused(value: fl
 
 def test_a_reward_that_is_not_finite_is_refused_by_row() -> None:
     with pytest.raises(DataError, match="row1"):
-        curriculum().apply(collection([0.0, 1.0], [0.0, math.nan]), 0)
+        apply(curriculum(), collection([0.0, 1.0], [0.0, math.nan]), 0)
 
 
 def test_state_has_nats_keys_names_rows_and_survives_json() -> None:
     subject = curriculum(initial_percentile=0.3, expansion_interval=2)
-    subject.apply(TEN, 3)
+    apply(subject, TEN, 3)
     state = subject.state()
 
     class Plain(Trainer):
@@ -161,7 +170,7 @@ def test_state_has_nats_keys_names_rows_and_survives_json() -> None:
     resumed = curriculum(initial_percentile=0.3, expansion_interval=2)
     resumed.load_state(json.loads(json.dumps(state)))
     assert resumed.state() == state
-    assert resumed.apply(TEN, 4) == subject.apply(TEN, 4)
+    assert apply(resumed, TEN, 4) == apply(subject, TEN, 4)
 
 
 rewards = st.floats(min_value=-2, max_value=2, allow_nan=False)
@@ -211,7 +220,7 @@ def test_whatever_the_settings_nothing_vanishes(
 @given(rewards_G=st.lists(st.lists(rewards, min_size=1, max_size=4), min_size=1, max_size=8), share=st.floats(0.01, 1))
 def test_no_group_left_out_is_easier_than_one_that_stays(rewards_G: list[list[float]], share: float) -> None:
     before = collection(*rewards_G)
-    kept, _ = curriculum(initial_percentile=share, min_reward_diff=0.0).apply(before, 0)
+    kept, _ = apply(curriculum(initial_percentile=share, min_reward_diff=0.0), before, 0)
     means = {f"row{g}": math.fsum(group) / len(group) for g, group in enumerate(rewards_G)}
     stay = set(rows(kept))
     assert len(stay) >= share * len(means) - 1e-6

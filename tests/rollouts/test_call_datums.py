@@ -1,19 +1,20 @@
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tinker import TensorData
+from tinker import Datum, TensorData
 
 from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.rollouts.datums import (
     DatumSet,
+    Provenance,
     chain_datum,
     group_datums,
     token_chains,
-    trained_rows,
     with_prompt_logprobs,
 )
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
@@ -170,6 +171,15 @@ def test_every_call_is_trained_once_with_its_recorded_ids_or_dropped_under_a_rea
         assert all(np.asarray(inputs(datum)["logprobs"])[~marked] == 0.0)
         assert all(np.asarray(inputs(datum)["advantages"])[~marked] == 0.0)
     assert len(trained) == result.trained_calls
+
+
+def trained_rows(datum: Datum, origin: Provenance) -> Iterator[tuple[tuple[int, ...], int, float, float]]:
+    """``(context ids, target id, logprob, advantage)`` of every sampled token of a Datum."""
+    ids = datum.model_input.to_ints()
+    columns: list[list[Any]] = [datum.loss_fn_inputs[k].tolist() for k in ("target_tokens", "logprobs", "advantages")]
+    for span in origin.spans:
+        for row in range(span.start, span.stop):
+            yield tuple(ids[: row + 1]), columns[0][row], columns[1][row], columns[2][row]
 
 
 @given(GROUPS, st.sampled_from(["group_mean", "group_mean_std", "reward"]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nat.data_models.finetuning import DPOItem, EpisodeItem, EpisodeItemRole, OpenAIMessage, Trajectory
+from nat.data_models.finetuning import DPOItem, OpenAIMessage
 from tiny import perturb
 
 from nat_plugin_evsys.errors import ConfigError, DataError
@@ -16,7 +16,6 @@ from nat_plugin_evsys.training.dpo import (
     DpoStep,
     build_dpo_pairs,
     dpo_loss,
-    preference_items,
     train_dpo,
     with_reference,
 )
@@ -30,16 +29,6 @@ ITEMS = [
     ),
     DPOItem(prompt="colour?", chosen_response="blue", rejected_response="red"),
 ]
-
-
-def test_items_of_nat_trajectories() -> None:
-    trajectories = [Trajectory(episode=ITEMS[:2], reward=1.0), Trajectory(episode=ITEMS[2:], reward=0.5)]
-    assert preference_items(trajectories) == ITEMS
-    wrong = EpisodeItem(role=EpisodeItemRole.USER, content="x")
-    with pytest.raises(DataError, match="trajectory 2, item 0: a EpisodeItem"):
-        preference_items([*trajectories, Trajectory(episode=[wrong], reward=1.0)])
-    with pytest.raises(DataError, match="trajectory 0 has no items"):
-        preference_items([Trajectory(episode=[], reward=1.0)])
 
 
 def test_a_pair_shares_its_prompt_and_weighs_its_replies(render: Any, render_reply: Any) -> None:

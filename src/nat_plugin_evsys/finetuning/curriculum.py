@@ -85,13 +85,8 @@ class Curriculum:
         expansions = self._expansions(epoch)
         return expansions * self.config.expansion_interval if expansions else -1
 
-    def apply(self, collection: TrajectoryCollection, epoch: int) -> tuple[TrajectoryCollection, Counter[DropReason]]:
-        """The trajectories to train on in ``epoch`` (counted from 0), and reason -> calls left out."""
-        selection = self.select(collection, epoch)
-        return selection.collection, selection.dropped_calls
-
     def select(self, collection: TrajectoryCollection, epoch: int) -> Selection:
-        """Like ``apply``, with what was left out counted in trajectories too.
+        """The trajectories to train on in ``epoch`` (counted from 0), and what was left out, by reason.
 
         Raises:
             DataError: a reward is not a finite number.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,15 +206,6 @@ def with_prompt_logprobs(datum: Datum, origin: Provenance, learner: TensorData) 
         logprobs[span.start : span.stop] = recorded[span.start : span.stop]
     inputs = {**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)}
     return Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
-
-
-def trained_rows(datum: Datum, origin: Provenance) -> Iterator[tuple[tuple[int, ...], int, float, float]]:
-    """``(context ids, target id, logprob, advantage)`` of every sampled token of a Datum."""
-    ids = datum.model_input.to_ints()
-    columns: list[list[Any]] = [datum.loss_fn_inputs[k].tolist() for k in ("target_tokens", "logprobs", "advantages")]
-    for span in origin.spans:
-        for row in range(span.start, span.stop):
-            yield tuple(ids[: row + 1]), columns[0][row], columns[1][row], columns[2][row]
 
 
 def _no_signal(rewards_G: list[float], advantage: AdvantageMethod) -> DropReason | None:

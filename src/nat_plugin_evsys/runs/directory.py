@@ -47,7 +47,6 @@ class RunDirectory:
         self.state_path = self.path / self.STATE
         self.config_path = self.path / "config.yml"
         self.metrics_path = self.path / "metrics.jsonl"
-        self.jobs_path = self.path / "jobs.jsonl"
         self.plot_path = self.path / "rewards.png"
         self.summary_path = self.path / "summary.json"
         self.rollouts = RolloutFiles(self.path)

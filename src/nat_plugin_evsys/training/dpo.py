@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from nat.data_models.finetuning import DPOItem, Trajectory
+from nat.data_models.finetuning import DPOItem
 from tinker import Datum, TensorData, types
 
 from nat_plugin_evsys.backends.base import Backend, LossCallable
@@ -66,23 +66,6 @@ class DpoStep:
     rejected_reward: float
     learning_rate: float
     grad_norm: float
-
-
-def preference_items(trajectories: Iterable[Trajectory]) -> list[DPOItem]:
-    """The preference pairs of NAT trajectories, in their order.
-
-    Raises:
-        DataError: a trajectory is empty or has an item that is no DPOItem; names both positions.
-    """
-    items: list[DPOItem] = []
-    for index, trajectory in enumerate(trajectories):
-        if not trajectory.episode:
-            raise DataError(f"trajectory {index} has no items; dpo needs DPOItem(prompt, chosen_response, …)")
-        for position, item in enumerate(trajectory.episode):
-            if not isinstance(item, DPOItem):
-                raise DataError(f"trajectory {index}, item {position}: a {type(item).__name__}, but dpo needs DPOItem")
-            items.append(item)
-    return items
 
 
 def build_dpo_pairs(items: Sequence[DPOItem], render: Render, render_reply: RenderReply) -> list[Pair]:

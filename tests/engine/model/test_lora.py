@@ -13,7 +13,7 @@ from tinker import types
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.loading import BaseModel
-from nat_plugin_evsys.engine.model.lora import LoraAdapter, active_adapter, applied, install
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied, install
 from nat_plugin_evsys.errors import ModelError
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 150]])
@@ -105,14 +105,22 @@ def test_tied_unembedding_moves_the_logits_only(trainable: Any) -> None:
 
 
 def test_contexts_nest_and_end(trainable: Any) -> None:
-    one, two = trainable(seed=1).adapter, trainable(seed=2).adapter
-    with applied(one):
-        with applied(two):
-            assert active_adapter() is two
-            with applied(None):
-                assert active_adapter() is None
-        assert active_adapter() is one
-    assert active_adapter() is None
+    models = [trainable("qwen3", seed=s, perturbed=True) for s in (1, 2)]
+    base, (one, two) = models[0].base, (model.adapter for model in models)
+    with_one, with_two, bare = (logits(base, adapter) for adapter in (one, two, None))
+    assert len({float(each.sum()) for each in (with_one, with_two, bare)}) == 3
+
+    def now() -> torch.Tensor:
+        return base.model(input_ids=IDS).logits
+
+    with torch.no_grad():
+        with applied(one):
+            with applied(two):
+                assert torch.equal(now(), with_two)
+                with applied(None):
+                    assert torch.equal(now(), bare)
+            assert torch.equal(now(), with_one)
+        assert torch.equal(now(), bare)
 
 
 def test_two_threads_with_different_adapters_at_once(trainable: Any) -> None:

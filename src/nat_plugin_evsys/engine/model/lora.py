@@ -130,11 +130,6 @@ def applied(adapter: LoraAdapter | None, *, fused: bool = True) -> Iterator[None
         _FUSED.reset(fused_token)
 
 
-def active_adapter() -> LoraAdapter | None:
-    """The adapter that forward passes of the current thread or task use."""
-    return _ACTIVE.get()
-
-
 class LoraLinear(nn.Linear):
     """What ``install`` makes of a plain ``nn.Linear``, in place: the same layer plus the active adapter's delta."""
 

@@ -41,11 +41,6 @@ class SortedSequences:
         lengths = [len(sequences[i]) for i in order]
         return cls(np.array(order, dtype=np.int64), np.array(lengths, np.int64), np.array(shared, np.int64))
 
-    @property
-    def distinct_tokens(self) -> int:
-        """Rows of the trie over all sequences."""
-        return int((self.lengths - self.shared).sum())
-
 
 @dataclass(frozen=True)
 class Chain:
