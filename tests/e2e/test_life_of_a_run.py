@@ -60,6 +60,8 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
     assert summary["epochs"] == 4
     assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())
     assert done.out.rstrip().splitlines()[-1] == str(run / "summary.json")
+    assert str(run / "report.html") in done.out
+    assert '"status":"finished"' in (run / "report.html").read_text().replace(" ", "")
     kept = Counter(RunDirectory.open(run).rollouts.collections())
     expected = [("train", 0), ("heldout", 0), *((kind, epoch) for epoch in epochs for kind in ("epoch", "heldout"))]
     assert kept == Counter([*expected, ("train", 4)])

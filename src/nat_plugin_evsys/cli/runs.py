@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nat_plugin_evsys.cli.options import find_run, output_dir_option, readable_errors, run_options
+from nat_plugin_evsys.cli.report import report_command
 from nat_plugin_evsys.cli.rollouts import rollouts_command
 from nat_plugin_evsys.cli.serve import serve_command, status_command
 
@@ -20,6 +21,7 @@ def evsys() -> None:
     """The group."""
 
 
+evsys.add_command(report_command)
 evsys.add_command(rollouts_command)
 evsys.add_command(serve_command)
 evsys.add_command(status_command)

@@ -18,6 +18,7 @@ from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.metrics import MetricsLog
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path
+from nat_plugin_evsys.runs.environment import add_environment
 
 
 class RunBooks:
@@ -41,14 +42,17 @@ class RunBooks:
             ConfigError: nothing to resume, the settings changed, or another process runs it.
         """
         if not resume:
-            return cls(RunDirectory.create(output_dir, config))
-        run_dir = RunDirectory.newest(output_dir)
-        if run_dir is None:
+            run_dir = RunDirectory.create(output_dir, config)
+            add_environment(run_dir.path)
+            return cls(run_dir)
+        newest = RunDirectory.newest(output_dir)
+        if newest is None:
             raise ConfigError(f"resume: there is no run under {output_dir}; set resume: false to start one")
-        run_dir.check_config(config)
-        run_dir.lock()
-        run_dir.discard_unrecorded()
-        return cls(run_dir)
+        newest.check_config(config)
+        newest.lock()
+        newest.discard_unrecorded()
+        add_environment(newest.path)
+        return cls(newest)
 
     @property
     def state(self) -> RunState:

@@ -56,7 +56,17 @@ class RolloutKeeper:
         fates: Mapping[CallKey, CallFate] | None = None,
         held_back: Mapping[str, DropReason] | None = None,
     ) -> None:
-        """Write a collection, in a thread. A file that cannot be written is logged: it is no reason to end a run.
+        """``write`` in a thread."""
+        await asyncio.to_thread(self.write, collection, attempts, fates or {}, held_back or {})
+
+    def write(
+        self,
+        collection: Collection,
+        attempts: Sequence[Attempt],
+        fates: Mapping[CallKey, CallFate],
+        held_back: Mapping[str, DropReason],
+    ) -> None:
+        """Write a collection. A file that cannot be written is logged: it is no reason to end a run.
 
         Args:
             fates: what training made of the calls.
@@ -66,8 +76,9 @@ class RolloutKeeper:
         if not kept:
             return
         started = time.monotonic()
+        lines = (self._line(collection, attempt, fates, held_back.get(attempt.run_id)) for attempt in kept)
         try:
-            size = await asyncio.to_thread(self._write, collection, kept, fates or {}, held_back or {})
+            size = self._files.write(collection, lines)
         except OSError as error:
             logger.warning("rollouts of %s were not kept: %s", collection, error)
             return
@@ -82,22 +93,19 @@ class RolloutKeeper:
         bound = None if collection.kind == "heldout" else self._rows
         return [attempt for row in list(rows.values())[:bound] for attempt in row]
 
-    def _write(
+    def _line(
         self,
         collection: Collection,
-        attempts: list[Attempt],
+        attempt: Attempt,
         fates: Mapping[CallKey, CallFate],
-        held_back: Mapping[str, DropReason],
-    ) -> int:
+        held_back: DropReason | None,
+    ) -> str:
         from nat_plugin_evsys.rollouts.atif import atif_trajectory
 
-        def line(attempt: Attempt) -> str:
-            facts = rollout_facts(collection, attempt, fates, held_back.get(attempt.run_id))
-            name = f"{collection}/{attempt.row_id}/{attempt.number}"
-            made = atif_trajectory(attempt, fates, self._texts, name=name, extra=asdict(facts), **self._names)
-            return made.model_dump_json(exclude_none=True)
-
-        return self._files.write(collection, map(line, attempts))
+        facts = rollout_facts(collection, attempt, fates, held_back)
+        name = f"{collection}/{attempt.row_id}/{attempt.number}"
+        made = atif_trajectory(attempt, fates, self._texts, name=name, extra=asdict(facts), **self._names)
+        return made.model_dump_json(exclude_none=True)
 
 
 def rollout_facts(

@@ -21,11 +21,11 @@ from nat_plugin_evsys.finetuning.garbage import gc_frozen
 from nat_plugin_evsys.finetuning.job_queue import BACKEND
 from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
+from nat_plugin_evsys.finetuning.run_pages import RunPages
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
 from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.report.metrics import VALIDATION, WARM_START
-from nat_plugin_evsys.report.plot import plot_rewards
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
 from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
 from nat_plugin_evsys.training.sdft import SdftStep
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A drawing takes a quarter of a second of the interpreter, the first one over a second; rollouts need it, too.
-_PLOT_INTERVAL = 60.0
 _STATUS_INTERVAL = 0.5
 """Seconds between two looks at a running job."""
 
@@ -90,7 +88,7 @@ class RunSession:
         self._inputs = inputs
         self._curriculum = curriculum
         self._progress = progress
-        self._plotted = time.monotonic()
+        self._pages = RunPages(books.run_dir, books.metrics)
         self._watch = Watch(books.metrics)
         self._checkpoints = EpochCheckpoints(self._policy, books, trainer.config.keep_checkpoints)
         self._keeper = RolloutKeeper(
@@ -187,8 +185,7 @@ class RunSession:
         self._progress.epoch_done(epoch + 1, num_epochs, row)
         for finding in found:
             self._progress.finding(finding)
-        if time.monotonic() - self._plotted > _PLOT_INTERVAL:
-            self._plot()
+        self._pages.after_epoch()
 
     async def _roll_out(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         """Rollouts and a submitted job; where that fails, what was said is kept none the less."""
@@ -235,7 +232,7 @@ class RunSession:
         books.count_stray_calls(self._policy.recorder.totals)
         adapter = self._trainer.trainer_adapter.config
         summary = books.finish(serve_command=serve_command(adapter.policy, self._policy.config.checkpoint))
-        self._plot()
+        self._pages.write()
         print_at_exit(summary.format(books.run_dir.summary_path))
         if not books.has_trained:
             raise NothingTrainedError(why_nothing_was_trained(summary))
@@ -277,14 +274,7 @@ class RunSession:
 
     def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
         self._books.stop(status, why)
-        try:
-            self._plot()
-        except OSError as error:  # what ended the run is told, not this
-            logger.warning("rewards.png was not drawn: %s", error)
-
-    def _plot(self) -> None:
-        plot_rewards(self._books.metrics.rows(), self._books.run_dir.plot_path)
-        self._plotted = time.monotonic()
+        self._pages.write()
 
     def _show_warm_start(self, step: SftStep | SdftStep) -> None:
         self._progress.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")

@@ -75,6 +75,8 @@ class RunSummary:
             f"  calls            {self.calls} made, {self.trained} trained, {_dropped(self.dropped)}",
             f"  adapter          {self.adapter or self._why_no_adapter()}",
         ]
+        if self.run_dir is not None and (Path(self.run_dir) / "report.html").is_file():
+            lines.append(f"  report           {Path(self.run_dir) / 'report.html'}")
         if self.serve_command:
             lines.append(f"  serve it with    {self.serve_command}")
         lines += [_finding(data) for data in self.findings]

@@ -7,6 +7,8 @@
         metrics.jsonl    one row per epoch, validation and warm start
         jobs.jsonl       the ledger of training jobs
         rewards.png      the reward curve
+        report.html      the report
+        environment.json versions and commands (runs/environment.py)
         summary.json     the result
         checkpoints/     weights
         rollouts/        what was said (runs/rollouts.py)
@@ -49,6 +51,7 @@ class RunDirectory:
         self.metrics_path = self.path / "metrics.jsonl"
         self.plot_path = self.path / "rewards.png"
         self.summary_path = self.path / "summary.json"
+        self.report_path = self.path / "report.html"
         self.rollouts = RolloutFiles(self.path)
         self._lock: IO[str] | None = None
 

@@ -65,10 +65,14 @@ def _redact(value: Any, key: str = "") -> Any:
     return value
 
 
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"finetuning.reward_function.name": …}``: every setting that has a value, secrets redacted."""
+    return dict(sorted(_flatten(redact(config), "")))
+
+
 def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """``{"finetuning.reward_function.name": …}``: the settings that decide what a run computes, secrets redacted."""
-    flat = dict(_flatten(redact(config), ""))
-    return {name: value for name, value in sorted(flat.items()) if not _is_free(name)}
+    return {name: value for name, value in flat_settings(config).items() if not _is_free(name)}
 
 
 def settings_hash(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,68 @@
+"""``rewards.png`` and ``report.html`` of a run, kept up to date while it goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from nat_plugin_evsys.report.metrics import MetricsLog
+from nat_plugin_evsys.report.page import Report
+from nat_plugin_evsys.report.plot import plot_rewards
+from nat_plugin_evsys.runs import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+# A drawing takes a quarter of a second of the interpreter, the first one over a second; rollouts need it, too.
+_PLOT_INTERVAL = 60.0
+
+_REPORT_SHARE = 0.1
+"""Largest share of a run's time in which its report is being written: short epochs skip one now and then."""
+
+
+class RunPages:
+    """Writes both, in a thread while the run goes on. That one cannot be written is logged: it ends no run."""
+
+    def __init__(self, run_dir: RunDirectory, metrics: MetricsLog) -> None:
+        self._run_dir = run_dir
+        self._metrics = metrics
+        self._report = Report([run_dir.path])
+        self._plot_after = time.monotonic() + _PLOT_INTERVAL
+        self._report_after = 0.0
+        self._writing: threading.Thread | None = None
+
+    def after_epoch(self) -> None:
+        """The state, the metrics and the rollouts of an epoch are on disk. Returns at once."""
+        busy = self._writing is not None and self._writing.is_alive()
+        now = time.monotonic()
+        if busy or now < min(self._plot_after, self._report_after):
+            return
+        due = [self._write_report] if now >= self._report_after else []
+        due += [self._plot] if now >= self._plot_after else []
+        self._writing = threading.Thread(target=_all, args=(due,), name="evsys-report", daemon=True)
+        self._writing.start()
+
+    def write(self) -> None:
+        """The run has ended, one way or another: both as they are now."""
+        if self._writing is not None:
+            self._writing.join()
+        _all([self._plot, self._write_report])
+
+    def _plot(self) -> None:
+        plot_rewards(self._metrics.rows(), self._run_dir.plot_path)
+        self._plot_after = time.monotonic() + _PLOT_INTERVAL
+
+    def _write_report(self) -> None:
+        started = time.monotonic()
+        self._report.write(self._run_dir.report_path)
+        ended = time.monotonic()
+        self._report_after = ended + (ended - started) / _REPORT_SHARE
+
+
+def _all(writers: list[Callable[[], None]]) -> None:
+    for write in writers:
+        try:
+            write()
+        except Exception:  # a picture of the run must not end it; the log has the cause
+            logger.warning("%s failed; the run goes on", write.__name__.strip("_"), exc_info=True)

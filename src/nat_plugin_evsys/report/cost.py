@@ -1,0 +1,45 @@
+"""What a run cost: rollouts, tokens, and where the time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nat_plugin_evsys.report.metrics import EPOCH, VALIDATION, WARM_START
+from nat_plugin_evsys.report.outcome import Row
+from nat_plugin_evsys.report.replies import ReplyNumbers
+from nat_plugin_evsys.runs.state import RunState
+
+
+def cost(rows: Sequence[Row], state: RunState) -> dict[str, Any]:
+    """Counts of the training rollouts, and the run's seconds by what they were spent on.
+
+    Returns:
+        ``rollouts``, ``calls``, ``trained_calls``, ``sampled_tokens`` (None where no epoch counted them) and
+        ``trained_tokens``, all of training rollouts,
+        ``steps``, ``seconds`` of the whole run, and ``parts``: ``[[what, seconds], …]``, which add up to it.
+    """
+    epochs = [row for row in rows if row["event"] == EPOCH]
+    numbers = [found for row in epochs if (found := ReplyNumbers.of_row(row)) is not None]
+    metrics = [(row.get("job") or {}).get("metrics") or {} for row in epochs]
+    parts = {
+        "warm start": _seconds(rows, WARM_START, "seconds"),
+        "rollouts": _seconds(rows, EPOCH, "rollout_seconds"),
+        "training": _seconds(rows, EPOCH, "training_seconds"),
+        "held-out scoring": _seconds(rows, VALIDATION, "seconds"),
+    }
+    rest = max(0.0, state.seconds - sum(parts.values()))
+    return {
+        "rollouts": sum(row.get("rollouts") or 0 for row in epochs),
+        "calls": sum(row.get("calls") or 0 for row in epochs),
+        "trained_calls": sum(row.get("trained") or 0 for row in epochs),
+        "sampled_tokens": round(sum(each.tokens_mean * each.replies for each in numbers)) if numbers else None,
+        "trained_tokens": round(sum(each.get("sampled_tokens") or 0 for each in metrics)),
+        "steps": round(sum(each.get("steps") or 0 for each in metrics)),
+        "seconds": state.seconds,
+        "parts": [[what, seconds] for what, seconds in [*parts.items(), ("everything else", rest)] if seconds],
+    }
+
+
+def _seconds(rows: Sequence[Row], event: str, column: str) -> float:
+    return sum(row.get(column) or 0.0 for row in rows if row["event"] == event)

@@ -1,0 +1,155 @@
+"""Did it get better? The rewards before and after, how sure one can be of the change, and the answer in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nat_plugin_evsys.report.intervals import Interval, change_interval, mean_interval
+from nat_plugin_evsys.report.metrics import EPOCH, VALIDATION
+from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
+from nat_plugin_evsys.runs.state import RunState
+
+Row = Mapping[str, Any]
+RowRewards = Mapping[str, float]
+"""Reward of each dataset row."""
+
+Answer = Literal["yes", "no", "unclear", "unmeasured"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        answer: ``yes`` or ``no`` where the interval of the change excludes 0; ``unclear`` where it does not.
+        sentence: the answer in words.
+        kind: the rows it is about: held-out ones, or the training rows where there are no others.
+        before, after: mean rewards; None where nothing was measured.
+        change: of the same rows; None where their rewards were not kept.
+        rows: how many got ``better``, ``worse`` or stayed the ``same``.
+    """
+
+    answer: Answer
+    sentence: str
+    kind: CollectionKind
+    before: Interval | None
+    after: Interval | None
+    change: Interval | None
+    rows: dict[str, int]
+
+
+def outcome(state: RunState, collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]) -> Outcome:
+    """The outcome of a run.
+
+    Args:
+        collections: those that were kept.
+        rewards: the rewards of one of them by row.
+    """
+    kind: CollectionKind = "train" if state.heldout_reward_before is None else "heldout"
+    kept = [collection for collection in collections if collection.kind == kind]
+    old, new = (rewards(kept[0]), rewards(kept[-1])) if len(kept) > 1 else ({}, {})
+    rows = [row for row in old if row in new]
+    before = mean_interval(list(old.values())) or _mean_alone(_reward(state, kind, "before"))
+    after = mean_interval(list(new.values())) or _mean_alone(_reward(state, kind, "after"))
+    change = change_interval([old[row] for row in rows], [new[row] for row in rows])
+    counts = {
+        "better": sum(new[row] > old[row] for row in rows),
+        "worse": sum(new[row] < old[row] for row in rows),
+        "same": sum(new[row] == old[row] for row in rows),
+    }
+    answer = _answer(before, after, change)
+    return Outcome(answer, _sentence(answer, kind, before, after, change), kind, before, after, change, counts)
+
+
+def curve(
+    rows: Iterable[Row], collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]
+) -> dict[str, list[dict[str, Any]]]:
+    """The points of the reward curve, by the number of epochs behind the policy that earned them.
+
+    Returns:
+        ``training``: mean, and low and high (one standard deviation, but not beyond what was seen); ``heldout``: mean,
+        and low and high of its interval where the rows' rewards were kept.
+    """
+    training, heldout = [], []
+    for row in rows:
+        if row["event"] == EPOCH and row.get("reward_mean") is not None:
+            mean, spread = row["reward_mean"], row.get("reward_std") or 0.0
+            low, high = max(mean - spread, row["reward_min"]), min(mean + spread, row["reward_max"])
+            training.append({"epochs": row["epoch"] - 1, "mean": mean, "low": low, "high": high})
+        elif row["event"] == VALIDATION and row.get("reward") is not None:
+            collection = Collection("heldout", row["epoch"])
+            interval = mean_interval(list(rewards(collection).values())) if collection in collections else None
+            interval = interval or Interval(row["reward"], row["reward"], row["reward"], row["num_examples"])
+            point = {"epochs": row["epoch"], "mean": row["reward"], "low": interval.low, "high": interval.high}
+            heldout.append({**point, "count": interval.count})
+    return {"training": training, "heldout": heldout}
+
+
+def comparison(kinds: tuple[CollectionKind, CollectionKind], rewards: tuple[RowRewards, RowRewards]) -> str:
+    """Which of two runs, A and B, came out better, in a sentence.
+
+    Args:
+        kinds: on what each was measured last; ``rewards`` are what it earned there, by row.
+    """
+    rows = [row for row in rewards[0] if row in rewards[1]]
+    difference = change_interval([rewards[0][row] for row in rows], [rewards[1][row] for row in rows])
+    if kinds[0] != kinds[1] or difference is None:
+        return "The two runs were not measured on the same rows, so only their means can be compared."
+    sure = f"(95% interval {_signed(difference.low)} to {_signed(difference.high)})"
+    on = f"on the same {len(rows)} {_rows_called(kinds[0])}"
+    if difference.low <= 0.0 <= difference.high:
+        return f"No clear difference: {on} B earned {_signed(difference.mean)} relative to A {sure}."
+    better, worse = ("B", "A") if difference.mean > 0 else ("A", "B")
+    return f"{better} is better: {on} it earned {abs(difference.mean):.3f} more than {worse} {sure}."
+
+
+def _answer(before: Interval | None, after: Interval | None, change: Interval | None) -> Answer:
+    if before is None or after is None:
+        return "unmeasured"
+    if change is None or change.low <= 0.0 <= change.high:
+        return "unclear"
+    return "yes" if change.low > 0 else "no"
+
+
+def _sentence(
+    answer: Answer, kind: CollectionKind, before: Interval | None, after: Interval | None, change: Interval | None
+) -> str:
+    what = _rows_called(kind)
+    if before is None or after is None:
+        return (
+            "Not measured yet: a reward before and after training is needed. Set validation_dataset to rows that "
+            "are not trained on."
+        )
+    moved = f"from {before.mean:.3f} to {after.mean:.3f}"
+    if change is None:
+        return f"The mean reward on the {what} went {moved}; the rows' own rewards were not kept, so how sure is open."
+    on = f"On {change.count} {what}"
+    sure = f"({_signed(change.mean)}; 95% interval {_signed(change.low)} to {_signed(change.high)})"
+    caution = "" if kind == "heldout" else " These are the rows it was trained on: set validation_dataset to know more."
+    match answer:
+        case "yes":
+            return f"Yes. {on} the mean reward rose {moved} {sure}.{caution}"
+        case "no":
+            return f"No, it got worse. {on} the mean reward fell {moved} {sure}.{caution}"
+        case _:
+            return f"Not clearly. {on} the mean reward went {moved} {sure}, which includes no change at all.{caution}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _rows_called(kind: CollectionKind) -> str:
+    return "held-out rows" if kind == "heldout" else "training rows"
+
+
+def _reward(state: RunState, kind: CollectionKind, when: Literal["before", "after"]) -> float | None:
+    if kind == "heldout":
+        return state.heldout_reward_before if when == "before" else state.heldout_reward_after
+    return state.train_reward_before if when == "before" else state.train_reward_after
+
+
+def _mean_alone(mean: float | None) -> Interval | None:
+    return None if mean is None else Interval(mean, mean, mean, 0)

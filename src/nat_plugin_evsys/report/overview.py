@@ -1,0 +1,123 @@
+"""Everything that the report's page shows of a run at once, JSON-ready; what is looked at in detail are its blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from nat_plugin_evsys.report.blocks import Block
+from nat_plugin_evsys.report.cost import cost
+from nat_plugin_evsys.report.findings import findings_of
+from nat_plugin_evsys.report.health import Health, health
+from nat_plugin_evsys.report.metrics import EPOCH, MetricsLog
+from nat_plugin_evsys.report.outcome import Row, curve, outcome
+from nat_plugin_evsys.runs import RunDirectory
+from nat_plugin_evsys.runs.environment import read_environments
+from nat_plugin_evsys.runs.rollouts import Collection
+from nat_plugin_evsys.runs.settings import flat_settings
+
+
+def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
+    """What is known of a run.
+
+    Raises:
+        DataError: metrics.jsonl cannot be read.
+    """
+    rows = MetricsLog(run.metrics_path).rows()
+    rewards = {block.collection: block.rewards for block in blocks}
+    collections = list(rewards)
+    state = run.state
+    return {
+        "name": run.path.name,
+        "path": str(run.path),
+        "status": state.status,
+        "error": state.error,
+        "epochs": state.epochs_done,
+        "outcome": asdict(outcome(state, collections, rewards.__getitem__)),
+        "curve": curve(rows, collections, rewards.__getitem__),
+        "best_epoch": state.best_epoch,
+        "cost": cost(rows, state),
+        "fates": {"trained": state.trajectories["trained"], **state.trajectories["dropped"]},
+        "per_epoch": [_epoch(row) for row in rows if row["event"] == EPOCH],
+        "findings": [{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(rows)],
+        "health": [_health(each) for each in health(rows)],
+        **_setup(run),
+    }
+
+
+def collection_entry(collection: Collection, block: Block, element: str | None) -> dict[str, Any]:
+    """A collection in the page's list.
+
+    Args:
+        element: id of the element that holds the block, or None where it was left out for want of room.
+    """
+    return {
+        "kind": collection.kind,
+        "epoch": collection.epoch,
+        "element": element,
+        "rows": block.rows,
+        "rollouts": block.rollouts,
+    }
+
+
+def _epoch(row: Row) -> dict[str, Any]:
+    job = row.get("job") or {}
+    return {
+        "epoch": row["epoch"],
+        "reward": row.get("reward_mean"),
+        "rollouts": row.get("rollouts"),
+        "failed": row.get("failed_rollouts"),
+        "errors": row.get("errors") or {},
+        "trained": (job.get("trajectories") or {}).get("trained", 0),
+        "dropped": (job.get("trajectories") or {}).get("dropped") or {},
+        "seconds": row.get("seconds"),
+    }
+
+
+def _health(each: Health) -> dict[str, Any]:
+    figure = each.figure
+    return {
+        "title": figure.title,
+        "meaning": figure.meaning,
+        "names": list(figure.names),
+        "unit": figure.unit,
+        "digits": figure.digits,
+        "points": each.points,
+        "bound": each.bound,
+        "side": None if figure.threshold is None else figure.threshold.side,
+        "state": each.state,
+        "crossed_in": each.crossed_in,
+        "crossed": figure.crossed,
+    }
+
+
+def _setup(run: RunDirectory) -> dict[str, Any]:
+    """With what the run was made."""
+    text = run.config_path.read_text(encoding="utf-8") if run.config_path.is_file() else ""
+    config = yaml.safe_load(text) or {}
+    settings = flat_settings(config)
+    sessions = read_environments(run.path)
+    policy = next((llm for llm in config.get("llms", {}).values() if llm.get("_type") == "evsys_policy"), {})
+    return {
+        "model": policy.get("base_model"),
+        "workflow": (config.get("workflow") or {}).get("_type"),
+        "reward": ((config.get("finetuning") or {}).get("reward_function") or {}).get("name"),
+        "config": text,
+        "settings": settings,
+        "seeds": {name: value for name, value in settings.items() if name.endswith("seed")},
+        "sessions": sessions,
+        "started": sessions[0]["started"] if sessions else _created(run),
+    }
+
+
+def _created(run: RunDirectory) -> str:
+    """When the run began, by the name of its directory."""
+    parts = run.path.name.split("-")
+    try:
+        return time.strftime("%Y-%m-%dT%H:%M:%S", time.strptime("".join(parts[1:3]), "%Y%m%d%H%M%S"))
+    except (ValueError, IndexError):
+        return ""

@@ -1,0 +1,166 @@
+"""``report.html``: one file that shows one run, or two side by side, in any browser, from disk, without a network.
+
+What a model said never becomes part of the page's code: it stands in JSON and in compressed blocks, which the page's
+scripts put on the screen as text. A content security policy names those scripts by their hashes and forbids everything
+else, every connection included.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nat_plugin_evsys import __version__
+from nat_plugin_evsys.files import atomic_write
+from nat_plugin_evsys.json_lines import to_json
+from nat_plugin_evsys.report.blocks import Block, Blocks
+from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
+from nat_plugin_evsys.report.outcome import RowRewards, comparison
+from nat_plugin_evsys.report.overview import collection_entry, overview
+from nat_plugin_evsys.runs import RunDirectory
+from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
+
+DEFAULT_MEGABYTES = 8.0
+"""Room for the blocks. With it the page stays under 10 MB."""
+
+LIBRARIES = ("vendor/uPlot.iife.min.js", "vendor/htm-preact.umd.js")
+APP = ("format", "data", "charts", "outcome", "changes", "tokens", "rollouts", "health", "setup", "main")
+"""The page's own scripts, in the order in which they build on one another."""
+
+_PAGE = "nat_plugin_evsys.report.page_files"
+
+
+class Report:
+    """The report of one run or of two. Writing it again reads only what is new.
+
+    Args:
+        megabytes: room for the rollouts; those that do not fit are left out, and the page says so.
+    """
+
+    def __init__(self, runs: Sequence[Path], *, megabytes: float = DEFAULT_MEGABYTES) -> None:
+        self._runs = list(runs)
+        self._blocks = [Blocks(RunDirectory.open(path).rollouts) for path in runs]
+        self._room = int(megabytes * 1_000_000)
+
+    def write(self, target: Path) -> int:
+        """Write the page.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            CheckpointError, DataError: a run cannot be read.
+            OSError: ``target`` cannot be written.
+        """
+        html = self.html().encode()
+        atomic_write(target, html)
+        return len(html)
+
+    def html(self) -> str:
+        """The page."""
+        found = [blocks.all() for blocks in self._blocks]
+        embedded = _choose(found, self._room)
+        runs, elements = [], []
+        for number, (path, blocks) in enumerate(zip(self._runs, found, strict=True)):
+            entries = []
+            for block in blocks:
+                element = f"block-{number}-{block.collection}" if (number, block.collection) in embedded else None
+                entries.append(collection_entry(block.collection, block, element))
+                if element is not None:
+                    elements.append({"id": element, "data": block.data})
+            runs.append({**overview(RunDirectory.open(path), blocks), "collections": entries})
+        data = {
+            "made": time.strftime("%Y-%m-%d %H:%M"),
+            "version": __version__,
+            "drop_reasons": drop_reason_meanings(),
+            "comparison": _compared(found[0], found[1]) if len(found) == 2 else None,
+            "runs": runs,
+        }
+        return _render(title=" and ".join(run["name"] for run in runs), data=data, blocks=elements)
+
+
+def _compared(one: Sequence[Block], other: Sequence[Block]) -> str:
+    """Which of two runs came out better."""
+    (kind, rewards), (other_kind, other_rewards) = _last_measured(one), _last_measured(other)
+    return comparison((kind, other_kind), (rewards, other_rewards))
+
+
+def _last_measured(blocks: Sequence[Block]) -> tuple[CollectionKind, RowRewards]:
+    """On what a run was measured last, and what each row earned."""
+    heldout = [block for block in blocks if block.collection.kind == "heldout"]
+    measured = heldout or [block for block in blocks if block.collection.kind == "train"]
+    return ("heldout" if heldout else "train", measured[-1].rewards if measured else {})
+
+
+def _choose(found: Sequence[Sequence[Block]], room: int) -> set[tuple[int, Collection]]:
+    """The blocks that fit into ``room`` bytes: of each run by how much a person wants to see them."""
+    ranked = sorted(
+        (rank, number, block) for number, blocks in enumerate(found) for rank, block in enumerate(_by_worth(blocks))
+    )
+    chosen = set()
+    for _, number, block in ranked:
+        if len(block.data) <= room:
+            room -= len(block.data)
+            chosen.add((number, block.collection))
+    return chosen
+
+
+def _by_worth(blocks: Sequence[Block]) -> list[Block]:
+    """What shows the change (first and last measurement), the last and first epoch, then the others, new ones first."""
+    kinds: dict[str, list[Block]] = {"heldout": [], "epoch": [], "train": []}
+    for block in blocks:
+        kinds[block.collection.kind].append(block)
+    ends = [kind[end] for kind in kinds.values() if kind for end in (-1, 0)]
+    rest = sorted(blocks, key=lambda block: block.collection.epoch, reverse=True)
+    return list({block.collection: block for block in [*ends, *rest]}.values())
+
+
+def _render(*, title: str, data: dict[str, Any], blocks: list[dict[str, str]]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    package, _, folder = _PAGE.rpartition(".")
+    environment = Environment(
+        loader=PackageLoader(package, folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    scripts = _scripts()
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        policy=_content_policy(scripts),
+        styles=[_file("vendor/uPlot.min.css"), _file("style.css")],
+        scripts=scripts,
+        data=_inert(to_json(data)),
+        blocks=blocks,
+    )
+
+
+@cache
+def _file(name: str) -> str:
+    return files(_PAGE).joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _scripts() -> tuple[str, ...]:
+    """The libraries as they are, then the page's own scripts as one."""
+    app = "\n".join(_file(f"app/{name}.js") for name in APP)
+    return (*(_file(name) for name in LIBRARIES), f'(() => {{\n"use strict";\n{app}\n}})();\n')
+
+
+def _content_policy(scripts: Sequence[str]) -> str:
+    hashes = " ".join(f"'sha256-{digest}'" for digest in _digests(scripts))
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:"
+
+
+def _digests(scripts: Sequence[str]) -> Iterator[str]:
+    for script in scripts:
+        yield base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _inert(text: str) -> str:
+    """JSON that cannot end the element in which it stands, whatever its strings say."""
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

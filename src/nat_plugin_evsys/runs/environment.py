@@ -1,0 +1,72 @@
+"""``environment.json``: with what a run was made, one entry for each process that worked on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nat_plugin_evsys.files import atomic_write
+from nat_plugin_evsys.json_lines import to_json
+from nat_plugin_evsys.runs.settings import redact
+
+FILE = "environment.json"
+
+PACKAGES = (
+    "nat_plugin_evsys",
+    "nvidia-nat-core",
+    "nvidia-nat-eval",
+    "nvidia-nat-langchain",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "tinker",
+    "numpy",
+)
+"""Packages whose versions decide what a run computes."""
+
+
+def describe_environment() -> dict[str, Any]:
+    """This process: when it began, the command that started it without its secrets, versions and machine."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(_without_secrets([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+    }
+
+
+def add_environment(run_dir: Path) -> None:
+    """Note that this process works on the run."""
+    sessions = [*read_environments(run_dir), describe_environment()]
+    atomic_write(run_dir / FILE, to_json({"sessions": sessions}, indent=1) + "\n")
+
+
+def read_environments(run_dir: Path) -> list[dict[str, Any]]:
+    """The processes that worked on the run, oldest first; none for a run of an older version."""
+    try:
+        return list(json.loads((run_dir / FILE).read_text(encoding="utf-8"))["sessions"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _without_secrets(command: list[str]) -> list[str]:
+    """``-o llms.policy.api_key …`` names a secret as a setting of the YAML does."""
+    names = [word.rpartition(".")[2] for word in ["", *command[:-1]]]
+    return [redact({name: word})[name] for name, word in zip(names, command, strict=True)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,30 @@
+"""The pages of a run are kept up to date, and never end it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_run import MadeRun
+
+from nat_plugin_evsys.finetuning.run_pages import RunPages
+
+
+def test_after_an_epoch_and_at_the_end(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path)
+    pages = RunPages(made.run_dir, made.metrics)
+    made.train(1, [[made.attempt("r1", "x", float(number), number) for number in (0, 1)]])
+    pages.after_epoch()
+    made.finish()
+    pages.write()  # waits for the one that is being written
+    assert made.run_dir.plot_path.is_file()
+    assert '"status":"finished"' in made.run_dir.report_path.read_text().replace(" ", "")
+
+
+def test_a_report_that_cannot_be_made_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = MadeRun(tmp_path)
+    made.train(1, [[made.attempt("r1", "x", float(number), number) for number in (0, 1)]])
+    (made.run_dir.rollouts.directory / "epoch-0001.jsonl.gz").write_bytes(b"no gzip")
+    RunPages(made.run_dir, made.metrics).write()
+    assert "write_report failed; the run goes on" in caplog.text
+    assert made.run_dir.plot_path.is_file()

@@ -1,0 +1,81 @@
+"""Did it get better: the answer, the counts, and the curve."""
+
+from __future__ import annotations
+
+import pytest
+
+from nat_plugin_evsys.report.outcome import comparison, curve, outcome
+from nat_plugin_evsys.runs.rollouts import Collection
+from nat_plugin_evsys.runs.state import RunState
+
+BEFORE, AFTER = Collection("heldout", 0), Collection("heldout", 4)
+ROWS = [f"r{number}" for number in range(20)]
+
+
+def state(before: float | None, after: float | None, **fields: float) -> RunState:
+    return RunState(heldout_reward_before=before, heldout_reward_after=after, **fields)
+
+
+@pytest.mark.parametrize(
+    ("solved", "answer", "begins"),
+    [
+        (range(20), "yes", "Yes. On 20 held-out rows the mean reward rose from 0.100 to 1.000 (+0.900; 95% interval"),
+        (range(3), "unclear", "Not clearly. On 20 held-out rows the mean reward went from 0.100 to 0.150 (+0.050;"),
+        (range(0), "unclear", "Not clearly."),
+    ],
+)
+def test_the_answer_depends_on_how_sure_it_is(solved: range, answer: str, begins: str) -> None:
+    rewards = {
+        BEFORE: {row: float(number < 2) for number, row in enumerate(ROWS)},
+        AFTER: {row: float(number in solved) for number, row in enumerate(ROWS)},
+    }
+    found = outcome(state(0.1, len(solved) / 20), [BEFORE, AFTER], rewards.__getitem__)
+    assert found.answer == answer
+    assert found.sentence.startswith(begins)
+    assert found.rows["better"] == max(len(solved) - 2, 0)
+
+
+def test_a_run_that_got_worse() -> None:
+    rewards = {BEFORE: dict.fromkeys(ROWS, 0.75), AFTER: {row: 0.25 - 0.001 * n for n, row in enumerate(ROWS)}}
+    found = outcome(state(0.75, 0.25), [BEFORE, AFTER], rewards.__getitem__)
+    assert found.answer == "no"
+    assert "fell from 0.750 to 0.2" in found.sentence
+    assert "−0.5" in found.sentence
+    assert found.rows == {"better": 0, "worse": 20, "same": 0}
+
+
+def test_training_rows_stand_in_for_missing_held_out_rows() -> None:
+    first, last = Collection("train", 0), Collection("train", 4)
+    rewards = {first: dict.fromkeys(ROWS, 0.0), last: dict.fromkeys(ROWS, 1.0)}
+    found = outcome(state(None, None, train_reward_before=0.0, train_reward_after=1.0), [first, last], rewards.get)
+    assert (found.kind, found.answer) == ("train", "yes")
+    assert "set validation_dataset" in found.sentence
+
+
+def test_means_without_rows_and_nothing_at_all() -> None:
+    found = outcome(state(0.1, 0.5), [], {}.__getitem__)
+    assert (found.answer, found.change) == ("unclear", None)
+    assert "from 0.100 to 0.500" in found.sentence
+    assert outcome(state(None, None), [], {}.__getitem__).answer == "unmeasured"
+
+
+def test_the_curve_places_an_epoch_at_the_policy_that_sampled_it() -> None:
+    rows = [
+        {"event": "validation", "epoch": 0, "reward": 0.25, "num_examples": 4},
+        {"event": "epoch", "epoch": 1, "reward_mean": 0.3, "reward_std": 0.4, "reward_min": 0.0, "reward_max": 1.0},
+    ]
+    found = curve(rows, [BEFORE], lambda collection: {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.0})
+    assert found["training"] == [{"epochs": 0, "mean": 0.3, "low": 0.0, "high": pytest.approx(0.7)}]
+    (point,) = found["heldout"]
+    assert (point["epochs"], point["mean"], point["count"]) == (0, 0.25, 4)
+    assert point["low"] < 0.25 < point["high"]
+
+
+def test_two_runs_are_compared_on_the_rows_that_both_have() -> None:
+    low, high = dict.fromkeys(ROWS, 0.25), dict.fromkeys([*ROWS, "other"], 0.75)
+    kinds = ("heldout", "heldout")
+    assert comparison(kinds, (low, high)).startswith("B is better: on the same 20 held-out rows it earned 0.500 more")
+    assert comparison(kinds, (high, low)).startswith("A is better")
+    assert comparison(kinds, (low, low)).startswith("No clear difference")
+    assert "not measured on the same rows" in comparison(("heldout", "train"), (low, low))
+    assert "not measured on the same rows" in comparison(kinds, (low, {"x": 1.0}))
