@@ -98,10 +98,12 @@ def _health(each: Health) -> dict[str, Any]:
 def _setup(run: RunDirectory) -> dict[str, Any]:
     """With what the run was made."""
     text = run.config_path.read_text(encoding="utf-8") if run.config_path.is_file() else ""
-    config = yaml.safe_load(text) or {}
+    config: dict[str, Any] = yaml.safe_load(text) or {}
     settings = flat_settings(config)
     sessions = read_environments(run.path)
-    policy = next((llm for llm in config.get("llms", {}).values() if llm.get("_type") == "evsys_policy"), {})
+    policy: dict[str, Any] = next(
+        (llm for llm in config.get("llms", {}).values() if llm.get("_type") == "evsys_policy"), {}
+    )
     return {
         "model": policy.get("base_model"),
         "workflow": (config.get("workflow") or {}).get("_type"),
