@@ -18,7 +18,7 @@ from nat.data_models.finetuning import (
 
 from nat_plugin_evsys.errors import EngineClosedError, ModelError
 from nat_plugin_evsys.json_lines import read_json_lines
-from nat_plugin_evsys.training import step
+from nat_plugin_evsys.training import loop
 
 Fixture = Any
 
@@ -117,7 +117,7 @@ async def test_submit_returns_at_once_and_the_job_completes(
 async def test_status_shows_growing_progress_within_one_step(
     policy: Fixture, make_adapter: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "POLL_SECONDS", 0.002)
+    monkeypatch.setattr(loop, "POLL_SECONDS", 0.002)
     policy.backend._model.token_budget = 8  # a micro-batch per Datum
     adapter = make_adapter(policy, groups_per_step=20)
     ref = await adapter.submit(await policy.collection(groups=20))

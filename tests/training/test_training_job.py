@@ -7,8 +7,9 @@ from nat.data_models.finetuning import TrainingStatusEnum
 
 from nat_plugin_evsys.calls import CallTally
 from nat_plugin_evsys.errors import JobError
-from nat_plugin_evsys.training.job import TrainingJob, describe_error, uninterrupted
+from nat_plugin_evsys.training.job import TrainingJob, describe_error
 from nat_plugin_evsys.training.job_report import Account, JobReport
+from nat_plugin_evsys.training.uninterrupted import uninterrupted
 
 
 class Work:

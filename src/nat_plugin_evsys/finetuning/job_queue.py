@@ -13,8 +13,7 @@ from nat_plugin_evsys.training.job import TrainingJob
 from nat_plugin_evsys.training.job_ledger import JobLedger
 
 if TYPE_CHECKING:
-    from nat_plugin_evsys.training.policy_job import TrainingWork
-    from nat_plugin_evsys.training.preference_job import PreferenceWork
+    from nat_plugin_evsys.training.work import TrainingWork
 
 BACKEND = "evsys"
 """``TrainingJobRef.backend`` of every job of this adapter."""
@@ -35,7 +34,7 @@ class JobQueue:
     def start(
         self,
         run_id: str,
-        work: TrainingWork | PreferenceWork,
+        work: TrainingWork,
         sizes: dict[str, int],
         epoch: int | None,
         *,

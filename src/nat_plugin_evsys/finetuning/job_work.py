@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from tinker import types
 
     from nat_plugin_evsys.backends.base import Backend
+    from nat_plugin_evsys.training.dpo import DpoSettings
+    from nat_plugin_evsys.training.pair_material import Renderer
     from nat_plugin_evsys.training.policy_gradient import TrainingSettings
-    from nat_plugin_evsys.training.policy_job import TrainingWork
-    from nat_plugin_evsys.training.preference_job import PreferenceSettings, PreferenceWork, Renderer
+    from nat_plugin_evsys.training.work import Material, TrainingWork
 
 NOT_FOR_PAIRS = ("loss_fn", "loss_fn_config", "advantage", "groups_per_step", "merge_calls")
 """Settings that preference pairs have no use for; refused with them unless they have their defaults."""
@@ -73,21 +74,21 @@ class JobWork:
 
     def on_groups(self, groups: list[TrajectoryGroup], epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
         """Policy-gradient steps on groups, and their sizes for the ledger."""
-        from nat_plugin_evsys.training.policy_job import TrainingWork
+        from nat_plugin_evsys.training.group_material import GroupMaterial
 
-        work = TrainingWork(groups, self._settings(epoch), self._loaded_backend, self._policy.publish)
+        work = self._work_on(GroupMaterial(groups, self._settings(epoch)))
         trajectories = sum(len(group.rewards_G) for group in groups)
         calls = sum(group.num_calls for group in groups)
         return work, {"groups": len(groups), "trajectories": trajectories, "calls": calls}
 
-    def on_pairs(self, rows: list[list[Trajectory]], epoch: int | None) -> tuple[PreferenceWork, dict[str, int]]:
+    def on_pairs(self, rows: list[list[Trajectory]], epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
         """DPO steps on preference pairs, and their sizes for the ledger.
 
         Raises:
             ConfigError: a setting that pairs have no use for.
             ValueError: rows that mix pairs with episodes, or an invalid trajectory.
         """
-        from nat_plugin_evsys.training.preference_job import PreferenceWork
+        from nat_plugin_evsys.training.pair_material import PairMaterial
 
         fields = type(self._config).model_fields
         useless = [name for name in NOT_FOR_PAIRS if getattr(self._config, name) != fields[name].default]
@@ -97,16 +98,15 @@ class JobWork:
                 "remove it from the trainer adapter's config (pairs are trained by dpo_beta and dpo_batch_size)"
             )
         found = preference_trajectories(rows)
-        work = PreferenceWork(
-            found,
-            self._preference_settings(epoch),
-            self._loaded_backend,
-            lambda: self._policy.renderer,
-            self._policy.publish,
-        )
+        work = self._work_on(PairMaterial(found, self._dpo_settings(epoch), lambda: self._policy.renderer))
         pairs = sum(len(trajectory.items) for trajectory in found)
         groups = len({trajectory.group for trajectory in found})
         return work, {"groups": groups, "trajectories": len(found), "calls": 0, "pairs": pairs}
+
+    def _work_on(self, material: Material) -> TrainingWork:
+        from nat_plugin_evsys.training.work import TrainingWork
+
+        return TrainingWork(material, self._loaded_backend, self._policy.publish)
 
     async def _loaded_backend(self) -> Backend:
         await self._policy.ensure_loaded()
@@ -127,16 +127,18 @@ class JobWork:
             merge_calls=config.merge_calls,
         )
 
-    def _preference_settings(self, epoch: int | None) -> PreferenceSettings:
-        from nat_plugin_evsys.training.preference_job import PreferenceSettings
+    def _dpo_settings(self, epoch: int | None) -> DpoSettings:
+        from nat_plugin_evsys.training.dpo import DpoSettings
+        from nat_plugin_evsys.training.learning_rate import LearningRate
 
         config = self._config
-        return PreferenceSettings(
+        return DpoSettings(
             adam=self._adam(),
+            rate=LearningRate(config.learning_rate),
             beta=config.dpo_beta,
             batch_size=config.dpo_batch_size,
             passes=config.passes,
-            shuffle_key=self._shuffle_key(epoch),
+            seed=self._shuffle_key(epoch),
         )
 
     def _adam(self) -> types.AdamParams:

@@ -30,8 +30,6 @@ from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 if TYPE_CHECKING:
     import art
 
-    from nat_plugin_evsys.training.policy_job import TrainingWork
-    from nat_plugin_evsys.training.preference_job import PreferenceWork
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +111,6 @@ class EvsysTrainerAdapter(TrainerAdapter):
         if self._closed:
             raise EngineClosedError("the trainer adapter is closed and takes no more jobs")
         rows = trajectories.trajectories
-        work: TrainingWork | PreferenceWork
         if has_preferences(rows):
             work, sizes = self._work.on_pairs(rows, epoch)
         else:

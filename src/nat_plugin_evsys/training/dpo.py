@@ -25,8 +25,11 @@ from tinker import Datum, TensorData, types
 
 from nat_plugin_evsys.backends.base import Backend, LossCallable
 from nat_plugin_evsys.errors import ConfigError, DataError
-from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches, optimizer_step
-from nat_plugin_evsys.training.sft import Render, RenderReply, reply_datum
+from nat_plugin_evsys.runtime import defaults
+from nat_plugin_evsys.training.learning_rate import LearningRate
+from nat_plugin_evsys.training.loop import Step, Steps, Taken, run_steps
+from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches
+from nat_plugin_evsys.training.sft import Render, RenderReply, reply_datum, reply_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -163,32 +166,77 @@ async def train_dpo(
         raise ConfigError(f"dpo needs beta > 0, got {beta}")
     if not pairs:
         raise DataError("dpo has no pairs to train on; give at least one preference")
-    referenced = await with_reference(backend, pairs)
-    loss_fn = dpo_loss(beta)
-    total = count_steps(len(pairs), epochs, batch_size)
+    settings = DpoSettings(
+        types.AdamParams(eps=defaults.EPS), LearningRate(learning_rate, decay="linear"), beta, batch_size, epochs, seed
+    )
     history: list[DpoStep] = []
-    for epoch, batch in epoch_batches(referenced, epochs, batch_size, seed):
-        rate = learning_rate * (1 - len(history) / total)
-        pending = backend.forward_backward_custom_async([datum for pair in batch for datum in pair], loss_fn)
-        metrics = await optimizer_step(backend, pending, types.AdamParams(learning_rate=rate, eps=1e-8))
-        history.append(
-            DpoStep(
-                step=len(history) + 1,
-                total_steps=total,
-                epoch=epoch,
-                pairs=len(batch),
-                loss=metrics["loss:mean"],
-                accuracy=metrics["accuracy:mean"],
-                margin=metrics["margin:mean"],
-                chosen_reward=metrics["chosen_reward:mean"],
-                rejected_reward=metrics["rejected_reward:mean"],
-                learning_rate=rate,
-                grad_norm=metrics.get("grad_norm", math.nan),
-            )
-        )
+
+    async def record(taken: Taken) -> None:
+        history.append(_dpo_step(taken))
         if on_step is not None:
             on_step(history[-1])
+
+    await run_steps(backend, dpo_steps(await with_reference(backend, pairs), settings), on_step=record)
     return history
+
+
+@dataclass(frozen=True, slots=True)
+class DpoSettings:
+    """How pairs are trained on.
+
+    Attributes:
+        adam: of every optimizer step, except for the learning rate.
+        rate: the learning rate.
+        beta: how much a departure from the reference costs.
+        batch_size: pairs of one optimizer step.
+        passes: times that the pairs are trained on.
+        seed: decides the order of the pairs in each pass.
+    """
+
+    adam: types.AdamParams
+    rate: LearningRate
+    beta: float = 0.1
+    batch_size: int = 8
+    passes: int = 1
+    seed: int | str = 0
+
+
+async def dpo_steps(pairs: Sequence[Pair], settings: DpoSettings) -> Steps:
+    """The optimizer steps on pairs that carry their reference's logprobs; see ``with_reference``."""
+    loss = dpo_loss(settings.beta)
+    total = count_steps(len(pairs), settings.passes, settings.batch_size)
+    batches = epoch_batches(len(pairs), settings.passes, settings.batch_size, settings.seed)
+    for number, (epoch, members) in enumerate(batches, start=1):
+        data = [datum for index in members for datum in pairs[index]]
+        yield Step(
+            data=data,
+            loss=loss,
+            adam=settings.adam.model_copy(update={"learning_rate": settings.rate.at(number, total)}),
+            number=number,
+            total=total,
+            epoch=epoch,
+            members=members,
+            sampled_tokens=sum(reply_tokens(datum) for datum in data),
+            mean_over=len(members),
+            share=len(members) / (len(pairs) * settings.passes),
+        )
+
+
+def _dpo_step(taken: Taken) -> DpoStep:
+    step, values = taken.step, taken.metrics.values
+    return DpoStep(
+        step=step.number,
+        total_steps=step.total,
+        epoch=step.epoch,
+        pairs=len(step.members),
+        loss=values["loss:mean"],
+        accuracy=values["accuracy:mean"],
+        margin=values["margin:mean"],
+        chosen_reward=values["chosen_reward:mean"],
+        rejected_reward=values["rejected_reward:mean"],
+        learning_rate=step.adam.learning_rate,
+        grad_norm=values.get("grad_norm", math.nan),
+    )
 
 
 def _log_ratio(datum: Datum, logprobs: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from nat.data_models.finetuning import TrainingJobStatus, TrainingStatusEnum
 
@@ -16,8 +16,6 @@ from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.training.job_report import Account, JobReport
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 LOST_REASONS = {
     TrainingStatusEnum.COMPLETED: DropReason.NOT_REACHED,
@@ -190,21 +188,3 @@ def describe_error(error: BaseException) -> str:
     text = str(error) if isinstance(error, EvsysError) else f"{type(error).__name__}: {error}"
     first = root_cause(error)
     return text if first is error else f"{text} (first cause: {describe_error(first)})"
-
-
-async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Run ``work`` to its end even if the awaiting task is cancelled meanwhile; the cancellation follows afterwards.
-
-    If the work fails, its error wins over the cancellation.
-    """
-    inner = asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not inner.done():
-        try:
-            await asyncio.wait({inner})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    result = inner.result()
-    if cancelled is not None:
-        raise cancelled
-    return result

@@ -1,4 +1,4 @@
-"""Trajectory groups -> the Datums of each optimizer step. What ``rl`` and the NAT trainer's jobs have in common.
+"""Trajectory groups -> the optimizer steps on them. What ``rl`` and the NAT trainer's jobs have in common.
 
 The gradient of a step is that of the *sum* over all sampled tokens of its groups of one of the losses
 importance_sampling, ppo, cispo, dro or gspo (formulas and sources in ``engine/gradient/losses.py``), with one advantage
@@ -18,6 +18,7 @@ from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.rollouts.advantages import AdvantageMethod
 from nat_plugin_evsys.rollouts.datums import DatumSet, group_datums, with_prompt_logprobs
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
+from nat_plugin_evsys.training.loop import NamedLoss, Step, Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +54,41 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
     ]
 
 
-def plan_steps(sets: Sequence[DatumSet], settings: TrainingSettings) -> list[list[int]]:
+def plan_steps(sets: Sequence[DatumSet], settings: TrainingSettings) -> list[tuple[int, ...]]:
     """Positions of the groups of each optimizer step, over all passes; groups without a Datum take no part.
 
     Each pass has its own order, which depends on ``shuffle_key`` and the pass alone.
     """
     trainable = [index for index, datums in enumerate(sets) if datums.datums]
     size = settings.groups_per_step or max(len(trainable), 1)
-    steps = []
+    steps: list[tuple[int, ...]] = []
     for number in range(settings.passes):
         order = trainable.copy()
         random.Random(f"{settings.shuffle_key}/{number}").shuffle(order)
-        steps += [order[start : start + size] for start in range(0, len(order), size)]
+        steps += [tuple(order[start : start + size]) for start in range(0, len(order), size)]
     return steps
 
 
-async def step_data(backend: Backend, batch: Sequence[DatumSet], settings: TrainingSettings) -> list[Datum]:
-    """The Datums of one optimizer step, ready for ``forward_backward_async``.
+async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], settings: TrainingSettings) -> Steps:
+    """The optimizer steps on groups, as ``plan_steps`` orders them."""
+    plan = plan_steps(sets, settings)
+    tokens = sum(sets[index].tokens for members in plan for index in members)
+    for number, members in enumerate(plan, start=1):
+        batch = [sets[index] for index in members]
+        yield Step(
+            data=await _step_data(backend, batch, settings),
+            loss=NamedLoss(settings.loss_fn, settings.loss_fn_config),
+            adam=settings.adam,
+            number=number,
+            total=len(plan),
+            members=members,
+            sampled_tokens=sum(datums.sampled_tokens for datums in batch),
+            share=sum(datums.tokens for datums in batch) / tokens,
+        )
+
+
+async def _step_data(backend: Backend, batch: Sequence[DatumSet], settings: TrainingSettings) -> list[Datum]:
+    """The Datums of one optimizer step.
 
     ``dro`` has no mask, so its prompt rows first get the learner's present logprobs, from one forward pass.
     """

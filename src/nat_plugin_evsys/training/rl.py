@@ -34,8 +34,9 @@ from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.rollouts.seeds import rollout_seed
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
-from nat_plugin_evsys.training.policy_gradient import TrainingSettings, build_datums, plan_steps, step_data
-from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches, optimizer_step
+from nat_plugin_evsys.training.loop import run_steps
+from nat_plugin_evsys.training.policy_gradient import TrainingSettings, build_datums, policy_gradient_steps
+from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches
 
 Row = TypeVar("Row")
 
@@ -180,10 +181,10 @@ async def train_rl(
 
     total = count_steps(len(rows), epochs, batch_size)
     history: list[RlIteration] = []
-    for epoch, batch in epoch_batches(rows, epochs, batch_size, seed):
+    for epoch, positions in epoch_batches(len(rows), epochs, batch_size, seed):
         iteration = len(history) + 1
         client = await backend.snapshot_sampling_client()
-        groups = await roll_out(client, iteration, batch)
+        groups = await roll_out(client, iteration, [rows[index] for index in positions])
         shuffled = dataclasses.replace(settings, shuffle_key=f"{settings.shuffle_key}/{iteration}")
         steps, dropped = await train_groups(backend, groups, shuffled)
         rewards = [value for group in groups for value in group.rewards_G]
@@ -199,9 +200,6 @@ async def train_groups(
 ) -> tuple[list[dict[str, float]], Counter[DropReason]]:
     """Every optimizer step on some groups; returns each step's metrics, and the dropped trajectories by reason."""
     sets = build_datums(groups, settings)
-    metrics = []
-    for indices in plan_steps(sets, settings):
-        data = await step_data(backend, [sets[index] for index in indices], settings)
-        pending = backend.forward_backward_async(data, loss_fn=settings.loss_fn, loss_fn_config=settings.loss_fn_config)
-        metrics.append(await optimizer_step(backend, pending, settings.adam))
-    return metrics, sum((datums.dropped_trajectories for datums in sets), start=Counter[DropReason]())
+    steps = await run_steps(backend, policy_gradient_steps(backend, sets, settings))
+    dropped = sum((datums.dropped_trajectories for datums in sets), start=Counter[DropReason]())
+    return [metrics.values for metrics in steps], dropped

@@ -29,8 +29,11 @@ from nat_plugin_evsys.backends.base import Backend, SamplingClient
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.rollouts.episodes import text_of
 from nat_plugin_evsys.rollouts.seeds import rollout_seed
+from nat_plugin_evsys.runtime import defaults
+from nat_plugin_evsys.training.learning_rate import LearningRate
+from nat_plugin_evsys.training.loop import Step, Steps, Taken, run_steps
 from nat_plugin_evsys.training.reverse_kl import CandidateSample, candidate_datum, reverse_kl_loss, sampled_rows
-from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches, optimizer_step
+from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches
 from nat_plugin_evsys.training.sft import Message, Render, messages_of
 
 DEMONSTRATION = "\n\nThis is an example of a response:\n{demonstration}\n\nNow answer with a response of your own."
@@ -149,38 +152,76 @@ async def train_sdft(
         )
     if not lessons:
         raise DataError("sdft has no lessons to train on; give at least one demonstration")
-    loss_fn = reverse_kl_loss(tail=tail)
-    total = count_steps(len(lessons), epochs, batch_size)
     history: list[SdftStep] = []
-    for epoch, batch in epoch_batches(lessons, epochs, batch_size, seed):
-        rate = learning_rate * (1 - len(history) / total)
-        client = await backend.snapshot_sampling_client()
-        seeds = [rollout_seed(seed, f"sdft/{len(history)}", str(x.student_ids), i) for i, x in enumerate(batch)]
-        samples = await asyncio.gather(
-            *(
-                _sample(client, lesson.student_ids, sampling.model_copy(update={"seed": s}), candidates)
-                for lesson, s in zip(batch, seeds, strict=True)
-            )
-        )
-        data = await _taught(backend, batch, samples)
-        pending = backend.forward_backward_custom_async(data, loss_fn)
-        metrics = await optimizer_step(backend, pending, types.AdamParams(learning_rate=rate, eps=1e-8))
-        history.append(
-            SdftStep(
-                step=len(history) + 1,
-                total_steps=total,
-                epoch=epoch,
-                loss=metrics["reverse_kl:mean"],
-                tokens=round(metrics["positions:sum"]),
-                tail_mass=metrics["tail_mass:mean"],
-                policy_version=client.policy_version,
-                learning_rate=rate,
-                grad_norm=metrics.get("grad_norm", math.nan),
-            )
-        )
+
+    async def record(taken: Taken) -> None:
+        history.append(_sdft_step(taken))
         if on_step is not None:
             on_step(history[-1])
+
+    rate = LearningRate(learning_rate, decay="linear")
+    student = _Student(backend, sampling, candidates, seed)
+    await run_steps(backend, _sdft_steps(student, lessons, epochs, batch_size, rate, tail=tail), on_step=record)
     return history
+
+
+async def _sdft_steps(
+    student: _Student, lessons: Sequence[Lesson], epochs: int, batch_size: int, rate: LearningRate, *, tail: bool
+) -> Steps:
+    """The optimizer steps of ``train_sdft``; each samples from the weights that the one before left."""
+    loss = reverse_kl_loss(tail=tail)
+    total = count_steps(len(lessons), epochs, batch_size)
+    batches = epoch_batches(len(lessons), epochs, batch_size, student.seed)
+    for number, (epoch, members) in enumerate(batches, start=1):
+        data, version = await student.practise([lessons[index] for index in members], number - 1)
+        yield Step(
+            data=data,
+            loss=loss,
+            adam=types.AdamParams(learning_rate=rate.at(number, total), eps=defaults.EPS),
+            number=number,
+            total=total,
+            epoch=epoch,
+            members=members,
+            share=1 / total,
+            policy_version=version,
+        )
+
+
+def _sdft_step(taken: Taken) -> SdftStep:
+    step, values = taken.step, taken.metrics.values
+    return SdftStep(
+        step=step.number,
+        total_steps=step.total,
+        epoch=step.epoch,
+        loss=values["reverse_kl:mean"],
+        tokens=round(values["positions:sum"]),
+        tail_mass=values["tail_mass:mean"],
+        policy_version=-1 if step.policy_version is None else step.policy_version,
+        learning_rate=step.adam.learning_rate,
+        grad_norm=values.get("grad_norm", math.nan),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Student:
+    """Samples replies to lessons, and lets the teacher look at them."""
+
+    backend: Backend
+    sampling: types.SamplingParams
+    candidates: int
+    seed: int
+
+    async def practise(self, lessons: Sequence[Lesson], number: int) -> tuple[list[Datum], int]:
+        """One reply to each lesson with the teacher's logprobs, and the policy version that gave them."""
+        client = await self.backend.snapshot_sampling_client()
+        seeds = [rollout_seed(self.seed, f"sdft/{number}", str(x.student_ids), i) for i, x in enumerate(lessons)]
+        samples = await asyncio.gather(
+            *(
+                _sample(client, lesson.student_ids, self.sampling.model_copy(update={"seed": s}), self.candidates)
+                for lesson, s in zip(lessons, seeds, strict=True)
+            )
+        )
+        return await _taught(self.backend, lessons, samples), client.policy_version
 
 
 async def _sample(

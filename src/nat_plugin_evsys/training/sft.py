@@ -17,7 +17,10 @@ from tinker import types
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches, optimizer_step
+from nat_plugin_evsys.runtime import defaults
+from nat_plugin_evsys.training.learning_rate import LearningRate
+from nat_plugin_evsys.training.loop import NamedLoss, Step, Steps, Taken, run_steps
+from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches
 
 Message = Mapping[str, Any]
 Render = Callable[[list[Message], list[Any]], list[int]]
@@ -145,24 +148,52 @@ async def train_sft(
     check_schedule("sft", epochs, batch_size, learning_rate)
     if not datums:
         raise DataError("sft has no Datums to train on; give at least one demonstration")
-    total = count_steps(len(datums), epochs, batch_size)
     history: list[SftStep] = []
-    for epoch, batch in epoch_batches(datums, epochs, batch_size, seed):
-        rate = learning_rate * (1 - len(history) / total)
-        pending = backend.forward_backward_async(batch, loss_fn="cross_entropy")
-        metrics = await optimizer_step(backend, pending, types.AdamParams(learning_rate=rate, eps=1e-8))
-        tokens = metrics["weights:sum"]
-        history.append(
-            SftStep(
-                step=len(history) + 1,
-                total_steps=total,
-                epoch=epoch,
-                loss=metrics["loss:sum"] / tokens if tokens else 0.0,
-                tokens=round(tokens),
-                learning_rate=rate,
-                grad_norm=metrics.get("grad_norm", math.nan),
-            )
-        )
+
+    async def record(taken: Taken) -> None:
+        history.append(_sft_step(taken))
         if on_step is not None:
             on_step(history[-1])
+
+    rate = LearningRate(learning_rate, decay="linear")
+    await run_steps(backend, sft_steps(datums, epochs, batch_size, rate, seed), on_step=record)
     return history
+
+
+async def sft_steps(
+    datums: Sequence[types.Datum], epochs: int, batch_size: int, rate: LearningRate, seed: int
+) -> Steps:
+    """The optimizer steps of ``train_sft``."""
+    total = count_steps(len(datums), epochs, batch_size)
+    for number, (epoch, members) in enumerate(epoch_batches(len(datums), epochs, batch_size, seed), start=1):
+        data = [datums[index] for index in members]
+        yield Step(
+            data=data,
+            loss=NamedLoss("cross_entropy"),
+            adam=types.AdamParams(learning_rate=rate.at(number, total), eps=defaults.EPS),
+            number=number,
+            total=total,
+            epoch=epoch,
+            members=members,
+            sampled_tokens=sum(reply_tokens(datum) for datum in data),
+            share=1 / total,
+        )
+
+
+def reply_tokens(datum: types.Datum) -> int:
+    """Tokens of a Datum with a weight of 1."""
+    return int(sum(datum.loss_fn_inputs["weights"].tolist()))
+
+
+def _sft_step(taken: Taken) -> SftStep:
+    step, values = taken.step, taken.metrics.values
+    tokens = values["weights:sum"]
+    return SftStep(
+        step=step.number,
+        total_steps=step.total,
+        epoch=step.epoch,
+        loss=values["loss:sum"] / tokens if tokens else 0.0,
+        tokens=round(tokens),
+        learning_rate=step.adam.learning_rate,
+        grad_norm=values.get("grad_norm", math.nan),
+    )

@@ -1,0 +1,92 @@
+"""Trajectory groups as the material of a training job."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from nat_plugin_evsys.backends.base import Backend
+from nat_plugin_evsys.calls import CallFate, CallTally, DropReason
+from nat_plugin_evsys.rollouts.datums import DatumSet
+from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
+from nat_plugin_evsys.training.fates import Learned, call_fates, learner_logprobs
+from nat_plugin_evsys.training.job_report import Account
+from nat_plugin_evsys.training.loop import Steps, Taken
+from nat_plugin_evsys.training.policy_gradient import TrainingSettings, build_datums, policy_gradient_steps
+
+
+class GroupMaterial:
+    """Trajectory groups, trained with policy gradients.
+
+    Args:
+        groups: at least one.
+    """
+
+    advice = "Lower learning_rate or set grad_clip_norm, and look for extreme rewards"
+
+    def __init__(self, groups: list[TrajectoryGroup], settings: TrainingSettings) -> None:
+        self._groups = groups
+        self._settings = settings
+        self._sets: list[DatumSet] = []
+        self._trained: set[int] = set()
+        self._learned: Learned = {}
+
+    async def prepare(self, backend: Backend) -> str | None:
+        """Build the Datums."""
+        self._sets = await asyncio.to_thread(build_datums, self._groups, self._settings)
+        if any(datums.datums for datums in self._sets):
+            return None
+        dropped = sum((datums.dropped for datums in self._sets), start=Counter[DropReason]())
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(dropped.items())) or "there were none"
+        return f"nothing to train: every call was dropped ({reasons}); the policy is unchanged"
+
+    def steps(self, backend: Backend) -> Steps:
+        """See ``policy_gradient_steps``."""
+        return policy_gradient_steps(backend, self._sets, self._settings)
+
+    def trained(self, taken: Taken) -> list[dict[str, Any]]:
+        """Every group of the step."""
+        members = taken.step.members
+        self._learned |= learner_logprobs([self._sets[index] for index in members], taken.output)
+        new = [index for index in members if index not in self._trained]
+        self._trained.update(new)
+        return [record for index in new for record in datum_records(self._sets[index], taken.step.number)]
+
+    def account(self, lost_reason: DropReason) -> Account:
+        """Where every call and trajectory went."""
+        account = Account(calls=CallTally(calls=sum(group.num_calls for group in self._groups)))
+        if not self._sets:
+            account.calls.drop(lost_reason, account.calls.calls)
+            account.dropped_trajectories[lost_reason] = sum(len(group.calls_G) for group in self._groups)
+            calls = [call for group in self._groups for calls in group.calls_G for call in calls]
+            account.fates = {call.key: CallFate(dropped=lost_reason) for call in calls}
+        for index, datums in enumerate(self._sets):
+            account.calls.dropped.update(datums.dropped)
+            account.dropped_trajectories.update(datums.dropped_trajectories)
+            account.fates |= call_fates(datums, self._learned, None if index in self._trained else lost_reason)
+            if index in self._trained:
+                account.calls.trained += datums.trained_calls
+                account.trained_trajectories += datums.trained_trajectories
+            elif datums.datums:
+                account.calls.drop(lost_reason, datums.trained_calls)
+                account.dropped_trajectories[lost_reason] += datums.trained_trajectories
+        return account
+
+
+def datum_records(datums: DatumSet, step: int) -> Iterator[dict[str, Any]]:
+    """One record per Datum, with Tinker's names: ``model_input``, ``target_tokens``, ``logprobs``, ``advantages``, …
+
+    ``calls`` lists the calls with the rows ``start:stop`` of their sampled tokens.
+    """
+    for datum, origin in zip(datums.datums, datums.provenance, strict=True):
+        yield {
+            "step": step,
+            "group": origin.group,
+            "trajectory": origin.trajectory,
+            "calls": [asdict(span) for span in origin.spans],
+            "model_input": datum.model_input.to_ints(),
+            **{name: tensor.tolist() for name, tensor in datum.loss_fn_inputs.items()},
+        }
