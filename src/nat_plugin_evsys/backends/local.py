@@ -207,10 +207,6 @@ class LocalBackend:
 
         return self._client(*await self._submit(load))
 
-    def base_sampling_client(self) -> SamplingClient:
-        """A client that samples from the bare base model; its policy version is -1. *Extension.*"""
-        return self._shared.sampler.client(None, -1)
-
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
         return self.base.tokenizer
