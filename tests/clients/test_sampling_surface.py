@@ -6,12 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import tinker
 import torch
+from samples import assert_greedy, assert_same_samples
 
 from nat_plugin_evsys import SamplingClient, ServiceClient, TrainingClient, types
 from nat_plugin_evsys.backends.base import SamplingClient as SamplingProtocol
@@ -59,7 +61,7 @@ def test_a_result_reads_as_tinkers_and_as_weavers(sampling: SamplingClient) -> N
             sequence["message"]
     assert len({tuple(sequence.tokens) for sequence in result.sequences}) == 3
     again = sampling.sample(PROMPT, 3, params).result()
-    assert [s.tokens for s in again.sequences] == [s.tokens for s in result.sequences]
+    assert_same_samples(again.sequences, result.sequences, PROMPT, params, partial(logits_of, sampling))
 
 
 def test_prompt_logprobs_their_top_k_and_the_last_n(sampling: SamplingClient) -> None:
@@ -115,9 +117,9 @@ def test_logprobs_under_a_repetition_penalty_are_those_of_the_distribution_sampl
             expected = (scores / (temperature or 1.0)).log_softmax(-1)
             assert logprob == pytest.approx(expected[token].item(), abs=1e-4)
             if temperature == 0:
-                assert token == int(scores.argmax())
+                assert_greedy([token], scores[None])
     alone = sampling.sample(PROMPT, 2, plain).result()
-    assert [s.tokens for s in alone.sequences] == [s.tokens for s in unpenalised.sequences]
+    assert_same_samples(alone.sequences, unpenalised.sequences, PROMPT, plain, partial(logits_of, sampling))
     assert [s.tokens for s in alone.sequences] != [s.tokens for s in penalised.sequences]
 
 
@@ -125,10 +127,8 @@ def test_tinkers_own_params_are_taken_and_drop_what_they_do_not_know(sampling: S
     theirs = tinker.SamplingParams(max_tokens=4, temperature=0)
     ours = types.SamplingParams(max_tokens=4, temperature=0)
     assert isinstance(ours, tinker.SamplingParams)
-    assert (
-        sampling.sample(PROMPT, 1, theirs)["sequences"][0]["tokens"]
-        == (sampling.sample(PROMPT, 1, ours)["sequences"][0]["tokens"])
-    )
+    found = [sampling.sample(PROMPT, 1, params)["sequences"] for params in (theirs, ours)]
+    assert_same_samples(*found, PROMPT, ours, partial(logits_of, sampling))
 
 
 def test_sampling_does_not_wait_for_a_training_operation(
@@ -179,8 +179,9 @@ def test_many_threads_share_a_sampling_client(sampling: SamplingClient) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    tokens = [s.tokens for s in expected.sequences]
-    assert [[s.tokens for s in result.sequences] for result in found] == [tokens] * 8
+    assert len(found) == 8
+    for result in found:
+        assert_same_samples(result.sequences, expected.sequences, PROMPT, params, partial(logits_of, sampling))
 
 
 def test_on_tokens_sees_every_token_as_it_comes(sampling: SamplingClient) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from constructed import reciting
 from tiny import END, perturb, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -80,6 +81,18 @@ def base(make_base: Callable[[str], BaseModel]) -> BaseModel:
 def adapter(base: BaseModel, make_adapter: Callable[..., LoraAdapter]) -> LoraAdapter:
     """A perturbed adapter of ``base``."""
     return make_adapter(base)
+
+
+@pytest.fixture(scope="session")
+def make_reciting(tokenizer: Any) -> Callable[[list[int]], BaseModel]:
+    """``make_reciting(tokens)``: a base model that says these tokens one after the other, round and round."""
+
+    def make(tokens: list[int]) -> BaseModel:
+        shape = {"vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "hidden_size": 64, "head_dim": 16}
+        model = tiny_model("qwen3", tie_word_embeddings=False, **shape)
+        return wrap_model("reciting", reciting(model, tokens), tokenizer)
+
+    return make
 
 
 @pytest.fixture

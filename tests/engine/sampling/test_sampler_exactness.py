@@ -1,10 +1,12 @@
 """What the sampler reports equals plain forward passes, for every family, with an adapter that is not zero."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from samples import assert_likeliest, assert_same_samples
 from tinker.types import ModelInput, SamplingParams
 
 from nat_plugin_evsys.engine.sampling.slot_decoder import SlotDecoder
@@ -78,16 +80,14 @@ def test_sampling_with_prompt_logprobs_and_topk(base, adapter, make_sampler, pla
     want = reference(logits, prompt[:1], prompt[1:], 1.0).numpy()  # temperature 1, whatever is sampled with
     assert np.abs(result.prompt_logprobs_np[1:] - want).max() <= 1e-5
     assert result.topk_prompt_logprobs[0] is None
-    top = logits.log_softmax(-1).topk(3)
-    for i, entries in enumerate(result.topk_prompt_logprobs[1:]):
-        assert [token for token, _ in entries] == top.indices[i].tolist()
-        assert np.allclose([lp for _, lp in entries], top.values[i], atol=1e-5)
+    for entries, row in zip(result.topk_prompt_logprobs[1:], logits[:-1].log_softmax(-1), strict=True):
+        assert len(entries) == 3
+        assert_likeliest(entries, row)
     for sequence in result.sequences:
         full = plain_logits(base, adapter, prompt + sequence.tokens)
         for t, entries in enumerate(sequence.topk_logprobs):
-            row = (full[len(prompt) - 1 + t] / 0.7).log_softmax(-1)
-            assert [token for token, _ in entries] == row.topk(4).indices.tolist()
-            assert np.allclose([lp for _, lp in entries], row.topk(4).values, atol=1e-5)
+            assert len(entries) == 4
+            assert_likeliest(entries, (full[len(prompt) - 1 + t] / 0.7).log_softmax(-1))
 
 
 def test_results_without_options_have_none(base, make_sampler):
@@ -99,7 +99,7 @@ def test_results_without_options_have_none(base, make_sampler):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "qwen3_moe"])
-def test_ragged_concurrent_requests_equal_one_at_a_time(family, make_base, make_adapter, make_sampler):
+def test_ragged_concurrent_requests_equal_one_at_a_time(family, make_base, make_adapter, make_sampler, plain_logits):
     base = make_base(family)
     adapter = make_adapter(base)
     requests = [
@@ -116,14 +116,11 @@ def test_ragged_concurrent_requests_equal_one_at_a_time(family, make_base, make_
     for (prompt, n, params), future in zip(requests, futures, strict=True):
         one = alone.sample(ModelInput.from_ints(prompt), n, params).result(TIMEOUT)
         many = future.result(TIMEOUT)
-        assert [s.tokens for s in many.sequences] == [s.tokens for s in one.sequences]
-        assert [s.stop_reason for s in many.sequences] == [s.stop_reason for s in one.sequences]
-        for a, b in zip(many.sequences, one.sequences, strict=True):
-            assert np.abs(a.logprobs_np - b.logprobs_np).max() <= 1e-5
+        assert_same_samples(many.sequences, one.sequences, prompt, params, partial(plain_logits, base, adapter))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-def test_prompts_fed_in_pieces_equal_prompts_fed_whole(family, make_base, make_adapter, make_sampler):
+def test_prompts_fed_in_pieces_equal_prompts_fed_whole(family, make_base, make_adapter, make_sampler, plain_logits):
     base = make_base(family)
     adapter = make_adapter(base)
     prompts = [prompt_of(n, seed=n) for n in (61, 45, 9, 70)]
@@ -135,13 +132,12 @@ def test_prompts_fed_in_pieces_equal_prompts_fed_whole(family, make_base, make_a
     for prompt in prompts:
         a = whole.sample(ModelInput.from_ints(prompt), 1, params, True).result(TIMEOUT)
         b = pieces.sample(ModelInput.from_ints(prompt), 1, params, True).result(TIMEOUT)
-        assert a.sequences[0].tokens == b.sequences[0].tokens
-        assert np.allclose(a.sequences[0].logprobs_np, b.sequences[0].logprobs_np, atol=1e-5)
+        assert_same_samples(a.sequences, b.sequences, prompt, params, partial(plain_logits, base, adapter))
         assert np.allclose(a.prompt_logprobs_np, b.prompt_logprobs_np, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("path", ["auto", "plain"])
-def test_running_out_of_kv_memory_changes_nothing(path, base, adapter, make_sampler, monkeypatch):
+def test_running_out_of_kv_memory_changes_nothing(path, base, adapter, make_sampler, plain_logits, monkeypatch):
     sent_back = []
     for decoder in (SpanDecoder, SlotDecoder):
         fits = decoder.fits
@@ -159,8 +155,8 @@ def test_running_out_of_kv_memory_changes_nothing(path, base, adapter, make_samp
     tight._kv_bytes = tight._runner.layout.bytes_per_token * 64 * 6
     futures = [(client.sample(ModelInput.from_ints(p), 2, params)) for p in prompts for client in clients]
     results = [future.result(TIMEOUT) for future in futures]
-    for a, b in zip(results[::2], results[1::2], strict=True):
-        assert [s.tokens for s in a.sequences] == [s.tokens for s in b.sequences]
+    for prompt, a, b in zip(prompts, results[::2], results[1::2], strict=True):
+        assert_same_samples(a.sequences, b.sequences, prompt, params, partial(plain_logits, base, adapter))
         assert len(a.sequences[0].tokens) == 50
     assert any(sent_back)  # rows did go back to waiting
 

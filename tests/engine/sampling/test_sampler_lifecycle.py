@@ -3,10 +3,12 @@
 import asyncio
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from samples import assert_same_samples
 from tinker.types import ModelInput, SamplingParams
 
 from nat_plugin_evsys.errors import EngineClosedError, ModelError
@@ -16,8 +18,11 @@ PROMPT = ModelInput.from_ints([9, 8, 7])
 LONG = SamplingParams(max_tokens=90, stop=[], seed=1)
 
 
-def short(client, seed=0):
-    return client.sample(PROMPT, 1, SamplingParams(max_tokens=5, seed=seed, stop=[]))
+SHORT = SamplingParams(max_tokens=5, seed=0, stop=[])
+
+
+def short(client):
+    return client.sample(PROMPT, 1, SHORT)
 
 
 def wait_idle(sampler):
@@ -102,7 +107,7 @@ def test_a_failing_forward_fails_its_requests_and_the_thread_lives(base, adapter
     assert len(short(sampler.client(adapter, 8)).result(TIMEOUT).sequences[0].tokens) == 5
 
 
-def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, make_sampler):
+def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, make_sampler, plain_logits):
     from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
     sampler = make_sampler(base)
@@ -110,7 +115,7 @@ def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, 
         adapter.rank, adapter.alpha, {n: (a, torch.full_like(b, float("nan"))) for n, (a, b) in adapter.weights.items()}
     )
     long = ModelInput.from_ints(list(range(1, 31)))
-    before = short(sampler.client(adapter, 0)).result(TIMEOUT).sequences[0].tokens
+    before = short(sampler.client(adapter, 0)).result(TIMEOUT).sequences
     broken = sampler.client(nan, 1)
     with pytest.raises(ModelError, match="not finite"):
         broken.sample(long, 4, LONG).result(TIMEOUT)
@@ -121,11 +126,11 @@ def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, 
     gate = threading.Event()
     client = sampler.client(adapter, 2)
     first = client.sample(PROMPT, 1, SamplingParams(max_tokens=1), on_tokens=lambda *_: gate.wait(TIMEOUT))
-    futures = [short(client), client.sample(long, 1, SamplingParams(max_tokens=5, seed=0, stop=[]))]
+    futures = [short(client), client.sample(long, 1, SHORT)]
     gate.set()
     assert len(first.result(TIMEOUT).sequences[0].tokens) == 1
     results = [f.result(TIMEOUT) for f in futures]
-    assert results[0].sequences[0].tokens == before
+    assert_same_samples(results[0].sequences, before, PROMPT.to_ints(), SHORT, partial(plain_logits, base, adapter))
 
 
 def test_closing_fails_what_is_in_flight(base, make_sampler):
@@ -141,7 +146,7 @@ def test_closing_fails_what_is_in_flight(base, make_sampler):
             future.result(1)
 
 
-def test_versions_in_flight_do_not_wait_for_each_other_nor_mix(base, make_adapter, make_sampler):
+def test_versions_in_flight_do_not_wait_for_each_other_nor_mix(base, make_adapter, make_sampler, plain_logits):
     sampler = make_sampler(base, max_batch_size=2)
     old_adapter, new_adapter = make_adapter(base, 1), make_adapter(base, 2)
     old, new = sampler.client(old_adapter, 4), sampler.client(new_adapter, 5)
@@ -155,28 +160,31 @@ def test_versions_in_flight_do_not_wait_for_each_other_nor_mix(base, make_adapte
     late = new.sample(PROMPT, 2, LONG, on_tokens=lambda *_: order.append("new"))
     results = [running.result(TIMEOUT), late.result(TIMEOUT)]
     assert [r.policy_version for r in results] == [4, 5]
-    for result, want in zip(results, alone, strict=True):
-        assert [s.tokens for s in result.sequences] == [s.tokens for s in want.sequences]
+    for result, want, weights in zip(results, alone, (old_adapter, new_adapter), strict=True):
+        logits_of = partial(plain_logits, base, weights)
+        assert_same_samples(result.sequences, want.sequences, PROMPT.to_ints(), LONG, logits_of)
     assert results[0].sequences[0].tokens != results[1].sequences[0].tokens
     # the new version's first token came while the old one was still decoding, whose rows fill the batch
     assert order.index("new") < len(order) - 1 - order[::-1].index("old")
 
 
-def test_two_clients_of_the_bare_model_report_their_own_versions(base, make_sampler):
+def test_two_clients_of_the_bare_model_report_their_own_versions(base, make_sampler, plain_logits):
     sampler = make_sampler(base)
     futures = [short(sampler.client(None, version)) for version in (0, 6, 0)]
     assert [f.result(TIMEOUT).policy_version for f in futures] == [0, 6, 0]
-    assert len({tuple(f.result().sequences[0].tokens) for f in futures}) == 1
+    first, *others = (f.result().sequences for f in futures)
+    for other in others:
+        assert_same_samples(first, other, PROMPT.to_ints(), SHORT, partial(plain_logits, base, None))
 
 
-def test_training_beside_changes_no_sample(base, adapter, make_sampler):
+def test_training_beside_changes_no_sample(base, adapter, make_sampler, plain_logits):
     """Another thread trains its own adapter through the same base model while requests are decoded."""
     from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 
     client = make_sampler(base).client(adapter, 0)
     params = SamplingParams(max_tokens=60, seed=1, stop=[])
     prompts = [ModelInput.from_ints([i, i + 1, i + 2]) for i in range(1, 30)]
-    want = [client.sample(p, 1, params).result(TIMEOUT).sequences[0] for p in prompts]
+    want = [client.sample(p, 1, params).result(TIMEOUT) for p in prompts]
     live = LoraAdapter.create(base.model, rank=2, alpha=4)
     stop, losses = threading.Event(), []
 
@@ -195,13 +203,13 @@ def test_training_beside_changes_no_sample(base, adapter, make_sampler):
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        got = [f.result(TIMEOUT).sequences[0] for f in [client.sample(p, 1, params) for p in prompts * 3]]
+        got = [f.result(TIMEOUT) for f in [client.sample(p, 1, params) for p in prompts * 3]]
     finally:
         stop.set()
         thread.join()
-    for sequence, expected in zip(got, want * 3, strict=True):
-        assert sequence.tokens == expected.tokens
-        assert np.allclose(sequence.logprobs_np, expected.logprobs_np, atol=1e-5)
+    for prompt, found, expected in zip(prompts * 3, got, want * 3, strict=True):
+        logits_of = partial(plain_logits, base, adapter)
+        assert_same_samples(found.sequences, expected.sequences, prompt.to_ints(), params, logits_of)
     assert len(losses) > 3
     assert losses[-1] < losses[0]
 
@@ -220,32 +228,24 @@ def test_a_prompt_is_prefilled_once_for_its_samples_and_for_its_twins(base, adap
     assert sampler.fed_tokens == 3 + 1 + 60
 
 
-def test_kept_prefixes_change_nothing_and_feed_less(base, adapter, make_sampler):
+def test_kept_prefixes_change_nothing_and_feed_less(base, adapter, make_sampler, plain_logits):
     plain, cached = make_sampler(base, prefix_cache_bytes=0), make_sampler(base)
     turns = [list(range(1, 40)), [50, 51, 52], [60] * 10]
-    fed = []
-    for sampler in (plain, cached):
-        client, ids, seen = sampler.client(adapter, 0), [], []
-        for i, turn in enumerate(turns):  # an episode: each prompt is all that was read and sampled, and some more
-            ids = ids + turn
-            params = SamplingParams(max_tokens=8, seed=i, stop=[])
-            for _ in range(2):
-                result = client.sample(ModelInput.from_ints(ids), 2, params, True).result(TIMEOUT)
-                seen.append(
-                    ([s.tokens for s in result.sequences], result.sequences[0].logprobs_np, result.prompt_logprobs_np)
-                )
-            plain_again = client.sample(ModelInput.from_ints(ids), 1, params).result(TIMEOUT)
-            assert (plain_again.prompt_cache_hit_tokens > 0) == (sampler is cached)
-            ids = ids + result.sequences[0].tokens
-        fed.append((seen, sampler.fed_tokens))
-    for a, b in zip(fed[0][0], fed[1][0], strict=True):
-        assert a[0] == b[0]
-        assert np.allclose(a[1], b[1], atol=1e-5)
-        assert np.allclose(a[2], b[2], atol=1e-5, equal_nan=True)
-    assert fed[1][1] < fed[0][1]
+    clients, ids = [sampler.client(adapter, 0) for sampler in (plain, cached)], []
+    for i, turn in enumerate(turns):  # an episode: each prompt is all that was read and sampled, and some more
+        ids = ids + turn
+        params = SamplingParams(max_tokens=8, seed=i, stop=[])
+        for _ in range(2):
+            a, b = (client.sample(ModelInput.from_ints(ids), 2, params, True).result(TIMEOUT) for client in clients)
+            assert_same_samples(a.sequences, b.sequences, ids, params, partial(plain_logits, base, adapter))
+            assert np.allclose(a.prompt_logprobs_np, b.prompt_logprobs_np, atol=1e-5, equal_nan=True)
+        again = [client.sample(ModelInput.from_ints(ids), 1, params).result(TIMEOUT) for client in clients]
+        assert [result.prompt_cache_hit_tokens > 0 for result in again] == [False, True]
+        ids = ids + b.sequences[0].tokens
+    assert cached.fed_tokens < plain.fed_tokens
 
 
-def test_a_prefix_is_never_reused_by_another_version(base, make_adapter, make_sampler):
+def test_a_prefix_is_never_reused_by_another_version(base, make_adapter, make_sampler, plain_logits):
     sampler = make_sampler(base)
     prompt = ModelInput.from_ints(list(range(1, 50)))
     params = SamplingParams(max_tokens=10, seed=3, stop=[])
@@ -254,7 +254,8 @@ def test_a_prefix_is_never_reused_by_another_version(base, make_adapter, make_sa
         got = sampler.client(adapter, 0).sample(prompt, 1, params).result(TIMEOUT)
         assert got.prompt_cache_hit_tokens == 0
         alone = make_sampler(base, prefix_cache_bytes=0).client(adapter, 0).sample(prompt, 1, params).result(TIMEOUT)
-        assert got.sequences[0].tokens == alone.sequences[0].tokens
+        logits_of = partial(plain_logits, base, adapter)
+        assert_same_samples(got.sequences, alone.sequences, prompt.to_ints(), params, logits_of)
 
 
 @pytest.mark.parametrize("path", ["auto", "plain"])

@@ -1,10 +1,12 @@
 """Seeds, stops, lengths and errors, as a client sees them."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from samples import ROUNDING, assert_greedy, assert_likeliest, assert_same_samples
 from tinker import types
 from tinker.types import ModelInput, SamplingParams
 
@@ -30,12 +32,16 @@ def test_client_fits_the_protocol(client):
     assert isinstance(client, SamplingClient)
 
 
-def test_same_seed_same_set_and_samples_differ(client):
-    first, again, other = tokens(client, 6, seed=4), tokens(client, 6, seed=4), tokens(client, 6, seed=5)
-    assert first == again
-    assert len({tuple(t) for t in first}) == 6
-    assert first != other
-    assert tokens(client, 2, seed=4) == first[:2]
+def test_same_seed_same_set_and_samples_differ(client, base, adapter, plain_logits):
+    params = SamplingParams(max_tokens=12, stop=[], seed=4)
+    first, again, fewer = (client.sample(PROMPT, n, params).result(TIMEOUT).sequences for n in (6, 6, 2))
+    assert len({tuple(s.tokens) for s in first}) == 6
+    logits_of = partial(plain_logits, base, adapter)
+    assert_same_samples(first, again, PROMPT.to_ints(), params, logits_of)
+    assert_same_samples(first[:2], fewer, PROMPT.to_ints(), params, logits_of)
+    other = client.sample(PROMPT, 6, SamplingParams(max_tokens=12, stop=[], seed=5)).result(TIMEOUT).sequences
+    with pytest.raises(AssertionError, match="from the border"):
+        assert_same_samples(first, other, PROMPT.to_ints(), params, logits_of)
 
 
 def test_no_seed_means_fresh_randomness(client):
@@ -43,14 +49,15 @@ def test_no_seed_means_fresh_randomness(client):
 
 
 def test_top_k_one_and_greedy_agree_and_report_their_logprobs(client, base, adapter, plain_logits):
-    greedy = client.sample(PROMPT, 2, SamplingParams(max_tokens=10, temperature=0, stop=[])).result(TIMEOUT)
-    assert greedy.sequences[0].tokens == greedy.sequences[1].tokens == tokens(client, top_k=1, max_tokens=10)[0]
-    ids = PROMPT.to_ints() + greedy.sequences[0].tokens
-    rows = plain_logits(base, adapter, ids)[3:-1].log_softmax(-1)
-    assert rows.argmax(-1).tolist() == greedy.sequences[0].tokens
-    assert np.allclose(greedy.sequences[0].logprobs, rows.max(-1).values, atol=1e-5)
-    only = client.sample(PROMPT, 1, SamplingParams(max_tokens=10, top_k=1, stop=[])).result(TIMEOUT)
-    assert np.abs(only.sequences[0].logprobs).max() == 0  # renormalised over the one token left
+    params = SamplingParams(max_tokens=10, temperature=0, stop=[])
+    only = client.sample(PROMPT, 1, SamplingParams(max_tokens=10, top_k=1, stop=[])).result(TIMEOUT).sequences[0]
+    assert np.abs(only.logprobs).max() == 0  # renormalised over the one token left
+    greedy = client.sample(PROMPT, 2, params).result(TIMEOUT).sequences
+    for tokens in (greedy[0].tokens, greedy[1].tokens, only.tokens):
+        rows = plain_logits(base, adapter, PROMPT.to_ints() + tokens)[3:-1].log_softmax(-1)
+        assert_greedy(tokens, rows)
+    rows = plain_logits(base, adapter, PROMPT.to_ints() + greedy[0].tokens)[3:-1].log_softmax(-1)
+    assert np.allclose(greedy[0].logprobs, rows.max(-1).values, atol=1e-5)
 
 
 def test_top_p_logprobs_are_renormalised(client, base, adapter, plain_logits):
@@ -62,12 +69,14 @@ def test_top_p_logprobs_are_renormalised(client, base, adapter, plain_logits):
         for row, token, logprob, entries in zip(
             logits.double().softmax(-1), sequence.tokens, sequence.logprobs, sequence.topk_logprobs, strict=True
         ):
-            probs, order = row.sort(descending=True)
-            size = int((probs.cumsum(0) - probs < 0.6).sum())
-            kept = order[:size].tolist()
+            kept = [t for t, _ in entries]
+            mass = row[kept].sum()
             assert token in kept
-            assert [t for t, _ in entries] == kept
-            assert logprob == pytest.approx(float((row[token] / probs[:size].sum()).log()), abs=1e-5)
+            assert_likeliest(entries, (row / mass).log())
+            # The smallest set that reaches top_p: with the last token, not without it.
+            assert mass >= 0.6 - ROUNDING
+            assert mass - row[kept[-1]] < 0.6 + ROUNDING
+            assert logprob == pytest.approx(float((row[token] / mass).log()), abs=1e-5)
             assert sum(np.exp(lp) for _, lp in entries) == pytest.approx(1, abs=1e-5)
 
 
@@ -83,9 +92,10 @@ def test_samples_follow_the_model(client, base, adapter, plain_logits):
     assert ((counts - expected) ** 2 / expected).sum() < 40
 
 
-def test_length_and_stop_ids(client):
-    free = tokens(client, seed=8, max_tokens=30)[0]
-    at = next(i for i in range(3, 30) if free[i] not in free[:i])
+def test_length_and_stop_ids(make_reciting, make_sampler):
+    free, at = [*range(20, 50), PROMPT.to_ints()[-1]], 7
+    client = make_sampler(make_reciting([free[-1], *free[:-1]])).client(None, 1)
+    assert tokens(client, seed=8, max_tokens=31) == [free]
     result = client.sample(PROMPT, 1, SamplingParams(max_tokens=30, seed=8, stop=[free[at]])).result(TIMEOUT)
     sequence = result.sequences[0]
     assert sequence.tokens == free[: at + 1]
@@ -96,35 +106,30 @@ def test_length_and_stop_ids(client):
     assert short.sequences[0].tokens == free[:at]
 
 
-def test_eos_stops_by_default_and_with_other_stops_but_not_with_an_empty_list(client, base):
-    eos = base.tokenizer.eos_token_id
-    seed = next(s for s in range(200) if eos in tokens(client, seed=s, max_tokens=40)[0])
-    free = tokens(client, seed=seed, max_tokens=40)[0]
-    assert len(free) == 40
-    cut = free[: free.index(eos) + 1]
-    unused = next(i for i in range(300) if i not in free)
+def test_eos_stops_by_default_and_with_other_stops_but_not_with_an_empty_list(make_reciting, make_sampler, tokenizer):
+    cut = [*range(20, 35), tokenizer.eos_token_id]
+    last, unused = PROMPT.to_ints()[-1], 40
+    client = make_sampler(make_reciting([last, *cut])).client(None, 1)
+    assert tokens(client, max_tokens=40) == [[*cut, last, *cut, last, *cut][:40]]
     for stop in (None, [unused], ["no such text in it"]):
-        result = client.sample(PROMPT, 1, SamplingParams(max_tokens=40, seed=seed, stop=stop)).result(TIMEOUT)
+        result = client.sample(PROMPT, 1, SamplingParams(max_tokens=40, stop=stop)).result(TIMEOUT)
         assert result.sequences[0].tokens == cut
         assert result.sequences[0].stop_reason == "stop"
 
 
-def test_stop_string_across_tokens(client, base):
-    free = tokens(client, seed=21, max_tokens=40)[0]
-    decode = base.tokenizer.decode
-    # a stop text that begins in one token and ends in a later one, made of what was really sampled
-    for start in range(5, 30):
-        text = decode(free[start : start + 3])
-        if len(text) >= 3 and "\ufffd" not in text:
-            stop = text[-2:] if len(decode(free[start + 2 : start + 3])) == 1 else text
-            break
-    first = next(i for i in range(1, 41) if stop in decode(free[:i]))
-    result = client.sample(PROMPT, 1, SamplingParams(max_tokens=40, seed=21, stop=stop)).result(TIMEOUT)
-    eos = base.tokenizer.eos_token_id
-    first = min(first, free.index(eos) + 1 if eos in free else 99)
-    assert result.sequences[0].tokens == free[:first]
-    assert result.sequences[0].stop_reason == "stop"
-    assert result.sequences[0].text == decode(free[:first], skip_special_tokens=True)
+@pytest.mark.parametrize("stop", ["p sign", "sign", "stops a", "no such text in it"])
+def test_stop_string_across_tokens(stop, make_reciting, make_sampler, tokenizer):
+    """The sampler stops at the first token that completes the text, wherever in a token it begins and ends."""
+    free = tokenizer.encode("a fox stops at the lazy dog and his stop sign")
+    decode, last = tokenizer.decode, PROMPT.to_ints()[-1]
+    assert len([t for t in free if len(decode([t])) > 1]) > 5
+    client = make_sampler(make_reciting([last, *free])).client(None, 1)
+    first = next((i for i in range(1, len(free) + 1) if stop in decode(free[:i])), len(free))
+    params = SamplingParams(max_tokens=len(free), seed=21, stop=stop)
+    sequence = client.sample(PROMPT, 1, params).result(TIMEOUT).sequences[0]
+    assert sequence.tokens == free[:first]
+    assert sequence.stop_reason == ("length" if stop.startswith("no") else "stop")
+    assert sequence.text == decode(free[:first], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("text", ["and the stop sign, then more", "naïve café 日本語 STOP 🙂🙃 end", "🙂🙂🙂STOP"])

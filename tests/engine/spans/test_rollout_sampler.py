@@ -7,10 +7,12 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from samples import assert_same_samples
 from tinker.types import ModelInput, SamplingParams
 from tiny import VOCAB, WINDOW, perturb
 
@@ -55,25 +57,42 @@ def sampler_of(base_of: Callable[..., BaseModel]) -> Iterator[Callable[..., Samp
         sampler.close()
 
 
-def ask(client: Any, prompt: list[int], samples: int = 1, tokens: int = 8, seed: int = 0, **params: Any) -> Future[Any]:
-    options = SamplingParams(max_tokens=tokens, seed=seed, stop=[], **params)
-    return client.sample(ModelInput.from_ints(prompt), samples, options)
+def params(tokens: int = 8, seed: int = 0, **options: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, seed=seed, stop=[], **options)
 
 
-def episodes(client: Any) -> list[Any]:
-    """Groups that share a beginning, one that is another's prefix, duplicates; then turns that go on from samples."""
+def ask(client: Any, prompt: list[int], samples: int = 1, tokens: int = 8) -> Future[Any]:
+    return client.sample(ModelInput.from_ints(prompt), samples, params(tokens))
+
+
+Asked = tuple[list[int], int, SamplingParams]
+
+
+def episodes(client: Any, told: list[Any] | None = None) -> list[tuple[Asked, Any]]:
+    """Groups that share a beginning, one that is another's prefix, duplicates; then turns that go on from samples.
+
+    Args:
+        told: results whose samples the later turns go on from; default: those of this client.
+    """
     shared = ids(30, 0)
     prompts = [shared + ids(9, 1), shared + ids(14, 2), shared, shared + ids(9, 1), ids(1, 3), ids(50, 4)]
-    results = []
+    results: list[tuple[Asked, Any]] = []
     for turn in range(3):
-        futures = [
-            ask(client, p, 1 + i % 3, 5 + 4 * i, seed=10 * turn + i, temperature=0.7 + 0.2 * i)
+        asked: list[Asked] = [
+            (p, 1 + i % 3, params(5 + 4 * i, seed=10 * turn + i, temperature=0.7 + 0.2 * i))
             for i, p in enumerate(prompts)
         ]
+        futures = [client.sample(ModelInput.from_ints(p), n, each) for p, n, each in asked]
         answers = [f.result(TIMEOUT) for f in futures]
-        results += answers
-        prompts = [p + a.sequences[-1].tokens + ids(5, 7 + turn) for p, a in zip(prompts, answers, strict=True)]
+        results += zip(asked, answers, strict=True)
+        said = answers if told is None else told[len(results) - len(answers) : len(results)]
+        prompts = [p + a.sequences[-1].tokens + ids(5, 7 + turn) for p, a in zip(prompts, said, strict=True)]
     return results
+
+
+def plain_logits(base: BaseModel, adapter: LoraAdapter | None, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad(), applied(adapter):
+        return base.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
 
 
 @pytest.mark.parametrize(
@@ -93,12 +112,12 @@ def test_fast_and_plain_sample_the_same(
     tight._runner.prefill_tokens = 7  # prompts in pieces, beside the rows being decoded
     assert fast.plain_because == ""
     assert plain.plain_because
-    expected = episodes(plain.client(adapter, 0))
+    expected = [result for _, result in episodes(plain.client(adapter, 0))]
+    logits_of = partial(plain_logits, base_of(family), adapter)
     for sampler in (fast, tight):
-        for got, want in zip(episodes(sampler.client(adapter, 0)), expected, strict=True):
-            for a, b in zip(got.sequences, want.sequences, strict=True):
-                assert a.tokens == b.tokens
-                assert abs(a.logprobs_np - b.logprobs_np).max() <= 1e-5
+        found = episodes(sampler.client(adapter, 0), expected)
+        for ((prompt, _, asked), got), want in zip(found, expected, strict=True):
+            assert_same_samples(got.sequences, want.sequences, prompt, asked, logits_of)
     assert fast.fed_tokens <= plain.fed_tokens
     assert fast._spans.held_bytes == tight._spans.held_bytes == 0
 
@@ -118,8 +137,7 @@ def test_every_distinct_token_is_fed_once(sampler_of: Callable[..., Sampler]) ->
     sampler = sampler_of()
     client = sampler.client(None, 0)
     gate = threading.Event()
-    params = SamplingParams(max_tokens=1)
-    held = client.sample(ModelInput.from_ints([1, 2, 3]), 1, params, on_tokens=lambda *_: gate.wait(TIMEOUT))
+    held = client.sample(ModelInput.from_ints([1, 2, 3]), 1, params(1), on_tokens=lambda *_: gate.wait(TIMEOUT))
     shared = [5, *ids(39, 0)]
     futures = [ask(client, [*shared, i, *ids(9, i)], 4, tokens=6) for i in range(4)]  # arrive together
     gate.set()
@@ -132,22 +150,22 @@ def test_every_distinct_token_is_fed_once(sampler_of: Callable[..., Sampler]) ->
     assert sampler.fed_tokens == once + 4 * 4 * 5 + 1 + 3
 
 
-def test_a_cancelled_context_leaves_nothing_half_computed(sampler_of: Callable[..., Sampler]) -> None:
+def test_a_cancelled_context_leaves_nothing_half_computed(
+    sampler_of: Callable[..., Sampler], base_of: Callable[..., BaseModel]
+) -> None:
     sampler = sampler_of()
     sampler._runner.prefill_tokens = 4
     client = sampler.client(None, 0)
     started = threading.Event()
-    params = SamplingParams(max_tokens=200, seed=0, stop=[])
-    running = client.sample(ModelInput.from_ints([1]), 1, params, on_tokens=lambda *_: started.set())
+    running = client.sample(ModelInput.from_ints([1]), 1, params(200), on_tokens=lambda *_: started.set())
     assert started.wait(TIMEOUT)
     prompt = ids(120, 5)
     first = ask(client, prompt)
     assert first.cancel()
     running.result(TIMEOUT)
-    again = ask(client, prompt).result(TIMEOUT).sequences[0]
-    fresh = ask(sampler_of().client(None, 0), prompt).result(TIMEOUT).sequences[0]
-    assert again.tokens == fresh.tokens
-    assert abs(again.logprobs_np - fresh.logprobs_np).max() <= 1e-5
+    again = ask(client, prompt).result(TIMEOUT).sequences
+    fresh = ask(sampler_of().client(None, 0), prompt).result(TIMEOUT).sequences
+    assert_same_samples(again, fresh, prompt, params(), partial(plain_logits, base_of("qwen3"), None))
 
 
 def test_a_failing_pass_releases_what_it_held(
@@ -202,9 +220,8 @@ def test_a_version_without_room_for_its_weights_is_sampled_unmerged(
     with caplog.at_level(logging.INFO):
         got = ask(sampler_of().client(adapter, 0), ids(20, 0), 2).result(TIMEOUT)
     assert "no memory for merged weights" in caplog.text
-    for a, b in zip(got.sequences, want.sequences, strict=True):
-        assert a.tokens == b.tokens
-        assert abs(a.logprobs_np - b.logprobs_np).max() <= 1e-5
+    logits_of = partial(plain_logits, base_of("qwen3"), adapter)
+    assert_same_samples(got.sequences, want.sequences, ids(20, 0), params(), logits_of)
 
 
 def test_the_trainer_is_not_touched(base_of: Callable[..., BaseModel]) -> None:

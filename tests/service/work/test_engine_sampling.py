@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_operations import SESSION, EngineHarness, ModelOperations, sample_operation
 from random_datums import byte_datums
+from samples import assert_same_samples
+from tinker import types
 from tiny import save_byte_model
+from transformers import AutoModelForCausalLM
 
 from nat_plugin_evsys.errors import CheckpointError, ModelError
 from nat_plugin_evsys.service.store.operations import OperationKind
@@ -63,13 +68,19 @@ def test_everything_that_can_be_asked_for(harness: EngineHarness, base: str) -> 
 
 def test_a_seed_gives_the_same_set_and_no_seed_another(harness: EngineHarness, base: str) -> None:
     sampler = harness.add_sampler(0, base)
+    model = AutoModelForCausalLM.from_pretrained(base)
 
-    def tokens(seq: int, seed: int | None) -> list[list[int]]:
+    @torch.no_grad()
+    def logits_of(tokens: list[int]) -> torch.Tensor:
+        return model(input_ids=torch.tensor([tokens])).logits[0]
+
+    def sequences(seq: int, seed: int | None) -> list[Any]:
         options = {"max_tokens": 8, "stop": [], "num_samples": 3, "seed": seed}
-        return [each.tokens for each in harness.run(sample_operation(sampler, seq, PROMPT, **options))[0].sequences]
+        return list(harness.run(sample_operation(sampler, seq, PROMPT, **options))[0].sequences)
 
-    assert tokens(1, 7) == tokens(2, 7)
-    assert tokens(3, None) != tokens(4, None)
+    params = types.SamplingParams(max_tokens=8, stop=[], seed=7)
+    assert_same_samples(sequences(1, 7), sequences(2, 7), PROMPT, params, logits_of)
+    assert [each.tokens for each in sequences(3, None)] != [each.tokens for each in sequences(4, None)]
 
 
 def test_only_the_last_prompt_logprobs(harness: EngineHarness, base: str) -> None:
@@ -226,6 +237,4 @@ def test_unfinished_samples_are_run_by_the_next_server(tmp_path: Path, base: str
 
 
 def _datum() -> object:
-    from tinker import types
-
     return types.Datum(types.ModelInput.from_ints(PROMPT[:-1]), {"target_tokens": PROMPT[1:]})
