@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 from nat.runtime.loader import load_workflow
-from transformers import AutoTokenizer
 
+from nat_plugin_evsys.engine.model.loading import load_tokenizer
 from nat_plugin_evsys.policy.chat import ChatRenderer
 
 ROOT = Path(__file__).parents[2]
@@ -59,8 +59,8 @@ def listener() -> Iterator[Listener]:
 
 
 @pytest.fixture(scope="module")
-def renderer(tiny: Path) -> ChatRenderer:
-    return ChatRenderer(AutoTokenizer.from_pretrained(tiny))
+def renderer() -> ChatRenderer:
+    return ChatRenderer(load_tokenizer("builtin/tiny"))
 
 
 @pytest.mark.parametrize(

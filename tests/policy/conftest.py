@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from transformers import AutoTokenizer
 
-from nat_plugin_evsys.engine.model.builtin import ensure_builtin
-from nat_plugin_evsys.engine.model.loading import default_cache_dir
+from nat_plugin_evsys.engine.model.loading import load_tokenizer
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint, SamplingDefaults
 from nat_plugin_evsys.policy.recorder import Recorder
@@ -39,15 +36,9 @@ def add_tool() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def model_dir() -> Path:
-    """The builtin model's directory."""
-    return ensure_builtin(MODEL, default_cache_dir())
-
-
-@pytest.fixture(scope="session")
-def tokenizer(model_dir: Path) -> Any:
+def tokenizer() -> Any:
     """The builtin model's tokenizer."""
-    return AutoTokenizer.from_pretrained(model_dir)
+    return load_tokenizer(MODEL)
 
 
 @pytest.fixture(scope="session")

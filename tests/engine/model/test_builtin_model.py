@@ -1,18 +1,20 @@
+"""``builtin/tiny``: its weights, its tokenizer, its chat template."""
+
+import importlib
 import json
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nat_plugin_evsys.engine.model import builtin
-from nat_plugin_evsys.engine.model.builtin_tiny import TinyRecipe
-from nat_plugin_evsys.errors import ModelError
+from nat_plugin_evsys.engine.model.builtin import SHIPPED
+from nat_plugin_evsys.engine.model.loading import load_base_model, load_tokenizer
 
+ROOT = Path(__file__).parents[3]
+TINY = SHIPPED["builtin/tiny"]
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}]
 
 
@@ -26,8 +28,8 @@ def call(city: str, content: str | None = None) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny: Path) -> Any:
-    return AutoTokenizer.from_pretrained(tiny)
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TINY)
 
 
 def ids(tokenizer: Any, messages: list[dict[str, Any]], *, opened: bool, tools: Any = TOOLS) -> list[int]:
@@ -35,39 +37,41 @@ def ids(tokenizer: Any, messages: list[dict[str, Any]], *, opened: bool, tools: 
     return list(tokenizer(text)["input_ids"])
 
 
-def test_two_builds_give_identical_files(
-    tiny: Path, short_recipe: TinyRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(builtin.RECIPES, "builtin/tiny", short_recipe)
-    again = builtin.ensure_builtin("builtin/tiny", tmp_path)
-    assert again.name == tiny.name
-    names = sorted(path.name for path in tiny.iterdir())
-    assert names == sorted(path.name for path in again.iterdir())
-    assert [name for name in names if (tiny / name).read_bytes() != (again / name).read_bytes()] == []
-    assert [path.name for path in tmp_path.iterdir()] == [again.name], "the build left something behind"
-
-
-def test_a_model_that_is_there_is_not_built_again(
-    tiny: Path, short_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(builtin.RECIPES, "builtin/tiny", short_recipe)
-    before = (tiny / "model.safetensors").stat().st_mtime_ns
-    assert builtin.ensure_builtin("builtin/tiny", tiny.parent) == tiny
-    assert (tiny / "model.safetensors").stat().st_mtime_ns == before
-
-
-def test_another_recipe_has_another_directory(short_recipe: TinyRecipe) -> None:
-    assert short_recipe.digest() != TinyRecipe().digest()
-
-
-def test_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no builtin model `builtin/huge`.*`builtin/smollm2-135m`, `builtin/tiny`"):
-        builtin.ensure_builtin("builtin/huge", tmp_path)
+def test_it_lies_in_the_package_and_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVSYS_CACHE", str(tmp_path / "cache"))
+    assert load_base_model("builtin/tiny", device="cpu").context_length == 4096
+    assert load_tokenizer("builtin/tiny").eos_token == "<|im_end|>"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_loads_through_the_auto_classes(tiny: Path, tokenizer: Any) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny)
+def test_its_weights_are_those_of_the_file_bit_for_bit() -> None:
+    base = load_base_model("builtin/tiny", device="cpu")
+    assert base.dtype == torch.float32
+    stored = load_file(TINY / "model.safetensors")
+    loaded = dict(base.model.named_parameters())
+    assert stored.keys() == loaded.keys()
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert [name for name, tensor in stored.items() if not torch.equal(tensor.float(), loaded[name])] == []
+
+
+def test_the_script_makes_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the numbers of the weights, which are those of the machine that they were trained on."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("builtin_tiny.__main__")
+    assert script.SHIPPED == TINY
+    script.make(tmp_path, seed=0, steps=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in TINY.iterdir())
+    configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path, TINY)]
+    assert configs[0] | {"transformers_version": ""} == configs[1] | {"transformers_version": ""}
+    tokenizers = [json.loads((path / "tokenizer.json").read_text()) for path in (tmp_path, TINY)]
+    assert tokenizers[0]["model"] == tokenizers[1]["model"]
+    assert (tmp_path / "chat_template.jinja").read_bytes() == (TINY / "chat_template.jinja").read_bytes()
+    made, shipped = (load_file(path / "model.safetensors") for path in (tmp_path, TINY))
+    assert {n: (t.shape, t.dtype) for n, t in made.items()} == {n: (t.shape, t.dtype) for n, t in shipped.items()}
+
+
+def test_loads_through_the_auto_classes(tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY)
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert model.config.vocab_size == len(tokenizer)
     assert tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id, tokenizer.pad_token_id]) == [
@@ -131,69 +135,3 @@ def test_without_tools_nothing_speaks_of_tools(tokenizer: Any) -> None:
 def test_what_the_template_cannot_write_is_refused(tokenizer: Any, message: dict[str, Any], said: str) -> None:
     with pytest.raises(Exception, match=said):
         tokenizer.apply_chat_template([message], tokenize=False)
-
-
-def damage_weights(directory: Path) -> None:
-    weights = directory / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-
-
-def tear_weights(directory: Path) -> None:
-    weights = directory / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        damage_weights,
-        tear_weights,
-        lambda directory: (directory / "tokenizer.json").unlink(),
-        lambda directory: (directory / builtin.CHECKSUMS).write_text("[1]"),
-    ],
-    ids=["one bit", "torn", "a file is missing", "checksums are damaged"],
-)
-def test_what_was_damaged_is_made_again(
-    harm: Callable[[Path], None],
-    tiny: Path,
-    short_recipe: TinyRecipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setitem(builtin.RECIPES, "builtin/tiny", short_recipe)
-    copy = shutil.copytree(tiny, tmp_path / tiny.name)
-    harm(copy)
-    assert builtin.ensure_builtin("builtin/tiny", tmp_path) == copy
-    assert "damaged; making `builtin/tiny` again" in caplog.text
-    assert [path.name for path in copy.iterdir() if path.read_bytes() != (tiny / path.name).read_bytes()] == []
-    assert [path.name for path in tmp_path.iterdir()] == [tiny.name]
-
-
-def test_two_processes_that_make_it_at_once_both_end_with_a_whole_one(tiny: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from nat_plugin_evsys.engine.model import builtin;"
-        "builtin.RECIPES['builtin/tiny'] = builtin.TinyRecipe(pretraining_steps=2); sys.stdin.readline();"
-        "print(builtin.ensure_builtin('builtin/tiny', Path(sys.argv[1])))"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    racers = [subprocess.Popen(command, **pipes) for _ in range(2)]  # type: ignore[call-overload]
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    made = {racer.communicate(timeout=250)[0].strip() for racer in racers}
-    assert [racer.returncode for racer in racers] == [0, 0]
-    assert made == {str(tmp_path / tiny.name)}
-    assert [path.name for path in tmp_path.iterdir()] == [tiny.name]
-    assert [
-        path.name for path in tiny.iterdir() if path.read_bytes() != (tmp_path / tiny.name / path.name).read_bytes()
-    ] == []
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no directory")
-    with pytest.raises(ModelError, match=r"cannot make `builtin/tiny` at .*; set EVSYS_CACHE to a directory"):
-        builtin.ensure_builtin("builtin/tiny", tmp_path / "file")

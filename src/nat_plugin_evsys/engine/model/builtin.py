@@ -1,8 +1,11 @@
-"""``builtin/…`` base models: made on this machine from what a package brings along, and cached. No download, no hub.
+"""``builtin/…`` base models, which need neither a download nor a hub.
 
-The cache holds plain Hugging Face directories. A directory's name holds a digest of the model's recipe, so that a new
-release never reads an old release's model, and the directory holds a checksum of each of its files, so that one that
-was damaged is made again.
+``builtin/tiny`` lies in this package: a Qwen3 of a million weights that was taught some made-up chats (see
+``scripts/make-builtin-tiny``), the same on every machine. It is there for tests and for a first try of a minute.
+
+The others are made on this machine from what a package brings along, and cached. The cache holds plain Hugging Face
+directories. A directory's name holds a digest of the model's recipe, so that a new release never reads an old release's
+model, and the directory holds a checksum of each of its files, so that one that was damaged is made again.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nat_plugin_evsys.engine.model.builtin_smollm2 import SmolLM2Recipe
-from nat_plugin_evsys.engine.model.builtin_tiny import TinyRecipe
 from nat_plugin_evsys.errors import ModelError
 from nat_plugin_evsys.files import atomic_directory
 from nat_plugin_evsys.json_lines import to_json
@@ -31,7 +33,7 @@ _READ_BYTES = 1 << 24
 
 
 class Recipe(Protocol):
-    """How a builtin model is made."""
+    """How a builtin model is made that this package does not bring along."""
 
     @property
     def context_length(self) -> int:
@@ -58,23 +60,27 @@ class Recipe(Protocol):
         """
 
 
-RECIPES: dict[str, Recipe] = {"builtin/tiny": TinyRecipe(), "builtin/smollm2-135m": SmolLM2Recipe()}
+SHIPPED = {"builtin/tiny": Path(__file__).parent / "builtin_data" / "tiny"}
+RECIPES: dict[str, Recipe] = {"builtin/smollm2-135m": SmolLM2Recipe()}
 
 
 def ensure_builtin(name: str, cache_dir: Path) -> Path:
     """Return the Hugging Face directory of a builtin model, making it under ``cache_dir`` when it is not whole there.
 
-    It is made beside its final place and moved there in one step. Processes that race may each make it; the copies
-    are the same, and each process ends with a whole one.
+    ``cache_dir`` is not touched for a model that this package brings along. Any other is made beside its final place
+    and moved there in one step. Processes that race may each make it; the copies are the same, and each process ends
+    with a whole one.
 
     Args:
-        name: one of ``RECIPES``.
+        name: one of ``SHIPPED`` or ``RECIPES``.
         cache_dir: where builtin models are kept; made when missing.
 
     Raises:
         ModelError: no builtin model has that name, what it is made of is not installed, or ``cache_dir`` cannot be
             written.
     """
+    if name in SHIPPED:
+        return SHIPPED[name]
     recipe, target = _recipe(name), _directory(name, cache_dir)
     if _is_whole(target):
         return target
@@ -99,23 +105,25 @@ def builtin_tokenizer(name: str, cache_dir: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: no builtin model has that name, or what it is made of is not installed.
     """
-    recipe, made = _recipe(name), _directory(name, cache_dir)
-    if not _is_whole(made):
-        return recipe.tokenizer()
     from transformers import AutoTokenizer
 
+    made = SHIPPED.get(name) or _directory(name, cache_dir)
+    if name not in SHIPPED and not _is_whole(made):
+        return _recipe(name).tokenizer()
     return AutoTokenizer.from_pretrained(made, local_files_only=True)
 
 
 def available_builtins() -> dict[str, int]:
-    """The builtin models that can be made here, and the context length of each in tokens."""
-    return {name: recipe.context_length for name, recipe in RECIPES.items() if recipe.is_available()}
+    """The builtin models that are here or can be made here, and the context length of each in tokens."""
+    shipped = {name: json.loads((path / "config.json").read_text()) for name, path in SHIPPED.items()}
+    lengths: dict[str, int] = {name: config["max_position_embeddings"] for name, config in shipped.items()}
+    return lengths | {name: recipe.context_length for name, recipe in RECIPES.items() if recipe.is_available()}
 
 
 def _recipe(name: str) -> Recipe:
     recipe = RECIPES.get(name)
     if recipe is None:
-        known = ", ".join(f"`{known}`" for known in sorted(RECIPES))
+        known = ", ".join(f"`{known}`" for known in sorted([*SHIPPED, *RECIPES]))
         raise ModelError(f"there is no builtin model `{name}`; base_model can be {known}, a hub id or a directory")
     return recipe
 
