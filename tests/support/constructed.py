@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 _SURE = 40.0
@@ -30,7 +30,7 @@ def reciting(model: PreTrainedModel, tokens: Sequence[int]) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.zero_()
-    hidden = model.model.norm(embedding[list(tokens)])
+    hidden: Tensor = _final_norm(model)(embedding[list(tokens)])
     followers = [*tokens[1:], tokens[0]]
     head.zero_()
     head[followers] = hidden
@@ -64,15 +64,17 @@ def never_saying(model: PreTrainedModel, *tokens: int) -> PreTrainedModel:
 @torch.no_grad()
 def undecided(model: PreTrainedModel) -> PreTrainedModel:
     """All tokens are equally likely after anything: the logits are zero exactly, in whatever way they are computed."""
-    norm = model.model.norm
-    assert isinstance(norm, nn.Module)
-    norm.weight.zero_()
+    _final_norm(model).get_parameter("weight").zero_()
     return model
 
 
-def _untied(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+def _final_norm(model: PreTrainedModel) -> nn.Module:
+    return model.get_submodule("model.norm")
+
+
+def _untied(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """The weights ``(V, hidden)`` of the embedding and of the output head."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, head = (model.get_parameter(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
     if embedding is head:
         raise ValueError("the model's output head is its embedding: make it with tie_word_embeddings=False")
     return embedding, head
