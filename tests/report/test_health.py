@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nat_plugin_evsys.report.health import FIGURES, Health, health
+from nat_plugin_evsys.report.replies import ReplyNumbers
 
 
 def row(epoch: int, metrics: dict[str, Any] | None = None, **columns: Any) -> dict[str, Any]:
@@ -37,8 +38,19 @@ def test_a_threshold_relative_to_the_first_epoch() -> None:
 
 
 def test_what_is_read_from_the_replies() -> None:
-    replies = {"rows": 10, "rows_with_signal": 1, "tokens_mean": 12.5, "calls": 40, "cut": 10}
-    rows = [row(1, replies=replies, rollouts=40, failed_rollouts=1, staleness={"0": 10, "1": 30})]
+    numbers = ReplyNumbers(
+        replies=40,
+        rows=10,
+        rows_with_signal=1,
+        reward_mean=0.5,
+        reward_min=0.0,
+        reward_max=1.0,
+        tokens_mean=12.5,
+        calls=40,
+        cut=10,
+        empty=0,
+    )
+    rows = [row(1, replies=numbers.to_dict(), rollouts=40, failed_rollouts=1, staleness={"0": 10, "1": 30})]
     values = {each.figure.title: each.points for each in health(rows)}
     assert values["Rows without a signal"] == [(1, pytest.approx(0.9))]
     assert values["Reply length"] == [(1, 12.5)]

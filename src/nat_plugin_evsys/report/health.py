@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.report.metrics import EPOCH
+from nat_plugin_evsys.report.replies import ReplyNumbers
 
 Row = Mapping[str, Any]
 Points = list[tuple[int, float]]
@@ -113,26 +114,20 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _column(name: str) -> Callable[[Row], float | None]:
-    return lambda row: _number(row.get(name))
+def _tokens_per_reply(row: Row) -> float | None:
+    numbers = ReplyNumbers.of_row(row)
+    return None if numbers is None else numbers.tokens_mean
 
 
-def _replies(name: str, over: str | None = None) -> Callable[[Row], float | None]:
-    def read(row: Row) -> float | None:
-        numbers = row.get("replies") or {}
-        value = _number(numbers.get(name))
-        if over is None or value is None:
-            return value
-        total = _number(numbers.get(over))
-        return value / total if total else None
-
-    return read
+def _calls_cut(row: Row) -> float | None:
+    numbers = ReplyNumbers.of_row(row)
+    return None if numbers is None or not numbers.calls else numbers.cut / numbers.calls
 
 
 def _rows_without_signal(row: Row) -> float | None:
-    numbers = row.get("replies") or {}
-    if numbers.get("rows"):
-        return 1.0 - numbers["rows_with_signal"] / numbers["rows"]
+    numbers = ReplyNumbers.of_row(row)
+    if numbers is not None and numbers.rows:
+        return 1.0 - numbers.rows_with_signal / numbers.rows
     dropped = ((row.get("job") or {}).get("trajectories") or {}).get("dropped") or {}
     lost, rollouts = _number(dropped.get(DropReason.ZERO_VARIANCE_GROUP, 0)), _number(row.get("rollouts"))
     return lost / rollouts if lost is not None and rollouts else None
@@ -165,7 +160,7 @@ FIGURES: tuple[Figure, ...] = (
         "Reply length",
         "Sampled tokens of one attempt, on average.",
         ("replies.tokens_mean",),
-        _replies("tokens_mean"),
+        _tokens_per_reply,
         "tokens",
         1,
         Threshold("below", 0.2, of_first=True),
@@ -175,7 +170,7 @@ FIGURES: tuple[Figure, ...] = (
         "Replies cut off",
         "Share of the LLM calls that ended at max_tokens, in the middle of a reply.",
         ("replies.cut",),
-        _replies("cut", "calls"),
+        _calls_cut,
         "%",
         0,
         Threshold("above", 0.2),

@@ -12,11 +12,11 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nat_plugin_evsys import __version__
 from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.report.blocks import Block, Blocks
@@ -77,7 +77,7 @@ class Report:
             runs.append({**overview(RunDirectory.open(path), blocks), "collections": entries})
         data = {
             "made": time.strftime("%Y-%m-%d %H:%M"),
-            "version": __version__,
+            "version": version("nat_plugin_evsys"),
             "drop_reasons": drop_reason_meanings(),
             "comparison": _compared(found[0], found[1]) if len(found) == 2 else None,
             "runs": runs,
