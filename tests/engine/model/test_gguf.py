@@ -69,6 +69,6 @@ def test_what_is_no_gguf_file_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_without_the_reader_the_error_says_what_to_type(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "READER", "gguf_reader_that_is_not_installed")
-    with pytest.raises(ModelError, match=r"small\.gguf' is a GGUF file.*: pip install gguf$"):
+    monkeypatch.setattr(gguf, "READERS", ("gguf_reader_that_is_not_installed",))
+    with pytest.raises(ModelError, match=r"small\.gguf' is a GGUF file.*: pip install accelerate gguf$"):
         load_base_model(str(file))

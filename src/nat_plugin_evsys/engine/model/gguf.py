@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SUFFIX = ".gguf"
-READER = "gguf"
-"""The package that transformers reads such files with."""
+READERS = ("accelerate", "gguf")
+"""The packages that transformers reads such files with."""
+
+INSTALL = f"pip install {' '.join(READERS)}"
 
 
 def gguf_files(directory: Path) -> list[Path]:
@@ -22,20 +24,19 @@ def gguf_files(directory: Path) -> list[Path]:
 
 
 def can_read() -> bool:
-    """Whether the package that reads GGUF files is installed."""
-    return importlib.util.find_spec(READER) is not None
+    """Whether the packages that read GGUF files are installed."""
+    return all(importlib.util.find_spec(name) for name in READERS)
 
 
 def check_reader(base_model: str) -> None:
     """Refuse, in a sentence, what transformers would fail on later.
 
     Raises:
-        ModelError: the package ``gguf`` is not installed.
+        ModelError: the packages that read it are not installed.
     """
     if not can_read():
         raise ModelError(
-            f"base_model {base_model!r} is a GGUF file, and the package that reads it is not installed: "
-            "pip install gguf"
+            f"base_model {base_model!r} is a GGUF file, and the packages that read it are not installed: {INSTALL}"
         )
 
 
