@@ -103,9 +103,10 @@ def test_names_cannot_leave_the_directory(name: str, trainable: Any, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_metadata_that_is_no_json(trainable: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [object(), float("nan")])
+def test_metadata_that_is_no_json(value: object, trainable: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written as JSON"):
-        save_checkpoint(tmp_path, "x", trainable(), kind="sampler", user_metadata={"x": object()})
+        save_checkpoint(tmp_path, "x", trainable(), kind="sampler", user_metadata={"x": value})
     assert list(tmp_path.iterdir()) == []
 
 
