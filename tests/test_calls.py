@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "drop-reasons.md"
 OTHER_MEANING = {
     ("finetuning/run.py", "curriculum_percentile"): "a column of metrics.jsonl",
     ("finetuning/trainer.py", "validation"): "NAT's dataset_type",
-    ("report/metrics.py", "validation"): "an event of metrics.jsonl",
+    ("report/metrics_log.py", "validation"): "an event of metrics.jsonl",
 }
 """Literals that are spelled like a reason and are none."""
 

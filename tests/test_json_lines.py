@@ -18,7 +18,7 @@ from nat_plugin_evsys.config import EvsysTrainerAdapterConfig, EvsysTrajectoryBu
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
 from nat_plugin_evsys.json_lines import append_json_lines, read_json_lines
-from nat_plugin_evsys.report.metrics import MetricsLog
+from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.service.http.logs import JsonFormatter
 from nat_plugin_evsys.training.job_ledger import JobLedger
 

@@ -7,6 +7,7 @@ type is knowledge of another room too.
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -73,6 +74,8 @@ ARROWS: dict[str, set[str]] = {
 
 STANDARD_LIBRARY_ONLY = ("errors", "files", "json_lines", "calls", "defaults")
 NO_NAT = (*DRIVERS, "runtime", "clients", "backends", "service/wire", "service/store", "service/work", "types")
+ONLY = {"config": {"pydantic", "nat"}}
+"""Rooms that may use these third-party packages and no others, so that reading a config stays fast."""
 NOTHING_HEAVY = ("config", "register", "runs", "cli")
 HEAVY = {"torch", "transformers", "peft", "art", "tinker", "matplotlib"}
 
@@ -165,6 +168,25 @@ def test_the_ground_needs_the_standard_library_alone(name: str) -> None:
 def test_the_engine_and_its_drivers_know_nothing_of_nat(name: str) -> None:
     users = [module for module, path in modules().items() if room(path) == name and "nat" in foreign(path)]
     assert not users, f"{users} import nat"
+
+
+def test_the_engine_and_its_drivers_load_where_nat_is_not_installed() -> None:
+    names = [name for name, path in modules().items() if room(path) in {*DRIVERS, "runtime", "clients", "types"}]
+    code = (
+        "import importlib, sys\n"
+        "sys.modules['nat'] = None\n"  # importing it raises ModuleNotFoundError
+        f"for name in {names}: importlib.import_module(name)\n"
+        "import nat_plugin_evsys.types as types; [getattr(types, name) for name in types.__all__]"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(ONLY))
+def test_a_room_uses_no_other_packages(name: str) -> None:
+    for module, path in modules().items():
+        if room(path) == name:
+            assert foreign(path) <= ONLY[name], f"{module} imports {foreign(path) - ONLY[name]}"
 
 
 def loaded_at_once(path: Path) -> set[str]:

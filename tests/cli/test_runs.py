@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from nat_plugin_evsys.cli import options
 from nat_plugin_evsys.cli import runs as cli
 from nat_plugin_evsys.config.policy import DEFAULT_OUTPUT_DIR
-from nat_plugin_evsys.report.metrics import MetricsLog
+from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory
 

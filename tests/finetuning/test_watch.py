@@ -14,7 +14,7 @@ from nat_plugin_evsys.finetuning.replies import replies_of
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.report.findings import FindingId
-from nat_plugin_evsys.report.metrics import EPOCH, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
 
 
 def call(content: str | None, sequence: int = 0, *, tokens: int = 3, stop: Any = "stop", **reply: Any) -> Call:

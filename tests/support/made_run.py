@@ -11,7 +11,7 @@ from nat_plugin_evsys.calls import Call, CallFate, CallKey, DropReason
 from nat_plugin_evsys.finetuning.replies import replies_of
 from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
-from nat_plugin_evsys.report.metrics import EPOCH, VALIDATION, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION, MetricsLog
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.environment import add_environment

@@ -63,7 +63,7 @@ def show_command(output_dir: Path, run: str) -> None:
 @readable_errors
 def plot_command(output_dir: Path, run: str, output: Path | None) -> None:
     """Draw the reward curve of RUN (a name, a path, or `latest`) from its metrics."""
-    from nat_plugin_evsys.report.metrics import MetricsLog
+    from nat_plugin_evsys.report.metrics_log import MetricsLog
     from nat_plugin_evsys.report.plot import plot_rewards
 
     found = find_run(output_dir, run)

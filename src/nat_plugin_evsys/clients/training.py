@@ -19,7 +19,7 @@ from nat_plugin_evsys.clients.results import ForwardBackwardOutput
 from nat_plugin_evsys.clients.sampling import SamplingClient
 from nat_plugin_evsys.engine.checkpoints import Kind, load_checkpoint
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
-from nat_plugin_evsys.engine.gradient.queue import Operation, TrainingQueue
+from nat_plugin_evsys.engine.gradient.queue import ModelAction, TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.errors import ConfigError, DataError, EngineClosedError, EvsysError, UnsupportedError
 from nat_plugin_evsys.runtime.arguments import (
@@ -154,7 +154,7 @@ class TrainingClient:
             whatever ``loss_fn`` raised.
         """
 
-        def prepare() -> Operation:
+        def prepare() -> ModelAction:
             refuse_options(loss_type_input=loss_type_input)
             rows, loss = check_data(data), checked_loss(loss_fn)
             return lambda model, progress: ForwardBackwardOutput.of(model.forward_backward_custom(rows, loss, progress))
@@ -187,7 +187,7 @@ class TrainingClient:
             NonFiniteGradientError: weights and moments are as they were, the gradient is cleared.
         """
 
-        def prepare() -> Operation:
+        def prepare() -> ModelAction:
             if optim_params is not None and adam_params is not None:
                 raise ConfigError("optim_step takes optim_params or, as its older name, adam_params; not both")
             given: Any = optim_params if optim_params is not None else adam_params
@@ -230,7 +230,7 @@ class TrainingClient:
         def respond(path: str) -> types.SaveWeightsResponse:
             return types.SaveWeightsResponse(path=path, type="save_weights")
 
-        def prepare() -> Operation:
+        def prepare() -> ModelAction:
             return self._saving("training", name, ttl_seconds, overwrite, user_metadata, respond)
 
         return self._submit(prepare, ResultFuture(), wait)
@@ -254,7 +254,7 @@ class TrainingClient:
         def respond(path: str) -> types.SaveWeightsForSamplerResponse:
             return types.SaveWeightsForSamplerResponse(path=path, type="save_weights_for_sampler")
 
-        def prepare() -> Operation:
+        def prepare() -> ModelAction:
             return self._saving("sampler", name, ttl_seconds, overwrite, user_metadata, respond)
 
         return self._submit(prepare, ResultFuture(), wait)
@@ -317,7 +317,7 @@ class TrainingClient:
             CheckpointError: the name is refused, or the disk refused the write.
         """
 
-        def prepare() -> Operation:
+        def prepare() -> ModelAction:
             refuse_options(retry_config=retry_config, record_stability_info=record_stability_info)
             if kind != "snapshot":
                 raise UnsupportedError(
@@ -392,7 +392,7 @@ class TrainingClient:
     def _loss(
         self, method: Callable[..., types.ForwardBackwardOutput], data: Any, loss_fn: Any, config: Any, wait: bool
     ) -> ForwardBackwardFuture:
-        def prepare() -> Operation:
+        def prepare() -> ModelAction:
             rows, name, options = check_data(data), check_loss_fn(loss_fn), check_loss_fn_config(config)
             return lambda model, progress: ForwardBackwardOutput.of(method(model, rows, name, options, progress))
 
@@ -400,7 +400,7 @@ class TrainingClient:
 
     def _saving(
         self, kind: Kind, name: str, ttl: Any, overwrite: Any, metadata: Any, respond: Callable[[str], Any]
-    ) -> Operation:
+    ) -> ModelAction:
         options: dict[str, Any] = {
             "overwrite": check_flag("overwrite", overwrite),
             "ttl_seconds": check_ttl(ttl),
@@ -415,13 +415,13 @@ class TrainingClient:
             load_checkpoint(self._store.resolve(path), model, with_optimizer=with_optimizer)
             return types.LoadWeightsResponse(path=str(path), model_id=self.model_id, type="load_weights")
 
-        def prepare() -> Operation:
+        def prepare() -> ModelAction:
             refuse_options(weights_access_token=weights_access_token)
             return load
 
         return self._submit(prepare, ResultFuture(), wait)
 
-    def _submit(self, prepare: Callable[[], Operation], future: F, wait: bool) -> F:
+    def _submit(self, prepare: Callable[[], ModelAction], future: F, wait: bool) -> F:
         """Check the arguments, then queue the operation."""
         if self._queue.closed:
             raise EngineClosedError(f"the training client {self.model_id} has been closed; create a new one")

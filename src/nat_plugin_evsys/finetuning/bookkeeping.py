@@ -15,7 +15,7 @@ from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.policy.recorder import RecorderTotals
 from nat_plugin_evsys.report.findings import findings_of
-from nat_plugin_evsys.report.metrics import MetricsLog
+from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path
 from nat_plugin_evsys.runs.environment import add_environment

@@ -25,7 +25,7 @@ from nat_plugin_evsys.finetuning.run_pages import RunPages
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
 from nat_plugin_evsys.finetuning.watch import Watch
-from nat_plugin_evsys.report.metrics import VALIDATION, WARM_START
+from nat_plugin_evsys.report.metrics_log import VALIDATION, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
 from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
 from nat_plugin_evsys.training.sdft import SdftStep
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.config import EvsysTrainerConfig
     from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
     from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
-    from nat_plugin_evsys.report.progress import Progress
+    from nat_plugin_evsys.report.display import Display
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +80,14 @@ class RunSession:
     """What one process does of a run. Epochs are counted from 0 here and from 1 in what is shown."""
 
     def __init__(
-        self, trainer: SessionTrainer, books: RunBooks, inputs: RunInputs, curriculum: Curriculum, progress: Progress
+        self, trainer: SessionTrainer, books: RunBooks, inputs: RunInputs, curriculum: Curriculum, display: Display
     ) -> None:
         self._trainer = trainer
         self._policy = trainer.trajectory_builder.policy
         self._books = books
         self._inputs = inputs
         self._curriculum = curriculum
-        self._progress = progress
+        self._display = display
         self._pages = RunPages(books.run_dir, books.metrics)
         self._watch = Watch(books.metrics)
         self._checkpoints = EpochCheckpoints(self._policy, books, trainer.config.keep_checkpoints)
@@ -136,12 +136,12 @@ class RunSession:
         done = books.state.epochs_done
         if done >= num_epochs:
             logger.warning("the run has finished all of its %d epochs; raise finetuning.num_epochs to go on", done)
-        self._progress.phase("resume", f"after epoch {done} of {num_epochs}, from {source}")
+        self._display.phase("resume", f"after epoch {done} of {num_epochs}, from {source}")
 
     async def _begin(self) -> None:
         config = self._trainer.config.warm_start
         if config is not None:
-            self._progress.phase("warm start", str(config.demonstrations))
+            self._display.phase("warm start", str(config.demonstrations))
             started = time.monotonic()
             metrics = await warm_start(self._policy, config, self._show_warm_start)
             self._books.metrics.append(WARM_START, 0, **metrics, seconds=round(time.monotonic() - started, 3))
@@ -182,9 +182,9 @@ class RunSession:
         row |= columns
         self._trainer.log_progress(epoch + 1, row)
         await self._checkpoints.save(epoch + 1, heldout, self._curriculum.state())
-        self._progress.epoch_done(epoch + 1, num_epochs, row)
+        self._display.epoch_done(epoch + 1, num_epochs, row)
         for finding in found:
-            self._progress.finding(finding)
+            self._display.finding(finding)
         self._pages.after_epoch()
 
     async def _roll_out(self, epoch: int, run_id: str) -> TrainingJobRef | None:
@@ -208,11 +208,11 @@ class RunSession:
         done = asyncio.ensure_future(adapter.wait_until_complete(ref, poll_interval=60.0))
         try:
             while not (await asyncio.wait({done}, timeout=_STATUS_INTERVAL))[0]:
-                self._progress.job(await adapter.status(ref))
+                self._display.job(await adapter.status(ref))
         finally:
             done.cancel()
         status = done.result()
-        self._progress.job(status)
+        self._display.job(status)
         if status.status != TrainingStatusEnum.COMPLETED:
             raise JobError(f"training job {status.status.value}: {status.message}. {self._how_to_resume()}")
         return status
@@ -269,7 +269,7 @@ class RunSession:
             VALIDATION, epochs_done, reward=reward, num_examples=metrics["num_examples"], seconds=seconds
         )
         self._books.state.heldout_reward_after = reward
-        self._progress.validation(epochs_done, reward)
+        self._display.validation(epochs_done, reward)
         return reward
 
     def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
@@ -277,7 +277,7 @@ class RunSession:
         self._pages.write()
 
     def _show_warm_start(self, step: SftStep | SdftStep) -> None:
-        self._progress.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")
+        self._display.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")
 
     def _how_to_resume(self) -> str:
         return how_to_resume(self._trainer.run_config.trainer)

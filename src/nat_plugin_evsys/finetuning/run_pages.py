@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from nat_plugin_evsys.report.metrics import MetricsLog
+from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.report.page import Report
 from nat_plugin_evsys.report.plot import plot_rewards
 from nat_plugin_evsys.runs import RunDirectory

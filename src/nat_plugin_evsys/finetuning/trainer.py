@@ -23,8 +23,8 @@ from nat_plugin_evsys.finetuning.telemetry import run_logging
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
 from nat_plugin_evsys.policy.policy import Policy
-from nat_plugin_evsys.report.displays import create_progress
-from nat_plugin_evsys.report.metrics import EPOCH, MetricsLog
+from nat_plugin_evsys.report.displays import create_display
+from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class EvsysTrainer(Trainer):
     def __init__(self, trainer_config: EvsysTrainerConfig) -> None:
         super().__init__(trainer_config)
         self.config = trainer_config
-        self._progress = create_progress(trainer_config.progress)
+        self._display = create_display(trainer_config.progress)
         self.last_evaluation: RolloutReport | None = None
         self._open_books: RunBooks | None = None
         self._curriculum: Curriculum | None = None
@@ -64,7 +64,7 @@ class EvsysTrainer(Trainer):
         self._inputs = RunInputs.check(run_config, self.config)
         Policy.of(self._inputs.policy).begin_training(resuming=self.config.resume)
         await super().initialize(run_config)
-        self.trajectory_builder.on_rollout = self._progress.rollouts
+        self.trajectory_builder.on_rollout = self._display.rollouts
         if self.config.overlap_rollouts:
             self.trainer_adapter.expect_stale_calls()
 
@@ -79,9 +79,9 @@ class EvsysTrainer(Trainer):
             NothingTrainedError: the run has come to its end without training anything.
         """
         async with run_logging(self._require_inputs.general):
-            with self._progress, sigterm_cancels():
+            with self._display, sigterm_cancels():
                 self._open()
-                session = RunSession(self, self._books, self._require_inputs, self._require_curriculum, self._progress)
+                session = RunSession(self, self._books, self._require_inputs, self._require_curriculum, self._display)
                 return await session.run(num_epochs)
 
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef:
@@ -97,7 +97,7 @@ class EvsysTrainer(Trainer):
 
     async def start_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         """Roll out, apply the curriculum and submit one training job; None when no trajectory is left to train on."""
-        self._progress.phase("rollouts", f"epoch {epoch + 1}")
+        self._display.phase("rollouts", f"epoch {epoch + 1}")
         if not self.trajectory_builder.is_started(run_id):
             await self.trajectory_builder.start_run(run_id, {"epoch": epoch})
         collection = await self.trajectory_builder.finalize(run_id, {"epoch": epoch})
@@ -106,7 +106,7 @@ class EvsysTrainer(Trainer):
         if not collection.trajectories:
             logger.warning("epoch %d: no trajectory is left to train on; the policy stays as it is", epoch + 1)
             return None
-        self._progress.phase("training", f"epoch {epoch + 1}")
+        self._display.phase("training", f"epoch {epoch + 1}")
         return await self.trainer_adapter.submit(collection, epoch=epoch)
 
     def apply_curriculum_learning(
@@ -141,7 +141,7 @@ class EvsysTrainer(Trainer):
 
     async def evaluate(self, name: str, dataset: Path | None = None, config: Config | None = None) -> RolloutReport:
         """Score the current policy once on each row, ``train`` on those of the run; its calls join the books."""
-        self._progress.phase("evaluation", name)
+        self._display.phase("evaluation", name)
         report = await self.trajectory_builder.evaluate(name, dataset, config)
         self._books.count_rollouts(report)
         self.last_evaluation = report
@@ -159,7 +159,7 @@ class EvsysTrainer(Trainer):
 
     async def cleanup(self) -> None:
         """Stop what is in flight; the run directory stays resumable."""
-        self._progress.close()
+        self._display.close()
         if self._open_books is not None:
             self._open_books.run_dir.unlock()
         if isinstance(self.trajectory_builder, EvsysTrajectoryBuilder):

@@ -9,7 +9,7 @@ from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
 from nat_plugin_evsys.report.findings import Finding, findings_of
-from nat_plugin_evsys.report.metrics import EPOCH, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
 from nat_plugin_evsys.report.replies import KEY as REPLIES
 from nat_plugin_evsys.report.replies import ReplyNumbers
 

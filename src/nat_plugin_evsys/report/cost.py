@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nat_plugin_evsys.report.metrics import EPOCH, VALIDATION, WARM_START
+from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION, WARM_START
 from nat_plugin_evsys.report.outcome import Row
 from nat_plugin_evsys.report.replies import ReplyNumbers
 from nat_plugin_evsys.runs.state import RunState

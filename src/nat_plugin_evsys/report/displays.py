@@ -7,15 +7,15 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from nat_plugin_evsys.report.display import Display, Mode
 from nat_plugin_evsys.report.findings import Finding, finding_text
-from nat_plugin_evsys.report.progress import Mode, Progress
 from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
 if TYPE_CHECKING:
     from nat.data_models.finetuning import TrainingJobStatus
 
 
-class PlainProgress(Progress):
+class PlainDisplay(Display):
     """One line at each change of phase, at each epoch's end, and every ``interval`` seconds in between.
 
     Args:
@@ -32,32 +32,32 @@ class PlainProgress(Progress):
         self._phase = ""
 
     def phase(self, name: str, detail: str = "") -> None:
-        """See Progress."""
+        """See Display."""
         self._phase = phase_text(name, detail)
         self._write(self._phase)
 
     def rollouts(self, done: int, total: int) -> None:
-        """See Progress."""
+        """See Display."""
         self._update(f"{self._phase}: {done}/{total} rollouts", last=done >= total)
 
     def steps(self, done: int, total: int, note: str = "") -> None:
-        """See Progress."""
+        """See Display."""
         self._update(f"{self._phase}: {steps_text(done, total, note)}", last=done >= total)
 
     def job(self, status: TrainingJobStatus) -> None:
-        """See Progress."""
+        """See Display."""
         self._update(f"{self._phase}: {job_text(status)}", last=status.status in ("completed", "failed", "canceled"))
 
     def epoch_done(self, epoch: int, epochs: int, row: Mapping[str, Any]) -> None:
-        """See Progress."""
+        """See Display."""
         self._write(epoch_text(epoch, epochs, row))
 
     def validation(self, epoch: int, reward: float) -> None:
-        """See Progress."""
+        """See Display."""
         self._write(validation_text(epoch, reward))
 
     def finding(self, finding: Finding) -> None:
-        """See Progress."""
+        """See Display."""
         self._write(finding_text(finding))
 
     def _update(self, text: str, *, last: bool) -> None:
@@ -73,13 +73,13 @@ class PlainProgress(Progress):
         self._stream.flush()
 
 
-def create_progress(mode: Mode = "auto", stream: TextIO | None = None) -> Progress:
+def create_display(mode: Mode = "auto", stream: TextIO | None = None) -> Display:
     """A display on ``stream`` (default: stderr). ``auto`` is ``rich`` on a terminal and ``plain`` elsewhere."""
     target = sys.stderr if stream is None else stream
     if mode == "none":
-        return Progress()
+        return Display()
     if mode == "rich" or (mode == "auto" and target.isatty()):
-        from nat_plugin_evsys.report.live import RichProgress
+        from nat_plugin_evsys.report.live import LiveDisplay
 
-        return RichProgress(target)
-    return PlainProgress(target)
+        return LiveDisplay(target)
+    return PlainDisplay(target)

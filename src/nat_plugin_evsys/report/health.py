@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nat_plugin_evsys.calls import DropReason
-from nat_plugin_evsys.report.metrics import EPOCH
+from nat_plugin_evsys.report.metrics_log import EPOCH
 from nat_plugin_evsys.report.replies import ReplyNumbers
 
 Row = Mapping[str, Any]

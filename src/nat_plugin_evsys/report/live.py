@@ -12,15 +12,15 @@ from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from nat_plugin_evsys.report.display import Display
 from nat_plugin_evsys.report.findings import Finding, finding_text
-from nat_plugin_evsys.report.progress import Progress
 from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
 if TYPE_CHECKING:
     from nat.data_models.finetuning import TrainingJobStatus
 
 
-class RichProgress(Progress):
+class LiveDisplay(Display):
     """Spinner, phase, bar, what is happening, elapsed time. Log lines appear above it, never through it.
 
     It starts with the first phase, so that what is printed before (an error in the config, say) needs no care.
@@ -42,36 +42,36 @@ class RichProgress(Progress):
         self._running = False
 
     def phase(self, name: str, detail: str = "") -> None:
-        """See Progress."""
+        """See Display."""
         self._start()
         self._bars.reset(self._task, description=phase_text(name, detail), total=None, note="")
 
     def rollouts(self, done: int, total: int) -> None:
-        """See Progress."""
+        """See Display."""
         self._bars.update(self._task, completed=done, total=total, note=f"{done}/{total} rollouts")
 
     def steps(self, done: int, total: int, note: str = "") -> None:
-        """See Progress."""
+        """See Display."""
         self._bars.update(self._task, completed=done, total=total, note=steps_text(done, total, note))
 
     def job(self, status: TrainingJobStatus) -> None:
-        """See Progress."""
+        """See Display."""
         self._bars.update(self._task, completed=status.progress or 0.0, total=100.0, note=job_text(status))
 
     def epoch_done(self, epoch: int, epochs: int, row: Mapping[str, Any]) -> None:
-        """See Progress."""
+        """See Display."""
         self._say(epoch_text(epoch, epochs, row))
 
     def validation(self, epoch: int, reward: float) -> None:
-        """See Progress."""
+        """See Display."""
         self._say(validation_text(epoch, reward))
 
     def finding(self, finding: Finding) -> None:
-        """See Progress."""
+        """See Display."""
         self._say(finding_text(finding), style="bold yellow")
 
     def close(self) -> None:
-        """See Progress."""
+        """See Display."""
         if self._running:
             self._running = False
             self._bars.stop()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nat_plugin_evsys.report.intervals import Interval, change_interval, mean_interval
-from nat_plugin_evsys.report.metrics import EPOCH, VALIDATION
+from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION
 from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
 from nat_plugin_evsys.runs.state import RunState
 

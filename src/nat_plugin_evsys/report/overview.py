@@ -13,7 +13,7 @@ from nat_plugin_evsys.report.blocks import Block
 from nat_plugin_evsys.report.cost import cost
 from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.health import Health, health
-from nat_plugin_evsys.report.metrics import EPOCH, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
 from nat_plugin_evsys.report.outcome import Row, curve, outcome
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.environment import read_environments

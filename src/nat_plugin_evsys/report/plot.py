@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from nat_plugin_evsys.files import atomic_write
-from nat_plugin_evsys.report.metrics import EPOCH, VALIDATION
+from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,7 +25,7 @@ PER_SEQUENCE_LOSSES = frozenset({"gspo"})
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class CallSpan:
     """One call's sampled tokens within a Datum: rows ``start:stop`` of target_tokens."""
 
     call_id: str
@@ -41,7 +41,7 @@ class Provenance:
 
     group: str
     trajectory: int
-    spans: list[Span]
+    spans: list[CallSpan]
 
     @property
     def sampled_tokens(self) -> int:
@@ -159,7 +159,9 @@ def token_chains(calls: list[Call]) -> list[list[Call]]:
     return chains
 
 
-def chain_datum(chain: list[Call], advantage: float, loss_fn: str = "importance_sampling") -> tuple[Datum, list[Span]]:
+def chain_datum(
+    chain: list[Call], advantage: float, loss_fn: str = "importance_sampling"
+) -> tuple[Datum, list[CallSpan]]:
     """One Datum of a chain of calls, aligned as Tinker aligns it.
 
     With ``t`` the n tokens of the last call (prompt and output): ``model_input = t[:-1]`` and, all of shape (n-1,),
@@ -180,7 +182,7 @@ def chain_datum(chain: list[Call], advantage: float, loss_fn: str = "importance_
         stop = start + len(call.output_ids)
         logprobs[start:stop] = call.logprobs
         sampled[start:stop] = True
-        spans.append(Span(call.call_id, call.index, call.policy_version, start, stop))
+        spans.append(CallSpan(call.call_id, call.index, call.policy_version, start, stop))
     inputs = {
         "target_tokens": _tensor(np.asarray(ids[1:], dtype=np.int64)),
         "logprobs": _tensor(logprobs),

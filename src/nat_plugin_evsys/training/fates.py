@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tinker import types
 
 from nat_plugin_evsys.calls import CallFate, CallKey, DropReason
-from nat_plugin_evsys.rollouts.datums import DatumSet, Span
+from nat_plugin_evsys.rollouts.datums import CallSpan, DatumSet
 
 Learned = dict[CallKey, list[float]]
 """The learner's logprobs of the output ids of each trained call."""
@@ -51,5 +51,5 @@ def call_fates(datums: DatumSet, learned: Learned, lost_reason: DropReason | Non
     return fates
 
 
-def _key(span: Span) -> CallKey:
+def _key(span: CallSpan) -> CallKey:
     return span.call_id, span.index

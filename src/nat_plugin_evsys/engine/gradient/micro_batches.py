@@ -14,7 +14,7 @@ from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, Reads, fast_forward
 from nat_plugin_evsys.engine.gradient.losses import LOSSES, gradient_rows, read_rows
 from nat_plugin_evsys.engine.gradient.packing import Pack, plan_packs
-from nat_plugin_evsys.engine.gradient.results import Outcome, split_rows, stack_targets
+from nat_plugin_evsys.engine.gradient.results import DatumResult, split_rows, stack_targets
 from nat_plugin_evsys.engine.machine.memory import MemoryModel, SavedBytes, TokenLimits, peak_bytes
 from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows, target_logprobs
 from nat_plugin_evsys.engine.model.loading import BaseModel
@@ -131,8 +131,8 @@ class MicroBatches:
 
     def run(
         self, batch: MicroBatch, examples: Sequence[Example], loss: Loss, gradient: dict[str, Tensor]
-    ) -> list[Outcome]:
-        """Forward, and backward if ``gradient`` has tensors to add to; outcomes in the order of ``batch.members``."""
+    ) -> list[DatumResult]:
+        """Forward, and backward if ``gradient`` has tensors to add to; results in the order of ``batch.members``."""
         part = [examples[i] for i in batch.members]
         reads = [loss.reads(e) for e in part]
         device = self._base.device
@@ -149,7 +149,7 @@ class MicroBatches:
             for name, grad in zip(self._parameters, grads, strict=True):
                 if grad is not None:
                     gradient[name] += grad
-        return [Outcome(lp, r, h) for (lp, h), r in zip(found, results, strict=True)]
+        return [DatumResult(lp, r, h) for (lp, h), r in zip(found, results, strict=True)]
 
     def _logprobs(
         self, batch: MicroBatch, examples: Sequence[Example], reads: Sequence[Reads]

@@ -11,7 +11,7 @@ from nat_plugin_evsys.errors import EngineClosedError
 
 F = TypeVar("F", bound=OperationFuture[Any])
 
-Operation = Callable[[TrainableModel, Progress], Any]
+ModelAction = Callable[[TrainableModel, Progress], Any]
 """``(model, progress) -> result``; ``progress`` is to be handed to the model's method, if that takes one."""
 
 
@@ -32,7 +32,7 @@ class TrainingQueue:
         """True after ``close`` was called."""
         return self._operations.closed
 
-    def submit(self, operation: Operation, future: F) -> F:
+    def submit(self, operation: ModelAction, future: F) -> F:
         """Queue ``operation``; its result or error goes into ``future``, which is returned at once.
 
         Cancelling the future stops a running operation between micro-batches; it has then changed nothing.

@@ -14,7 +14,7 @@ from nat_plugin_evsys.engine.gradient.losses import LossResult, summarise, train
 _OUTPUT_TYPE = "TorchLossReturn"
 
 
-class Outcome:
+class DatumResult:
     """What one Datum gave, detached and on the CPU."""
 
     def __init__(self, logprobs: Tensor, result: LossResult, entropy: Tensor) -> None:
@@ -24,18 +24,18 @@ class Outcome:
         self.result = LossResult(result.loss.detach().cpu(), result.elementwise.detach().cpu(), stats)
 
 
-def build_output(outcomes: Sequence[Outcome], examples: Sequence[Example]) -> types.ForwardBackwardOutput:
+def build_output(results: Sequence[DatumResult], examples: Sequence[Example]) -> types.ForwardBackwardOutput:
     """Outputs per Datum in the order of ``examples``, and the metrics of the whole call."""
-    metrics = summarise([o.result for o in outcomes])
+    metrics = summarise([r.result for r in results])
     if metrics["tokens:sum"]:
-        kept = [o.entropy[trained_rows(e.inputs)] for o, e in zip(outcomes, examples, strict=True)]
+        kept = [r.entropy[trained_rows(e.inputs)] for r, e in zip(results, examples, strict=True)]
         metrics["entropy:mean"] = float(torch.cat(kept).double().mean())
     outputs = [
         {
-            "logprobs": types.TensorData.from_torch(o.logprobs),
-            "elementwise_loss": types.TensorData.from_torch(o.result.elementwise),
+            "logprobs": types.TensorData.from_torch(r.logprobs),
+            "elementwise_loss": types.TensorData.from_torch(r.result.elementwise),
         }
-        for o in outcomes
+        for r in results
     ]
     return types.ForwardBackwardOutput(_OUTPUT_TYPE, outputs, metrics)
 

@@ -15,7 +15,7 @@ from nat_plugin_evsys.engine.gradient.datums import check_datums, check_threshol
 from nat_plugin_evsys.engine.gradient.losses import resolve_config
 from nat_plugin_evsys.engine.gradient.micro_batches import Loss, MicroBatches
 from nat_plugin_evsys.engine.gradient.optimizer import AdamW, check_adam
-from nat_plugin_evsys.engine.gradient.results import Outcome, build_output
+from nat_plugin_evsys.engine.gradient.results import DatumResult, build_output
 from nat_plugin_evsys.engine.machine.allocator import keep_memory
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
@@ -191,12 +191,12 @@ class TrainableModel:
         loss = Loss(loss_fn, config, all_logprobs=self.untrained_logprobs or not backward)
         total, done = sum(len(e) for e in examples), 0
         gradient = {name: torch.zeros_like(p) for name, p in self.parameters.items()} if backward else {}
-        outcomes: dict[int, Outcome] = {}
+        results: dict[int, DatumResult] = {}
         work = self._steps.plan(examples, loss, self.token_budget)
         for batch in work:
-            outcomes.update(zip(batch.members, self._steps.run(batch, examples, loss, gradient), strict=True))
+            results.update(zip(batch.members, self._steps.run(batch, examples, loss, gradient), strict=True))
             done += sum(len(examples[i]) for i in batch.members)
             if progress is not None:
                 progress(done, total)
-        output = build_output([outcomes[i] for i in range(len(examples))], examples)
+        output = build_output([results[i] for i in range(len(examples))], examples)
         return dataclasses.replace(output, metrics={**output.metrics, **self._steps.metrics(work, examples)}), gradient

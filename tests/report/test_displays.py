@@ -19,9 +19,9 @@ from nat.plugins.eval.evaluator.base_evaluator import BaseEvaluator
 from nat.plugins.eval.runtime import evaluate
 from tqdm import tqdm
 
-from nat_plugin_evsys.report.displays import PlainProgress, create_progress
+from nat_plugin_evsys.report.display import Display
+from nat_plugin_evsys.report.displays import PlainDisplay, create_display
 from nat_plugin_evsys.report.findings import Finding, FindingId
-from nat_plugin_evsys.report.progress import Progress
 from nat_plugin_evsys.report.quiet import quiet_tqdm
 from nat_plugin_evsys.report.replies import Reply
 
@@ -40,7 +40,7 @@ def job(progress: float, status: TrainingStatusEnum = TrainingStatusEnum.RUNNING
     return TrainingJobStatus(run_id="r", backend="evsys", status=status, progress=progress, metadata=metadata)
 
 
-def use(progress: Progress) -> None:
+def use(progress: Display) -> None:
     """What a trainer does in one epoch."""
     with progress:
         progress.validation(0, 0.125)
@@ -60,7 +60,7 @@ def use(progress: Progress) -> None:
 
 def test_plain_lines_are_few_and_say_it_all() -> None:
     stream = io.StringIO()
-    use(create_progress("auto", stream))
+    use(create_display("auto", stream))
     lines = [line.split("] ", 1)[1] for line in stream.getvalue().splitlines()]
     assert lines == [
         "held-out reward 0.125 before training",
@@ -78,7 +78,7 @@ def test_plain_updates_come_at_the_interval(monkeypatch: pytest.MonkeyPatch) -> 
     now = 0.0
     monkeypatch.setattr("nat_plugin_evsys.report.displays.time.monotonic", lambda: now)
     stream = io.StringIO()
-    progress = PlainProgress(stream, interval=10.0)
+    progress = PlainDisplay(stream, interval=10.0)
     progress.phase("rollouts")
     for second in range(1, 36):
         now = float(second)
@@ -98,7 +98,7 @@ FINDING = Finding(
 
 def test_a_finding_is_indented_below_its_first_line() -> None:
     stream = io.StringIO()
-    create_progress("plain", stream).finding(FINDING)
+    create_display("plain", stream).finding(FINDING)
     first, *others = stream.getvalue().splitlines()
     stamp, sentence = first.split("] ", 1)
     assert sentence == "! Every reward of epoch 1 is 0.000."
@@ -111,7 +111,7 @@ def test_a_finding_is_indented_below_its_first_line() -> None:
 
 
 def test_without_a_display_a_finding_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    create_progress("none").finding(FINDING)
+    create_display("none").finding(FINDING)
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert record.message.startswith("! Every reward of epoch 1 is 0.000.")
@@ -119,9 +119,9 @@ def test_without_a_display_a_finding_is_a_warning(caplog: pytest.LogCaptureFixtu
 
 def test_a_finding_on_a_terminal_is_whole_and_coloured() -> None:
     code = """
-from nat_plugin_evsys.report.displays import create_progress
+from nat_plugin_evsys.report.displays import create_display
 from nat_plugin_evsys.report.findings import Finding, FindingId
-with create_progress("rich") as progress:
+with create_display("rich") as progress:
     progress.phase("rollouts", "epoch 1/1")
     progress.finding(Finding(FindingId.CUT_OFF, 1, "The [bold]sentence.", "The advice."))
 """
@@ -133,12 +133,12 @@ with create_progress("rich") as progress:
 def test_a_failed_job_shows_its_cause() -> None:
     stream = io.StringIO()
     status = TrainingJobStatus(run_id="r", backend="b", status=TrainingStatusEnum.FAILED, message="loss was nan")
-    create_progress("plain", stream).job(status)
+    create_display("plain", stream).job(status)
     assert "failed, loss was nan" in stream.getvalue()
 
 
 def test_none_shows_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    use(create_progress("none"))
+    use(create_display("none"))
     assert capfd.readouterr() == ("", "")
 
 
@@ -169,8 +169,8 @@ import logging, sys, time
 logging.basicConfig(level="INFO", format="LOG %(message)s")   # as NAT does: a handler on the stderr of now
 handler = logging.getLogger().handlers[0]
 before = handler.stream
-from nat_plugin_evsys.report.displays import create_progress
-with create_progress("auto") as progress:
+from nat_plugin_evsys.report.displays import create_display
+with create_display("auto") as progress:
     progress.phase("rollouts", "epoch 1/1")
     for done in range(1, 9):
         progress.rollouts(done, 8)
@@ -197,9 +197,7 @@ print("stdout is ours alone")
 
 
 def test_plain_in_a_pipe_has_no_control_characters() -> None:
-    code = (
-        "from nat_plugin_evsys.report.displays import create_progress\nwith create_progress() as p: p.phase('a', 'b')"
-    )
+    code = "from nat_plugin_evsys.report.displays import create_display\nwith create_display() as p: p.phase('a', 'b')"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\[evsys +\d+\.\ds\] a, b\n", shown.stderr)
     assert shown.stdout == ""

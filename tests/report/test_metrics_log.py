@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.report.metrics import MetricsLog
+from nat_plugin_evsys.report.metrics_log import MetricsLog
 
 
 def strict(text: str) -> Any:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Mode = Literal["auto", "rich", "plain", "none"]
 
 
-class Progress:
+class Display:
     """The display's contract; this one shows nothing. Cheap to call often: a display decides itself what it draws."""
 
     def phase(self, name: str, detail: str = "") -> None:
