@@ -1,6 +1,6 @@
 """Where the wall time of `nat finetune` goes: sampling, training, or neither.
 
-    python benchmarks/epoch/run.py quickstart     # configs/quickstart.yml: a tiny model, 32 rows x 8, 8 tokens
+    python benchmarks/epoch/run.py tiny           # configs/tiny.yml: a tiny model, 32 rows x 8, 8 tokens
     python benchmarks/epoch/run.py 64x8           # 64 rows x 8 samples of up to 64 tokens, 8 layers of 640
 
 Runs the real command in this process and notes when the sampler computes a step and when the trainer computes an
@@ -29,7 +29,7 @@ Interval = tuple[float, float]
 def main() -> None:
     """Run one of the two and print its shares."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", choices=("quickstart", "64x8"))
+    parser.add_argument("name", choices=("tiny", "64x8"))
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--overlap", action="store_true", help="with the trainer's overlap_rollouts")
     given = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _config(name: str, folder: Path, epochs: int, overlap: bool) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "quickstart.yml").read_text())
+    config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "tiny.yml").read_text())
     run_dir = str(folder / "run")
     config["finetuning"].update(output_dir=run_dir, num_epochs=epochs)
     config["llms"]["policy"]["output_dir"] = run_dir

@@ -18,6 +18,7 @@ from nat.cli.register_workflow import (
 
 from nat_plugin_evsys.config import (
     EvsysExactMatchConfig,
+    EvsysFunctionCallConfig,
     EvsysPolicyConfig,
     EvsysTrainerAdapterConfig,
     EvsysTrainerConfig,
@@ -50,13 +51,26 @@ async def evsys_policy_langchain(config: EvsysPolicyConfig, _builder: Builder) -
 @register_evaluator(config_type=EvsysExactMatchConfig)
 async def evsys_exact_match(config: EvsysExactMatchConfig, _builder: EvalBuilder) -> AsyncIterator[EvaluatorInfo]:
     """Output against answer."""
-    from nat_plugin_evsys.evaluators import ExactMatchEvaluator
+    from nat_plugin_evsys.evaluators.exact_match import ExactMatchEvaluator
 
     evaluator = ExactMatchEvaluator(config)
     yield EvaluatorInfo(
         config=config,
         evaluate_fn=evaluator.evaluate,  # type: ignore[arg-type]  # NAT awaits it, whatever it declares
         description="Output matches the answer",
+    )
+
+
+@register_evaluator(config_type=EvsysFunctionCallConfig)
+async def evsys_function_call(config: EvsysFunctionCallConfig, _builder: EvalBuilder) -> AsyncIterator[EvaluatorInfo]:
+    """Function calls against the calls that are accepted."""
+    from nat_plugin_evsys.evaluators.function_call import FunctionCallEvaluator
+
+    evaluator = FunctionCallEvaluator(config)
+    yield EvaluatorInfo(
+        config=config,
+        evaluate_fn=evaluator.evaluate,  # type: ignore[arg-type]  # NAT awaits it, whatever it declares
+        description="The right functions with accepted arguments",
     )
 
 

@@ -13,7 +13,7 @@ from nat_process import ROOT
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Path]:
-    """``make_config("quickstart", change)``: a shipped config with its runs under tmp_path, after ``change(dict)``."""
+    """``make_config("tiny", change)``: a shipped config with its runs under tmp_path, after ``change(dict)``."""
 
     def make(name: str, change: Callable[[dict[str, Any]], None] = lambda config: None) -> Path:
         config = yaml.safe_load((ROOT / "configs" / f"{name}.yml").read_text())

@@ -19,7 +19,7 @@ from nat_plugin_evsys.runs import RunDirectory
 
 
 def small(config: dict[str, Any], tmp_path: Path) -> None:
-    """The quickstart on few rows."""
+    """configs/tiny.yml on few rows."""
     dataset = config["eval"]["general"]["dataset"]
     train = ROOT / dataset["file_path"]
     dataset["file_path"] = str(first_rows(train, 6, tmp_path / "train.json"))
@@ -34,7 +34,7 @@ def finished_epochs(run: Path) -> int:
 
 
 def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callable[..., Path]) -> None:
-    config = make_config("quickstart", lambda settings: small(settings, tmp_path))
+    config = make_config("tiny", lambda settings: small(settings, tmp_path))
     arguments = ("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "4")
     process = start_nat(*arguments, log=tmp_path / "first.log")
     deadline = time.monotonic() + 180
@@ -98,7 +98,7 @@ def test_the_same_yaml_serves_what_was_trained(tmp_path: Path, make_config: Call
         small(settings, tmp_path)
         settings["eval"]["general"]["output_dir"] = str(output)
 
-    config = make_config("quickstart", change)
+    config = make_config("tiny", change)
     done = run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "1")
     assert done.code == 0, done.text[-4000:]
     run = newest_run(tmp_path)
@@ -124,7 +124,7 @@ def test_a_failing_loss_fails_the_command_with_its_cause(tmp_path: Path, make_co
         small(settings, tmp_path)
         settings["trainer_adapters"]["adapter"]["learning_rate"] = 1e30
 
-    config = make_config("quickstart", change)
+    config = make_config("tiny", change)
     done = run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "3")
     assert done.code != 0
     state = json.loads((newest_run(tmp_path) / "state.json").read_text())
@@ -138,7 +138,7 @@ def test_overlapping_rollouts_are_at_most_one_version_old(tmp_path: Path, make_c
         small(settings, tmp_path)
         settings["trainers"]["trainer"]["overlap_rollouts"] = True
 
-    config = make_config("quickstart", change)
+    config = make_config("tiny", change)
     done = run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "3")
 
     assert done.code == 0, done.text[-4000:]

@@ -30,8 +30,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 def make_config(tmp_path: Path, url: str | None) -> Path:
-    """The quickstart on few rows for three epochs, with its runs under ``tmp_path``."""
-    config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "quickstart.yml").read_text())
+    """configs/tiny.yml on few rows for three epochs, with its runs under ``tmp_path``."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "tiny.yml").read_text())
     config["finetuning"]["output_dir"] = config["llms"]["policy"]["output_dir"] = str(tmp_path / "runs")
     dataset = config["eval"]["general"]["dataset"]
     train = ROOT / dataset["file_path"]

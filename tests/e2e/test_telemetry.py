@@ -11,7 +11,7 @@ from nat_process import ROOT, first_rows, json_lines, run_nat
 
 
 def small(settings: dict[str, Any], tmp_path: Path) -> None:
-    """The quickstart on four rows, three attempts each, and two held-out rows."""
+    """configs/tiny.yml on four rows, three attempts each, and two held-out rows."""
     dataset = settings["eval"]["general"]["dataset"]
     train = ROOT / dataset["file_path"]
     dataset["file_path"] = str(first_rows(train, 4, tmp_path / "train.json"))
@@ -40,7 +40,7 @@ def test_every_rollout_of_every_epoch_is_in_the_exporters_file(
             }
         }
 
-    done = run_nat("finetune", "--config_file", str(make_config("quickstart", change)))
+    done = run_nat("finetune", "--config_file", str(make_config("tiny", change)))
     assert done.code == 0, done.text[-4000:]
 
     payloads = [line["payload"] for line in json_lines(trace)]
@@ -64,7 +64,7 @@ def test_a_file_that_would_begin_anew_with_each_rollout_is_refused(
         exporter = {"_type": "file", "output_path": str(tmp_path / "t.jsonl"), "project": "test", "mode": "overwrite"}
         settings["general"] = {"telemetry": {"tracing": {"f": exporter}}}
 
-    done = run_nat("finetune", "--config_file", str(make_config("quickstart", change)))
+    done = run_nat("finetune", "--config_file", str(make_config("tiny", change)))
     assert done.code != 0
     last = done.err.rstrip().splitlines()[-1]
     assert last.startswith("Error: general.telemetry.tracing.f: ")

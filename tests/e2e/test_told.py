@@ -15,7 +15,7 @@ TRAIN = ROOT / "examples" / "helpdesk" / "data" / "train.json"
 
 
 def of_every_team(settings: dict[str, Any], tmp_path: Path, **changes: Any) -> None:
-    """The quickstart on seven rows of all four teams, four of them held out, each with ``changes``."""
+    """configs/tiny.yml on seven rows of all four teams, four of them held out, each with ``changes``."""
     rows = [row | changes for row in json.loads(TRAIN.read_text())[::5]]
     for name, kept in (("train", rows), ("heldout", rows[::2])):
         (tmp_path / f"{name}.json").write_text(json.dumps(kept))
@@ -40,7 +40,7 @@ def findings_by_epoch(run: Path) -> list[list[str]]:
 
 
 def test_a_reward_of_zero_everywhere(tmp_path: Path, make_config: Callable[..., Path]) -> None:
-    config = make_config("quickstart", lambda settings: of_every_team(settings, tmp_path, answer="zebra"))
+    config = make_config("tiny", lambda settings: of_every_team(settings, tmp_path, answer="zebra"))
     done = finetune(config, 2)
     assert done.code == 1, done.text[-4000:]
 
@@ -93,7 +93,7 @@ def test_a_reward_that_is_won_by_naming_all_teams(tmp_path: Path, make_config: C
             "learning_rate": 5e-3,
         }
 
-    config = make_config("quickstart", change)
+    config = make_config("tiny", change)
     done = finetune(config, 1)
     assert done.code == 0, done.text[-4000:]
     summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())

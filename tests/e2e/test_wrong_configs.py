@@ -72,7 +72,7 @@ CASES = [
 def test_wrong_config(
     change: Callable[[Config, Path], None], wanted: list[str], tmp_path: Path, make_config: Callable[..., Path]
 ) -> None:
-    config = make_config("quickstart", lambda settings: change(settings, tmp_path))
+    config = make_config("tiny", lambda settings: change(settings, tmp_path))
     started = time.monotonic()
     done = run_nat("finetune", "--config_file", str(config), timeout=60)
     seconds = time.monotonic() - started

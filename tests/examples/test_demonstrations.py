@@ -96,7 +96,7 @@ async def test_demonstrations_are_what_the_agent_sends(
         )
 
 
-@pytest.mark.parametrize("config", ["quickstart.yml", "helpdesk_tools.yml", "react.yml", "qwen3-0.6b.yml"])
+@pytest.mark.parametrize("config", ["quickstart.yml", "tiny.yml", "helpdesk_tools.yml", "react.yml", "qwen3-0.6b.yml"])
 def test_a_config_names_files_that_exist_and_one_output_directory(config: str) -> None:
     settings = yaml.safe_load((ROOT / "configs" / config).read_text(encoding="utf-8"))
     assert settings["llms"]["policy"]["output_dir"] == settings["finetuning"]["output_dir"]

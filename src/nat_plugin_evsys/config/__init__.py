@@ -1,6 +1,6 @@
 """The YAML types. Importing this package loads no torch, no transformers and no art."""
 
-from nat_plugin_evsys.config.evaluator import EvsysExactMatchConfig
+from nat_plugin_evsys.config.evaluator import EvsysExactMatchConfig, EvsysFunctionCallConfig
 from nat_plugin_evsys.config.finetuning import (
     EvsysTrainerAdapterConfig,
     EvsysTrainerConfig,
@@ -11,6 +11,7 @@ from nat_plugin_evsys.config.policy import EvsysPolicyConfig
 
 __all__ = [
     "EvsysExactMatchConfig",
+    "EvsysFunctionCallConfig",
     "EvsysPolicyConfig",
     "EvsysTrainerAdapterConfig",
     "EvsysTrainerConfig",

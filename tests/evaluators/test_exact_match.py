@@ -6,7 +6,9 @@ from nat.data_models.evaluator import EvalInput, EvalInputItem
 from pydantic import ValidationError
 
 from nat_plugin_evsys.config import EvsysExactMatchConfig
-from nat_plugin_evsys.evaluators import ExactMatchEvaluator
+from nat_plugin_evsys.evaluators.exact_match import ExactMatchEvaluator
+
+TEAMS = {"mode": "one_of", "choices": ["network", "accounts", "accounts payable"]}
 
 
 def item(output: Any, expected: Any) -> EvalInputItem:
@@ -30,6 +32,15 @@ def item(output: Any, expected: Any) -> EvalInputItem:
         ({"mode": "regex"}, "Go to desk 12", r"desk \d+$", 1.0),
         ({"mode": "regex", "ignore_case": False}, "Go to Desk 12", r"desk \d+", 0.0),
         ({"mode": "exact"}, "desk 12", r"desk \d+", 0.0),
+        (TEAMS, "Network", "network", 1.0),
+        (TEAMS, "I would ask the NETWORK team; network, yes.", "network", 1.0),
+        (TEAMS, "network, accounts, accounts payable", "network", 0.0),
+        (TEAMS, "accounts", "network", 0.0),
+        (TEAMS, "the networking people", "network", 0.0),
+        (TEAMS, "", "network", 0.0),
+        (TEAMS, "Accounts\n payable.", "accounts payable", 1.0),
+        (TEAMS, "Accounts payable.", "accounts", 0.0),
+        ({**TEAMS, "ignore_case": False}, "Network", "network", 0.0),
     ],
 )
 async def test_scores(settings: dict[str, Any], output: Any, expected: Any, score: float) -> None:
@@ -53,6 +64,32 @@ async def test_a_broken_regular_expression_is_an_error_and_no_score() -> None:
     scored = await ExactMatchEvaluator(EvsysExactMatchConfig(mode="regex")).evaluate_item(item("x", "(x"))
     assert scored.score is None
     assert "no regular expression" in (scored.error or "")
+
+
+async def test_an_answer_that_is_no_choice_is_an_error_and_no_score() -> None:
+    scored = await ExactMatchEvaluator(EvsysExactMatchConfig(**TEAMS)).evaluate_item(item("x", "payroll"))
+    assert scored.score is None
+    assert "'payroll' is none of the evaluator's choices ['network'" in (scored.error or "")
+
+
+async def test_the_reasoning_says_which_choices_were_named() -> None:
+    evaluator = ExactMatchEvaluator(EvsysExactMatchConfig(**TEAMS))
+    scored = await evaluator.evaluate_item(item("Network or accounts.", "network"))
+    assert scored.reasoning["named"] == ["accounts", "network"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mode": "one_of"}, "needs `choices`"),
+        ({"mode": "one_of", "choices": ["network"]}, "two or more"),
+        ({"mode": "one_of", "choices": ["network", " "]}, "empty text"),
+        ({"choices": ["network", "accounts"]}, "choices has no effect with mode: exact"),
+    ],
+)
+def test_choices_that_do_not_fit_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        EvsysExactMatchConfig(**settings)
 
 
 def test_unknown_settings_are_refused() -> None:

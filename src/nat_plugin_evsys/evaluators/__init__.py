@@ -1,0 +1,1 @@
+"""Evaluators that ship with the package: rewards that need no judge."""
