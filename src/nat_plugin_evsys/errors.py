@@ -16,12 +16,14 @@ Exception
 │   ├── RestoreError                 the server cannot rebuild a model's state after a restart
 │   ├── QueueFullError               too many operations wait already; nothing was stored, try again later
 │   ├── UnsupportedError             another service's call that this engine does not offer (also a NotImplementedError)
+│   ├── Refusal                      an HTTP request is answered with an error status
 │   └── ServiceError                 a Tinker service failed or refused an operation; in its own words
 │       ├── ServiceUnavailableError  it could not be reached, or not for longer than anybody waits
 │       ├── ServiceLostError         it does not know the session, the model or the request (any more)
 │       ├── ServiceDataError         it refused a Datum or a loss (also a DataError)
 │       ├── ServiceGradientError     it refused a step on a gradient that is not finite (also a NonFiniteGradientError)
 │       └── ServiceCheckpointError   it has no such checkpoint, or cannot load or save it (also a CheckpointError)
+├── ClientGone                       nobody reads the answer any more; caught by the routes
 ├── OperationCancelled               inside an operation that nobody waits for any more; caught by its queue
 └── OperationAbandoned               inside an operation of a server that closes; caught by whoever runs it
 """
@@ -96,6 +98,22 @@ class UnsupportedError(EvsysError, NotImplementedError):
     """A call or option of another service's API that this engine does not offer; the message says why."""
 
 
+class Refusal(EvsysError):
+    """An HTTP request that is answered with an error status.
+
+    The Tinker SDK gives up at once at 400, 401, 403, 404, 405, 410, 413, 415 and 422; 429 and 503 it tries again.
+
+    Attributes:
+        status: HTTP status.
+        headers: that go with it.
+    """
+
+    def __init__(self, status: int, message: str, *, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+
+
 class ServiceError(EvsysError):
     """A Tinker service failed or refused an operation.
 
@@ -128,6 +146,10 @@ class ServiceGradientError(ServiceError, NonFiniteGradientError):
 
 class ServiceCheckpointError(ServiceError, CheckpointError):
     """The service has no such checkpoint, or cannot load or save it."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection; there is nobody to answer."""
 
 
 class OperationCancelled(Exception):

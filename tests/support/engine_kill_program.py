@@ -21,7 +21,8 @@ from engine_operations import SESSION, EngineHarness, ModelOperations, sample_op
 from random_datums import byte_datums, datum
 from transformers.utils import logging as transformers_logging
 
-from nat_plugin_evsys.service.store.operations import Operation, OperationKind
+from nat_plugin_evsys.service.store.operations import Operation
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 from nat_plugin_evsys.service.work.states import SnapshotPolicy
 
 transformers_logging.disable_progress_bar()

@@ -16,9 +16,11 @@ from tinker.types.forward_backward_input import ForwardBackwardInput
 from tinker.types.forward_backward_request import ForwardBackwardRequest
 
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
-from nat_plugin_evsys.service.store.operations import PROTOBUF, Operation, OperationKind, Outcome
-from nat_plugin_evsys.service.store.store import SamplerRow, SessionRow, Store
+from nat_plugin_evsys.service.store.operations import PROTOBUF, Operation, Outcome
+from nat_plugin_evsys.service.store.store import SamplerRow, SessionRow, Store, StoredOutcome
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 from nat_plugin_evsys.service.work.engine import Engine
+from nat_plugin_evsys.service.work.model import HostedModel
 
 SESSION = "00000000-0000-4000-8000-000000000000"
 
@@ -106,13 +108,9 @@ class EngineHarness:
         self.store = Store(root)
         self.checkpoints = CheckpointStore(self.store.root / "checkpoints")
         self._on_finished = options.pop("on_finished", lambda _: None)
+        self.store.watch_ends(self._tell)
         self.engine = Engine(
-            self.store,
-            self.checkpoints,
-            base_models=[str(each) for each in base_models],
-            device="cpu",
-            on_finished=self._tell,
-            **options,
+            self.store, self.checkpoints, base_models=[str(each) for each in base_models], device="cpu", **options
         )
         if self.store.session(SESSION) is None:
             self.store.add_session(SessionRow(SESSION, "local")).result()
@@ -157,9 +155,13 @@ class EngineHarness:
         row = SamplerRow(sampler_id, SESSION, "local", number, base_model, model_path)
         return self.store.add_sampler(row).result().sampler_id
 
+    def hosted(self, model_id: str) -> HostedModel:
+        """A model as the engine has it."""
+        return self.engine._hosting.models()[model_id]
+
     def weights(self, model_id: str) -> dict[str, bytes]:
         """A model's weights and moments, exactly, whether it is parked or not."""
-        hosted = self.engine._hosted[model_id]
+        hosted = self.hosted(model_id)
         model = hosted.loaded(threading.Event())
         tensors = {**model.parameters, **model.optimizer.state_tensors()}
         return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
@@ -168,10 +170,10 @@ class EngineHarness:
         stored = self.store.outcome(request_id)
         return None if stored is None else stored.outcome
 
-    def _tell(self, request_id: str) -> None:
-        self._on_finished(request_id)
+    def _tell(self, stored: StoredOutcome) -> None:
+        self._on_finished(stored.request_id)
         with self._ended:
-            self.finished.append(request_id)
+            self.finished.append(stored.request_id)
             self._ended.notify_all()
 
 

@@ -35,9 +35,10 @@ from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.runtime.bases import BaseModels
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
-from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.operations import Effect, Operation, Outcome
 from nat_plugin_evsys.service.store.store import ModelRow, Store
 from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 KEY = "tml-load-check-0123456789"
 

@@ -15,9 +15,16 @@ from nat_plugin_evsys.errors import (
     EvsysError,
     ModelError,
     PromptTooLongError,
+    Refusal,
 )
 
 INVALID_REQUEST = "invalid_request_error"
+
+_REFUSALS = {
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "invalid_request"),
+    429: ("rate_limit_error", "invalid_request"),
+}
 
 
 class ApiError(Exception):
@@ -62,6 +69,9 @@ class ApiError(Exception):
         """The response to an exception that a request ended in."""
         if isinstance(error, ApiError):
             return error
+        if isinstance(error, Refusal):
+            kind, code = _REFUSALS.get(error.status, (INVALID_REQUEST, "invalid_request"))
+            return cls(error.status, str(error), type=kind, code=code)
         if isinstance(error, PromptTooLongError):
             return cls.bad_request(str(error), param="messages", code="context_length_exceeded")
         if isinstance(error, DataError):

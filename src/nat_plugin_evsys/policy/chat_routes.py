@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.requests import Request
@@ -13,19 +14,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER
-from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.errors import ClientGone, EvsysError
 from nat_plugin_evsys.policy.api_errors import ApiError
 from nat_plugin_evsys.policy.completions import Completion, PolicySource
-from nat_plugin_evsys.policy.event_stream import ClientGone, EventStream, Peer, completion_events
+from nat_plugin_evsys.policy.event_stream import EventStream, Peer, completion_events
 from nat_plugin_evsys.policy.protocol import ChatCompletion, ChatCompletionRequest, to_json
 from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.web.json_bodies import SMALL, beside_loop, read_json
 
 if TYPE_CHECKING:
     from tinker import types
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+_CHAT = replace(SMALL, bytes=8 << 20)
 
 
 class ChatModels(Protocol):
@@ -35,7 +37,7 @@ class ChatModels(Protocol):
         """Who sends the request.
 
         Raises:
-            ApiError: 401, nobody who may.
+            ApiError, Refusal: nobody who may.
         """
         ...
 
@@ -59,7 +61,6 @@ class ChatRoutes:
         models: finds the model of a request.
         recorder: counts what fails and keeps the calls.
         closing: gives the event that is set when the server shuts down; requests in flight are then answered 503.
-        read: gives the body of a request; default is all of it.
         note: told each request, the template of its route and its caller (none yet when it is refused).
     """
 
@@ -69,13 +70,11 @@ class ChatRoutes:
         recorder: Recorder,
         closing: Callable[[], asyncio.Event],
         *,
-        read: Callable[[Request], Coroutine[Any, Any, bytes]] | None = None,
         note: Callable[[Request, str, str], None] | None = None,
     ) -> None:
         self._models = models
         self._recorder = recorder
         self._closing = closing
-        self._read = read or _read_all
         self._note = note
         self._created = int(time.time())
 
@@ -128,7 +127,8 @@ class ChatRoutes:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "nat_plugin_evsys"}
 
     async def _completions(self, request: Request, caller: str) -> Response:
-        parsed = ChatCompletionRequest.parse(await self._read(request))
+        body, value = await read_json(request, _CHAT)
+        parsed = await beside_loop(len(body), ChatCompletionRequest.parse, value)
         peer = Peer(request.receive, self._closing())
         try:
             if parsed.stream:
@@ -162,10 +162,6 @@ async def _sampled(
 ) -> tuple[Completion, Sequence[types.SampledSequence]]:
     completion = await preparing
     return completion, await completion.sample()
-
-
-async def _read_all(request: Request) -> bytes:
-    return await request.body()
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.errors import ClientGone, EvsysError
 from nat_plugin_evsys.policy.api_errors import ApiError
 from nat_plugin_evsys.policy.completions import Completion
 from nat_plugin_evsys.policy.protocol import (
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Event = tuple[int, list[int], list[float]]
 Fail = Callable[[Exception, "str | None"], ApiError]
-
-
-class ClientGone(Exception):
-    """The client closed the connection; there is nobody to answer."""
 
 
 class Peer:

@@ -45,13 +45,13 @@ class RequestMessage(_Request):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
     name: str | None = None
-    tool_calls: list[RequestToolCall] | None = None
+    tool_calls: list[RequestToolCall] | None = Field(default=None, fail_fast=True)
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: list[None] | None = None
+    annotations: list[None] | None = Field(default=None, fail_fast=True)
 
 
 class StreamOptions(_Request):
@@ -77,10 +77,10 @@ class ChatCompletionRequest(_Request):
     """The body of ``POST /v1/chat/completions``."""
 
     model: str
-    messages: list[RequestMessage] = Field(min_length=1)
+    messages: list[RequestMessage] = Field(min_length=1, fail_fast=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = Field(default=None, fail_fast=True)
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -96,7 +96,7 @@ class ChatCompletionRequest(_Request):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     return_token_ids: bool | None = None
@@ -143,11 +143,11 @@ class ChatCompletionRequest(_Request):
             raise ValueError("false is not honoured (decoding is not constrained); remove it")
         return parallel
 
-    @field_validator("stop")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        stops = [stop] if isinstance(stop, str) else stop or []
-        if len(stops) > MAX_STOPS or not all(stops):
+    def _stops(cls, stop: Any) -> Any:
+        stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if len(stops) > MAX_STOPS or "" in stops:
             raise ValueError(f"at most {MAX_STOPS} stop strings, none of them empty")
         return stop
 
@@ -167,7 +167,7 @@ class ChatCompletionRequest(_Request):
 
     @field_validator("logit_bias")
     @classmethod
-    def _no_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+    def _no_bias(cls, bias: dict[str, Any] | None) -> dict[str, Any] | None:
         if bias:
             raise ValueError("is not honoured; leave it empty")
         return bias
@@ -184,14 +184,14 @@ class ChatCompletionRequest(_Request):
         return self
 
     @classmethod
-    def parse(cls, body: bytes) -> ChatCompletionRequest:
-        """The request in a body.
+    def parse(cls, value: dict[str, Any]) -> ChatCompletionRequest:
+        """The request in a body's JSON object.
 
         Raises:
             ApiError: 400 that names the field and what is wrong with it.
         """
         try:
-            return cls.model_validate_json(body)
+            return cls.model_validate(value)
         except ValidationError as error:
             raise _bad_request(error) from error
 
@@ -223,8 +223,6 @@ def _bad_request(error: ValidationError) -> ApiError:
         return ApiError.bad_request(
             f"the field `{path}` is not honoured by this endpoint; remove it", param=path, code="unknown_parameter"
         )
-    if first["type"] == "json_invalid":
-        return ApiError.bad_request(f"the request's body is not JSON: {message}", code="invalid_json")
     text = f"`{path}`: {message}" if path else message
     return ApiError.bad_request(text, param=path or None, code="invalid_value")
 

@@ -13,9 +13,10 @@ import pytest
 import zstandard
 from serve_process import ServerProcess
 
-from nat_plugin_evsys.service.http.bounds import decompress, parse_json
-from nat_plugin_evsys.service.http.refusals import Refusal
+from nat_plugin_evsys.errors import Refusal
 from nat_plugin_evsys.service.proto import tinker_wire_pb2
+from nat_plugin_evsys.web.bodies import decompress
+from nat_plugin_evsys.web.json_bodies import parse_json
 
 PROTOBUF = {"content-type": "application/x-protobuf"}
 BIG = 2**70

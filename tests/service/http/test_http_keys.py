@@ -14,8 +14,8 @@ import pytest
 from serve_process import ALICE, BOB, NAT, ServerProcess
 
 from nat_plugin_evsys.config.serve import ServeConfig, is_loopback
+from nat_plugin_evsys.errors import Refusal
 from nat_plugin_evsys.service.http.auth import LOCAL, Keys, owner_of
-from nat_plugin_evsys.service.http.refusals import Refusal
 
 PROTECTED = [
     ("POST", "/api/v1/create_session"),

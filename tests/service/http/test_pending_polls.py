@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from nat_plugin_evsys.errors import Refusal
 from nat_plugin_evsys.service.http.metrics import ServiceMetrics
 from nat_plugin_evsys.service.http.pending import Pending
 from nat_plugin_evsys.service.http.presence import Presence
-from nat_plugin_evsys.service.http.refusals import Refusal
 from nat_plugin_evsys.service.http.signing import UrlSigner
-from nat_plugin_evsys.service.store.operations import JSON, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.operations import JSON, Operation, Outcome
 from nat_plugin_evsys.service.store.store import ModelRow, SessionRow, Store
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 
 @pytest.fixture
@@ -33,9 +34,8 @@ def add(store: Store, request_id: str, seq: int, owner: str = "me") -> str:
     return store.add_operation(operation).result()[0]
 
 
-def end(store: Store, pending: Pending, request_id: str) -> None:
+def end(store: Store, request_id: str) -> None:
     store.finish_operation(request_id, Outcome(b'{"metrics": {}}', JSON)).result()
-    pending.finished(request_id)
 
 
 async def test_a_poll_is_woken_by_the_outcome_of_another_thread(store: Store) -> None:
@@ -45,7 +45,7 @@ async def test_a_poll_is_woken_by_the_outcome_of_another_thread(store: Store) ->
     await asyncio.sleep(0.05)
     assert pending.waiting == 3
     started = time.monotonic()
-    threading.Thread(target=end, args=(store, pending, "a")).start()
+    threading.Thread(target=end, args=(store, "a")).start()
     for stored in await asyncio.gather(*polls):
         assert stored is not None
         assert stored.outcome is not None
@@ -57,7 +57,7 @@ async def test_a_poll_is_woken_by_the_outcome_of_another_thread(store: Store) ->
 async def test_an_outcome_that_came_first_is_given_at_once_and_noted_as_delivered(store: Store) -> None:
     pending = Pending(store, ServiceMetrics(), poll_seconds=10)
     add(store, "a", 1)
-    end(store, pending, "a")
+    end(store, "a")
     stored = await pending.outcome("a", "me")
     assert stored is not None
     await asyncio.sleep(0.2)
@@ -100,8 +100,6 @@ async def test_many_polls_are_held_at_once(store: Store) -> None:
         for each in ids:
             store.finish_operation(each, Outcome(b"{}", JSON))
         store.finish_operation(ids[-1], Outcome(b"{}", JSON)).result()
-        for each in ids:
-            pending.finished(each)
 
     await asyncio.to_thread(end_all)
     assert all(stored is not None for stored in await asyncio.wait_for(asyncio.gather(*polls), 15))

@@ -20,8 +20,9 @@ import pytest
 from sqlalchemy import event, text
 
 from nat_plugin_evsys.errors import ConfigError, StoreError
-from nat_plugin_evsys.service.store.operations import JSON, Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.operations import JSON, Effect, Operation, Outcome
 from nat_plugin_evsys.service.store.store import SessionRow, Store
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 OK = Outcome(b"{}", JSON, effect=Effect.APPLIED)
 
@@ -95,7 +96,7 @@ def test_a_group_that_cannot_be_committed_is_reported_to_all(store: Store) -> No
             future.result(5)
     assert store.unfinished() == []
     assert store.add_operation(sample(1)).result(5) == ("r1", True)
-    assert store._queued == {"alice": 1}  # what was rolled back is not counted
+    assert store._queue.waiting == {"alice": 1}  # what was rolled back is not counted
     assert store.outcome("r1") is not None
 
 
@@ -125,7 +126,7 @@ def test_a_full_disk_is_an_error_and_passes(store: Store) -> None:
     assert {op.request_id for op in store.unfinished()} == kept
     for n in range(40):
         assert store.add_operation(sample(n)).result(5) == (f"r{n}", f"r{n}" not in kept)
-    assert store._queued == {"alice": 40}
+    assert store._queue.waiting == {"alice": 40}
 
 
 async def test_a_cancelled_caller_does_not_stop_the_write(store: Store) -> None:

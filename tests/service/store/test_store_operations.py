@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy import text
 
 from nat_plugin_evsys.errors import QueueFullError, StoreError
-from nat_plugin_evsys.service.store.operations import JSON, PROTOBUF, Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.operations import JSON, PROTOBUF, Effect, Operation, Outcome
 from nat_plugin_evsys.service.store.store import ModelRow, SessionRow, Store
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 MODEL = "s:train:0"
 OK = Outcome(b"{}", JSON, effect=Effect.APPLIED)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from nat_plugin_evsys.errors import StoreError
-from nat_plugin_evsys.service.store.operations import JSON, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.operations import JSON, Operation, Outcome
 from nat_plugin_evsys.service.store.store import ModelRow, SamplerRow, SessionRow, Store
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 SESSION = SessionRow(
     session_id="s1",
@@ -32,7 +33,6 @@ MODEL = ModelRow(
     train_mlp=False,
     user_metadata={"run": "x"},
     created_at=12.0,
-    loaded_from="tinker://other/weights/a",
 )
 SAMPLER = SamplerRow(
     sampler_id="s1:sample:2",

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, types
-from nat_plugin_evsys.service.store.operations import Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.operations import Operation, Outcome
 from nat_plugin_evsys.service.store.store import Store
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 LIVES = 8
 
@@ -38,7 +39,8 @@ def stores(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """Two stores after the same script: of one server's life, and of many that were killed."""
     root = tmp_path_factory.mktemp("kills") / "stores"
     command = [sys.executable, engine_kill_program.__file__, base, str(root), str(LIVES)]
-    env = {**os.environ, "PYTHONPATH": str(Path(engine_kill_program.__file__).parent)}
+    path = os.pathsep.join((str(Path(engine_kill_program.__file__).parent), os.environ.get("PYTHONPATH", "")))
+    env = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stderr
     ended = json.loads(done.stdout.splitlines()[-1])

@@ -17,7 +17,7 @@ from tiny import save_byte_model
 from transformers import AutoModelForCausalLM
 
 from nat_plugin_evsys.errors import CheckpointError, ModelError
-from nat_plugin_evsys.service.store.operations import OperationKind
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 from nat_plugin_evsys.service.work import samplers
 
 PROMPT = list(b"how are you?")
@@ -160,7 +160,7 @@ def test_an_overwritten_checkpoint_does_not_change_an_open_session(
 def test_memory_is_bounded_and_weights_come_back(
     harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness.engine._samplers, "_memory_bytes", 1)
+    monkeypatch.setattr(harness.engine._samplers._clients, "_memory_bytes", 1)
     model = ModelOperations()
     asked = {"max_tokens": 1, "prompt_logprobs": True}
     first = []

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, types
-from nat_plugin_evsys.service.store.operations import Operation, OperationKind
+from nat_plugin_evsys.service.store.operations import Operation
 from nat_plugin_evsys.service.store.store import SessionRow
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 STEPS = 3
 
@@ -109,10 +110,10 @@ def test_a_repeated_request_runs_once(harness: EngineHarness, base: str) -> None
     ids = harness.put(first, again, first)
     assert ids == [first.request_id] * 3
     harness.wait(*ids)
-    once = {k: v.clone() for k, v in harness.engine._hosted[model.model_id].model.gradient.items()}  # type: ignore[union-attr]
+    once = {k: v.clone() for k, v in harness.hosted(model.model_id).model.gradient.items()}  # type: ignore[union-attr]
     other = ModelOperations(1)
     harness.run(other.create(base), other.forward_backward(byte_datums(0)))
-    gradient = harness.engine._hosted[other.model_id].model.gradient  # type: ignore[union-attr]
+    gradient = harness.hosted(other.model_id).model.gradient  # type: ignore[union-attr]
     assert all(torch.equal(once[name], gradient[name]) for name in gradient)
     assert harness.finished.count(first.request_id) == 1
 
@@ -228,7 +229,7 @@ def test_a_fault_in_a_step_does_not_leave_half_a_step(
     model = ModelOperations()
     harness.run(model.create(base), *steps(model, 1))
     before = harness.weights(model.model_id)
-    hosted = harness.engine._hosted[model.model_id]
+    hosted = harness.hosted(model.model_id)
     assert hosted.model is not None
 
     def half_a_step(*_: Any) -> None:

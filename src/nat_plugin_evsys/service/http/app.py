@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from nat_plugin_evsys.service.http.context import API, ServiceContext
 from nat_plugin_evsys.service.http.download_routes import DownloadRoutes
+from nat_plugin_evsys.service.http.future_routes import FutureRoutes
 from nat_plugin_evsys.service.http.logs import AccessLog
 from nat_plugin_evsys.service.http.metrics import CONTENT_TYPE
 from nat_plugin_evsys.service.http.openai import openai_routes
@@ -33,6 +34,7 @@ def create_app(context: ServiceContext) -> ASGIApp:
             *unoffered_routes(context),
             *SessionRoutes(context).routes(),
             *OperationRoutes(context).routes(),
+            *FutureRoutes(context).routes(),
             *SamplerRoutes(context).routes(),
             *RunRoutes(context).routes(),
             *DownloadRoutes(context).routes(),

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
 from nat_plugin_evsys.config.serve import is_loopback
-from nat_plugin_evsys.service.http.refusals import Refusal
+from nat_plugin_evsys.errors import Refusal
 
 LOCAL = "local"
 """The owner of everything where no keys are configured."""

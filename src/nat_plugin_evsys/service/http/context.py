@@ -8,16 +8,15 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from nat_plugin_evsys.errors import EvsysError
-from nat_plugin_evsys.service.http.bounds import BodyLimits, Gone
+from nat_plugin_evsys.errors import ClientGone, EvsysError, Refusal
 from nat_plugin_evsys.service.http.logs import OWNER, ROUTE
-from nat_plugin_evsys.service.http.refusals import Refusal, not_found
+from nat_plugin_evsys.service.http.refusals import not_found, refusal_of, response_of
 from nat_plugin_evsys.service.http.run_catalog import RunCatalog
 from nat_plugin_evsys.service.work.access import CheckpointAccess
 
@@ -28,11 +27,12 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.service.http.metrics import ServiceMetrics
     from nat_plugin_evsys.service.http.pending import Pending
     from nat_plugin_evsys.service.http.presence import Presence
-    from nat_plugin_evsys.service.store.store import SessionRow, Store
+    from nat_plugin_evsys.service.store.store import SamplerRow, SessionRow, Store
     from nat_plugin_evsys.service.work.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 API = "/api/v1"
@@ -61,11 +61,6 @@ class ServiceContext:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @cached_property
-    def limits(self) -> BodyLimits:
-        """Of request bodies."""
-        return BodyLimits(self.config.max_request_bytes, self.config.max_decompressed_bytes)
-
-    @cached_property
     def access(self) -> CheckpointAccess:
         """Who may read which checkpoint."""
         return CheckpointAccess(self.store, self.checkpoints)
@@ -76,7 +71,7 @@ class ServiceContext:
         return RunCatalog(self.store, self.checkpoints)
 
     def session(self, session_id: str, owner: str, *, for_work: bool = True) -> SessionRow:
-        """A session of this owner; it has just been seen.
+        """A session of this owner; it has just been seen. Reads the store.
 
         Raises:
             Refusal: 404 there is none (or it is another key's); 400 it takes no more work, as it was finished.
@@ -88,6 +83,21 @@ class ServiceContext:
             raise Refusal(400, f"session {session_id} was finished by its client ({row.finished}); create a new one")
         self.presence.seen(session_id)
         return row
+
+    def sampler(self, sampler_id: str, owner: str) -> SamplerRow:
+        """A sampling session of this owner. Reads the store.
+
+        Raises:
+            Refusal: 404 there is none, or it is another key's.
+        """
+        row = self.store.sampler(sampler_id)
+        if row is None or row.owner != owner:
+            raise not_found(f"sampling session {sampler_id[:64]!r}")
+        return row
+
+    async def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call what reads the store: never on the event loop, where a slow disk would hold up everybody."""
+        return await asyncio.wrap_future(self.store.reading(function, *args, **kwargs))
 
     async def written(self, write: Future[T]) -> T:
         """The result of a write to the store, once it is on disk."""
@@ -117,14 +127,14 @@ class ServiceContext:
                 owner = "" if public else self.keys.owner(request.headers)
                 request.scope[OWNER] = owner or "-"
                 return await handler(request, owner)
-            except Gone:
+            except ClientGone:
                 return Response(status_code=499)  # nobody reads it
             except EvsysError as error:
-                return Refusal.of(error).response()
+                return response_of(refusal_of(error))
             except Exception as error:  # the boundary: answered and logged
                 logger.error("%s %s failed", request.method, path, exc_info=error)
                 message = f"the server failed: {type(error).__name__}; its log has the rest"
-                return Refusal(500, message, headers={"x-should-retry": "false"}).response()
+                return response_of(Refusal(500, message, headers={"x-should-retry": "false"}))
 
         return Route(path, endpoint, methods=[method])
 

@@ -16,9 +16,10 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nat_plugin_evsys.engine.checkpoints import ADAPTER, ADAPTER_CONFIG
+from nat_plugin_evsys.errors import Refusal
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, SEGMENTS
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted
-from nat_plugin_evsys.service.http.refusals import Refusal, bad_request, not_found
+from nat_plugin_evsys.service.http.refusals import bad_request, not_found
 from nat_plugin_evsys.service.http.run_routes import CHECKPOINT
 from nat_plugin_evsys.service.http.signing import VALID_SECONDS, UrlSigner
 

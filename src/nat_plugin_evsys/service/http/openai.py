@@ -10,18 +10,15 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from nat_plugin_evsys.calls import Call
-from nat_plugin_evsys.errors import CheckpointError, EvsysError, ModelError
+from nat_plugin_evsys.errors import CheckpointError, ModelError
 from nat_plugin_evsys.policy.api_errors import ApiError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import ChatRoutes
 from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults
-from nat_plugin_evsys.policy.event_stream import ClientGone
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.runtime.checkpoint_store import parse_path
-from nat_plugin_evsys.service.http.bounds import Gone, read_body
 from nat_plugin_evsys.service.http.context import ServiceContext
 from nat_plugin_evsys.service.http.logs import OWNER, ROUTE
-from nat_plugin_evsys.service.http.refusals import Refusal
 from nat_plugin_evsys.service.work.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -29,8 +26,6 @@ if TYPE_CHECKING:
 
 PREFIXES = ("/v1", "/oai/api/v1")
 """OpenAI's usual place, and Tinker's own."""
-
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class CheckpointModels:
@@ -43,10 +38,7 @@ class CheckpointModels:
 
     def authorize(self, headers: Mapping[str, str]) -> str:
         """The owner of the request's key."""
-        try:
-            return self._context.keys.owner(headers)
-        except Refusal as error:
-            raise api_error(error) from error
+        return self._context.keys.owner(headers)
 
     async def names(self, caller: str) -> list[str]:
         """Base models, named policies, and the caller's sampler checkpoints."""
@@ -105,23 +97,8 @@ def openai_routes(context: ServiceContext) -> list[Route]:
     """``chat/completions`` and ``models`` at both places."""
     recorder = _TokenCount(context.metrics.chat_tokens)
 
-    async def read(request: Request) -> bytes:
-        try:
-            return await read_body(request, context.limits)
-        except Gone as error:
-            raise ClientGone from error
-        except Refusal as error:
-            raise api_error(error) from error
-
     def note(request: Request, route: str, caller: str) -> None:
         request.scope[ROUTE], request.scope[OWNER] = route, caller or "-"
 
-    chat = ChatRoutes(CheckpointModels(context, recorder), recorder, lambda: context.closing, read=read, note=note)
+    chat = ChatRoutes(CheckpointModels(context, recorder), recorder, lambda: context.closing, note=note)
     return [route for prefix in PREFIXES for route in chat.routes(prefix)]
-
-
-def api_error(error: EvsysError) -> ApiError:
-    """A refusal in OpenAI's form."""
-    status = error.status if isinstance(error, Refusal) else 400
-    code = "invalid_api_key" if status == 401 else "invalid_request"
-    return ApiError(status, str(error), type=_TYPES.get(status, "invalid_request_error"), code=code)

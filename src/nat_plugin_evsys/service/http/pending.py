@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TypeAlias
 
 from nat_plugin_evsys.service.http.refusals import not_found
 
@@ -16,14 +17,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Waiter: TypeAlias = "asyncio.Future[StoredOutcome | None]"
+
 
 class Pending:
     """Wakes the long polls of an operation when its outcome has been stored.
 
-    Made, and awaited on, in one event loop; only ``finished`` may be called from other threads.
+    Made, and awaited on, in one event loop.
 
     Args:
-        store: where outcomes are.
+        store: where outcomes are; it says which operation has ended.
         metrics: counts what has ended.
         poll_seconds: how long a poll waits.
     """
@@ -33,20 +36,18 @@ class Pending:
         self._metrics = metrics
         self._poll_seconds = poll_seconds
         self._loop = asyncio.get_running_loop()
-        self._waiters: dict[str, set[asyncio.Future[StoredOutcome | None]]] = {}
+        self._waiters: dict[str, set[Waiter]] = {}
         self._closed = False
+        store.watch_ends(self._ended)
 
-    def finished(self, request_id: str) -> None:
-        """Tell whoever waits; called from the engine's threads after the outcome was stored."""
+    def _ended(self, stored: StoredOutcome) -> None:
+        """Called in a thread of the store."""
         with suppress(RuntimeError):  # the loop has ended: nobody waits
-            self._loop.call_soon_threadsafe(self._wake, request_id)
+            self._loop.call_soon_threadsafe(self._wake, stored)
 
-    def _wake(self, request_id: str) -> None:
-        stored = self._store.outcome(request_id)
-        if stored is None or stored.outcome is None:  # forgotten with its session meanwhile
-            return
-        self._metrics.operation_finished(stored.kind, failed=stored.outcome.failed)
-        for waiter in self._waiters.pop(request_id, ()):
+    def _wake(self, stored: StoredOutcome) -> None:
+        self._metrics.operation_finished(stored.kind, failed=stored.outcome is None or stored.outcome.failed)
+        for waiter in self._waiters.pop(stored.request_id, ()):
             if not waiter.done():
                 waiter.set_result(stored)
 
@@ -56,30 +57,36 @@ class Pending:
         Raises:
             Refusal: 404, there is no such request, or it is another key's.
         """
-        stored = self._store.outcome(request_id)
-        if stored is None or stored.owner != owner:
-            raise not_found(f"request {request_id[:64]!r}")
-        if stored.outcome is None and not self._closed:
-            # No await since the read: an outcome that was stored after it wakes this waiter.
-            stored = await self._wait(request_id)
+        with self._waiter(request_id) as waiter:  # before the read: an outcome that is stored after it wakes the waiter
+            stored = await asyncio.wrap_future(self._store.reading(self._store.outcome, request_id))
+            if stored is None or stored.owner != owner:
+                raise not_found(f"request {request_id[:64]!r}")
+            if stored.outcome is None and not self._closed:
+                stored = await self._result(waiter)
         if stored is None or stored.outcome is None:
             return None
         if stored.delivered_at is None:
             self._store.mark_delivered(request_id).add_done_callback(_log_failure)
         return stored
 
-    async def _wait(self, request_id: str) -> StoredOutcome | None:
-        waiter: asyncio.Future[StoredOutcome | None] = self._loop.create_future()
+    @contextmanager
+    def _waiter(self, request_id: str) -> Iterator[Waiter]:
+        """A future that ``_wake`` resolves."""
+        waiter: Waiter = self._loop.create_future()
         waiters = self._waiters.setdefault(request_id, set())
         waiters.add(waiter)
         try:
-            return await asyncio.wait_for(waiter, self._poll_seconds)
-        except TimeoutError:
-            return None
+            yield waiter
         finally:
             waiters.discard(waiter)
             if not waiters and self._waiters.get(request_id) is waiters:
                 del self._waiters[request_id]
+
+    async def _result(self, waiter: Waiter) -> StoredOutcome | None:
+        try:
+            return await asyncio.wait_for(waiter, self._poll_seconds)
+        except TimeoutError:
+            return None
 
     @property
     def waiting(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -15,20 +16,23 @@ _WRITE_EVERY = 5.0  # seconds; timeouts are minutes
 
 
 class Presence:
-    """Refreshes ``last_seen`` of sessions, each at most every five seconds. Used from the event loop only."""
+    """Refreshes ``last_seen`` of sessions, each at most every five seconds. Safe to use from several threads."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._lock = threading.Lock()
         self._written: dict[str, float] = {}
 
     def seen(self, session_id: str) -> None:
         """The session's client sent something."""
         now = time.monotonic()
-        if now - self._written.get(session_id, float("-inf")) < _WRITE_EVERY:
-            return
-        self._written[session_id] = now
+        with self._lock:
+            if now - self._written.get(session_id, float("-inf")) < _WRITE_EVERY:
+                return
+            self._written[session_id] = now
         self._store.touch_session(session_id, time.time())
 
     def forget(self, session_id: str) -> None:
         """The session is gone."""
-        self._written.pop(session_id, None)
+        with self._lock:
+            self._written.pop(session_id, None)

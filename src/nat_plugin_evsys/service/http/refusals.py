@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.responses import JSONResponse
 
-from nat_plugin_evsys.errors import CheckpointError, EngineClosedError, EvsysError, QueueFullError, StoreError
+from nat_plugin_evsys.errors import (
+    CheckpointError,
+    EngineClosedError,
+    EvsysError,
+    QueueFullError,
+    Refusal,
+    StoreError,
+)
 
 
-class Refusal(EvsysError):
-    """A request that is answered with an error status.
+def refusal_of(error: EvsysError) -> Refusal:
+    """The answer to what the store or the engine refused."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, QueueFullError):
+        return Refusal(429, str(error), headers={"retry-after": "1"})
+    if isinstance(error, EngineClosedError | StoreError):
+        return Refusal(503, str(error), headers={"retry-after": "2"})
+    if isinstance(error, CheckpointError):
+        return Refusal(404, str(error))
+    return Refusal(400, str(error))
 
-    The SDK gives up at once at 400, 401, 403, 404, 405, 410, 413, 415 and 422; 429 and 503 it tries again.
 
-    Attributes:
-        status: HTTP status.
-        headers: that go with it.
-    """
-
-    def __init__(self, status: int, message: str, *, headers: dict[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
-
-    @classmethod
-    def of(cls, error: EvsysError) -> Refusal:
-        """The answer to what the store or the engine refused."""
-        if isinstance(error, Refusal):
-            return error
-        if isinstance(error, QueueFullError):
-            return cls(429, str(error), headers={"retry-after": "1"})
-        if isinstance(error, EngineClosedError | StoreError):
-            return cls(503, str(error), headers={"retry-after": "2"})
-        if isinstance(error, CheckpointError):
-            return cls(404, str(error))
-        return cls(400, str(error))
-
-    def response(self) -> JSONResponse:
-        """The HTTP response."""
-        category = "user" if self.status < 500 else "server"
-        body: dict[str, Any] = {"error": str(self), "category": category}
-        return JSONResponse(body, status_code=self.status, headers=self.headers)
+def response_of(refusal: Refusal) -> JSONResponse:
+    """The HTTP response."""
+    category = "user" if refusal.status < 500 else "server"
+    body = {"error": str(refusal), "category": category}
+    return JSONResponse(body, status_code=refusal.status, headers=refusal.headers)
 
 
 def bad_request(message: str) -> Refusal:

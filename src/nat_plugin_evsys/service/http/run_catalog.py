@@ -12,7 +12,7 @@ from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, CheckpointStore
 from nat_plugin_evsys.runtime.runs import RunRecord
 from nat_plugin_evsys.service.http.refusals import not_found
-from nat_plugin_evsys.service.store.store import ModelRow, Store
+from nat_plugin_evsys.service.store.store import Store
 from nat_plugin_evsys.service.work.access import CheckpointAccess, manifest
 
 
@@ -33,7 +33,7 @@ class RunCatalog:
 
     def runs(self, owner: str) -> list[RunRecord]:
         """The owner's training runs, newest first: those in the store and those that have saved something."""
-        live = {row.model_id: _record(row) for row in self._store.models(owner=owner)}
+        live = {row.model_id: row.run_record() for row in self._store.models(owner=owner)}
         saved = {run.model_id: run for run in self._checkpoints.runs() if self._store.run_owner(run.model_id) == owner}
         records = {**saved, **live}
         return sorted(records.values(), key=lambda run: run.created_at, reverse=True)
@@ -46,7 +46,7 @@ class RunCatalog:
         """
         row = self._store.model(run_id)
         if row is not None and row.owner == owner:
-            return _record(row)
+            return row.run_record()
         if row is None and self._store.run_owner(run_id) == owner:
             try:
                 return self._checkpoints.run(run_id)
@@ -137,17 +137,3 @@ class RunCatalog:
 def _expired(facts: dict[str, Any]) -> bool:
     expires_at = facts.get("expires_at")
     return expires_at is not None and expires_at <= time.time()
-
-
-def _record(row: ModelRow) -> RunRecord:
-    return RunRecord(
-        model_id=row.model_id,
-        base_model=row.base_model,
-        lora_rank=row.lora_rank,
-        train_attn=row.train_attn,
-        train_mlp=row.train_mlp,
-        train_unembed=row.train_unembed,
-        user_metadata=dict(row.user_metadata),
-        created_at=row.created_at,
-        last_request_at=row.created_at,
-    )

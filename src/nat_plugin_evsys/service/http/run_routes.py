@@ -12,9 +12,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.runtime.arguments import check_ttl
-from nat_plugin_evsys.service.http.bounds import page_of, parse_as, read_body, read_json
+from nat_plugin_evsys.service.http.bounds import page_of, parse_as
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted
 from nat_plugin_evsys.service.http.refusals import bad_request, not_found
+from nat_plugin_evsys.web.bodies import read_body
+from nat_plugin_evsys.web.json_bodies import SMALL, read_json
 
 CHECKPOINT = f"{API}/training_runs/{{run_id}}/checkpoints/{{kind}}/{{name}}"
 
@@ -57,16 +59,20 @@ class RunRoutes:
         ]
 
     async def _get_info(self, request: Request, owner: str) -> Response:
-        _, value = await read_json(request, self._context.limits)
+        _, value = await read_json(request)
         model_id = parse_as(_ModelId, value).model_id
+        return JSONResponse(await self._context.read(self._info, model_id, owner))
+
+    def _info(self, model_id: str, owner: str) -> dict[str, Any]:
+        """Raises Refusal: 404 there is no such model, or it is another key's."""
         row = self._context.store.model(model_id)
         if row is None or row.owner != owner:
             raise not_found(f"model {model_id!r}")
         self._context.session(row.session_id, owner, for_work=False)
-        return JSONResponse(self._context.engine.describe(model_id))
+        return self._context.engine.describe(model_id)
 
     async def _weights_info(self, request: Request, owner: str) -> Response:
-        _, value = await read_json(request, self._context.limits)
+        _, value = await read_json(request)
         path = parse_as(_Path, value).tinker_path
         return _json(await asyncio.to_thread(self._catalog.weights_info, path, owner))
 
@@ -102,7 +108,7 @@ class RunRoutes:
         return accepted(tinker_path=path)
 
     async def _publish(self, request: Request, owner: str) -> Response:
-        await read_body(request, self._context.limits)
+        await read_body(request, SMALL.bytes)
         path = await self._own(request, owner)
         await asyncio.to_thread(self._catalog.publish, path, owner, True)
         return accepted(tinker_path=path, public=True)
@@ -113,7 +119,7 @@ class RunRoutes:
         return accepted(tinker_path=path, public=False)
 
     async def _set_ttl(self, request: Request, owner: str) -> Response:
-        _, value = await read_json(request, self._context.limits)
+        _, value = await read_json(request)
         if "ttl_seconds" not in value:
             raise bad_request("`ttl_seconds` is missing; give seconds, or null for never")
         seconds = check_ttl(value["ttl_seconds"])

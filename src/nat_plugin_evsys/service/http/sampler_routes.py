@@ -11,11 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nat_plugin_evsys.service.http.bounds import MAX_SEQ_ID, parse_as, read_json
+from nat_plugin_evsys.service.http.bounds import parse_as
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted
-from nat_plugin_evsys.service.http.refusals import bad_request, not_found
+from nat_plugin_evsys.service.http.refusals import bad_request
 from nat_plugin_evsys.service.store.store import SamplerRow
+from nat_plugin_evsys.service.wire.addresses import MAX_SEQ_ID
 from nat_plugin_evsys.service.work.samplers import BASE_POLICY_VERSION
+from nat_plugin_evsys.web.json_bodies import read_json
 
 _MAX_TEXT = 4096
 
@@ -51,9 +53,9 @@ class SamplerRoutes:
         ]
 
     async def _create(self, request: Request, owner: str) -> Response:
-        _, value = await read_json(request, self._context.limits)
+        _, value = await read_json(request)
         asked = parse_as(_Create, value)
-        session = self._context.session(asked.session_id, owner)
+        session = await self._context.read(self._context.session, asked.session_id, owner)
         base_model = await asyncio.to_thread(self._base_model, asked, owner)
         row = SamplerRow(
             sampler_id=f"{session.session_id}:sample:{asked.sampling_session_seq_id}",
@@ -90,15 +92,11 @@ class SamplerRoutes:
 
     async def _join(self, request: Request, owner: str) -> Response:
         """A number for another client of a sampling session; 0 is the first one's. Random: none is kept track of."""
-        _, value = await read_json(request, self._context.limits)
-        row = self._context.store.sampler(parse_as(_Join, value).sampling_session_id)
-        if row is None or row.owner != owner:
-            raise not_found("sampling session of that id")
+        _, value = await read_json(request)
+        await self._context.read(self._context.sampler, parse_as(_Join, value).sampling_session_id, owner)
         # The SDK makes 64-bit seq_ids of it: client_counter * 1e9 + n.
         return accepted(type="join_sampling_session", client_counter=1 + secrets.randbelow(2**32))
 
     async def _get(self, request: Request, owner: str) -> Response:
-        row = self._context.store.sampler(request.path_params["sampler_id"])
-        if row is None or row.owner != owner:
-            raise not_found(f"sampler {request.path_params['sampler_id'][:64]!r}")
+        row = await self._context.read(self._context.sampler, request.path_params["sampler_id"], owner)
         return accepted(sampler_id=row.sampler_id, base_model=row.base_model, model_path=row.model_path)

@@ -54,7 +54,7 @@ async def _serve(config: ServeConfig, listener: socket.socket, announce: Callabl
         metrics = ServiceMetrics()
         pending = Pending(store, metrics, config.poll_seconds)
         checkpoints = CheckpointStore(store.root / "checkpoints")
-        engine = _engine(config, store, checkpoints, pending.finished)
+        engine = _engine(config, store, checkpoints)
         try:
             await asyncio.to_thread(engine.start)
             keys = Keys([key.get_secret_value() for key in config.api_keys])
@@ -73,7 +73,7 @@ async def _serve(config: ServeConfig, listener: socket.socket, announce: Callabl
     logger.info("stopped")
 
 
-def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore, done: Callable[[str], None]) -> Engine:
+def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore) -> Engine:
     return Engine(
         store,
         checkpoints,
@@ -85,7 +85,6 @@ def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore, don
         cache_dir=config.cache_dir,
         trust_remote_code=config.trust_remote_code,
         retain_operations=config.retain_operations,
-        on_finished=done,
     )
 
 

@@ -13,12 +13,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.config.serve import is_loopback
-from nat_plugin_evsys.service.http.bounds import page_of, parse_as, read_body, read_json
+from nat_plugin_evsys.errors import Refusal
+from nat_plugin_evsys.service.http.bounds import page_of, parse_as
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted
-from nat_plugin_evsys.service.http.refusals import Refusal, not_found
+from nat_plugin_evsys.service.http.refusals import not_found
 from nat_plugin_evsys.service.store.store import SessionRow
+from nat_plugin_evsys.web.bodies import read_body
+from nat_plugin_evsys.web.json_bodies import read_json
 
 _MAX_TEXT = 4096
+_TELEMETRY_BYTES = 4 << 20
 _FINISH_REASONS = ("success", "errored", "interrupted")
 
 
@@ -70,7 +74,7 @@ class SessionRoutes:
 
     async def _client_config(self, request: Request, owner: str) -> Response:
         """``client_config_response.ClientConfigResponse``: one request for each forward_backward, raw keys."""
-        await read_json(request, self._context.limits)
+        await read_json(request)
         return accepted(
             pjwt_auth_enabled=False,
             parallel_fwdbwd_chunks=False,
@@ -81,12 +85,12 @@ class SessionRoutes:
         )
 
     async def _dynamic_config(self, request: Request, owner: str) -> Response:
-        await read_json(request, self._context.limits)
+        await read_json(request)
         return accepted(refresh_interval_sec=300, sample_cancel_enabled=True, sample_cancel_max_batch_size=64)
 
     async def _telemetry(self, request: Request, owner: str) -> Response:
         """Read and dropped: nothing is reported to anyone."""
-        await read_body(request, self._context.limits)
+        await read_body(request, _TELEMETRY_BYTES)
         return accepted(status="accepted")
 
     async def _capabilities(self, request: Request, owner: str) -> Response:
@@ -102,9 +106,7 @@ class SessionRoutes:
         return accepted(supported_models=models)
 
     async def _create(self, request: Request, owner: str) -> Response:
-        body, value = await read_json(request, self._context.limits)
-        if len(body) > 1 << 20:
-            raise Refusal(413, "the session's metadata has more than 1 MiB")
+        _, value = await read_json(request)
         asked = parse_as(_CreateSession, value)
         now = time.time()
         row = SessionRow(
@@ -123,18 +125,19 @@ class SessionRoutes:
         return accepted(type="create_session", session_id=row.session_id)
 
     async def _heartbeat(self, request: Request, owner: str) -> Response:
-        _, value = await read_json(request, self._context.limits)
+        _, value = await read_json(request)
         asked = parse_as(_Heartbeat, value)
-        row = self._context.session(asked.session_id, owner, for_work=False)
+        row = await self._context.read(self._context.session, asked.session_id, owner, for_work=False)
         if row.finished is not None:
             raise Refusal(410, f"session {row.session_id} was finished by its client")  # ends the SDK's heartbeats
         return accepted(type="session_heartbeat")
 
     async def _finish(self, request: Request, owner: str) -> Response:
         """The first reason stays. The session's models leave memory; its checkpoints and results stay."""
-        _, value = await read_json(request, self._context.limits)
+        _, value = await read_json(request)
         asked = parse_as(_Finish, value)
-        row = self._context.session(request.path_params["session_id"], owner, for_work=False)
+        session_id = request.path_params["session_id"]
+        row = await self._context.read(self._context.session, session_id, owner, for_work=False)
         if asked.reason.type not in _FINISH_REASONS:
             raise Refusal(400, f"`reason.type` must be one of {', '.join(_FINISH_REASONS)}")
         if row.finished is None:
@@ -144,23 +147,25 @@ class SessionRoutes:
 
     async def _list(self, request: Request, owner: str) -> Response:
         limit, offset = page_of(request, 20)
-        rows = sorted(self._context.store.sessions(owner=owner), key=lambda row: row.created_at, reverse=True)
+        rows = await self._context.read(self._context.store.sessions, owner=owner)
+        rows.sort(key=lambda row: row.created_at, reverse=True)
         return accepted(sessions=[row.session_id for row in rows[offset : offset + limit]])
 
     async def _get(self, request: Request, owner: str) -> Response:
-        store, session_id = self._context.store, request.path_params["session_id"]
+        return JSONResponse(await self._context.read(self._describe, request.path_params["session_id"], owner))
+
+    def _describe(self, session_id: str, owner: str) -> dict[str, Any]:
+        """Raises Refusal: 404 there is none, or it is another key's."""
+        store = self._context.store
         row = store.session(session_id)
         if row is None or row.owner != owner:
             raise not_found(f"session {session_id[:64]!r}")
-        samplers = [each.sampler_id for each in store.samplers(owner=owner) if each.session_id == session_id]
-        return JSONResponse(
-            {
-                "training_run_ids": [model.model_id for model in store.models(session_id=session_id)],
-                "sampler_ids": samplers,
-                "user_metadata": _texts(row.user_metadata),
-                "display_name": row.display_name,
-            }
-        )
+        return {
+            "training_run_ids": [model.model_id for model in store.models(session_id=session_id)],
+            "sampler_ids": [sampler.sampler_id for sampler in store.samplers(session_id=session_id)],
+            "user_metadata": _texts(row.user_metadata),
+            "display_name": row.display_name,
+        }
 
 
 def _texts(metadata: dict[str, Any]) -> dict[str, str] | None:

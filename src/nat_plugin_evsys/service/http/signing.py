@@ -8,7 +8,7 @@ import secrets
 import time
 from urllib.parse import quote
 
-from nat_plugin_evsys.service.http.refusals import Refusal
+from nat_plugin_evsys.errors import Refusal
 
 VALID_SECONDS = 3600
 

@@ -7,8 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from nat_plugin_evsys.errors import Refusal
 from nat_plugin_evsys.service.http.context import API, Handler, ServiceContext
-from nat_plugin_evsys.service.http.refusals import Refusal, not_offered
+from nat_plugin_evsys.service.http.refusals import not_offered, response_of
 
 _ACCOUNTS = "there are no accounts and projects here; each API key stands for itself"
 _BILLING = "nothing is billed"
@@ -53,4 +54,4 @@ async def unknown_route(request: Request, error: Exception) -> Response:
         f"{request.method} {request.scope['path'][:200]} is not served here; the protocol lies under {API}/, chat "
         "completions under /v1/"
     )
-    return Refusal(error.status_code, message, headers=dict(error.headers or {})).response()
+    return response_of(Refusal(error.status_code, message, headers=dict(error.headers or {})))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine, Row, Select, create_engine, event
 from sqlalchemy.exc import DBAPIError
@@ -15,9 +15,11 @@ from nat_plugin_evsys.errors import ConfigError, StoreError
 from nat_plugin_evsys.service.store.group_commit import GroupCommit
 from nat_plugin_evsys.service.store.tables import SCHEMA_VERSION, metadata
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _BUSY_MS = 10_000
+_READERS = 4
 _WAL_LIMIT_BYTES = 64 * 2**20
 _MAX_FREED_PAGES = 16384
 
@@ -60,13 +62,26 @@ class Database:
             self._lock.close()
             raise
         self._writer = GroupCommit(self._engine, self._rolled_back)
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="evsys-store-read")
 
     def close(self) -> None:
         """Commit what was handed in and let another process open the store. More than once is fine."""
         self._writer.close()
+        self._readers.shutdown(wait=True)
         self._reader.dispose()
         self._engine.dispose()
         self._lock.close()
+
+    def reading(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call something that reads, in a thread of the store's own: for event loops, which must not wait for a disk.
+
+        Raises:
+            StoreError: the store has been closed.
+        """
+        try:
+            return self._readers.submit(function, *args, **kwargs)
+        except RuntimeError as exc:
+            raise StoreError("the store has been closed") from exc
 
     def _write(self, function: Callable[[Connection], T]) -> Future[T]:
         return self._writer.submit(function)

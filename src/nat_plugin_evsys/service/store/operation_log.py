@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -18,14 +19,17 @@ from nat_plugin_evsys.service.store.operation_rows import (
     move_on,
     refuse_second_end,
     same_operation,
+    stored_outcome,
     to_operation,
     to_outcome,
-    trained,
     with_payload,
 )
-from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.operations import Operation, Outcome
+from nat_plugin_evsys.service.store.queue_bound import QueueBound
 from nat_plugin_evsys.service.store.rows import StoredOutcome
-from nat_plugin_evsys.service.store.tables import SAMPLE, models, operations, payloads, results, sessions
+from nat_plugin_evsys.service.store.tables import SAMPLE, operations, payloads, results, sessions
+
+logger = logging.getLogger(__name__)
 
 DELIVERED_S = 3600.0
 """How long a result is kept after it was first delivered."""
@@ -38,9 +42,8 @@ class OperationLog(Database):
     """The part of ``Store`` that keeps operations and how they ended."""
 
     def __init__(self, root: Path, *, max_queued_per_owner: int = 4096, max_queued: int = 16384) -> None:
-        self._max_queued_per_owner = max_queued_per_owner
-        self._max_queued = max_queued
-        self._queued: Counter[str] | None = None  # not ended, by owner; the writer's thread reads it when it is None
+        self._queue = QueueBound(max_queued_per_owner, max_queued)
+        self._watchers: list[Callable[[StoredOutcome], None]] = []
         super().__init__(Path(root))
 
     def add_operation(self, operation: Operation) -> Future[tuple[str, bool]]:
@@ -51,9 +54,9 @@ class OperationLog(Database):
         """
 
         def write(connection: Connection) -> tuple[str, bool]:
-            full = self._full(connection, operation.owner)
+            full = self._queue.full(connection, operation.owner)
             if full is None and insert_operation(connection, operation):
-                self._count(operation.owner, 1)
+                self._queue.count(operation.owner, 1)
                 return operation.request_id, True
             known = connection.execute(same_operation(operation)).first()
             if known is None:
@@ -64,25 +67,43 @@ class OperationLog(Database):
 
         return self._write(write)
 
-    def finish_operation(self, request_id: str, outcome: Outcome, *, next_seq: int | None = None) -> Future[None]:
+    def finish_operation(
+        self, request_id: str, outcome: Outcome, *, next_seq: int | None = None
+    ) -> Future[StoredOutcome | None]:
         """Keep how an operation ended and, in the same commit, which of its model's operations is next.
 
-        An operation ends once: a later outcome is dropped, and logged. The future fails with ``StoreError`` when the
-        request is unknown (its session was forgotten).
+        An operation ends once: a later outcome is dropped, and logged, and its future gives None. The future fails
+        with ``StoreError`` when the request is unknown (its session was forgotten).
         """
 
-        def write(connection: Connection) -> None:
+        def write(connection: Connection) -> StoredOutcome | None:
             ended = end_operation(connection, request_id, outcome)
             if ended is None:
                 refuse_second_end(connection, request_id)
-                return
+                return None
             if ended.family == SAMPLE:
                 drop_payload(connection, ended.id)
             if next_seq is not None:
                 move_on(connection, ended.scope, next_seq)
-            self._count(ended.owner, -1)
+            self._queue.count(ended.owner, -1)
+            return stored_outcome(ended, outcome)
 
-        return self._write(write)
+        writing = self._write(write)
+        writing.add_done_callback(self._tell)
+        return writing
+
+    def watch_ends(self, watcher: Callable[[StoredOutcome], None]) -> None:
+        """Call ``watcher``, in a thread of the store, with the outcome of each operation that has ended."""
+        self._watchers.append(watcher)
+
+    def _tell(self, writing: Future[StoredOutcome | None]) -> None:
+        if writing.exception() is not None or (stored := writing.result()) is None:
+            return
+        for watcher in self._watchers:
+            try:
+                watcher(stored)
+            except Exception:  # boundary: a watcher's fault is not the operation's
+                logger.exception("a watcher of the end of %s failed", stored.request_id)
 
     def outcome(self, request_id: str) -> StoredOutcome | None:
         """What is known of a request; None when it is unknown, or its result has expired."""
@@ -93,16 +114,7 @@ class OperationLog(Database):
         )
         if row is None or (row.finished_at is not None and row.body is None):
             return None
-        return StoredOutcome(
-            request_id=row.request_id,
-            owner=row.owner,
-            kind=OperationKind(row.kind),
-            scope=row.scope,
-            seq_id=row.seq_id,
-            created_at=row.created_at,
-            outcome=None if row.finished_at is None else to_outcome(row),
-            delivered_at=row.delivered_at,
-        )
+        return stored_outcome(row, None if row.finished_at is None else to_outcome(row))
 
     def mark_delivered(self, request_id: str) -> Future[None]:
         """The client has got the result: from the first time on it is kept ``DELIVERED_S`` longer."""
@@ -122,61 +134,6 @@ class OperationLog(Database):
         rows = self._rows(statement.order_by(operations.c.scope, operations.c.seq_id))
         return [to_operation(row) for row in rows]
 
-    def to_replay(self, model_id: str, after_seq: int) -> list[tuple[Operation, Effect]]:
-        """A model's ended operations with an effect, after ``after_seq``, in the order of seq_id.
-
-        Raises:
-            StoreError: one's payload has been dropped, so that the state cannot be rebuilt from ``after_seq``.
-        """
-        rows = self._rows(
-            with_payload(isouter=True)
-            .where(trained(model_id), operations.c.seq_id > after_seq, operations.c.effect != Effect.NONE)
-            .order_by(operations.c.seq_id)
-        )
-        for row in rows:
-            if row.payload is None:
-                lost = f"the payload of its operation {row.seq_id} is gone"
-                raise StoreError(f"the state of model {model_id} cannot be rebuilt: {lost}")
-        return [(to_operation(row), Effect(row.effect)) for row in rows]
-
-    def log(self, model_id: str) -> list[tuple[Operation, Outcome]]:
-        """A model's ended operations of which payload and result are still kept, in the order of seq_id."""
-        rows = self._rows(
-            with_payload()
-            .add_columns(results.c.body)
-            .join(results, results.c.operation == operations.c.id)
-            .where(trained(model_id))
-            .order_by(operations.c.seq_id)
-        )
-        return [(to_operation(row), to_outcome(row)) for row in rows]
-
-    def failures(self, model_id: str, after_seq: int) -> list[tuple[Operation, Outcome, float]]:
-        """A model's failed operations after ``after_seq`` that are still kept, and when each ended (epoch seconds)."""
-        rows = self._rows(
-            with_payload()
-            .add_columns(results.c.body)
-            .join(results, results.c.operation == operations.c.id)
-            .where(trained(model_id), operations.c.seq_id > after_seq, operations.c.failed)
-            .order_by(operations.c.seq_id)
-        )
-        return [(to_operation(row), to_outcome(row), row.finished_at) for row in rows]
-
-    def set_snapshot(self, model_id: str, directory: str, seq: int, *, retain: bool) -> Future[None]:
-        """A snapshot in ``directory`` covers the model's operations up to ``seq``.
-
-        Their payloads are dropped, unless ``retain``. The future fails with ``StoreError`` for an unknown model.
-        """
-
-        def write(connection: Connection) -> None:
-            moved = update(models).where(models.c.model_id == model_id)
-            if connection.execute(moved.values(snapshot=directory, snapshot_seq=seq)).rowcount == 0:
-                raise StoreError(f"there is no model {model_id} to snapshot")
-            if not retain:
-                covered = select(operations.c.id).where(trained(model_id), operations.c.seq_id <= seq)
-                connection.execute(delete(payloads).where(payloads.c.operation.in_(covered)))
-
-        return self._write(write)
-
     def forget_session(self, session_id: str) -> Future[None]:
         """Delete a session, its models and samplers, and all operations of these. Runs keep their owner."""
 
@@ -185,7 +142,7 @@ class OperationLog(Database):
             # every scope begins with the session id and a colon; ";" is the character after it
             of_session = and_(operations.c.scope >= f"{session_id}:", operations.c.scope < f"{session_id};")
             connection.execute(delete(operations).where(of_session))
-            self._queued = None
+            self._queue.forget()
 
         return self._write(write)
 
@@ -211,23 +168,5 @@ class OperationLog(Database):
         waiting = select(operations.c.kind, func.count().label("n")).where(operations.c.finished_at.is_(None))
         return {row.kind: row.n for row in self._rows(waiting.group_by(operations.c.kind))}
 
-    def _full(self, connection: Connection, owner: str) -> str | None:
-        """Why no more may be queued; None when there is room. On the writer's thread."""
-        if self._queued is None:
-            waiting = select(operations.c.owner, func.count().label("n")).where(operations.c.finished_at.is_(None))
-            rows = connection.execute(waiting.group_by(operations.c.owner))
-            self._queued = Counter({row.owner: row.n for row in rows})
-        if self._queued[owner] >= self._max_queued_per_owner:
-            return f"{self._queued[owner]} of your operations are waiting already; send this one again later"
-        if (total := self._queued.total()) >= self._max_queued:
-            return f"{total} operations are waiting on this server already; send this one again later"
-        return None
-
-    def _count(self, owner: str, change: int) -> None:
-        if self._queued is not None:
-            self._queued[owner] += change
-            if not self._queued[owner]:
-                del self._queued[owner]
-
     def _rolled_back(self) -> None:
-        self._queued = None
+        self._queue.forget()

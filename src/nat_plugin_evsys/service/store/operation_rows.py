@@ -10,8 +10,10 @@ from sqlalchemy import Connection, Row, Select, and_, bindparam, delete, func, s
 from sqlalchemy.dialects.sqlite import insert
 
 from nat_plugin_evsys.errors import StoreError
-from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
+from nat_plugin_evsys.service.store.operations import Effect, Operation, Outcome
+from nat_plugin_evsys.service.store.rows import StoredOutcome
 from nat_plugin_evsys.service.store.tables import TRAIN, family, models, operations, payloads, results
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ _END = (
     update(operations)
     .where(operations.c.request_id == bindparam("request"), operations.c.finished_at.is_(None))
     .values({name: bindparam(name) for name in ("finished_at", "failed", "effect", "content_type")})
-    .returning(operations.c.id, operations.c.owner, operations.c.family, operations.c.scope)
+    .returning(operations)
 )
 _DROP_PAYLOAD = delete(payloads).where(payloads.c.operation == bindparam("number"))
 _MOVE_ON = (
@@ -63,7 +65,7 @@ def same_operation(operation: Operation) -> Select[Any]:
 
 
 def end_operation(connection: Connection, request_id: str, outcome: Outcome) -> Row[Any] | None:
-    """Mark an operation as ended now, keep its result; its id, owner, family and scope. None: it had ended before."""
+    """Mark an operation as ended now, and keep its result; its row. None: it had ended before."""
     ended = connection.execute(
         _END,
         {
@@ -128,3 +130,17 @@ def to_operation(row: Row[Any]) -> Operation:
 def to_outcome(row: Row[Any]) -> Outcome:
     """The outcome of a row with the result's ``body``."""
     return Outcome(body=row.body, content_type=row.content_type, failed=row.failed, effect=Effect(row.effect))
+
+
+def stored_outcome(row: Row[Any], outcome: Outcome | None) -> StoredOutcome:
+    """What is known of the request of a row of ``operations``."""
+    return StoredOutcome(
+        request_id=row.request_id,
+        owner=row.owner,
+        kind=OperationKind(row.kind),
+        scope=row.scope,
+        seq_id=row.seq_id,
+        created_at=row.created_at,
+        outcome=outcome,
+        delivered_at=row.delivered_at,
+    )

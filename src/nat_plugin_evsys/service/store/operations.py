@@ -5,23 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from nat_plugin_evsys.service.wire.decode import Request, decode
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 JSON = "application/json"
 PROTOBUF = "application/x-protobuf"
-
-
-class OperationKind(StrEnum):
-    """What is asked for; the value is the last part of the protocol's path."""
-
-    CREATE_MODEL = "create_model"
-    FORWARD_BACKWARD = "forward_backward"
-    """Also forward: the request says ``forward_only``."""
-    OPTIM_STEP = "optim_step"
-    SAVE_WEIGHTS = "save_weights"
-    SAVE_WEIGHTS_FOR_SAMPLER = "save_weights_for_sampler"
-    SAVE_WEIGHTS_EXTERNAL = "save_weights_external"
-    LOAD_WEIGHTS = "load_weights"
-    SAMPLE = "asample"
 
 
 class Effect(StrEnum):
@@ -52,6 +43,7 @@ class Operation:
         seq_id: within its scope; training operations of one model run in the order of it.
         payload: the request's body, decompressed: protobuf for ``forward_backward``, JSON for all others.
         created_at: seconds since the epoch.
+        value: the JSON object in the payload, where somebody has parsed it already; it is not stored.
     """
 
     request_id: str
@@ -61,6 +53,16 @@ class Operation:
     seq_id: int
     payload: bytes
     created_at: float = field(default_factory=time.time)
+    value: dict[str, Any] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def request(self) -> Request:
+        """The payload, decoded: at the first use, and once.
+
+        Raises:
+            DataError: it is malformed.
+        """
+        return decode(self.kind, self.payload, self.value)
 
 
 @dataclass(frozen=True)

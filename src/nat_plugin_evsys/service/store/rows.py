@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nat_plugin_evsys.runtime import defaults
-from nat_plugin_evsys.service.store.operations import OperationKind, Outcome
+from nat_plugin_evsys.runtime.runs import RunRecord
+from nat_plugin_evsys.service.store.operations import Outcome
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class ModelRow:
         next_seq: the first training operation that has not ended.
         snapshot: name of the directory that holds the last state snapshot.
         snapshot_seq: the last operation that the snapshot covers; -1 without one.
-        loaded_from: the ``tinker://`` path that it started from.
     """
 
     model_id: str
@@ -53,7 +54,19 @@ class ModelRow:
     next_seq: int = 0
     snapshot: str | None = None
     snapshot_seq: int = -1
-    loaded_from: str | None = None
+
+    def run_record(self) -> RunRecord:
+        """The training run that the model is, last heard of now."""
+        return RunRecord(
+            model_id=self.model_id,
+            base_model=self.base_model,
+            lora_rank=self.lora_rank,
+            train_attn=self.train_attn,
+            train_mlp=self.train_mlp,
+            train_unembed=self.train_unembed,
+            user_metadata=dict(self.user_metadata),
+            created_at=self.created_at,
+        )
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from sqlalchemy import func, select
 
 from nat_plugin_evsys.service.store.catalog import Catalog
 from nat_plugin_evsys.service.store.operation_log import OperationLog
+from nat_plugin_evsys.service.store.replay_log import ReplayLog
 from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow, SessionRow, StoredOutcome
 from nat_plugin_evsys.service.store.tables import models, samplers, sessions
 
 __all__ = ["ModelRow", "SamplerRow", "SessionRow", "Store", "StoredOutcome"]
 
 
-class Store(OperationLog, Catalog):
+class Store(OperationLog, ReplayLog, Catalog):
     """The server's database. Safe to use from all threads of the one process that has it open.
 
     A writing method returns a ``concurrent.futures.Future`` that resolves once the write is committed, on the writer's

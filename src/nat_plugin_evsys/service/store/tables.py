@@ -20,7 +20,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from nat_plugin_evsys.service.store.operations import OperationKind
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 
 SCHEMA_VERSION = 1
 
@@ -67,7 +67,6 @@ models = Table(
     Column("next_seq", Integer, nullable=False),
     Column("snapshot", Text),
     Column("snapshot_seq", Integer, nullable=False),
-    Column("loaded_from", Text),
 )
 
 samplers = Table(

@@ -5,16 +5,17 @@ Not the SDK's own request types: those refuse unknown fields and change with the
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 from tinker import types
 
-from nat_plugin_evsys.errors import DataError, UnsupportedError
+from nat_plugin_evsys.errors import UnsupportedError
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.arguments import check_metadata
 
 MAX_RANK = 1024
+MAX_STOPS = 1024
 _INT64 = 2**63
 
 
@@ -22,9 +23,6 @@ class RequestBody(BaseModel):
     """Base of all bodies."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
-
-
-R = TypeVar("R", bound=RequestBody)
 
 
 class OptimizerChoice(RequestBody):
@@ -110,13 +108,13 @@ class TextChunk(RequestBody):
     """A part of a prompt; only ``encoded_text`` has tokens."""
 
     type: str = "encoded_text"
-    tokens: list[int] | None = None
+    tokens: list[int] | None = Field(default=None, fail_fast=True)
 
 
 class Prompt(RequestBody):
     """``ModelInput``."""
 
-    chunks: list[TextChunk]
+    chunks: list[TextChunk] = Field(fail_fast=True)
 
     def tokens(self) -> list[int]:
         """The token ids.
@@ -136,11 +134,18 @@ class Sampling(RequestBody):
     """``SamplingParams``."""
 
     max_tokens: int | None = None
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
     stop: str | list[str] | list[int] | None = None
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _few_stops(cls, stop: Any) -> Any:
+        if isinstance(stop, list) and len(stop) > MAX_STOPS:
+            raise ValueError(f"{len(stop)} stop entries; at most {MAX_STOPS} are taken")
+        return stop
 
     def params(self) -> types.SamplingParams:
         """Tinker's type."""
@@ -160,20 +165,6 @@ class Sample(RequestBody):
     prompt_alt_tokens_k: int = 0
     prompt_logprobs_last_n: int | None = None
     record_stability_info: bool | None = None
-
-
-def parse(body: type[R], payload: bytes) -> R:
-    """The body that ``payload`` is the JSON of.
-
-    Raises:
-        DataError: it is no JSON, or a field is missing or malformed; the first one is named.
-    """
-    try:
-        return body.model_validate_json(payload)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"the request is malformed: {where + ': ' if where else ''}{first['msg']}") from exc
 
 
 def check_adamw(kind: str) -> None:

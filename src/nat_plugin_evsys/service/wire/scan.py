@@ -7,6 +7,7 @@ fill the memory. The scan reads only tags and lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from nat_plugin_evsys.errors import WireError
 
@@ -20,9 +21,10 @@ MAX_OTHERS = 10_000
 """Fields of a request beside its Datums: entries of the config, and what a newer SDK may add."""
 
 # Field numbers of ForwardBackwardRequest, see proto/tinker_wire.proto.
-_MODEL_ID, _SEQ_ID, _DATA = 1, 2, 3
+_MODEL_ID, _SEQ_ID, _DATA, _FORWARD_ONLY = 1, 2, 3, 6
 
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
+_UINT64 = 2**64 - 1
 
 
 def forward_backward_address(body: bytes) -> tuple[str, int]:
@@ -31,11 +33,20 @@ def forward_backward_address(body: bytes) -> tuple[str, int]:
     Raises:
         WireError: it is malformed, or has more than ``MAX_DATUMS`` Datums.
     """
-    model_id, seq_id, _ = _outline(body)
+    outline = _outline(body)
     try:
-        return model_id.decode("utf-8"), seq_id
+        return outline.model_id.decode("utf-8"), outline.seq_id
     except UnicodeDecodeError as exc:
         raise WireError("model_id is not UTF-8") from exc
+
+
+def is_forward_only(body: bytes) -> bool:
+    """Whether a serialized ``ForwardBackwardRequest`` leaves the gradient as it is.
+
+    Raises:
+        WireError: it is malformed.
+    """
+    return _outline(body).forward_only
 
 
 def check_affordable(body: bytes) -> None:
@@ -44,33 +55,43 @@ def check_affordable(body: bytes) -> None:
     Raises:
         WireError: it is malformed, or has too many Datums or fields.
     """
-    total, data = 0, _outline(body)[2]
-    for index, (start, end) in enumerate(data):
+    total = 0
+    for index, (start, end) in enumerate(_outline(body).data):
         for _ in _fields(body, start, end, f"data[{index}]"):
             total += 1
             if total > MAX_FIELDS:
                 raise WireError(f"data has more than {MAX_FIELDS} chunks and tensors; send fewer Datums at a time")
 
 
-def _outline(body: bytes) -> tuple[bytes, int, list[tuple[int, int]]]:
-    """The model's id, the seq_id, and where the Datums lie."""
-    model_id, seq_id, others = b"", 0, 0
-    data: list[tuple[int, int]] = []
+@dataclass
+class _Outline:
+    """What a request says before its Datums are looked into; ``data`` are where these lie."""
+
+    model_id: bytes = b""
+    seq_id: int = 0
+    forward_only: bool = False
+    data: list[tuple[int, int]] = field(default_factory=list)
+
+
+def _outline(body: bytes) -> _Outline:
+    found, others = _Outline(), 0
     for number, kind, start, end in _fields(body, 0, len(body), "the request"):
         if number == _DATA and kind == _LEN:
-            data.append((start, end))
-            if len(data) > MAX_DATUMS:
+            found.data.append((start, end))
+            if len(found.data) > MAX_DATUMS:
                 raise WireError(f"data has more than {MAX_DATUMS} Datums; send fewer at a time")
             continue
         others += 1
         if others > MAX_OTHERS:
             raise WireError(f"the request has more than {MAX_OTHERS} fields beside its data")
         if number == _MODEL_ID and kind == _LEN:
-            model_id = body[start:end]
+            found.model_id = body[start:end]
         elif number == _SEQ_ID and kind == _VARINT:
             low = _varint(body, start, end, "seq_id")[0] & 0xFFFFFFFF
-            seq_id = low - 2**32 if low >= 2**31 else low
-    return model_id, seq_id, data
+            found.seq_id = low - 2**32 if low >= 2**31 else low
+        elif number == _FORWARD_ONLY and kind == _VARINT:
+            found.forward_only = _varint(body, start, end, "forward_only")[0] & _UINT64 != 0
+    return found
 
 
 def _fields(body: bytes, start: int, end: int, where: str) -> Iterator[tuple[int, int, int, int]]:

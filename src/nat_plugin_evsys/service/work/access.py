@@ -28,14 +28,18 @@ class CheckpointAccess:
             CheckpointError: malformed, missing, not for this owner, torn or expired.
         """
         self.check(path, owner)
-        directory = self.directory(path)
-        if not (directory / MANIFEST).is_file():
+        if not (self.directory(path) / MANIFEST).is_file():
             raise _missing(path)
         try:
             return read_checkpoint(self._checkpoints.resolve(path))
         except CheckpointError as exc:
-            # Where the server keeps its files is nobody's business.
-            raise CheckpointError(str(exc).replace(str(directory), path)) from exc
+            raise self.public(exc) from exc
+
+    def public(self, error: CheckpointError) -> CheckpointError:
+        """The same error without where the server keeps its files, which is nobody's business."""
+        shown = CheckpointError(str(error).replace(f"{self._checkpoints.root}/", SCHEME))
+        shown.__cause__ = error.__cause__
+        return shown
 
     def check(self, path: str, owner: str) -> None:
         """Raises CheckpointError if the path is malformed or not for this owner."""

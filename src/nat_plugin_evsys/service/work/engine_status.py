@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nat_plugin_evsys.engine.model.loading import BaseModel
-from nat_plugin_evsys.service.work.model import HostedModel
+from nat_plugin_evsys.service.work.hosting import Hosting
 from nat_plugin_evsys.service.work.samplers import Samplers
-from nat_plugin_evsys.service.work.sampling import SamplingDesk
-from nat_plugin_evsys.service.work.training_work import TrainingWork
+from nat_plugin_evsys.service.work.sampling import SampleRunner
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.rows import ModelRow
@@ -39,14 +37,7 @@ def model_facts(row: ModelRow, base: BaseModel) -> dict[str, Any]:
     }
 
 
-def engine_status(
-    store: Store,
-    hosted: Sequence[HostedModel],
-    queued: Mapping[str, int],
-    work: TrainingWork,
-    sampling: SamplingDesk,
-    samplers: Samplers,
-) -> dict[str, Any]:
+def engine_status(store: Store, hosting: Hosting, sampling: SampleRunner, samplers: Samplers) -> dict[str, Any]:
     """What runs now.
 
     Returns:
@@ -55,7 +46,8 @@ def engine_status(
         and ``tokens_per_second`` (over a minute) of ``training`` and ``sampling``; ``sampling``: ``requests`` and
         ``sequences`` in flight; ``memory`` in bytes.
     """
-    live = {each.model_id: each for each in hosted if not each.gone}
+    live = {model_id: each for model_id, each in hosting.models().items() if not each.gone}
+    execution = hosting.execution
     models = {}
     for row in store.models():
         each = live.get(row.model_id)
@@ -63,16 +55,16 @@ def engine_status(
             "base_model": row.base_model,
             "state": "loaded" if each is not None and each.model is not None else "parked",
             "step": None if each is None else each.step,
-            "queued": queued.get(row.model_id, 0),
+            "queued": 0 if each is None else hosting.queued(each),
             "engine_seconds": 0.0 if each is None else each.engine_seconds,
             "tokens_trained": 0 if each is None else each.tokens_trained,
         }
     requests, sequences = sampling.active()
     return {
         "models": models,
-        "seconds": {"training": work.seconds},
-        "tokens": {"trained": work.throughput.total, "sampled": sampling.throughput.total},
-        "tokens_per_second": {"trained": work.throughput.rate(), "sampled": sampling.throughput.rate()},
+        "seconds": {"training": execution.seconds},
+        "tokens": {"trained": execution.throughput.total, "sampled": sampling.throughput.total},
+        "tokens_per_second": {"trained": execution.throughput.rate(), "sampled": sampling.throughput.rate()},
         "sampling": {"requests": requests, "sequences": sequences},
         "memory": {**_memory(), "adapters": samplers.memory()},
     }

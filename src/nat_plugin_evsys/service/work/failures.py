@@ -1,15 +1,21 @@
-"""From an exception to the failed Outcome that a client's future is answered with."""
+"""What a client's future is answered with: an answer, or the failure that an exception becomes."""
 
 from __future__ import annotations
 
 import json
 import logging
+from typing import Any
 
 from nat_plugin_evsys.engine.model.loading import one_line
 from nat_plugin_evsys.errors import EngineClosedError, EvsysError, ModelError, RestoreError
 from nat_plugin_evsys.service.store.operations import JSON, Effect, FailureCategory, Operation, Outcome
 
 logger = logging.getLogger(__name__)
+
+
+def answer(effect: Effect = Effect.NONE, **facts: Any) -> Outcome:
+    """A JSON Outcome."""
+    return Outcome(json.dumps(facts).encode(), JSON, effect=effect)
 
 
 def failure(message: str, category: FailureCategory = FailureCategory.USER, effect: Effect = Effect.NONE) -> Outcome:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.errors import EvsysError, OperationAbandoned, RestoreError, WireError
+from nat_plugin_evsys.errors import EvsysError, OperationAbandoned, RestoreError
 from nat_plugin_evsys.runtime.bases import SharedBase
-from nat_plugin_evsys.service.store.operations import Effect, Operation, OperationKind, Outcome
-from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward
-from nat_plugin_evsys.service.wire.requests import OptimStep, parse
+from nat_plugin_evsys.service.store.operations import Effect, Operation, Outcome
+from nat_plugin_evsys.service.wire.kinds import OperationKind
 from nat_plugin_evsys.service.work.failures import error_of
+from nat_plugin_evsys.service.work.lost_gradient import LostGradient, loses_gradient
 from nat_plugin_evsys.service.work.ordering import SequenceBuffer
+from nat_plugin_evsys.service.work.restoring import restore
 from nat_plugin_evsys.service.work.states import SnapshotPolicy, Snapshots
 
 if TYPE_CHECKING:
@@ -23,21 +23,6 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.store import Store
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LostGradient:
-    """A forward_backward that failed since the last optimizer step.
-
-    Attributes:
-        seq_id: of it.
-        error: its message.
-        stored_at: when its failure was stored, seconds since the epoch.
-    """
-
-    seq_id: int
-    error: str
-    stored_at: float
 
 
 class HostedModel:
@@ -186,63 +171,9 @@ class HostedModel:
     def _restore(self, stop: threading.Event) -> None:
         started = time.perf_counter()
         row = self.row()
-        if row.snapshot is None:
-            model, since = fresh_model(self.shared, row), -1
-        else:
-            model, since = self._snapshots.open(self.shared, self.model_id, row.snapshot), row.snapshot_seq
-        self.lost, self._settled_seq, self._changed = None, since, False
-        replay = self._store.to_replay(self.model_id, since)
-        for operation, effect in replay:
-            self._run_again(model, operation, effect, stop)
-            self._changed |= operation.kind == OperationKind.OPTIM_STEP and effect == Effect.APPLIED
-            if model.gradient is None:
-                self._settled_seq = operation.seq_id
-        self._recall_lost_gradient([o.seq_id for o, _ in replay if o.kind != OperationKind.FORWARD_BACKWARD])
-        self.adopt(model)
+        restored = restore(self._store, self._snapshots, self.shared, row, stop)
+        self.lost, self._settled_seq, self._changed = restored.lost, restored.settled_seq, restored.changed
+        self.adopt(restored.model)
         self._settle(row.next_seq - 1)
         seconds = time.perf_counter() - started
-        logger.info("model %s restored: %d operations run again in %.2f s", self.model_id, len(replay), seconds)
-
-    def _run_again(self, model: TrainableModel, operation: Operation, effect: Effect, stop: threading.Event) -> None:
-        def progress(done: int, total: int) -> None:
-            if stop.is_set():
-                raise OperationAbandoned
-
-        progress(0, 0)
-        if effect == Effect.CLEARED:
-            model.discard_gradient()
-        elif operation.kind == OperationKind.FORWARD_BACKWARD:
-            request = decode_forward_backward(operation.payload)
-            model.forward_backward(request.data, request.loss_fn, request.loss_fn_config, progress)
-        elif operation.kind == OperationKind.OPTIM_STEP:
-            model.optim_step(parse(OptimStep, operation.payload).params.params())
-        elif operation.kind == OperationKind.LOAD_WEIGHTS:
-            self._snapshots.load_into(model, self.model_id, str(operation.seq_id))
-
-    def _recall_lost_gradient(self, steps: list[int]) -> None:
-        """Find a forward_backward that failed since the last of ``steps``: those that left no gradient behind."""
-        since = max([self._settled_seq, *steps])
-        for operation, outcome, ended_at in self._store.failures(self.model_id, since):
-            if loses_gradient(operation):
-                self.lost = LostGradient(operation.seq_id, error_of(outcome), ended_at)
-
-
-def loses_gradient(operation: Operation) -> bool:
-    """Whether a gradient lacks something when this operation fails: forward_backward, but not forward."""
-    if operation.kind != OperationKind.FORWARD_BACKWARD:
-        return False
-    try:
-        return not decode_forward_backward(operation.payload).forward_only
-    except WireError:
-        return True
-
-
-def fresh_model(shared: SharedBase, row: ModelRow) -> TrainableModel:
-    """The model as ``create_model`` made it: its row says which."""
-    return shared.fresh(
-        rank=row.lora_rank,
-        seed=row.lora_seed,
-        train_attn=row.train_attn,
-        train_mlp=row.train_mlp,
-        train_unembed=row.train_unembed,
-    )
+        logger.info("model %s restored: %d operations run again in %.2f s", self.model_id, restored.replayed, seconds)

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import threading
 import time
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nat_plugin_evsys.engine.checkpoints import ADAPTER, load_adapter, save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import CheckpointError, DataError, ModelError
 from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME
 from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow
 from nat_plugin_evsys.service.work.access import CheckpointAccess, manifest
+from nat_plugin_evsys.service.work.adapter_cache import AdapterCache, Key
 from nat_plugin_evsys.service.work.served_bases import ServedBases
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.store import Store
-
-logger = logging.getLogger(__name__)
 
 BASE_POLICY_VERSION = -1
 KEPT_EPHEMERAL = 64
 """Ephemeral weights of one model that are kept; an older one is refused by name."""
 
 _MEMORY_BYTES = 2 * 2**30
-
-Key = tuple[str, str, int]
-"""Base model, SHA-256 of the weights' file, optimizer steps: what makes two samplers' weights the same."""
 
 
 class Samplers:
@@ -58,10 +51,8 @@ class Samplers:
         self._store = store
         self._bases = bases
         self._access = access
-        self._memory_bytes = memory_bytes
-        self._lock = threading.Lock()
         self._loading = threading.Lock()
-        self._clients: OrderedDict[Key, tuple[LocalSamplingClient, int]] = OrderedDict()
+        self._clients = AdapterCache(memory_bytes)
         self._opened: dict[str, Key] = {}
 
     def open(self, row: SamplerRow) -> LocalSamplingClient:
@@ -77,7 +68,7 @@ class Samplers:
                 "are kept; save weights that are to stay under a name"
             )
         key = self._opened.get(row.sampler_id)
-        client = None if key is None else self._known(key)
+        client = None if key is None else self._clients.get(key)
         if client is not None:
             return client
         if row.directory is not None:
@@ -142,16 +133,15 @@ class Samplers:
         key = _key(shared, directory)
         if key is not None:
             self._opened[sampler_id] = key
-            self._remember(key, shared.sampler.client(model.adapter, model.step), model.adapter)
+            self._clients.put(key, shared.sampler.client(model.adapter, model.step), model.adapter)
         self._drop_oldest(row.model_id)
         return sampler_id
 
     def close_session(self, session_id: str) -> None:
         """Take what a session samples from out of memory; it comes back by itself."""
         for sampler_id in [each for each in list(self._opened) if each.startswith(f"{session_id}:")]:
-            key = self._opened.get(sampler_id)
-            with self._lock:
-                self._clients.pop(key, None)  # type: ignore[arg-type]
+            if (key := self._opened.get(sampler_id)) is not None:
+                self._clients.drop(key)
 
     def forget_session(self, session_id: str) -> None:
         """Delete a session's ephemeral weights."""
@@ -163,8 +153,7 @@ class Samplers:
 
     def memory(self) -> int:
         """Bytes of the adapters in memory."""
-        with self._lock:
-            return sum(size for _, size in self._clients.values())
+        return self._clients.bytes()
 
     def _checkpoint(self, path: str, owner: str) -> tuple[Key, LocalSamplingClient, SharedBase]:
         self._access.check(path, owner)
@@ -185,39 +174,23 @@ class Samplers:
             key = _key(shared, directory)
             if key is None:
                 raise CheckpointError(f"the weights of {name} do not exist any more")
-            client = self._known(key)
+            client = self._clients.get(key)
             if client is None:
                 try:
                     adapter = load_adapter(directory, shared.base)
                 except CheckpointError as exc:
                     raise CheckpointError(str(exc).replace(str(directory), name)) from exc
                 client = shared.sampler.client(adapter, key[2])
-                self._remember(key, client, adapter)
+                self._clients.put(key, client, adapter)
             return key, client
-
-    def _known(self, key: Key) -> LocalSamplingClient | None:
-        with self._lock:
-            if key not in self._clients:
-                return None
-            self._clients.move_to_end(key)
-            return self._clients[key][0]
-
-    def _remember(self, key: Key, client: LocalSamplingClient, adapter: LoraAdapter) -> None:
-        size = sum(tensor.numel() * tensor.element_size() for _, tensor in adapter.named_tensors())
-        with self._lock:
-            self._clients[key] = (client, size)
-            self._clients.move_to_end(key)
-            while len(self._clients) > 1 and sum(each for _, each in self._clients.values()) > self._memory_bytes:
-                self._clients.popitem(last=False)
 
     def _drop_oldest(self, model_id: str) -> None:
         rows = [row for row in self._store.samplers(model_id=model_id) if row.directory and not row.dropped]
         for row in rows[:-KEPT_EPHEMERAL]:
             self._store.drop_sampler(row.sampler_id).result()
             key = self._opened.pop(row.sampler_id, None)
-            with self._lock:
-                if key is not None and key not in list(self._opened.values()):
-                    self._clients.pop(key, None)
+            if key is not None and key not in list(self._opened.values()):
+                self._clients.drop(key)
             shutil.rmtree(self.root / str(row.directory), ignore_errors=True)
 
 

@@ -6,44 +6,50 @@ import logging
 import threading
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
 from nat_plugin_evsys.runtime.arguments import refuse_options
 from nat_plugin_evsys.service.store.operations import PROTOBUF, Operation, Outcome
 from nat_plugin_evsys.service.wire.forward_backward import encode_sample
-from nat_plugin_evsys.service.wire.requests import Sample, parse
+from nat_plugin_evsys.service.wire.requests import Sample
+from nat_plugin_evsys.service.work.ending import end
 from nat_plugin_evsys.service.work.failures import failure, failure_of
 from nat_plugin_evsys.service.work.samplers import Samplers
 from nat_plugin_evsys.service.work.throughput import Throughput
-from nat_plugin_evsys.service.work.training_work import Journal
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.service.store.store import Store
 
 logger = logging.getLogger(__name__)
 
 _THREADS = 4
 
 
-class SamplingDesk:
+class SampleRunner:
     """Takes ``asample`` operations; ``submit`` never blocks.
+
+    Args:
+        closing: set when the engine closes: nothing is taken any more, and what has not ended stays unfinished.
 
     Attributes:
         throughput: tokens sampled.
     """
 
-    def __init__(self, journal: Journal, samplers: Samplers) -> None:
+    def __init__(self, store: Store, samplers: Samplers, closing: threading.Event) -> None:
         self.throughput = Throughput()
-        self._journal = journal
+        self._store = store
         self._samplers = samplers
+        self._closing = closing
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="evsys-asample")
         self._lock = threading.Condition()
         self._running: dict[str, tuple[int, Future[Any] | None]] = {}
         self._cancelled: set[str] = set()
-        self._closing = False
 
     def submit(self, operation: Operation) -> None:
-        """Queue an operation. After ``close`` it stays unfinished in the store."""
+        """Queue an operation; it stays unfinished in the store once the engine closes."""
         with self._lock:
-            if self._closing or operation.request_id in self._running:
+            if self._closing.is_set() or operation.request_id in self._running:
                 return
             self._running[operation.request_id] = (0, None)
         with suppress(RuntimeError):  # closed at this very moment
@@ -65,9 +71,8 @@ class SamplingDesk:
             return len(self._running), sum(sequences for sequences, _ in self._running.values())
 
     def close(self, timeout: float) -> None:
-        """Take no more, and wait for what is running; what has not ended by then stays unfinished."""
+        """Wait for what is running; what has not ended by then stays unfinished."""
         with self._lock:
-            self._closing = True
             self._lock.wait_for(lambda: not self._running, timeout)
 
     def shutdown(self) -> None:
@@ -76,10 +81,11 @@ class SamplingDesk:
 
     def _start(self, operation: Operation) -> None:
         try:
-            body = parse(Sample, operation.payload)
+            body = operation.request
+            assert isinstance(body, Sample)
             future = self._sample(operation, body)
         except Exception as exc:  # noqa: BLE001 - boundary: whatever is wrong belongs to the operation's future
-            if isinstance(exc, EngineClosedError) and self._closing:
+            if isinstance(exc, EngineClosedError) and self._closing.is_set():
                 self._forget(operation)
             else:
                 self._finish(operation, failure_of(operation, exc))
@@ -97,7 +103,7 @@ class SamplingDesk:
             prompt_alt_tokens_k=body.prompt_alt_tokens_k,
             record_stability_info=body.record_stability_info,
         )
-        row = self._journal.store.sampler(operation.scope)
+        row = self._store.sampler(operation.scope)
         if row is None or row.owner != operation.owner:
             raise CheckpointError(f"there is no sampling session {operation.scope}; its session may have expired")
         return self._samplers.open(row).sample(
@@ -123,7 +129,7 @@ class SamplingDesk:
         except CancelledError:
             outcome = failure("the request was cancelled by its client")
         except Exception as exc:  # noqa: BLE001 - boundary: whatever the sampler raised belongs to the future
-            if isinstance(exc, EngineClosedError) and self._closing:
+            if isinstance(exc, EngineClosedError) and self._closing.is_set():
                 self._forget(operation)
                 return
             outcome = failure_of(operation, exc)
@@ -131,7 +137,7 @@ class SamplingDesk:
 
     def _finish(self, operation: Operation, outcome: Outcome) -> None:
         try:
-            self._journal.finish(operation, outcome)
+            end(self._store, operation, outcome, self._closing)
         finally:
             self._forget(operation)
 

@@ -7,30 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 from nat_plugin_evsys.service.store.operations import Operation
+from nat_plugin_evsys.service.work.execution import Execution
 from nat_plugin_evsys.service.work.model import HostedModel
 
 logger = logging.getLogger(__name__)
 
 _AFTER_FAULT_S = 1.0
-
-
-class Work(Protocol):
-    """What the thread does for a model; see ``TrainingWork``."""
-
-    def run(self, hosted: HostedModel, operation: Operation, stop: threading.Event) -> bool:
-        """Run one operation to its stored outcome. False: it has not ended, as the engine closes."""
-
-    def give_up(self, hosted: HostedModel, operations: list[Operation], missing: int) -> None:
-        """End operations that wait for ``missing``, which does not come."""
-
-    def refuse(self, hosted: HostedModel, operations: list[Operation]) -> None:
-        """End operations of a model that is gone."""
-
-    def park(self, hosted: HostedModel) -> None:
-        """Take a model out of memory."""
 
 
 Turn = tuple[HostedModel, Callable[[], None]]
@@ -45,13 +29,13 @@ class TrainingThread:
 
     Args:
         name: of the thread.
-        work: what is done.
+        execution: runs a model's operations.
         gap_timeout: seconds after which operations that wait for one that does not come are given up.
         on_gone: told the id of a model that is gone, once nothing refers to it any more here.
     """
 
-    def __init__(self, name: str, work: Work, gap_timeout: float, on_gone: Callable[[str], None]) -> None:
-        self._work = work
+    def __init__(self, name: str, execution: Execution, gap_timeout: float, on_gone: Callable[[str], None]) -> None:
+        self._execution = execution
         self._gap_timeout = gap_timeout
         self._on_gone = on_gone
         self._wake = threading.Condition()
@@ -122,7 +106,7 @@ class TrainingThread:
             del turn, hosted, work
         for hosted in list(self._models.values()):
             try:
-                self._work.park(hosted)
+                hosted.park()
             except Exception:  # boundary: the other models are parked all the same
                 logger.exception("model %s could not be parked", hosted.model_id)
 
@@ -149,7 +133,7 @@ class TrainingThread:
 
     def _run(self, hosted: HostedModel, operation: Operation) -> None:
         started = time.perf_counter()
-        ended = self._work.run(hosted, operation, self._stop)
+        ended = self._execution.run(hosted, operation, self._stop)
         with self._wake:
             hosted.used += time.perf_counter() - started
             if ended:
@@ -161,7 +145,11 @@ class TrainingThread:
             since = hosted.buffer.stranded_since()
             if since is not None and now - since >= self._gap_timeout:
                 waiting, missing = hosted.buffer.give_up()
-                return hosted, partial(self._work.give_up, hosted, waiting, missing)
+                why = (
+                    f"operation {missing} of model {hosted.model_id} has not come in {self._gap_timeout:g} s; it and "
+                    "the operations behind it are given up"
+                )
+                return hosted, partial(self._execution.give_up, hosted, waiting, why)
         return None
 
     def _until_stranded(self) -> float | None:
@@ -172,7 +160,7 @@ class TrainingThread:
         for hosted in self._models.values():
             if hosted.park_wanted:
                 hosted.park_wanted = False
-                return hosted, partial(self._work.park, hosted)
+                return hosted, hosted.park
         return None
 
     def _done(self, hosted: HostedModel) -> None:
@@ -183,5 +171,5 @@ class TrainingThread:
             self._models.pop(hosted.model_id, None)
             hosted.evict()
             waiting, _ = hosted.buffer.give_up()
-        self._work.refuse(hosted, waiting)
+        self._execution.refuse(waiting, f"there is no model {hosted.model_id}")
         self._on_gone(hosted.model_id)

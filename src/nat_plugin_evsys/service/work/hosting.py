@@ -1,0 +1,154 @@
+"""The models that operations have come for, and the training threads that they run on."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from nat_plugin_evsys.runtime.bases import SharedBase
+from nat_plugin_evsys.service.store.operations import Operation
+from nat_plugin_evsys.service.wire.requests import CreateModel, LoadWeights
+from nat_plugin_evsys.service.work.ending import end
+from nat_plugin_evsys.service.work.execution import Execution
+from nat_plugin_evsys.service.work.failures import failure, failure_of
+from nat_plugin_evsys.service.work.model import HostedModel
+from nat_plugin_evsys.service.work.places import Places
+from nat_plugin_evsys.service.work.served_bases import ServedBases
+from nat_plugin_evsys.service.work.states import SnapshotPolicy
+from nat_plugin_evsys.service.work.turns import TrainingThread
+
+
+class Hosting:
+    """Brings each training operation to its model. Safe to use from several threads, ``take`` from one only.
+
+    Args:
+        closing: set when the engine closes.
+        gap_timeout: seconds after which operations that wait for one that does not come are given up.
+        policy: when state snapshots are taken.
+        retain_operations: keep the payloads of operations that a snapshot covers.
+    """
+
+    def __init__(
+        self,
+        places: Places,
+        bases: ServedBases,
+        closing: threading.Event,
+        *,
+        gap_timeout: float,
+        policy: SnapshotPolicy,
+        retain_operations: bool,
+    ) -> None:
+        self.execution = Execution(places, closing)
+        self._places = places
+        self._bases = bases
+        self._closing = closing
+        self._gap_timeout = gap_timeout
+        self._policy = policy
+        self._retain = retain_operations
+        self._threads: dict[str, TrainingThread] = {}
+        self._lock = threading.Lock()
+        self._models: dict[str, HostedModel] = {}
+
+    def start(self, bases: list[SharedBase]) -> None:
+        """Start a thread for each base model."""
+        for shared in bases:
+            name = f"evsys-train-{len(self._threads)}"
+            thread = TrainingThread(name, self.execution, self._gap_timeout, self._drop)
+            self._threads[shared.base.name] = thread
+            thread.start()
+
+    def take(self, operation: Operation) -> None:
+        """Bring an operation to its model."""
+        try:
+            hosted = self._model_of(operation)
+            if hosted is None:
+                self._refuse(operation, f"there is no model {operation.scope}")
+            elif not self._thread_of(hosted).add(hosted, operation):
+                gone = f"there is no model {operation.scope}"
+                late = (
+                    f"operation {operation.seq_id} of model {operation.scope} came too late: operation "
+                    f"{hosted.buffer.next_seq} is next, and this one was given up"
+                )
+                self._refuse(operation, gone if hosted.gone else late)
+        except Exception as exc:  # noqa: BLE001 - boundary: whatever is wrong belongs to the operation's future
+            end(self._places.store, operation, failure_of(operation, exc), self._closing)
+
+    def park_session(self, session_id: str) -> None:
+        """Take a session's models out of memory once what they can run has run."""
+        for hosted in self._of_session(session_id):
+            self._thread_of(hosted).park(hosted)
+
+    def forget_session(self, session_id: str) -> None:
+        """Drop a session's models and what waits for them."""
+        for hosted in self._of_session(session_id):
+            self._thread_of(hosted).forget(hosted)
+            self._drop(hosted.model_id)
+
+    def models(self) -> dict[str, HostedModel]:
+        """Those that are known here, in memory or parked, by id."""
+        with self._lock:
+            return dict(self._models)
+
+    def queued(self, hosted: HostedModel) -> int:
+        """Operations of a model that have arrived and not ended."""
+        return self._thread_of(hosted).queued(hosted)
+
+    def close(self, deadline: float) -> list[threading.Thread]:
+        """Let what runs now end, or stop it at ``deadline`` (``time.monotonic``), and park all models: in threads,
+        which are given back running."""
+        closing = [
+            threading.Thread(target=thread.close, args=(max(0.0, deadline - time.monotonic()),))
+            for thread in self._threads.values()
+        ]
+        for each in closing:
+            each.start()
+        return closing
+
+    def _refuse(self, operation: Operation, why: str) -> None:
+        end(self._places.store, operation, failure(why), self._closing)
+
+    def _model_of(self, operation: Operation) -> HostedModel | None:
+        with self._lock:
+            hosted = self._models.get(operation.scope)
+        if hosted is not None:
+            return hosted
+        row = self._places.store.model(operation.scope)
+        if row is not None:
+            if row.owner != operation.owner:
+                return None
+            return self._host(operation.scope, self._bases.get(row.base_model), row.next_seq)
+        if operation.seq_id != 0:
+            return None
+        return self._host(operation.scope, self._base_asked_for(operation), 0)
+
+    def _base_asked_for(self, operation: Operation) -> SharedBase:
+        """The base model of a model that is to be made.
+
+        Raises:
+            EvsysError: the request is malformed, or names a base model or checkpoint that is not here.
+        """
+        request = operation.request
+        assert isinstance(request, CreateModel | LoadWeights)
+        if request.base_model is not None:
+            return self._bases.get(request.base_model)
+        assert isinstance(request, LoadWeights)
+        return self._bases.of_checkpoint(self._places.access.read(request.path, operation.owner))
+
+    def _host(self, model_id: str, shared: SharedBase, next_seq: int) -> HostedModel:
+        places, policy, retain = self._places, self._policy, self._retain
+        hosted = HostedModel(
+            model_id, shared, next_seq, places.store, places.snapshots, policy=policy, retain_operations=retain
+        )
+        with self._lock:
+            self._models[model_id] = hosted
+        return hosted
+
+    def _drop(self, model_id: str) -> None:
+        with self._lock:
+            self._models.pop(model_id, None)
+
+    def _thread_of(self, hosted: HostedModel) -> TrainingThread:
+        return self._threads[hosted.shared.base.name]
+
+    def _of_session(self, session_id: str) -> list[HostedModel]:
+        return [each for each in self.models().values() if each.model_id.startswith(f"{session_id}:")]

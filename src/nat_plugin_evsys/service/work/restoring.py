@@ -1,0 +1,98 @@
+"""A model that is not in memory is made again: from its last snapshot, and by running the operations since."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.errors import OperationAbandoned
+from nat_plugin_evsys.runtime.bases import SharedBase
+from nat_plugin_evsys.service.store.operations import Effect, Operation
+from nat_plugin_evsys.service.wire.decode import decode
+from nat_plugin_evsys.service.wire.forward_backward import ForwardBackwardRequest
+from nat_plugin_evsys.service.wire.kinds import OperationKind
+from nat_plugin_evsys.service.wire.requests import OptimStep
+from nat_plugin_evsys.service.work.lost_gradient import LostGradient, recall_lost_gradient
+from nat_plugin_evsys.service.work.states import Snapshots
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.service.store.rows import ModelRow
+    from nat_plugin_evsys.service.store.store import Store
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model as it was.
+
+    Attributes:
+        model: its weights, moments and gradient.
+        settled_seq: the last operation after which no gradient was pending.
+        changed: its weights are not those of its last snapshot any more.
+        lost: what the gradient lacks.
+        replayed: how many operations were run again.
+    """
+
+    model: TrainableModel
+    settled_seq: int
+    changed: bool
+    lost: LostGradient | None
+    replayed: int
+
+
+def fresh_model(shared: SharedBase, row: ModelRow) -> TrainableModel:
+    """The model as ``create_model`` made it: its row says which."""
+    return shared.fresh(
+        rank=row.lora_rank,
+        seed=row.lora_seed,
+        train_attn=row.train_attn,
+        train_mlp=row.train_mlp,
+        train_unembed=row.train_unembed,
+    )
+
+
+def restore(store: Store, snapshots: Snapshots, shared: SharedBase, row: ModelRow, stop: threading.Event) -> Restored:
+    """The model of a row.
+
+    Raises:
+        EvsysError, OSError: that is not possible.
+        OperationAbandoned: ``stop`` was set meanwhile.
+    """
+    if row.snapshot is None:
+        model, settled = fresh_model(shared, row), -1
+    else:
+        model, settled = snapshots.open(shared, row.model_id, row.snapshot), row.snapshot_seq
+    changed, steps = False, [settled]
+    replay = store.to_replay(row.model_id, settled)
+    for operation, effect in replay:
+        _run_again(snapshots, model, operation, effect, stop)
+        changed |= operation.kind == OperationKind.OPTIM_STEP and effect == Effect.APPLIED
+        if operation.kind != OperationKind.FORWARD_BACKWARD:
+            steps.append(operation.seq_id)
+        if model.gradient is None:
+            settled = operation.seq_id
+    lost = recall_lost_gradient(store, row.model_id, max(settled, *steps))
+    return Restored(model, settled, changed, lost, len(replay))
+
+
+def _run_again(
+    snapshots: Snapshots, model: TrainableModel, operation: Operation, effect: Effect, stop: threading.Event
+) -> None:
+    def progress(done: int, total: int) -> None:
+        if stop.is_set():
+            raise OperationAbandoned
+
+    progress(0, 0)
+    if effect == Effect.CLEARED:
+        model.discard_gradient()
+        return
+    if operation.kind == OperationKind.LOAD_WEIGHTS:
+        snapshots.load_into(model, operation.scope, str(operation.seq_id))
+        return
+    # Not operation.request, which would keep every one of them decoded until the last has run.
+    request = decode(operation.kind, operation.payload)
+    if isinstance(request, ForwardBackwardRequest):
+        model.forward_backward(request.data, request.loss_fn, request.loss_fn_config, progress)
+    elif isinstance(request, OptimStep):
+        model.optim_step(request.params.params())

@@ -1,0 +1,72 @@
+"""Request bodies: read up to a bound, decompressed up to a bound."""
+
+from __future__ import annotations
+
+import asyncio
+
+import zstandard
+from starlette.requests import ClientDisconnect, Request
+
+from nat_plugin_evsys.errors import ClientGone, Refusal
+
+BODY_SECONDS = 120.0
+"""How long a client may take to send a body."""
+
+_MAX_WINDOW = 1 << 27  # a zstd frame may ask for a window as large as it likes; this bounds the memory for it
+_PIECE = 1 << 20
+
+
+async def read_body(request: Request, sent: int, decompressed: int | None = None) -> bytes:
+    """The request's body, decompressed where ``Content-Encoding`` is zstd.
+
+    Args:
+        sent: most bytes as they are sent.
+        decompressed: most bytes decompressed; default is ``sent``.
+
+    Raises:
+        Refusal: 413 too large, 415 another encoding, 400 broken zstd, 408 not sent in time.
+        ClientGone: the client went away.
+    """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "", "zstd"):
+        raise Refusal(415, f"Content-Encoding {encoding[:40]!r} is not taken; send the body plain or as zstd")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > sent:
+        raise _too_large("body", sent)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > sent:
+                    raise _too_large("body", sent)
+    except TimeoutError as error:
+        raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:g} s") from error
+    except ClientDisconnect as error:
+        raise ClientGone from error
+    if encoding != "zstd":
+        return bytes(body)
+    # A few bytes may become many: off the event loop, whatever came.
+    return await asyncio.to_thread(decompress, bytes(body), sent if decompressed is None else decompressed)
+
+
+def decompress(data: bytes, limit: int) -> bytes:
+    """zstd frames -> at most ``limit`` bytes; what is beyond is never unpacked.
+
+    Raises:
+        Refusal: 413 too large, 400 no zstd.
+    """
+    out = bytearray()
+    try:
+        reader = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(data, read_across_frames=True)
+        while chunk := reader.read(_PIECE):
+            out += chunk
+            if len(out) > limit:
+                raise _too_large("decompressed body", limit)
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise Refusal(400, f"the body is not zstd, as its Content-Encoding says: {error}") from error
+    return bytes(out)
+
+
+def _too_large(what: str, limit: int) -> Refusal:
+    return Refusal(413, f"the {what} has more than {limit} bytes, the most that are taken here; send less at a time")
