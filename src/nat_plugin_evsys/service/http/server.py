@@ -11,17 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from nat_plugin_evsys.config.serve import KEY_PREFIX, ServeConfig
-from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.http.app import create_app
-from nat_plugin_evsys.service.http.auth import Keys
 from nat_plugin_evsys.service.http.context import ServiceContext
 from nat_plugin_evsys.service.http.housekeeping import Housekeeping
 from nat_plugin_evsys.service.http.logs import setup_logging
-from nat_plugin_evsys.service.http.metrics import ServiceMetrics
-from nat_plugin_evsys.service.http.pending import Pending
-from nat_plugin_evsys.service.http.presence import Presence
-from nat_plugin_evsys.service.store.store import Store
-from nat_plugin_evsys.service.work.engine import Engine
+from nat_plugin_evsys.service.http.running import running
 from nat_plugin_evsys.web.listen import HttpServer, bind, listen, url_of
 
 logger = logging.getLogger(__name__)
@@ -49,43 +43,13 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
 async def _serve(config: ServeConfig, listener: socket.socket, announce: Callable[[str], None]) -> None:
     closing = asyncio.Event()
     signals = _Signals(closing)
-    store = Store(config.store, max_queued_per_owner=config.max_queued_per_owner, max_queued=config.max_queued)
     try:
-        metrics = ServiceMetrics()
-        pending = Pending(store, metrics, config.poll_seconds)
-        checkpoints = CheckpointStore(store.root / "checkpoints")
-        engine = _engine(config, store, checkpoints)
-        try:
-            await asyncio.to_thread(engine.start)
-            keys = Keys([key.get_secret_value() for key in config.api_keys])
-            context = ServiceContext(
-                config, store, checkpoints, engine, keys, pending, Presence(store), metrics, closing
-            )
+        async with running(config, closing) as context:
             if not closing.is_set():
                 await _answer_requests(context, listener, signals, announce)
-        finally:
-            pending.close()
-            logger.info("parking the models")
-            await asyncio.to_thread(engine.close, config.shutdown_seconds)
     finally:
-        await asyncio.to_thread(store.close)
         signals.restore()
     logger.info("stopped")
-
-
-def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore) -> Engine:
-    return Engine(
-        store,
-        checkpoints,
-        base_models=config.base_models,
-        device=config.device,
-        dtype=config.dtype,
-        context_length=config.context_length,
-        max_batch_size=config.max_batch_size,
-        cache_dir=config.cache_dir,
-        trust_remote_code=config.trust_remote_code,
-        retain_operations=config.retain_operations,
-    )
 
 
 async def _answer_requests(

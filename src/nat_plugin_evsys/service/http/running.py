@@ -1,0 +1,64 @@
+"""Everything behind the routes of one server, opened in order and closed in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from nat_plugin_evsys.config.serve import ServeConfig
+from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
+from nat_plugin_evsys.service.http.auth import Keys
+from nat_plugin_evsys.service.http.context import ServiceContext
+from nat_plugin_evsys.service.http.metrics import ServiceMetrics
+from nat_plugin_evsys.service.http.pending import Pending
+from nat_plugin_evsys.service.http.presence import Presence
+from nat_plugin_evsys.service.store.store import Store
+from nat_plugin_evsys.service.work.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def running(config: ServeConfig, closing: asyncio.Event) -> AsyncIterator[ServiceContext]:
+    """A store, an engine with its models loaded, and what the routes share of them.
+
+    Args:
+        closing: set when the server shuts down.
+
+    Raises:
+        ConfigError: the store is another server's, or was written by a newer version.
+        ModelError: a base model cannot be loaded.
+    """
+    store = Store(config.store, max_queued_per_owner=config.max_queued_per_owner, max_queued=config.max_queued)
+    try:
+        metrics = ServiceMetrics()
+        pending = Pending(store, metrics, config.poll_seconds)
+        checkpoints = CheckpointStore(store.root / "checkpoints")
+        engine = _engine(config, store, checkpoints)
+        try:
+            await asyncio.to_thread(engine.start)
+            keys = Keys([key.get_secret_value() for key in config.api_keys])
+            yield ServiceContext(config, store, checkpoints, engine, keys, pending, Presence(store), metrics, closing)
+        finally:
+            pending.close()
+            logger.info("parking the models")
+            await asyncio.to_thread(engine.close, config.shutdown_seconds)
+    finally:
+        await asyncio.to_thread(store.close)
+
+
+def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore) -> Engine:
+    return Engine(
+        store,
+        checkpoints,
+        base_models=config.base_models,
+        device=config.device,
+        dtype=config.dtype,
+        context_length=config.context_length,
+        max_batch_size=config.max_batch_size,
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+        retain_operations=config.retain_operations,
+    )
