@@ -219,6 +219,7 @@ def _bad_request(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_context=False)[0]
     path = _path(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
+    message = message.replace("a valid list", "a valid array").replace("a valid dictionary", "a valid object")
     if first["type"] == "extra_forbidden":
         return ApiError.bad_request(
             f"the field `{path}` is not honoured by this endpoint; remove it", param=path, code="unknown_parameter"
