@@ -60,7 +60,7 @@ ARROWS: dict[str, set[str]] = {
     # The engine over HTTP.
     "service/proto": set(),
     "service/wire": GROUND | {"runtime", "service/proto", *DRIVERS},
-    "service/store": GROUND | {"runtime"},
+    "service/store": GROUND | {"runtime", "service/wire"},
     "service/work": GROUND | DRIVERS | {"runtime", "service/wire", "service/store"},
     "service/http": GROUND
     | DRIVERS
