@@ -20,6 +20,7 @@ RUNTIME = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["art"]]
 DEV = PROJECT["optional-dependencies"]["dev"]
 
 NOT_IMPORTED = {
+    "httptools": "uvicorn's parser of that name, which web/bounded_protocol.py stands on",
     "nvidia-nat-langchain": "the agents of the shipped configs: tool_calling_agent and react_agent are its components",
     "nvidia-nat-profiler": "NAT's evaluation, which makes the rollouts, fails without it",
 }

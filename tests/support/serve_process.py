@@ -15,7 +15,7 @@ from pathlib import Path
 NAT = Path(sys.executable).parent / "nat"
 ALICE = "tml-alice-0123456789abcdef"
 BOB = "tml-bob-0123456789abcdefgh"
-START_SECONDS = 120.0
+START_SECONDS = 240.0
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<|im_end|>{% endfor %}"

@@ -9,9 +9,6 @@ from starlette.requests import ClientDisconnect, Request
 
 from nat_plugin_evsys.errors import ClientGone, Refusal
 
-BODY_SECONDS = 120.0
-"""How long a client may take to send a body."""
-
 _MAX_WINDOW = 1 << 27  # a zstd frame may ask for a window as large as it likes; this bounds the memory for it
 _PIECE = 1 << 20
 
@@ -24,8 +21,8 @@ async def read_body(request: Request, sent: int, decompressed: int | None = None
         decompressed: most bytes decompressed; default is ``sent``.
 
     Raises:
-        Refusal: 413 too large, 415 another encoding, 400 broken zstd, 408 not sent in time.
-        ClientGone: the client went away.
+        Refusal: 413 too large, 415 another encoding, 400 broken zstd.
+        ClientGone: the client went away, or took too long (``BoundedProtocol`` has answered it).
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "zstd"):
@@ -35,13 +32,10 @@ async def read_body(request: Request, sent: int, decompressed: int | None = None
         raise _too_large("body", sent)
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > sent:
-                    raise _too_large("body", sent)
-    except TimeoutError as error:
-        raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:g} s") from error
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > sent:
+                raise _too_large("body", sent)
     except ClientDisconnect as error:
         raise ClientGone from error
     if encoding != "zstd":

@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.web.bounded_protocol import BoundedProtocol
 
 # Longer than clients keep idle connections (httpx: 5 s), so that none is closed just as a request goes out on it.
 _KEEP_ALIVE_SECONDS = 75
@@ -58,6 +59,8 @@ def listen(app: ASGIApp, listener: socket.socket, on_started: Callable[[], None]
         raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); another process took it") from error
     config = uvicorn.Config(
         app,
+        http=BoundedProtocol,
+        proxy_headers=False,  # they would let a client say from where it comes
         log_config=None,
         log_level="warning",
         access_log=False,

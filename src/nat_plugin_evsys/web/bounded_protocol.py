@@ -1,0 +1,125 @@
+"""HTTP/1.1 with an end to everything that a client may send before a route has seen its request."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 << 10
+"""Of a request line and its headers; and of anything else that is no body, such as the trailers behind one."""
+
+MAX_HEADERS = 100
+"""Headers, and trailers, of one request."""
+
+HEAD_SECONDS = 30.0
+"""From the connection, or the first byte of a later request, to the end of its headers."""
+
+BODY_SECONDS = 120.0
+"""From the end of the headers to the end of the body."""
+
+_READ_BYTES = 16 << 10  # read at once: what is parsed in one go, while everybody else waits
+
+
+class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
+    """uvicorn's protocol, which answers 431 and 408 where a request exceeds the bounds, and closes the connection."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._deadline: asyncio.TimerHandle | None = None
+        self._no_progress = 0  # bytes since something of a request was complete
+        self._headers = 0
+        self._parsed = False
+        self._begun = False
+
+    # -- what asyncio calls -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type] # as asyncio gives a Transport
+        self._end_in(HEAD_SECONDS)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_in(None)
+        super().connection_lost(exc)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._parsed = False
+        self._no_progress += nbytes
+        self.data_received(bytes(self._buffer[:nbytes]))
+        if self._no_progress > MAX_HEAD_BYTES:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif not self._parsed and self._deadline is None:
+            self._end_in(HEAD_SECONDS)  # bytes that belong to no request stopped uvicorn's own timer
+
+    # -- what the parser calls --------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._parsed = self._begun = True
+        self._headers = 0
+        self._end_in(HEAD_SECONDS)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers += 1
+        if self._headers > MAX_HEADERS:
+            raise ValueError(f"more than {MAX_HEADERS} headers")  # the parser stops, and ``send_400_response`` answers
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._progress(BODY_SECONDS)
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._parsed = True
+        self._no_progress = 0
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._progress(None)
+
+    # -- bounds -----------------------------------------------------------------------------------------------------
+
+    def send_400_response(self, msg: str) -> None:
+        """The answer to what the parser did not take."""
+        if self._headers > MAX_HEADERS:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        else:
+            super().send_400_response(msg)
+
+    def _progress(self, seconds: float | None) -> None:
+        self._parsed = True
+        self._no_progress = 0
+        self._end_in(seconds)
+
+    def _end_in(self, seconds: float | None) -> None:
+        """Give the client that long for what it sends now; None: nothing is expected of it."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, self._too_slow)
+
+    def _too_slow(self) -> None:
+        self._deadline = None
+        if self._begun:
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT)
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        """Answer with a status, unless an answer is under way, and close the connection."""
+        if self.transport.is_closing():
+            return
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
+            self.transport.abort()
+            return
+        message = f'{{"error": "{status.phrase}", "category": "user"}}'.encode()
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(head.encode() + f"content-length: {len(message)}\r\n\r\n".encode() + message)
+        self.transport.close()
