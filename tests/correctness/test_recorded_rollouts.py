@@ -123,7 +123,7 @@ async def test_recorded_logprobs_are_forwards(policy: Policy, measured: Callable
     base = policy.backend.base.model.config._name_or_path  # type: ignore[attr-defined]
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     bare = [plain_logprobs(plain, call) for call in calls]
-    served = PeftModel.from_pretrained(plain, tmp_path / "served")
+    served = PeftModel.from_pretrained(plain, tmp_path / "sampler_weights" / "served")
     want = [plain_logprobs(served, call) for call in calls]
     moved = max(float((a - b).abs().max()) for a, b in zip(bare, want, strict=True))
     assert moved > 0.1, "training must have moved the adapter away from zero"
