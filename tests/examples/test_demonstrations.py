@@ -1,61 +1,17 @@
 """The demonstrations are, message for message and token for token, what NAT's agents send."""
 
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from nat.runtime.loader import load_workflow
+from openai_listener import Listener
 
 from nat_plugin_evsys.engine.model.loading import load_tokenizer
 from nat_plugin_evsys.policy.chat import ChatRenderer
 
 ROOT = Path(__file__).parents[2]
-
-
-class Listener(ThreadingHTTPServer):
-    """An OpenAI endpoint that notes each request and answers with the next of ``replies``."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[dict[str, Any]] = []
-        self.replies: list[dict[str, Any]] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Listener
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        reply = self.server.replies[len(self.server.requests)]
-        self.server.requests.append(request)
-        choice = {"index": 0, "message": reply, "finish_reason": "tool_calls" if "tool_calls" in reply else "stop"}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        body = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"]}
-        data = json.dumps({**body, "choices": [choice], "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def listener() -> Iterator[Listener]:
-    server = Listener()
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +32,8 @@ async def test_demonstrations_are_what_the_agent_sends(
     shown = json.loads((ROOT / trainer["warm_start"]["demonstrations"]).read_text(encoding="utf-8"))[0]
     listener.replies = [message for message in shown["messages"] if message["role"] == "assistant"]
 
-    url = f"http://127.0.0.1:{listener.server_port}/v1"
-    llm = {"_type": "openai", "api_key": "none", "base_url": url, "model_name": "policy", "disable_streaming": True}
-    (tmp_path / "agent.yml").write_text(
-        yaml.safe_dump({"llms": {"policy": llm}, "functions": settings["functions"], "workflow": settings["workflow"]})
-    )
+    agent = {"llms": {"policy": listener.llm()}, "functions": settings["functions"], "workflow": settings["workflow"]}
+    (tmp_path / "agent.yml").write_text(yaml.safe_dump(agent))
     question = next(message["content"] for message in shown["messages"] if message["role"] == "user")
     question = question.rsplit("Question: ", 1)[-1].strip()
     async with load_workflow(str(tmp_path / "agent.yml")) as workflow, workflow.run(question) as runner:
@@ -96,7 +49,9 @@ async def test_demonstrations_are_what_the_agent_sends(
         )
 
 
-@pytest.mark.parametrize("config", ["quickstart.yml", "tiny.yml", "helpdesk_tools.yml", "react.yml", "qwen3-0.6b.yml"])
+@pytest.mark.parametrize(
+    "config", ["quickstart.yml", "tiny.yml", "helpdesk_tools.yml", "react.yml", "qwen3-0.6b.yml", "tictactoe.yml"]
+)
 def test_a_config_names_files_that_exist_and_one_output_directory(config: str) -> None:
     settings = yaml.safe_load((ROOT / "configs" / config).read_text(encoding="utf-8"))
     assert settings["llms"]["policy"]["output_dir"] == settings["finetuning"]["output_dir"]

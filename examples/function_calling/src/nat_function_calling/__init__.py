@@ -1,0 +1,1 @@
+"""An agent with tools on questions of the Berkeley Function Calling Leaderboard."""
