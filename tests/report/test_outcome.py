@@ -44,6 +44,19 @@ def test_a_run_that_got_worse() -> None:
     assert found.rows == {"better": 0, "worse": 20, "same": 0}
 
 
+def test_a_warm_start_is_told_apart_from_what_came_after_it() -> None:
+    base = Collection("base", 0)
+    rewards = {base: dict.fromkeys(ROWS, 0.0), BEFORE: dict.fromkeys(ROWS, 0.25), AFTER: dict.fromkeys(ROWS, 1.0)}
+    found = outcome(state(0.25, 1.0, heldout_reward_base=0.0), list(rewards), rewards.__getitem__)
+    assert "rose from 0.250 to 1.000" in found.sentence
+    assert found.sentence.endswith("The warm start before that had taken it from 0.000 to 0.250.")
+    assert (found.base.mean, found.base.count) == (0.0, 20)
+    rows = [{"event": "base", "epoch": 0, "reward": 0.0, "num_examples": 20}]
+    rows += [{"event": "validation", "epoch": 0, "reward": 0.25, "num_examples": 20}]
+    drawn = curve(rows, list(rewards), rewards.__getitem__)
+    assert [(point["epochs"], point["mean"]) for point in drawn["base"] + drawn["heldout"]] == [(0, 0.0), (0, 0.25)]
+
+
 def test_training_rows_stand_in_for_missing_held_out_rows() -> None:
     first, last = Collection("train", 0), Collection("train", 4)
     rewards = {first: dict.fromkeys(ROWS, 0.0), last: dict.fromkeys(ROWS, 1.0)}

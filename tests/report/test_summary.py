@@ -60,6 +60,11 @@ def test_text_tells_everything_and_ends_with_the_path(tmp_path: Path) -> None:
         assert part in text, part
 
 
+def test_a_warm_start_has_three_held_out_rewards(tmp_path: Path) -> None:
+    text = replace(SUMMARY, heldout_reward_base=0.05).format(tmp_path / "summary.json")
+    assert "held-out reward  base 0.050 -> warm start 0.200 -> 0.900  (+0.850)" in text
+
+
 def test_without_a_held_out_dataset(tmp_path: Path) -> None:
     summary = replace(SUMMARY, heldout_reward_before=None, heldout_reward_after=None, adapter=None, dropped={})
     text = summary.format(tmp_path / "summary.json")

@@ -23,10 +23,11 @@ Order = Literal["worst", "best"]
 @click.option("--epoch", type=click.IntRange(min=0), help="Epoch to show; default: the newest that was kept.")
 @click.option(
     "--kind",
-    type=click.Choice(["epoch", "heldout", "train"]),
+    type=click.Choice(["epoch", "heldout", "train", "base"]),
     default="epoch",
     show_default=True,
-    help="Training rollouts of the epoch, or the held-out or training rows as tried after that many epochs.",
+    help="Training rollouts of the epoch, the held-out or training rows as tried after that many epochs, or the "
+    "held-out rows as tried before the warm start.",
 )
 @click.option("--worst", "order", flag_value="worst", help="Lowest reward first; those without a reward lead.")
 @click.option("--best", "order", flag_value="best", help="Highest reward first.")

@@ -75,11 +75,12 @@ def plot_command(output_dir: Path, run: str, output: Path | None) -> None:
 def _line(run: RunDirectory) -> str:
     state = run.state
     last = state.last_checkpoint()
+    base = "" if state.heldout_reward_base is None else f"{_reward(state.heldout_reward_base)} -> "
     rewards = [
-        f"{name} {_reward(before)} -> {_reward(after)}"
-        for name, before, after in (
-            ("training", state.train_reward_before, state.train_reward_after),
-            ("held-out", state.heldout_reward_before, state.heldout_reward_after),
+        f"{name} {base}{_reward(before)} -> {_reward(after)}"
+        for name, base, before, after in (
+            ("training", "", state.train_reward_before, state.train_reward_after),
+            ("held-out", base, state.heldout_reward_before, state.heldout_reward_after),
         )
         if before is not None or after is not None
     ]

@@ -108,7 +108,9 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     """Runs the epochs: warm start, rollouts, training, validation, checkpoints, resume and the reports."""
 
     validation_dataset: Path | None = Field(
-        default=None, description="Held-out dataset, scored before, during and after; `--validation_dataset` wins."
+        default=None,
+        description="Held-out dataset, scored before, during and after (with a warm start before that too); "
+        "`--validation_dataset` wins.",
     )
     validation_interval: int | None = Field(
         default=None, ge=1, description="Validate every N epochs; default `--validation_interval` (5)."

@@ -159,6 +159,7 @@ class RunBooks:
         summary = RunSummary(
             train_reward_before=state.train_reward_before,
             train_reward_after=state.train_reward_after,
+            heldout_reward_base=state.heldout_reward_base,
             heldout_reward_before=state.heldout_reward_before,
             heldout_reward_after=state.heldout_reward_after,
             seconds=round(state.seconds, 3),

@@ -90,7 +90,7 @@ class RolloutKeeper:
         rows: dict[str, list[Attempt]] = {}
         for attempt in attempts:
             rows.setdefault(attempt.row_id, []).append(attempt)
-        bound = None if collection.kind == "heldout" else self._rows
+        bound = None if collection.kind in ("heldout", "base") else self._rows
         return [attempt for row in list(rows.values())[:bound] for attempt in row]
 
     def _line(

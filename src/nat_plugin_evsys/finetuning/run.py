@@ -25,16 +25,16 @@ from nat_plugin_evsys.finetuning.run_pages import RunPages
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
 from nat_plugin_evsys.finetuning.watch import Watch
-from nat_plugin_evsys.report.metrics_log import VALIDATION, WARM_START
+from nat_plugin_evsys.report.metrics_log import BASE, VALIDATION, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
-from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
+from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.training.sdft import SdftStep
 from nat_plugin_evsys.training.sft import SftStep
 
 if TYPE_CHECKING:
     from nat.data_models.finetuning import FinetuneConfig
 
-    from nat_plugin_evsys.config import EvsysTrainerConfig
+    from nat_plugin_evsys.config import EvsysTrainerConfig, WarmStartConfig
     from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
     from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
     from nat_plugin_evsys.report.display import Display
@@ -139,17 +139,21 @@ class RunSession:
         self._display.phase("resume", f"after epoch {done} of {num_epochs}, from {source}")
 
     async def _begin(self) -> None:
-        config = self._trainer.config.warm_start
+        state, config = self._books.state, self._trainer.config.warm_start
+        self._books.metrics.truncate_after(-1)  # of a session that ended in here
         if config is not None:
-            self._display.phase("warm start", str(config.demonstrations))
-            started = time.monotonic()
-            metrics = await warm_start(self._policy, config, self._show_warm_start)
-            self._books.metrics.append(WARM_START, 0, **metrics, seconds=round(time.monotonic() - started, 3))
-            self._books.state.warm_started = True
-        state = self._books.state
+            state.heldout_reward_base = await self._score_heldout_rows(BASE, Collection("base", 0), "of the base model")
+            await self._warm_start(config)
         state.train_reward_before = await self._score_training_rows(0)
         state.heldout_reward_before = await self._validate(0)
         await self._checkpoints.save(0, state.heldout_reward_before, {})
+
+    async def _warm_start(self, config: WarmStartConfig) -> None:
+        self._display.phase("warm start", str(config.demonstrations))
+        started = time.monotonic()
+        metrics = await warm_start(self._policy, config, self._show_warm_start)
+        self._books.metrics.append(WARM_START, 0, **metrics, seconds=round(time.monotonic() - started, 3))
+        self._books.state.warm_started = True
 
     async def _epoch(self, epoch: int, num_epochs: int) -> None:
         started = time.monotonic()
@@ -192,11 +196,11 @@ class RunSession:
         try:
             return await self._trainer.start_epoch(epoch, run_id)
         except EvsysError:
-            await self._keep_evaluation("epoch", epoch + 1)
+            await self._keep_evaluation(Collection("epoch", epoch + 1))
             raise
 
-    async def _keep_evaluation(self, kind: CollectionKind, epoch: int) -> None:
-        await self._keeper.keep(Collection(kind, epoch), self._trainer.trajectory_builder.take_attempts())
+    async def _keep_evaluation(self, collection: Collection) -> None:
+        await self._keeper.keep(collection, self._trainer.trajectory_builder.take_attempts())
 
     async def _wait(self, ref: TrainingJobRef) -> TrainingJobStatus:
         """Wait for the job and show its progress.
@@ -252,24 +256,28 @@ class RunSession:
         try:
             return (await self._trainer.evaluate("train")).mean_reward
         finally:
-            await self._keep_evaluation("train", epochs_done)
+            await self._keep_evaluation(Collection("train", epochs_done))
 
     async def _validate(self, epochs_done: int) -> float | None:
-        """Held-out reward, also written to metrics.jsonl; None without a validation dataset."""
+        """Held-out reward of the policy; None without a validation dataset."""
+        when = "after the warm start" if epochs_done == 0 and self._books.state.warm_started else None
+        reward = await self._score_heldout_rows(VALIDATION, Collection("heldout", epochs_done), when)
+        if reward is not None:
+            self._books.state.heldout_reward_after = reward
+        return reward
+
+    async def _score_heldout_rows(self, event: str, collection: Collection, when: str | None) -> float | None:
+        """Held-out reward, also shown and written to metrics.jsonl; None without a validation dataset."""
         if self._inputs.validation_dataset is None:
             return None
-        started = time.monotonic()
+        started, epoch = time.monotonic(), collection.epoch
         try:
-            metrics = await self._trainer.run_validation_evaluation(epochs_done, self._books.run_dir.path.name)
+            metrics = await self._trainer.run_validation_evaluation(epoch, self._books.run_dir.path.name)
         finally:
-            await self._keep_evaluation("heldout", epochs_done)
-        reward = float(metrics["avg_reward"])
-        seconds = round(time.monotonic() - started, 3)
-        self._books.metrics.append(
-            VALIDATION, epochs_done, reward=reward, num_examples=metrics["num_examples"], seconds=seconds
-        )
-        self._books.state.heldout_reward_after = reward
-        self._display.validation(epochs_done, reward)
+            await self._keep_evaluation(collection)
+        reward, seconds = float(metrics["avg_reward"]), round(time.monotonic() - started, 3)
+        self._books.metrics.append(event, epoch, reward=reward, num_examples=metrics["num_examples"], seconds=seconds)
+        self._display.validation(epoch, reward, when)
         return reward
 
     def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:

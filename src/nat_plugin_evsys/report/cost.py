@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION, WARM_START
+from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION, WARM_START
 from nat_plugin_evsys.report.outcome import Row
 from nat_plugin_evsys.report.replies import ReplyNumbers
 from nat_plugin_evsys.runs.state import RunState
@@ -26,7 +26,7 @@ def cost(rows: Sequence[Row], state: RunState) -> dict[str, Any]:
         "warm start": _seconds(rows, WARM_START, "seconds"),
         "rollouts": _seconds(rows, EPOCH, "rollout_seconds"),
         "training": _seconds(rows, EPOCH, "training_seconds"),
-        "held-out scoring": _seconds(rows, VALIDATION, "seconds"),
+        "held-out scoring": _seconds(rows, BASE, "seconds") + _seconds(rows, VALIDATION, "seconds"),
     }
     rest = max(0.0, state.seconds - sum(parts.values()))
     return {

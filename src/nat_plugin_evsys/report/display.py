@@ -44,8 +44,8 @@ class Display:
             row: its row of metrics.jsonl.
         """
 
-    def validation(self, epoch: int, reward: float) -> None:
-        """The held-out reward after ``epoch`` epochs (0: before training)."""
+    def validation(self, epoch: int, reward: float, when: str | None = None) -> None:
+        """The held-out reward after ``epoch`` epochs (0: before training), or as ``when`` says it."""
 
     def finding(self, finding: Finding) -> None:
         """Something that a person should look at. It is never kept back: without a display it is a warning."""

@@ -52,9 +52,9 @@ class PlainDisplay(Display):
         """See Display."""
         self._write(epoch_text(epoch, epochs, row))
 
-    def validation(self, epoch: int, reward: float) -> None:
+    def validation(self, epoch: int, reward: float, when: str | None = None) -> None:
         """See Display."""
-        self._write(validation_text(epoch, reward))
+        self._write(validation_text(epoch, reward, when))
 
     def finding(self, finding: Finding) -> None:
         """See Display."""

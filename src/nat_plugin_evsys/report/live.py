@@ -62,9 +62,9 @@ class LiveDisplay(Display):
         """See Display."""
         self._say(epoch_text(epoch, epochs, row))
 
-    def validation(self, epoch: int, reward: float) -> None:
+    def validation(self, epoch: int, reward: float, when: str | None = None) -> None:
         """See Display."""
-        self._say(validation_text(epoch, reward))
+        self._say(validation_text(epoch, reward, when))
 
     def finding(self, finding: Finding) -> None:
         """See Display."""

@@ -1,8 +1,9 @@
 """``metrics.jsonl``: one JSON row per epoch, validation and warm start.
 
-Every row has ``event`` (``warm_start``, ``validation`` or ``epoch``), ``epoch`` and ``time`` (seconds since 1970).
-``epoch`` counts from 1 for an epoch's own row; elsewhere it is the number of epochs finished, so the validation before
-training has 0. See ``json_lines`` for numbers that are not finite.
+Every row has ``event`` (``base``, ``warm_start``, ``validation`` or ``epoch``), ``epoch`` and ``time`` (seconds since
+1970). ``epoch`` counts from 1 for an epoch's own row; elsewhere it is the number of epochs finished, so the validation
+before the first one has 0. ``base`` is the validation of the base model, before a warm start. See ``json_lines`` for
+numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import append_json_lines, json_line, read_json_lines
 
+BASE = "base"
 WARM_START = "warm_start"
 VALIDATION = "validation"
 EPOCH = "epoch"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nat_plugin_evsys.report.intervals import Interval, change_interval, mean_interval
-from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION
+from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION
 from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
 from nat_plugin_evsys.runs.state import RunState
 
@@ -29,6 +29,7 @@ class Outcome:
         before, after: mean rewards; None where nothing was measured.
         change: of the same rows; None where their rewards were not kept.
         rows: how many got ``better``, ``worse`` or stayed the ``same``.
+        base: mean reward of the base model on the held-out rows, where ``before`` is that after a warm start.
     """
 
     answer: Answer
@@ -38,6 +39,7 @@ class Outcome:
     after: Interval | None
     change: Interval | None
     rows: dict[str, int]
+    base: Interval | None = None
 
 
 def outcome(state: RunState, collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]) -> Outcome:
@@ -60,7 +62,13 @@ def outcome(state: RunState, collections: Sequence[Collection], rewards: Callabl
         "same": sum(new[row] == old[row] for row in rows),
     }
     answer = _answer(before, after, change)
-    return Outcome(answer, _sentence(answer, kind, before, after, change), kind, before, after, change, counts)
+    sentence = _sentence(answer, kind, before, after, change)
+    first = Collection("base", 0)
+    base = mean_interval(list(rewards(first).values())) if first in collections else None
+    base = base or _mean_alone(state.heldout_reward_base)
+    if base is not None and before is not None:
+        sentence += f" The warm start before that had taken it from {base.mean:.3f} to {before.mean:.3f}."
+    return Outcome(answer, sentence, kind, before, after, change, counts, base)
 
 
 def curve(
@@ -70,21 +78,25 @@ def curve(
 
     Returns:
         ``training``: mean, and low and high (one standard deviation, but not beyond what was seen); ``heldout``: mean,
-        and low and high of its interval where the rows' rewards were kept.
+        and low and high of its interval where the rows' rewards were kept; ``base``: the same of the base model, where
+        a warm start came before the first of ``heldout``.
     """
-    training, heldout = [], []
+    training: list[dict[str, Any]] = []
+    heldout: list[dict[str, Any]] = []
+    base: list[dict[str, Any]] = []
     for row in rows:
         if row["event"] == EPOCH and row.get("reward_mean") is not None:
             mean, spread = row["reward_mean"], row.get("reward_std") or 0.0
             low, high = max(mean - spread, row["reward_min"]), min(mean + spread, row["reward_max"])
             training.append({"epochs": row["epoch"] - 1, "mean": mean, "low": low, "high": high})
-        elif row["event"] == VALIDATION and row.get("reward") is not None:
-            collection = Collection("heldout", row["epoch"])
+        elif row["event"] in (BASE, VALIDATION) and row.get("reward") is not None:
+            points = base if row["event"] == BASE else heldout
+            collection = Collection("base" if row["event"] == BASE else "heldout", row["epoch"])
             interval = mean_interval(list(rewards(collection).values())) if collection in collections else None
             interval = interval or Interval(row["reward"], row["reward"], row["reward"], row["num_examples"])
             point = {"epochs": row["epoch"], "mean": row["reward"], "low": interval.low, "high": interval.high}
-            heldout.append({**point, "count": interval.count})
-    return {"training": training, "heldout": heldout}
+            points.append({**point, "count": interval.count})
+    return {"training": training, "heldout": heldout, "base": base}
 
 
 def comparison(kinds: tuple[CollectionKind, CollectionKind], rewards: tuple[RowRewards, RowRewards]) -> str:

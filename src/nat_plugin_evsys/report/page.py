@@ -113,7 +113,7 @@ def _choose(found: Sequence[Sequence[Block]], room: int) -> set[tuple[int, Colle
 
 def _by_worth(blocks: Sequence[Block]) -> list[Block]:
     """What shows the change (first and last measurement), the last and first epoch, then the others, new ones first."""
-    kinds: dict[str, list[Block]] = {"heldout": [], "epoch": [], "train": []}
+    kinds: dict[str, list[Block]] = {"heldout": [], "epoch": [], "base": [], "train": []}
     for block in blocks:
         kinds[block.collection.kind].append(block)
     ends = [kind[end] for kind in kinds.values() if kind for end in (-1, 0)]

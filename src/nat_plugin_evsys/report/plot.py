@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from nat_plugin_evsys.files import atomic_write
-from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION
+from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 TRAINING_COLOUR = "#2f6fba"
+BASE_COLOUR = "#7a7a7a"
 VALIDATION_COLOUR = "#d1690e"
 
 
@@ -69,6 +70,9 @@ def _draw_training(axes: Axes, rows: list[Row]) -> None:
 
 
 def _draw_validation(axes: Axes, rows: list[Row]) -> None:
+    base = [row["reward"] for row in rows if row.get("event") == BASE and _number(row.get("reward"))]
+    if base:
+        axes.plot([0] * len(base), base, "s", color=BASE_COLOUR, label="held-out, base model")
     points = [row for row in rows if row.get("event") == VALIDATION and _number(row.get("reward"))]
     if points:
         axes.plot(

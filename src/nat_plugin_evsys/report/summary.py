@@ -20,6 +20,7 @@ class RunSummary:
     """What a run did. Rewards are means; None where nothing was measured.
 
     Attributes:
+        heldout_reward_base: of the base model, where ``heldout_reward_before`` is that after a warm start.
         seconds: time of the run, over all of its sessions.
         calls: LLM calls that the training rollouts made.
         trained: calls that were trained on.
@@ -45,6 +46,7 @@ class RunSummary:
     epochs: int = 0
     serve_command: str | None = None
     run_dir: str | None = None
+    heldout_reward_base: float | None = None
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -70,7 +72,7 @@ class RunSummary:
         lines = [
             f"Finished {_count(self.epochs, 'epoch')} in {self.seconds:.1f} s",
             f"  training reward  {_change(self.train_reward_before, self.train_reward_after)}",
-            f"  held-out reward  {_change(self.heldout_reward_before, self.heldout_reward_after)}",
+            f"  held-out reward  {self._heldout_change()}",
             f"  trajectories     {trajectories['trained']} trained, {_dropped(trajectories['dropped'])}",
             f"  calls            {self.calls} made, {self.trained} trained, {_dropped(self.dropped)}",
             f"  adapter          {self.adapter or self._why_no_adapter()}",
@@ -81,6 +83,13 @@ class RunSummary:
             lines.append(f"  serve it with    {self.serve_command}")
         lines += [_finding(data) for data in self.findings]
         return "\n".join([*lines, str(path)])
+
+    def _heldout_change(self) -> str:
+        base, before, after = self.heldout_reward_base, self.heldout_reward_before, self.heldout_reward_after
+        if base is None:
+            return _change(before, after)
+        gain = "" if after is None else f"  ({after - base:+.3f})"
+        return f"base {_reward(base)} -> warm start {_reward(before)} -> {_reward(after)}{gain}"
 
     def _why_no_adapter(self) -> str:
         return "none was saved" if self.trained else "none: nothing was trained"

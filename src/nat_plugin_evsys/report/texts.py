@@ -60,7 +60,8 @@ def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
     return f"epoch {epoch}/{epochs} done" + (f": {', '.join(parts)}" if parts else "")
 
 
-def validation_text(epoch: int, reward: float) -> str:
+def validation_text(epoch: int, reward: float, when: str | None = None) -> str:
     """``held-out reward 0.625 after 2 epochs``."""
-    when = "before training" if epoch == 0 else f"after {epoch} epoch{'' if epoch == 1 else 's'}"
+    if when is None:
+        when = "before training" if epoch == 0 else f"after {epoch} epoch{'' if epoch == 1 else 's'}"
     return f"held-out reward {reward:.3f} {when}"

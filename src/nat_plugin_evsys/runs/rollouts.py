@@ -3,6 +3,7 @@
     rollouts/epoch-0003.jsonl.gz     the training rollouts of epoch 3
     rollouts/heldout-0003.jsonl.gz   the held-out rows, tried by the policy that has 3 epochs behind it
     rollouts/train-0000.jsonl.gz     the training rows, tried likewise, before the first epoch and after the last
+    rollouts/base-0000.jsonl.gz      the held-out rows, tried by the base model before a warm start
 
 Every line is one rollout in ATIF, NAT's interchange format of trajectories (``nat.atif.Trajectory``); its ``extra``
 holds the fields of ``RolloutFacts``. ``zcat`` reads them, and so does every ATIF reader.
@@ -20,14 +21,17 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import atomic_write
 
-CollectionKind = Literal["train", "heldout", "epoch"]
+CollectionKind = Literal["train", "heldout", "epoch", "base"]
 
 _COMPRESSION = 6
 _NAME = re.compile(rf"({'|'.join(get_args(CollectionKind))})-(\d+)\.jsonl\.gz")
 
 
 class Collection(NamedTuple):
-    """A collection of rollouts: ``epoch`` 3 is counted from 1, ``heldout`` and ``train`` 3 come after 3 epochs."""
+    """A collection of rollouts: ``epoch`` 3 is counted from 1, ``heldout`` and ``train`` 3 come after 3 epochs.
+
+    ``base`` 0, the held-out rows before a warm start, is the only one of its kind.
+    """
 
     kind: CollectionKind
     epoch: int
@@ -97,7 +101,7 @@ class RolloutFiles:
         """The collections on disk, in the order in which a run makes them."""
         names = (_NAME.fullmatch(path.name) for path in self.directory.glob("*.jsonl.gz"))
         found = [Collection(name[1], int(name[2])) for name in names if name]  # type: ignore[arg-type]
-        return sorted(found, key=lambda item: (item.epoch, ("epoch", "heldout", "train").index(item.kind)))
+        return sorted(found, key=lambda item: (item.epoch, ("base", "epoch", "heldout", "train").index(item.kind)))
 
     def write(self, collection: Collection, lines: Iterable[str]) -> int:
         """Replace a collection.

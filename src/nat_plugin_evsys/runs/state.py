@@ -42,6 +42,7 @@ class RunState:
         epochs_done: epochs whose training, checkpoint and metrics are all on disk.
         tally: calls, ``{"calls": n, "trained": n, "dropped": {reason: n}}``.
         trajectories: ``{"trained": n, "dropped": {reason: n}}``.
+        heldout_reward_base: of the base model, where a warm start comes before ``heldout_reward_before``.
         seconds: time spent so far, over all of its sessions.
         curriculum: the curriculum's own state.
         config_hash: hash of the settings that decide what a run computes.
@@ -55,6 +56,7 @@ class RunState:
     best_reward: float | None = None
     train_reward_before: float | None = None
     train_reward_after: float | None = None
+    heldout_reward_base: float | None = None
     heldout_reward_before: float | None = None
     heldout_reward_after: float | None = None
     tally: dict[str, Any] = field(default_factory=lambda: {"calls": 0, "trained": 0, "dropped": {}})

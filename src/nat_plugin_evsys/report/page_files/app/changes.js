@@ -4,7 +4,7 @@ const CHANGE_FILTERS = [["all", "All"], ["worse", "Worse"], ["better", "Better"]
 const CHANGE_PAGE = 12;
 
 function Changes() {
-  const choices = runs.flatMap((run) => collectionsOf(run, measuredKind(run)));
+  const choices = runs.flatMap(measuredCollections);
   const shown = choices.filter((collection) => collection.element !== null);
   if (shown.length < 2) {
     return html`<section id="changed"><h2>2. What changed?</h2>
@@ -27,7 +27,7 @@ function ChangeList({ choices, shown }) {
   const right = useRows(now);
   const pairs = useMemo(() => (left.rows && right.rows ? pairUp(left.rows, right.rows) : null), [left.rows, right.rows]);
   const options = choices.map((each) => [each.key, isComparison ? `${"AB"[each.run.index]}, ${collectionName(each)}` : collectionName(each), each.element === null]);
-  const what = now.kind === "heldout" ? "Rows that were held out of training" : "Rows that were trained on";
+  const what = now.kind !== "train" ? "Rows that were held out of training" : "Rows that were trained on";
   return html`<section id="changed">
     <h2>2. What changed?</h2>
     <p>${what}, tried once each by both policies. The worst regressions come first.</p>

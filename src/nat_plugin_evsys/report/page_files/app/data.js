@@ -20,6 +20,12 @@ function collectionsOf(run, kind) {
   return run.collections.filter((collection) => collection.kind === kind);
 }
 
+/** The collections that are tried on the same rows: of held-out rows also those before a warm start. */
+function measuredCollections(run) {
+  const kind = measuredKind(run);
+  return kind === "heldout" ? [...collectionsOf(run, "base"), ...collectionsOf(run, kind)] : collectionsOf(run, kind);
+}
+
 /** The rows that show the change: held-out ones, or the training rows where there are no others. */
 function measuredKind(run) {
   return collectionsOf(run, "heldout").length > 0 ? "heldout" : "train";
@@ -63,13 +69,20 @@ function useRows(collection) {
 
 /** From the lowest to the highest reward that a run shows, at least from 0 to 1. */
 function rewardRange(run) {
-  const seen = [...run.curve.training, ...run.curve.heldout].flatMap((point) => [point.low, point.high]);
+  const seen = [...run.curve.training, ...run.curve.heldout, ...run.curve.base].flatMap((point) => [point.low, point.high]);
   return [Math.min(0, ...seen), Math.max(1, ...seen)];
 }
 runs.forEach((run) => { run.range = rewardRange(run); });
 
 function collectionName(collection) {
-  const { kind, epoch } = collection;
+  const { kind, epoch, run } = collection;
   if (kind === "epoch") return `epoch ${epoch}`;
-  return epoch === 0 ? "before training" : `after ${plural(epoch, "epoch")}`;
+  if (kind === "base") return "base model";
+  return policyName(run, epoch);
+}
+
+/** The policy with so many epochs behind it. */
+function policyName(run, epochs) {
+  if (epochs > 0) return `after ${plural(epochs, "epoch")}`;
+  return collectionsOf(run, "base").length > 0 ? "after the warm start" : "before training";
 }

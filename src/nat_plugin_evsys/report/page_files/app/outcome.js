@@ -51,10 +51,11 @@ function Figures({ run }) {
     ${isComparison && html`<div class="figure wide small"><${RunName} run=${run} /></div>`}
     <div class="figure wide">
       <div class="label">${rows}</div>
-      <div class="value">${fixed(outcome.before?.mean)} <small>→</small> ${fixed(outcome.after?.mean)}
+      <div class="value">${outcome.base && html`${fixed(outcome.base.mean)} <small>→</small> ${" "}`}${fixed(outcome.before?.mean)} <small>→</small> ${fixed(outcome.after?.mean)}
         ${outcome.change && html` <${Change} value=${outcome.change.mean} />`}</div>
       ${outcome.change && html`<div class="note">95% interval ${signed(outcome.change.low, 2)} to
         ${" "}${signed(outcome.change.high, 2)}, ${plural(outcome.change.count, "row")}</div>`}
+      ${outcome.base && html`<div class="note">base model → after the warm start → after training; the change is the last step's</div>`}
     </div>
     <div class="figure wide better-rows">
       <div class="label">Rows that got</div>
@@ -102,7 +103,8 @@ function curveColours(run) {
 function RewardLegend() {
   const entries = isComparison
     ? runs.map((run) => [run.colour, `${"AB"[run.index]}: solid training, dashed held-out`])
-    : [["--run-a", "training rollouts: mean and one standard deviation"], ["--run-b", "held-out rows: mean and 95% interval"]];
+    : [["--run-a", "training rollouts: mean and one standard deviation"], ["--run-b", "held-out rows: mean and 95% interval"],
+        ...(runs[0].curve.base.length > 0 ? [["--muted", "the same, of the base model"]] : [])];
   return html`<div class="legend" style="margin-bottom: 8px">${entries.map(
     ([name, text]) => html`<span key=${text}><i class="dot" style=${`--colour: var(${name})`}></i>${text}</span>`,
   )}</div>`;
@@ -134,6 +136,11 @@ function rewardChart(width) {
     data.push(column(xs, measured, "mean"));
     series.push({ stroke: colour(heldout), width: lineWidth(run), dash: [5, 4], spanGaps: true, points: { show: true, size: 9, fill: colour(heldout) } });
     bars.push({ low: column(xs, measured, "low"), high: column(xs, measured, "high"), stroke: colour(heldout) });
+    if (run.curve.base.length > 0) {
+      const base = isComparison ? heldout : "--muted";
+      data.push(column(xs, run.curve.base, "mean"));
+      series.push({ stroke: colour(base), width: 0, points: { show: true, size: 9, fill: colour(base) } });
+    }
   }
   const low = Math.min(...runs.map((run) => run.range[0]));
   const high = Math.max(...runs.map((run) => run.range[1]));
@@ -161,12 +168,14 @@ function lineWidth(run) {
 }
 
 function rewardLines(epochs) {
-  const lines = [epochs === 0 ? "before training" : `after ${plural(epochs, "epoch")}`];
+  const lines = [isComparison && epochs === 0 ? "before training" : policyName(runs[0], epochs)];
   for (const run of runs) {
     const [training, heldout] = curveColours(run);
     const name = isComparison ? `${"AB"[run.index]} ` : "";
     const drawn = run.curve.training.find((point) => point.epochs === epochs);
     const measured = run.curve.heldout.find((point) => point.epochs === epochs);
+    const base = run.curve.base.find((point) => point.epochs === epochs);
+    if (base) lines.push([isComparison ? heldout : "--muted", `${name}base model, held-out ${fixed(base.mean)} (${fixed(base.low, 2)} to ${fixed(base.high, 2)})`]);
     if (drawn) lines.push([training, `${name}training ${fixed(drawn.mean)}`]);
     if (measured) lines.push([heldout, `${name}held-out ${fixed(measured.mean)} (${fixed(measured.low, 2)} to ${fixed(measured.high, 2)})`]);
   }

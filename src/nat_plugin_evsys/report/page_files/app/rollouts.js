@@ -56,7 +56,7 @@ function RolloutBrowser() {
 }
 
 function EpochTools({ shown, collections, collection, open }) {
-  const names = { epoch: "", heldout: "held-out, ", train: "training rows, " };
+  const names = { epoch: "", base: "held-out, ", heldout: "held-out, ", train: "training rows, " };
   const options = collections.map((each) => [
     each.key,
     `${isComparison ? `${"AB"[each.run.index]}: ` : ""}${names[each.kind]}${collectionName(each)}${each.element === null ? " (not in this file)" : ""}`,
