@@ -47,7 +47,9 @@ async def test_settings_reach_the_backend(policy: Fixture, make_adapter: Fixture
         "grad_clip_norm": 0.7,
     }
     clip = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.4}
-    adapter = make_adapter(policy, loss_fn="ppo", loss_fn_config=clip, groups_per_step=2, passes=2, **adam)
+    adapter = make_adapter(
+        policy, loss_fn="ppo", loss_fn_config=clip, groups_per_step=2, passes=2, normalization="sum", **adam
+    )
     await run(adapter, await policy.collection(groups=3, size=4))
     assert policy.backend.calls == [
         entry
@@ -102,7 +104,14 @@ async def test_dro_does_not_pull_at_the_prompt(make_policy: Fixture, make_adapte
     collection = await policy.collection(groups=1, size=4, turns=2)
     start = policy.weights()
     adapter = make_adapter(
-        policy, loss_fn="dro", loss_fn_config={"beta": beta}, eps=1.0, learning_rate=1.0, merge_calls=False
+        policy,
+        loss_fn="dro",
+        loss_fn_config={"beta": beta},
+        eps=1.0,
+        learning_rate=1.0,
+        merge_calls=False,
+        normalization="sum",
+        grad_clip_norm=0.0,
     )
     status = await run(adapter, collection)
     assert status.status is TrainingStatusEnum.COMPLETED, status.message

@@ -50,7 +50,22 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     beta2: float = Field(default=defaults.BETA2, ge=0, lt=1, description="AdamW beta2.")
     eps: float = Field(default=defaults.EPS, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(default=defaults.WEIGHT_DECAY, ge=0, description="AdamW decoupled weight decay.")
-    grad_clip_norm: float = Field(default=0.0, ge=0, description="Clip of the gradient's global norm; 0 is off.")
+    grad_clip_norm: float = Field(
+        default=defaults.GRAD_CLIP_NORM, ge=0, description="Clip of the gradient's global norm; 0 is off."
+    )
+    lr_decay: Literal["constant", "linear", "cosine"] = Field(
+        default="linear", description="How the learning rate falls over the run: not at all, or to zero at its end."
+    )
+    lr_warmup: float = Field(
+        default=defaults.LR_WARMUP, ge=0, lt=1, description="Share of the run over which the learning rate rises."
+    )
+    normalization: Literal["full_step", "tokens", "sequences", "sum"] = Field(
+        default="full_step",
+        description="What the loss is divided by. `full_step`: the tokens that a full step has on average, so that "
+        "dropped groups and long replies do not change what a token weighs (Dr. GRPO). `tokens`: the step's own tokens "
+        "(DAPO). `sequences`: each trajectory's own tokens, then the number of trajectories (GRPO). `sum`: nothing, "
+        "Tinker's own sum.",
+    )
     advantage: Literal["group_mean", "group_mean_std", "reward"] = Field(
         default="group_mean",
         description="`group_mean`: reward minus the group's mean. `group_mean_std`: that, divided by the group's "

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from nat_plugin_evsys.backends.base import Backend
     from nat_plugin_evsys.training.dpo import DpoSettings
+    from nat_plugin_evsys.training.learning_rate import LearningRate
     from nat_plugin_evsys.training.pair_material import Renderer
     from nat_plugin_evsys.training.policy_gradient import TrainingSettings
     from nat_plugin_evsys.training.work import Material, TrainingWork
 
-NOT_FOR_PAIRS = ("loss_fn", "loss_fn_config", "advantage", "groups_per_step", "merge_calls")
+NOT_FOR_PAIRS = ("loss_fn", "loss_fn_config", "normalization", "advantage", "groups_per_step", "merge_calls")
 """Settings that preference pairs have no use for; refused with them unless they have their defaults."""
 
 
@@ -66,10 +67,17 @@ def groups_of(rows: list[list[Trajectory]]) -> list[TrajectoryGroup]:
 
 
 class JobWork:
-    """Makes the work of jobs on one policy with one adapter's settings."""
+    """Makes the work of jobs on one policy with one adapter's settings.
 
-    def __init__(self, config: EvsysTrainerAdapterConfig, policy: PolicyUnderTraining) -> None:
+    Args:
+        num_epochs: of the run that the jobs are part of; None where there is no run.
+    """
+
+    def __init__(
+        self, config: EvsysTrainerAdapterConfig, policy: PolicyUnderTraining, num_epochs: int | None = None
+    ) -> None:
         self._config = config
+        self._num_epochs = num_epochs
         self._policy = policy
 
     def on_groups(self, groups: list[TrajectoryGroup], epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
@@ -120,6 +128,8 @@ class JobWork:
             loss_fn=config.loss_fn,
             loss_fn_config=config.loss_fn_config,
             adam=self._adam(),
+            rate=self._rate(epoch),
+            normalization=config.normalization,
             advantage=config.advantage,
             groups_per_step=config.groups_per_step,
             passes=config.passes,
@@ -129,17 +139,26 @@ class JobWork:
 
     def _dpo_settings(self, epoch: int | None) -> DpoSettings:
         from nat_plugin_evsys.training.dpo import DpoSettings
-        from nat_plugin_evsys.training.learning_rate import LearningRate
 
         config = self._config
         return DpoSettings(
             adam=self._adam(),
-            rate=LearningRate(config.learning_rate),
+            rate=self._rate(epoch),
             beta=config.dpo_beta,
             batch_size=config.dpo_batch_size,
             passes=config.passes,
             seed=self._shuffle_key(epoch),
         )
+
+    def _rate(self, epoch: int | None) -> LearningRate:
+        """The run's schedule, of which an epoch is one part; outside of a run the rate is constant."""
+        from nat_plugin_evsys.training.learning_rate import LearningRate
+
+        config, epochs = self._config, self._num_epochs
+        if epochs is None or epoch is None:
+            return LearningRate(config.learning_rate)
+        at = min(epoch, epochs - 1)
+        return LearningRate(config.learning_rate, config.lr_decay, config.lr_warmup, at / epochs, (at + 1) / epochs)
 
     def _adam(self) -> types.AdamParams:
         from tinker import types

@@ -51,6 +51,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         self.policy = policy
         self.run_dir: Path | None = None
         self.health_timeout = HEALTH_TIMEOUT
+        self._num_epochs: int | None = None
         self._work = JobWork(adapter_config, policy)
         self._jobs = JobQueue()
         self._closed = False
@@ -67,6 +68,8 @@ class EvsysTrainerAdapter(TrainerAdapter):
             ModelError: the model cannot be loaded, or its backend does not answer.
         """
         await super().initialize(run_config)
+        self._num_epochs = run_config.num_epochs
+        self._work = JobWork(self.config, self.policy, self._num_epochs)
         await self.policy.ensure_loaded()
         if not await self.is_healthy():
             raise ModelError(
@@ -78,7 +81,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """Calls may be older than the policy that trains on them: clip their ratios, unless a loss was chosen."""
         if "loss_fn" not in self.config.model_fields_set:
             self.config = self.config.model_copy(update={"loss_fn": "ppo"})
-            self._work = JobWork(self.config, self.policy)
+            self._work = JobWork(self.config, self.policy, self._num_epochs)
             logger.info("trainer adapter: loss_fn is ppo, as rollouts overlap with training")
 
     async def is_healthy(self) -> bool:

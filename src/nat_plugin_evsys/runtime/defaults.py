@@ -31,3 +31,10 @@ EPS = 1e-8
 """Larger than Tinker's 1e-12: a matrix entry that has hardly any gradient is not moved at the full rate."""
 
 WEIGHT_DECAY = 0.0
+
+GRAD_CLIP_NORM = 1.0
+"""TRL's max_grad_norm, for a loss that is a mean over tokens."""
+
+NORMALIZATION = "full_step"
+LR_DECAY = "linear"
+LR_WARMUP = 0.05

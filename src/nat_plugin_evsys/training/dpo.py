@@ -211,7 +211,7 @@ async def dpo_steps(pairs: Sequence[Pair], settings: DpoSettings) -> Steps:
         yield Step(
             data=data,
             loss=loss,
-            adam=settings.adam.model_copy(update={"learning_rate": settings.rate.at(number, total)}),
+            adam=settings.adam.model_copy(update={"learning_rate": settings.rate.at_step(number, total)}),
             number=number,
             total=total,
             epoch=epoch,

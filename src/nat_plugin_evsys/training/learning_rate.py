@@ -13,21 +13,24 @@ Decay = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True, slots=True)
 class LearningRate:
-    """A linear rise to ``peak`` over ``warmup`` steps, then ``decay`` over those that are left.
+    """A linear rise to ``peak`` over the share ``warmup`` of the training, then ``decay`` over what is left.
 
-    For step t (from 1) of T, with W warm-up steps and the share ``x = (t - 1 - W) / (T - W)`` of the decay behind it::
+    For a step that begins at the share x of the training and takes it on by dx, with the share of the decay behind it
+    ``y = (x - warmup) / (1 - warmup)``::
 
-        t <= W      peak * t / (W + 1)
-        constant    peak
-        linear      peak * (1 - x)
-        cosine      peak * (1 + cos(pi x)) / 2
+        x < warmup   peak * (x + dx) / (warmup + dx)
+        constant     peak
+        linear       peak * (1 - y)
+        cosine       peak * (1 + cos(pi y)) / 2
 
-    ``linear`` is Tinker's sl_loop; no step runs at a rate of 0.
+    Step t (from 1) of T equal steps has x = (t - 1) / T and dx = 1 / T; with ``linear`` and no warm-up that is the
+    ``peak * (1 - (t - 1) / T)`` of Tinker's sl_loop. No step runs at a rate of 0.
 
     Attributes:
         peak: the highest rate.
         decay: by name.
-        warmup: optimizer steps.
+        warmup: share of the training, from 0 to less than 1.
+        start, end: the part of the training, from 0 to 1, that ``at_step`` counts the steps of.
 
     Raises:
         ConfigError: a value is out of range.
@@ -35,24 +38,30 @@ class LearningRate:
 
     peak: float
     decay: Decay = "constant"
-    warmup: int = 0
+    warmup: float = 0.0
+    start: float = 0.0
+    end: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.peak) and self.peak > 0) or self.warmup < 0:
-            raise ConfigError(f"a learning rate needs peak > 0 and warmup >= 0, got {self.peak}, {self.warmup}")
+        if not (math.isfinite(self.peak) and self.peak > 0) or not 0 <= self.warmup < 1:
+            raise ConfigError(f"a learning rate needs peak > 0 and 0 <= warmup < 1, got {self.peak}, {self.warmup}")
         if self.decay not in ("constant", "linear", "cosine"):
             raise ConfigError(f"unknown decay `{self.decay}`; it must be constant, linear or cosine")
 
-    def at(self, step: int, total: int) -> float:
-        """The rate of ``step``, from 1, of ``total``; beyond ``total`` that of the last step."""
-        if step <= self.warmup:
-            return self.peak * step / (self.warmup + 1)
-        left = max(total - self.warmup, 1)
-        x = min(step - 1 - self.warmup, left - 1) / left
+    def at_step(self, step: int, total: int) -> float:
+        """The rate of ``step``, from 1, of the ``total`` equal ones from ``start`` to ``end``."""
+        dx = (self.end - self.start) / total
+        return self.at(self.start + (step - 1) * dx, dx)
+
+    def at(self, x: float, dx: float) -> float:
+        """The rate of a step from the share ``x`` of the training to ``x + dx``."""
+        if x < self.warmup:
+            return self.peak * min((x + dx) / (self.warmup + dx), 1.0)
+        y = (x - self.warmup) / (1 - self.warmup)
         match self.decay:
             case "constant":
                 return self.peak
             case "linear":
-                return self.peak * (1 - x)
+                return self.peak * (1 - y)
             case "cosine":
-                return self.peak * (1 + math.cos(math.pi * x)) / 2
+                return self.peak * (1 + math.cos(math.pi * y)) / 2

@@ -177,7 +177,7 @@ async def _sdft_steps(
         yield Step(
             data=data,
             loss=loss,
-            adam=types.AdamParams(learning_rate=rate.at(number, total), eps=defaults.EPS),
+            adam=types.AdamParams(learning_rate=rate.at_step(number, total), eps=defaults.EPS),
             number=number,
             total=total,
             epoch=epoch,

@@ -170,7 +170,7 @@ async def sft_steps(
         yield Step(
             data=data,
             loss=NamedLoss("cross_entropy"),
-            adam=types.AdamParams(learning_rate=rate.at(number, total), eps=defaults.EPS),
+            adam=types.AdamParams(learning_rate=rate.at_step(number, total), eps=defaults.EPS),
             number=number,
             total=total,
             epoch=epoch,
