@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from nat.data_models.finetuning import EpisodeItem, TrainingStatusEnum, Trajectory, TrajectoryCollection
+from nat.data_models.finetuning import (
+    EpisodeItem,
+    FinetuneConfig,
+    TrainingStatusEnum,
+    Trajectory,
+    TrajectoryCollection,
+)
 from tinker import types
 
 from nat_plugin_evsys.errors import ConfigError
@@ -56,6 +62,21 @@ async def test_settings_reach_the_backend(policy: Fixture, make_adapter: Fixture
         for datums in (8, 4, 8, 4)
         for entry in (("forward_backward", (datums, "ppo", clip)), ("optim_step", types.AdamParams(**adam)))
     ]
+
+
+async def test_the_schedule_is_over_the_runs_epochs(policy: Fixture, make_adapter: Fixture) -> None:
+    """Also for a run that resumes: the rate depends on the epoch's number alone."""
+    adapter = make_adapter(policy, learning_rate=1.0, lr_schedule="linear", lr_warmup=0.25, groups_per_step=2)
+    await adapter.initialize(FinetuneConfig(num_epochs=4))
+    collection = await policy.collection(groups=4, size=2)
+    rates = {}
+    for epoch in (2, 0, 3, 1):
+        policy.backend.calls.clear()
+        status = await adapter.wait_until_complete(await adapter.submit(collection, epoch=epoch))
+        rates[epoch] = [adam.learning_rate for verb, adam in policy.backend.calls if verb == "optim_step"]
+        assert status.metadata["metrics"]["learning_rate"] == pytest.approx(sum(rates[epoch]) / 2)
+    expected = {0: [1 / 3, 2 / 3], 1: [1, 5 / 6], 2: [4 / 6, 3 / 6], 3: [2 / 6, 1 / 6]}
+    assert rates == {epoch: pytest.approx(two) for epoch, two in expected.items()}
 
 
 async def test_every_trained_id_was_served(policy: Fixture, make_adapter: Fixture, tmp_path: Path) -> None:

@@ -26,6 +26,10 @@ def test_each_metric_is_reduced_as_its_name_says() -> None:
     )
 
 
+def test_a_loss_that_was_normalized_is_not_divided_again() -> None:
+    assert "loss_per_token" not in summarize([StepMetrics(1, 4, 0.0, {"loss:sum": -0.5}, normalized=True)])
+
+
 def test_a_metric_of_some_steps_only_is_reduced_over_those() -> None:
     summary = summarize([StepMetrics(1, 1, 0.0, {}), StepMetrics(1, 3, 0.0, {"x:mean": 7.0})])
     assert summary["x:mean"] == 7.0

@@ -53,18 +53,19 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     grad_clip_norm: float = Field(
         default=defaults.GRAD_CLIP_NORM, ge=0, description="Clip of the gradient's global norm; 0 is off."
     )
-    lr_decay: Literal["constant", "linear", "cosine"] = Field(
-        default="linear", description="How the learning rate falls over the run: not at all, or to zero at its end."
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="How the learning rate falls over the run after the warm-up: not at all, or to zero at its end.",
     )
     lr_warmup: float = Field(
-        default=defaults.LR_WARMUP, ge=0, lt=1, description="Share of the run over which the learning rate rises."
+        default=0.0, ge=0, lt=1, description="Share of the run over which the learning rate rises to its full value."
     )
     normalization: Literal["full_step", "tokens", "sequences", "sum"] = Field(
         default="full_step",
-        description="What the loss is divided by. `full_step`: the tokens that a full step has on average, so that "
-        "dropped groups and long replies do not change what a token weighs (Dr. GRPO). `tokens`: the step's own tokens "
-        "(DAPO). `sequences`: each trajectory's own tokens, then the number of trajectories (GRPO). `sum`: nothing, "
-        "Tinker's own sum.",
+        description="What the loss is divided by. `full_step`: the tokens of an average full step, so that neither "
+        "dropped groups nor long replies change what a token weighs (Dr. GRPO). `tokens`: the step's own tokens "
+        "(DAPO). `sequences`: each trajectory's own tokens, then the number of trajectories (GRPO). `sum`: nothing "
+        "(Tinker's own sum). See training.md.",
     )
     advantage: Literal["group_mean", "group_mean_std", "reward"] = Field(
         default="group_mean",
@@ -88,11 +89,16 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     )
 
     @model_validator(mode="after")
-    def _loss_takes_its_config(self) -> "EvsysTrainerAdapterConfig":
+    def _loss_takes_its_settings(self) -> "EvsysTrainerAdapterConfig":
         if self.loss_fn == "importance_sampling" and self.loss_fn_config:
             raise ValueError(
                 f"loss_fn `importance_sampling` takes no loss_fn_config, but got {sorted(self.loss_fn_config)}; "
                 "remove loss_fn_config or choose ppo or cispo"
+            )
+        if self.loss_fn == "dro" and self.normalization == "sequences":
+            raise ValueError(
+                "loss_fn `dro` has no normalization `sequences`: its quadratic term has one weight for all tokens; "
+                "choose full_step, tokens or sum"
             )
         return self
 

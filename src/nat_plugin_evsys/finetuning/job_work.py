@@ -158,7 +158,7 @@ class JobWork:
         if epochs is None or epoch is None:
             return LearningRate(config.learning_rate)
         at = min(epoch, epochs - 1)
-        return LearningRate(config.learning_rate, config.lr_decay, config.lr_warmup, at / epochs, (at + 1) / epochs)
+        return LearningRate(config.learning_rate, config.lr_schedule, config.lr_warmup, at / epochs, (at + 1) / epochs)
 
     def _adam(self) -> types.AdamParams:
         from tinker import types

@@ -234,8 +234,8 @@ FIGURES: tuple[Figure, ...] = (
         ("grad_norm", "grad_norm:mean"),
         digits=2,
         threshold=Threshold("above", 20.0, of_first=True),
-        crossed="The gradient has grown by more than an order of magnitude: set grad_clip_norm: 1.0, or lower "
-        "learning_rate.",
+        crossed="The gradient has grown by more than an order of magnitude: lower learning_rate, and "
+        "see that grad_clip_norm is not 0.",
     ),
     Figure(
         "Staleness",

@@ -33,8 +33,4 @@ EPS = 1e-8
 WEIGHT_DECAY = 0.0
 
 GRAD_CLIP_NORM = 1.0
-"""TRL's max_grad_norm, for a loss that is a mean over tokens."""
-
-NORMALIZATION = "full_step"
-LR_DECAY = "linear"
-LR_WARMUP = 0.05
+"""TRL's max_grad_norm. Of the NAT trainer, whose loss is a mean over tokens; Tinker's ``AdamParams`` has 0, off."""

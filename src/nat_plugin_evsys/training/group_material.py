@@ -25,7 +25,7 @@ class GroupMaterial:
         groups: at least one.
     """
 
-    advice = "Lower learning_rate or set grad_clip_norm, and look for extreme rewards"
+    advice = "Lower learning_rate, and look for extreme rewards"
 
     def __init__(self, groups: list[TrajectoryGroup], settings: TrainingSettings) -> None:
         self._groups = groups

@@ -53,6 +53,7 @@ class Step:
         mean_over: how many things the backend's means are over; see StepMetrics.
         share: part of the whole training that this step is, 0 to 1.
         policy_version: the version that ``data`` was sampled from, if one did.
+        normalized: whether ``data`` is scaled so that the loss is no plain sum over tokens.
     """
 
     data: list[Datum]
@@ -66,6 +67,7 @@ class Step:
     mean_over: int | None = None
     share: float = 0.0
     policy_version: int | None = None
+    normalized: bool = False
 
     @property
     def tokens(self) -> int:
@@ -171,8 +173,9 @@ async def _take(backend: Backend, step: Step, watch: _Watch, advice: str) -> Tak
         tokens=step.tokens,
         sampled_tokens=step.sampled_tokens,
         seconds=time.monotonic() - started,
-        values={**output.metrics, **(response.metrics or {})},
+        values={**output.metrics, **(response.metrics or {}), "learning_rate": step.adam.learning_rate},
         mean_over=step.mean_over,
+        normalized=step.normalized,
     )
     return Taken(step, output, metrics)
 

@@ -1,4 +1,4 @@
-"""How much a token of an optimizer step weighs, and how large a step that is not full may be.
+"""How much a token of an optimizer step weighs.
 
 Tinker's losses are sums over tokens: ``L = sum_d sum_t l(d, t)``, with ``l`` linear in the advantage. Multiplying the
 advantages of Datum d by ``s_d`` therefore gives exactly ``sum_d s_d sum_t l(d, t)``: each normalisation below is one of
@@ -23,15 +23,11 @@ counts an eighth (its square 1/64), with ``tokens`` as much as a full one. A con
 the norm at which ``grad_clip_norm`` cuts, and entries of the gradient below eps. Both are why ``sum`` is not the
 default.
 
-The one thing that no scale of the gradient can mend is the size of the step itself: Adam moves each weight by about the
-learning rate even when the gradient comes from one group. ``step_rate`` lowers the rate of a step that is not full by
-the square-root rule for Adam (arXiv 2205.10287, definition 5.1: a batch smaller by k has the same dynamics at a rate
-smaller by sqrt(k)).
+The learning rate itself is never scaled: a step runs at the rate that was set, however many groups it has.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -86,8 +82,3 @@ def with_advantages(datum: Datum, advantages: np.ndarray) -> Datum:
     """A copy with other advantages, shape (N,)."""
     values = TensorData(data=advantages.astype(np.float32), dtype="float32", shape=list(advantages.shape))
     return Datum(datum.model_input, {**datum.loss_fn_inputs, "advantages": values})
-
-
-def step_rate(rate: float, groups: int, full_step: int) -> float:
-    """The learning rate of a step of ``groups`` groups where a full one has ``full_step``: ``rate * sqrt(share)``."""
-    return rate * math.sqrt(min(groups / full_step, 1.0))

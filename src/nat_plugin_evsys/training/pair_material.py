@@ -38,7 +38,7 @@ class PairMaterial:
         renderer: gives the policy's renderer; asked once the backend is loaded.
     """
 
-    advice = "Lower learning_rate or dpo_beta, or set grad_clip_norm"
+    advice = "Lower learning_rate or dpo_beta"
 
     def __init__(
         self, trajectories: list[PreferenceTrajectory], settings: DpoSettings, renderer: Callable[[], Renderer]

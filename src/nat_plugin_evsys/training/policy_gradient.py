@@ -21,7 +21,7 @@ from nat_plugin_evsys.rollouts.datums import DatumSet, group_datums, with_prompt
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.loop import NamedLoss, Step, Steps
-from nat_plugin_evsys.training.normalization import Normalization, datum_scales, scaled, step_rate
+from nat_plugin_evsys.training.normalization import Normalization, datum_scales, scaled
 
 DRO_BETA = 0.05
 """Tinker's default."""
@@ -34,7 +34,7 @@ class TrainingSettings:
     Attributes:
         loss_fn: importance_sampling, ppo, cispo, dro or gspo.
         adam: of every optimizer step, except for the learning rate.
-        rate: the learning rate of full steps, default that of ``adam``; others run at ``step_rate`` of it.
+        rate: the learning rate over the steps, default that of ``adam``.
         normalization: how much a token weighs; see ``normalization``.
         loss_fn_config: the loss's settings, by Tinker's names.
         advantage: see ``group_advantages``.
@@ -92,51 +92,41 @@ def plan_steps(sets: Sequence[DatumSet], settings: TrainingSettings) -> list[tup
 async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], settings: TrainingSettings) -> Steps:
     """The optimizer steps on groups, as ``plan_steps`` orders them."""
     plan = plan_steps(sets, settings)
-    full = _FullStep.of(sets, settings)
-    schedule = settings.rate or LearningRate(settings.adam.learning_rate)
+    full_step_tokens = _full_step_tokens(sets, settings)
+    rate = settings.rate or LearningRate(settings.adam.learning_rate)
     tokens = sum(sets[index].tokens for members in plan for index in members)
     for number, members in enumerate(plan, start=1):
         batch = [sets[index] for index in members]
-        rate = schedule.at_step(number, len(plan))
-        if settings.normalization != "sum":
-            rate = step_rate(rate, len(members), full.groups)
-        data, loss = await _step_data(backend, batch, settings, full)
+        data, loss = await _step_data(backend, batch, settings, full_step_tokens)
         yield Step(
             data=data,
             loss=loss,
-            adam=settings.adam.model_copy(update={"learning_rate": rate}),
+            adam=settings.adam.model_copy(update={"learning_rate": rate.at_step(number, len(plan))}),
             number=number,
             total=len(plan),
             epoch=1 + (number - 1) * settings.passes // len(plan),
             members=members,
             sampled_tokens=sum(datums.sampled_tokens for datums in batch),
             share=sum(datums.tokens for datums in batch) / tokens,
+            normalized=settings.normalization != "sum",
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _FullStep:
-    """What a step is measured by: its groups, and their sampled tokens at the job's mean length."""
-
-    groups: int
-    tokens: float
-
-    @classmethod
-    def of(cls, sets: Sequence[DatumSet], settings: TrainingSettings) -> _FullStep:
-        groups = settings.groups_per_step or len(sets)
-        lengths = [datums.sampled_tokens for datums in sets if datums.datums]
-        return cls(groups, groups * sum(lengths) / max(len(lengths), 1))
+def _full_step_tokens(sets: Sequence[DatumSet], settings: TrainingSettings) -> float:
+    """Sampled tokens of a step that has all its groups, at the job's mean length of a group."""
+    lengths = [datums.sampled_tokens for datums in sets if datums.datums]
+    return (settings.groups_per_step or len(sets)) * sum(lengths) / max(len(lengths), 1)
 
 
 async def _step_data(
-    backend: Backend, batch: Sequence[DatumSet], settings: TrainingSettings, full: _FullStep
+    backend: Backend, batch: Sequence[DatumSet], settings: TrainingSettings, full_step_tokens: float
 ) -> tuple[list[Datum], NamedLoss]:
     """The Datums of one optimizer step with their advantages scaled, and the loss.
 
     ``dro`` has no mask, so its prompt rows first get the learner's present logprobs, from one forward pass.
     """
     data = [datum for datums in batch for datum in datums.datums]
-    scales = _scales(batch, settings, full)
+    scales = _scales(batch, settings, full_step_tokens)
     scaled_data = [scaled(datum, scale) for datum, scale in zip(data, scales, strict=True)]
     if settings.loss_fn != "dro":
         return scaled_data, NamedLoss(settings.loss_fn, settings.loss_fn_config)
@@ -150,9 +140,9 @@ async def _step_data(
     return read, NamedLoss(settings.loss_fn, {"beta": beta * scales[0]})
 
 
-def _scales(batch: Sequence[DatumSet], settings: TrainingSettings, full: _FullStep) -> list[float]:
+def _scales(batch: Sequence[DatumSet], settings: TrainingSettings, full_step_tokens: float) -> list[float]:
     origins = [(group, origin) for group, datums in enumerate(batch) for origin in datums.provenance]
     lengths = [origin.sampled_tokens for _, origin in origins]
     places = {key: number for number, key in enumerate(dict.fromkeys((group, o.trajectory) for group, o in origins))}
     trajectories = [places[group, origin.trajectory] for group, origin in origins]
-    return datum_scales(lengths, trajectories, settings.normalization, full_step_tokens=full.tokens)
+    return datum_scales(lengths, trajectories, settings.normalization, full_step_tokens=full_step_tokens)

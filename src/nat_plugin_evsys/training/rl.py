@@ -141,7 +141,7 @@ async def train_rl(
         rows: anything; ``render`` and ``reward`` know what it is.
         render: a row's prompt ids, ending where the reply begins.
         reward: ``(row, reply text) -> number``, or a coroutine of it.
-        settings: the loss and its optimizer steps.
+        settings: the loss and its optimizer steps; a schedule of the learning rate is over all iterations.
         group_size: replies to each row.
         sampling: for every reply. At a temperature other than 1 the ratios do not start at 1, because the learner's
             logprobs are those of temperature 1. Its ``seed`` must be None: seeds derive from ``seed``.
@@ -185,14 +185,19 @@ async def train_rl(
         iteration = len(history) + 1
         client = await backend.snapshot_sampling_client()
         groups = await roll_out(client, iteration, [rows[index] for index in positions])
-        shuffled = dataclasses.replace(settings, shuffle_key=f"{settings.shuffle_key}/{iteration}")
-        steps, dropped = await train_groups(backend, groups, shuffled)
+        steps, dropped = await train_groups(backend, groups, _of_iteration(settings, iteration, total))
         rewards = [value for group in groups for value in group.rewards_G]
         mean = statistics.fmean(rewards)
         history.append(RlIteration(iteration, total, epoch, client.policy_version, mean, len(rewards), dropped, steps))
         if on_iteration is not None:
             on_iteration(history[-1], groups)
     return history
+
+
+def _of_iteration(settings: TrainingSettings, iteration: int, total: int) -> TrainingSettings:
+    """The settings with the iteration's own order of groups and its part of the learning rate's schedule."""
+    rate = settings.rate and dataclasses.replace(settings.rate, start=(iteration - 1) / total, end=iteration / total)
+    return dataclasses.replace(settings, rate=rate, shuffle_key=f"{settings.shuffle_key}/{iteration}")
 
 
 async def train_groups(

@@ -15,6 +15,7 @@ class StepMetrics:
         seconds: forward_backward and optim_step together.
         values: what the backend returned; Tinker's names carry their reduction (``loss:sum``, ``ratio:mean``).
         mean_over: how many things each ``:mean`` is over; None: the sampled tokens.
+        normalized: whether ``loss:sum`` was divided already, and is no plain sum over tokens.
     """
 
     tokens: int
@@ -22,13 +23,15 @@ class StepMetrics:
     seconds: float
     values: dict[str, float]
     mean_over: int | None = None
+    normalized: bool = False
 
 
 def summarize(history: list[StepMetrics]) -> dict[str, float]:
     """Metrics of all steps, each reduced as its name says; a name without a reduction is averaged over the steps.
 
     ``name:sum`` is summed, ``:min`` and ``:max`` are extremes, ``:mean`` is weighted by ``mean_over``. Added are
-    ``loss_per_token`` (loss:sum over sampled tokens), tokens, sampled_tokens, steps, seconds and tokens_per_second.
+    ``loss_per_token`` (loss:sum over sampled tokens, where it is a sum), tokens, sampled_tokens, steps, seconds and
+    tokens_per_second.
     """
     summary: dict[str, float] = {}
     for name in dict.fromkeys(name for step in history for name in step.values):
@@ -39,7 +42,7 @@ def summarize(history: list[StepMetrics]) -> dict[str, float]:
     sampled = sum(step.sampled_tokens for step in history)
     summary |= {"steps": len(history), "tokens": tokens, "sampled_tokens": sampled, "seconds": seconds}
     summary["tokens_per_second"] = tokens / seconds if seconds > 0 else 0.0
-    if "loss:sum" in summary and sampled:
+    if "loss:sum" in summary and sampled and not any(step.normalized for step in history):
         summary["loss_per_token"] = summary["loss:sum"] / sampled
     return summary
 
