@@ -20,13 +20,14 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-pythons test-wheel on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-pythons test-wheel test-gpu-rehearsal on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
 	@echo "make test         install the test tools, run all tests (TESTS=tests/rollouts: some of them)"
 	@echo "make test-all     the same on Python 3.11, 3.12 and 3.13, in .venv-3.11, …"
 	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
+	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make check        lint, format check, types, generated docs"
 ifneq ($(BENCHMARK),)
 	@echo "make bench        training steps and rollouts beside their peers' (benchmarks/README.md); BENCH_ARGS=--small tries it"
@@ -65,6 +66,12 @@ on-python:
 # A wheel in an empty environment, and a run from a directory that holds nothing but the YAML.
 test-wheel: $(BIN)/python
 	@scripts/check-wheel $(BIN)/python $(PIP_ARGS)
+
+# Where no more is installed than a bare GPU machine has. REHEARSAL_PYTHON=python3.12 is that machine's, for which the
+# package index has torch with CUDA only, 5 GB of it: so the default is the Python of .venv.
+REHEARSAL_PYTHON ?= $(BIN)/python
+test-gpu-rehearsal: $(BIN)/python
+	@benchmarks/gpu/rehearse $(REHEARSAL_PYTHON) $(PIP_ARGS)
 
 check: $(INSTALLED_DEV)
 	@$(BIN)/ruff check $(SOURCES)

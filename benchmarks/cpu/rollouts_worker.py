@@ -12,13 +12,13 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from worker import ALPHA, RANK, _name, adapter_weights, build_model
+from models import engine_model, peft_model
 from workloads import FULL, SMALL, Shape
 
 Prompts = list[list[int]]
@@ -43,19 +43,13 @@ class Engine(Protocol):
 class Ours:
     """The sampler, as ``LocalBackend`` drives it. Every rollout is a new policy version."""
 
-    def __init__(self, shape: Shape) -> None:
-        from nat_plugin_evsys.engine.model.loading import wrap_model
-        from nat_plugin_evsys.engine.model.lora import LoraAdapter
+    def __init__(self, shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         from nat_plugin_evsys.engine.sampler import Sampler
 
-        base = wrap_model("bench", build_model(shape), None)
-        self._adapter = LoraAdapter.create(base.model, rank=RANK, alpha=ALPHA)
-        named = dict(self._adapter.named_tensors())
-        with torch.no_grad():
-            for name, value in adapter_weights([(n, tuple(t.shape)) for n, t in named.items()]).items():
-                named[name].copy_(value)
+        base, self._adapter = engine_model(shape, device, dtype)
         self._sampler = Sampler(base)
-        assert not self._sampler.plain_because
+        # A GPU and other precisions are sampled from in the plain way.
+        assert not self._sampler.plain_because or device != "cpu" or dtype != torch.float32
         self._version = -1
         self.new_version()
 
@@ -77,15 +71,9 @@ class Ours:
 class Generate:
     """Hugging Face's ``generate`` on a PEFT model."""
 
-    def __init__(self, shape: Shape) -> None:
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0)
-        self._model: Any = get_peft_model(build_model(shape), config).eval()
-        named = {_name(n): p for n, p in self._model.named_parameters() if p.requires_grad}
-        with torch.no_grad():
-            for name, value in adapter_weights([(n, tuple(t.shape)) for n, t in named.items()]).items():
-                named[name].copy_(value)
+    def __init__(self, shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self._model = peft_model(shape, device, dtype)[0].eval()
+        self._device = device
 
     def new_version(self) -> None:
         pass
@@ -95,8 +83,8 @@ class Generate:
 
     def sample(self, prompts: Prompts, samples: int, tokens: int) -> list[list[int]]:
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self._device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
         out = self._model.generate(
             input_ids=ids,
             attention_mask=mask,

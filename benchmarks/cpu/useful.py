@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker import RANK
+from models import RANK
 from workloads import Sequence, Shape
 
 

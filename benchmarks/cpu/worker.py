@@ -12,45 +12,22 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from tinker import types
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from models import engine_model, peft_model
 from trl_peer import TrlPath
 from workloads import FULL, SMALL, Sequence, Shape, workload
 
-RANK, ALPHA, OLD_LOGPROB = 16, 32.0, -10.0
+from nat_plugin_evsys.engine.machine.memory import free_bytes
 
-
-def build_model(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Qwen3 with random weights."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
-
-
-def adapter_weights(names: list[tuple[str, tuple[int, ...]]]) -> dict[str, Tensor]:
-    """The same A and B in every worker; B is not zero, or A would have no gradient."""
-    generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(shape, generator=generator) * 0.03 for name, shape in sorted(names)}
+OLD_LOGPROB = -10.0
 
 
 def advantages(index: int, mask: list[bool]) -> list[float]:
@@ -59,41 +36,41 @@ def advantages(index: int, mask: list[bool]) -> list[float]:
     return [value if trained else 0.0 for trained in mask]
 
 
+def as_datums(data: list[Sequence]) -> list[types.Datum]:
+    """For the loss ``importance_sampling``."""
+    return [
+        types.Datum(
+            types.ModelInput.from_ints(ids[:-1]),
+            {
+                "target_tokens": ids[1:],
+                "logprobs": [OLD_LOGPROB] * (len(ids) - 1),
+                "advantages": advantages(i, mask)[1:],
+            },
+        )
+        for i, (ids, mask) in enumerate(data)
+    ]
+
+
 Step = Callable[[list[Sequence]], tuple[dict[str, Tensor], dict[str, float]]]
 """``data -> (gradient, metrics)``."""
 
 
 def ours(
-    shape: Shape, path: str = "auto", lean: bool = True, device: str = "cpu", dtype: torch.dtype = torch.float32
+    shape: Shape,
+    path: str = "auto",
+    lean: bool = True,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Step:
     """This package's engine; ``lean`` computes no logprobs that the loss does not read."""
-    from tinker import types
-
     from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-    from nat_plugin_evsys.engine.model.loading import wrap_model
-    from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
-    base = wrap_model("bench", build_model(shape, device, dtype), None)
-    adapter = LoraAdapter.create(base.model, rank=RANK, alpha=ALPHA)
-    named = dict(adapter.named_tensors())
-    with torch.no_grad():
-        for name, value in adapter_weights([(n, tuple(t.shape)) for n, t in named.items()]).items():
-            named[name].copy_(value)
+    base, adapter = engine_model(shape, device, dtype, weights)
     model = TrainableModel(base, adapter, path=path, untrained_logprobs=not lean)  # type: ignore[arg-type]
 
     def step(data: list[Sequence]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        datums = [
-            types.Datum(
-                types.ModelInput.from_ints(ids[:-1]),
-                {
-                    "target_tokens": ids[1:],
-                    "logprobs": [OLD_LOGPROB] * (len(ids) - 1),
-                    "advantages": advantages(i, mask)[1:],
-                },
-            )
-            for i, (ids, mask) in enumerate(data)
-        ]
-        metrics = model.forward_backward(datums, "importance_sampling").metrics
+        metrics = model.forward_backward(as_datums(data), "importance_sampling").metrics
         assert path == "plain" or metrics["plain_path_tokens:sum"] == 0, metrics
         assert model.gradient is not None
         gradient = dict(model.gradient)
@@ -112,20 +89,24 @@ def peft(
     dtype: torch.dtype = torch.float32,
 ) -> Step:
     """Hugging Face's model with PEFT's adapter, padded batches of ``largest`` or of what memory holds."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", lora_dropout=0.0)
-    model = get_peft_model(build_model(shape, device, dtype), config)
-    named = {_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    with torch.no_grad():
-        for name, value in adapter_weights([(n, tuple(t.shape)) for n, t in named.items()]).items():
-            named[name].copy_(value)
+    model, named = peft_model(shape, device, dtype)
     trl_path = TrlPath(model) if trl else None
 
     def step(data: list[Sequence]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        nonlocal largest
+        batch = min(largest or len(data), batch_that_fits(data, shape, device, dtype))
+        try:
+            accumulate(data, batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            largest = batch // 2  # the estimate was too high, and this is for all steps to come
+            return step(data)
+        return {name: p.grad for name, p in named.items() if p.grad is not None}, {"batch": float(batch)}
+
+    def accumulate(data: list[Sequence], batch: int) -> None:
         for parameter in named.values():
             parameter.grad = None
-        batch = largest or batch_that_fits(data, shape, device, dtype)
         for start in range(0, len(data), batch):
             rows = list(enumerate(data))[start : start + batch]
             width = max(len(ids) for _, (ids, _) in rows)
@@ -141,7 +122,6 @@ def peft(
                 logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
             loss = -(torch.exp(logprobs - OLD_LOGPROB) * weights).sum()
             loss.backward()
-        return {name: p.grad for name, p in named.items() if p.grad is not None}, {"batch": float(batch)}
 
     return step
 
@@ -151,16 +131,8 @@ def batch_that_fits(data: list[Sequence], shape: Shape, device: str, dtype: torc
     # Measured: what autograd keeps for a token, with four copies of its logits.
     per_token = dtype.itemsize * shape.layers * (8 * shape.hidden + 5 * shape.inner) + 4 * 4 * shape.vocab
     needed = 1.15 * per_token * len(data) * max(len(ids) for ids, _ in data)
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    free = free_bytes(torch.device(device))
     return math.ceil(len(data) / math.ceil(needed / free))
-
-
-def _name(peft_name: str) -> str:
-    return peft_name.removeprefix("base_model.model.").replace(".default", "")
 
 
 def gemm_peak(shape: Shape, clock: Callable[[], float] = time.process_time) -> float:

@@ -11,7 +11,7 @@ Sequence = tuple[list[int], list[bool]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Model and lengths. ``divide`` shortens every length, for quick runs."""
+    """Model and lengths. ``family`` is qwen3, llama or gemma3; ``divide`` shortens every length, for quick runs."""
 
     vocab: int = 32_000
     hidden: int = 640
@@ -21,6 +21,7 @@ class Shape:
     kv_heads: int = 5
     head_dim: int = 64
     divide: int = 1
+    family: str = "qwen3"
 
 
 FULL = Shape()  # 60M parameters

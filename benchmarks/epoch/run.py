@@ -75,7 +75,7 @@ def _config(name: str, folder: Path, epochs: int, overlap: bool) -> dict[str, An
 def _model(folder: Path) -> Path:
     """Qwen3 with random weights, 8 layers of 640, and the tokenizer of builtin/tiny."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "cpu"))
-    from worker import build_model
+    from models import build_model
     from workloads import Shape
 
     from nat_plugin_evsys.engine.model.builtin import builtin_tokenizer

@@ -31,7 +31,7 @@ from nat_plugin_evsys import ServiceClient
 from nat_plugin_evsys.engine.model.loading import load_base_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
-from worker import build_model
+from models import build_model
 from workloads import FULL, SMALL, Shape, workload
 
 FLOOR = 1.15
