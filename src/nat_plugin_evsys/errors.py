@@ -10,6 +10,7 @@ Exception
 │   ├── CheckpointError              a checkpoint is missing, torn, or belongs to another model
 │   ├── NonFiniteGradientError       an optimizer step was refused; weights and moments are as they were
 │   ├── NothingTrainedError          a run ended, and nothing was trained in it
+│   ├── CollapseError                a run was stopped because its policy had collapsed
 │   ├── JobError                     a training job failed; carries the first cause
 │   ├── EngineClosedError            an operation was sent to an engine that has been closed
 │   ├── StoreError                   the server's store on disk could not write or read what was asked
@@ -72,6 +73,10 @@ class NonFiniteGradientError(EvsysError):
 
 class NothingTrainedError(EvsysError):
     """A run ended, and nothing was trained in it: there is no adapter to serve."""
+
+
+class CollapseError(EvsysError):
+    """A run was stopped because its policy had collapsed, as ``on_collapse: stop`` asks."""
 
 
 class JobError(EvsysError):

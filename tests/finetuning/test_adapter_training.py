@@ -205,6 +205,24 @@ async def test_groups_without_signal_do_not_fill_a_step(policy: Fixture, make_ad
     assert (status.metadata["trained"], status.metadata["dropped"]) == (8, {"zero_variance_group": 4})
 
 
+async def test_a_step_tells_its_health_by_the_fields_names(policy: Fixture, make_adapter: Fixture) -> None:
+    collection = await policy.collection(groups=4, size=4)
+    for trajectory in collection.trajectories[1]:
+        trajectory.reward = 1.0
+    status = await run(make_adapter(policy, loss_fn="ppo", learning_rate=0.05, grad_clip_norm=1e-3), collection)
+    metrics = status.metadata["metrics"]
+    assert metrics["groups_without_signal"] == 0.25
+    calls = list(calls_in(collection).values())
+    assert metrics["reply_tokens"] == pytest.approx(sum(len(call.output_ids) for call in calls) / len(calls))
+    # The weights are those that sampled: every ratio is 1 and nothing is clipped, in the first step.
+    assert metrics["ratio:mean"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["ratio:max"] == pytest.approx(1.0, abs=1e-3)
+    assert metrics["clip_fraction:mean"] == 0.0
+    assert abs(metrics["kl_v1:mean"]) < 1e-4
+    assert 0 < metrics["entropy:mean"] <= math.log(32)
+    assert metrics["grad_norm"] > 10 * 1e-3, "the norm is that before clipping"
+
+
 async def test_a_bad_collection_raises_before_anything_starts(policy: Fixture, make_adapter: Fixture) -> None:
     adapter = make_adapter(policy)
     collection = await policy.collection()

@@ -119,6 +119,14 @@ class TestNoSignal:
         assert 'The policy gives one answer to every row: "network".' in finding.sentence
         assert "learning_rate" in finding.advice
 
+    def test_is_a_collapse_only_where_an_earlier_epoch_was_better(self) -> None:
+        replies = [reply(row, "network", float(row == 0)) for row in range(4) for _ in range(4)]
+        for mean, expected in ((0.3, True), (0.2, False)):
+            facts = EpochFacts(5, replies, trained=0, before=[numbers(reward_mean=mean)], last_trained=4)
+            assert found(facts)[FindingId.NO_SIGNAL].collapse is expected
+        facts = EpochFacts(5, replies, trained=0, before=[numbers(reward_mean=0.3)])
+        assert not found(facts)[FindingId.NO_SIGNAL].collapse
+
     def test_one_answer_to_each_row(self) -> None:
         replies = [reply(row, TEAMS[(row + (row == 3)) % 4], float(row != 3)) for row in range(4) for _ in range(4)]
         finding = found(EpochFacts(5, replies, trained=0, before=[numbers()], last_trained=4))[FindingId.NO_SIGNAL]
@@ -161,6 +169,13 @@ class TestOneAnswer:
         replies = [reply(row, "network", float(row % 4 == 0)) for row in range(8) for _ in range(2)]
         finding = found(EpochFacts(3, replies, trained=4, before=[numbers()]))[FindingId.ONE_ANSWER]
         assert "The policy has collapsed" in finding.advice
+        assert not finding.collapse, "no epoch was better"
+        facts = EpochFacts(3, replies, trained=4, before=[numbers(reward_mean=0.4)])
+        assert found(facts)[FindingId.ONE_ANSWER].collapse
+
+    def test_a_list_that_wins_is_no_collapse(self) -> None:
+        facts = EpochFacts(3, LISTING, trained=4, before=[numbers(reward_mean=1.0, rows_with_signal=0)])
+        assert not found(facts)[FindingId.ONE_ANSWER].collapse
 
     @pytest.mark.parametrize(
         "replies",
@@ -199,6 +214,22 @@ def test_replies_that_end_at_the_token_limit() -> None:
     assert all(example.cut for example in finding.examples)
     few = [replace(each, cut=int(index < 3)) for index, each in enumerate(HEALTHY)]
     assert diagnose(EpochFacts(1, few, trained=16)) == []
+
+
+class TestFallen:
+    def test_a_gain_that_is_lost_is_a_collapse(self) -> None:
+        before = [numbers(reward_mean=mean) for mean in (0.2, 0.8, 0.7)]
+        finding = found(EpochFacts(4, HEALTHY, trained=16, before=before))[FindingId.FALLEN]
+        assert finding.sentence == (
+            "The reward has fallen from 0.800 in epoch 2 to 0.250 in epoch 4: what was learned is lost."
+        )
+        assert finding.collapse
+        assert Finding.from_dict(json.loads(json.dumps(finding.to_dict()))) == finding
+
+    def test_unsteady_epochs_are_none(self) -> None:
+        for before in ((0.1, 0.5), (0.25, 0.3), (0.3, 0.2), (0.25,), ()):
+            facts = EpochFacts(len(before) + 1, HEALTHY, trained=16, before=[numbers(reward_mean=m) for m in before])
+            assert FindingId.FALLEN not in found(facts), before
 
 
 class TestShrunk:

@@ -144,6 +144,12 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
         "steps old when it is trained on (`staleness` in metrics.jsonl counts them), and the loss is `ppo` unless the "
         "adapter's `loss_fn` is set.",
     )
+    on_collapse: Literal["continue", "stop", "reload_best"] = Field(
+        default="continue",
+        description="What to do when the policy has lost what it had learned, which the console says in any case. "
+        "`continue`: nothing. `stop`: end the run with an error that names the best checkpoint. `reload_best`: load "
+        "the best checkpoint that was measured (see `validation_interval`) and go on at half the learning rate.",
+    )
     keep_checkpoints: int = Field(
         default=2, ge=1, description="Checkpoints of epochs to keep besides the last and the best."
     )
@@ -157,3 +163,12 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     progress: Literal["auto", "rich", "plain", "none"] = Field(
         default="auto", description="`auto`: a live display on a terminal, plain lines in a pipe."
     )
+
+    @model_validator(mode="after")
+    def _reloading_needs_fresh_rollouts(self) -> "EvsysTrainerConfig":
+        if self.overlap_rollouts and self.on_collapse == "reload_best":
+            raise ValueError(
+                "on_collapse `reload_best` does not go with overlap_rollouts: the next rollouts would be those of the "
+                "collapsed policy; set overlap_rollouts: false, or on_collapse: stop"
+            )
+        return self

@@ -10,6 +10,7 @@ from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.policy.weights import check_place
 from nat_plugin_evsys.runs import is_service_path
+from nat_plugin_evsys.runs.state import CheckpointRecord
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ class EpochCheckpoints:
         """
         record = self._books.state.last_checkpoint()
         assert record is not None
+        return await self.load(record)
+
+    async def load(self, record: CheckpointRecord) -> str:
+        """Load a checkpoint's weights and optimizer state and publish them; raises as ``reload``."""
         source = self._books.run_dir.locate(record.training_state or record.adapter)
         check_place(source, self._policy.config.base_url)
         await self._policy.backend.load_state(str(source), with_optimizer=True)

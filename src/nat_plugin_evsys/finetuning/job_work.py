@@ -71,6 +71,9 @@ class JobWork:
 
     Args:
         num_epochs: of the run that the jobs are part of; None where there is no run.
+
+    Attributes:
+        rate_factor: what the learning rate is multiplied by; a run lowers it when its policy has collapsed.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class JobWork:
         self._config = config
         self._num_epochs = num_epochs
         self._policy = policy
+        self.rate_factor = 1.0
 
     def on_groups(self, groups: list[TrajectoryGroup], epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
         """Policy-gradient steps on groups, and their sizes for the ledger."""
@@ -155,10 +159,11 @@ class JobWork:
         from nat_plugin_evsys.training.learning_rate import LearningRate
 
         config, epochs = self._config, self._num_epochs
+        peak = config.learning_rate * self.rate_factor
         if epochs is None or epoch is None:
-            return LearningRate(config.learning_rate)
+            return LearningRate(peak)
         at = min(epoch, epochs - 1)
-        return LearningRate(config.learning_rate, config.lr_schedule, config.lr_warmup, at / epochs, (at + 1) / epochs)
+        return LearningRate(peak, config.lr_schedule, config.lr_warmup, at / epochs, (at + 1) / epochs)
 
     def _adam(self) -> types.AdamParams:
         from tinker import types

@@ -15,6 +15,7 @@ from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
+from nat_plugin_evsys.finetuning.collapse import RATE_FACTOR, RELOADED, collapse_of, rate_after, reload_best, stopped
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
 from nat_plugin_evsys.finetuning.garbage import gc_frozen
@@ -25,6 +26,7 @@ from nat_plugin_evsys.finetuning.run_pages import RunPages
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
 from nat_plugin_evsys.finetuning.watch import Watch
+from nat_plugin_evsys.report.findings import Finding
 from nat_plugin_evsys.report.metrics_log import BASE, VALIDATION, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
 from nat_plugin_evsys.runs.rollouts import Collection
@@ -109,13 +111,17 @@ class RunSession:
         Raises:
             JobError: a training job failed or was canceled; the run can be resumed from the epoch before.
             NothingTrainedError: the run has come to its end without training anything.
+            CollapseError: the policy has collapsed, and ``on_collapse`` is ``stop``.
         """
         try:
             await self._begin_or_reload(num_epochs)
             first = self._books.state.epochs_done
             with gc_frozen():
                 for epoch in range(first, num_epochs):
-                    await self._epoch(epoch, num_epochs)
+                    collapse = await self._epoch(epoch, num_epochs)
+                    if collapse is not None and self._trainer.config.on_collapse == "stop":
+                        await self._finish()
+                        raise stopped(collapse, self._books.state)
                 summary = await self._finish()
         except asyncio.CancelledError:
             self._stop("interrupted", self._how_to_resume())
@@ -133,6 +139,7 @@ class RunSession:
         books.rewind()
         self._curriculum.load_state(books.state.curriculum)
         source = await self._checkpoints.reload()
+        self._trainer.trainer_adapter.scale_rate(rate_after(books.metrics.rows()))
         done = books.state.epochs_done
         if done >= num_epochs:
             logger.warning("the run has finished all of its %d epochs; raise finetuning.num_epochs to go on", done)
@@ -155,7 +162,8 @@ class RunSession:
         self._books.metrics.append(WARM_START, 0, **metrics, seconds=round(time.monotonic() - started, 3))
         self._books.state.warm_started = True
 
-    async def _epoch(self, epoch: int, num_epochs: int) -> None:
+    async def _epoch(self, epoch: int, num_epochs: int) -> Finding | None:
+        """One epoch, from rollouts to checkpoint; what says that the policy has collapsed, if it has."""
         started = time.monotonic()
         run_id = self._books.run_dir.path.name
         ref = await self._roll_out(epoch, run_id)
@@ -184,12 +192,21 @@ class RunSession:
             epoch + 1, report, row["trained"], self._trainer.last_evaluation if validated else None
         )
         row |= columns
+        collapse = collapse_of(row)
+        best = None
+        if collapse is not None and self._trainer.config.on_collapse == "reload_best":
+            best = await reload_best(self._checkpoints, self._books.state)
+            row |= {} if best is None else {RELOADED: best.name}
         self._trainer.log_progress(epoch + 1, row)
-        await self._checkpoints.save(epoch + 1, heldout, self._curriculum.state())
+        await self._checkpoints.save(epoch + 1, heldout if best is None else best.reward, self._curriculum.state())
         self._display.epoch_done(epoch + 1, num_epochs, row)
         for finding in found:
             self._display.finding(finding)
+        if best is not None:
+            self._trainer.trainer_adapter.scale_rate(rate_after(self._books.metrics.rows()))
+            self._display.phase("reload", f"{best.name}, to go on at {RATE_FACTOR:g} times the learning rate")
         self._pages.after_epoch()
+        return collapse
 
     async def _roll_out(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         """Rollouts and a submitted job; where that fails, what was said is kept none the less."""

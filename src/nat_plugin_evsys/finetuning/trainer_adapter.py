@@ -84,6 +84,10 @@ class EvsysTrainerAdapter(TrainerAdapter):
             self._work = JobWork(self.config, self.policy, self._num_epochs)
             logger.info("trainer adapter: loss_fn is ppo, as rollouts overlap with training")
 
+    def scale_rate(self, factor: float) -> None:
+        """Multiply the learning rate of all jobs to come by ``factor``, whatever it was multiplied by before."""
+        self._work.rate_factor = factor
+
     async def is_healthy(self) -> bool:
         """Ask the policy's backend; an error or no answer in ``health_timeout`` seconds is logged and False."""
         try:
@@ -129,9 +133,9 @@ class EvsysTrainerAdapter(TrainerAdapter):
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
         """The present state of a job; asking changes nothing, before and after the end.
 
-        ``metadata`` holds job_id, phase, step, steps, loss and tokens_per_second; while the job runs also
-        seconds_since_heartbeat; once it has ended also seconds, metrics, policy_version and where every call went
-        (calls, trained, dropped, trajectories). A failed job's ``message`` names the first cause.
+        ``metadata`` holds job_id, phase, step, steps, loss, tokens_per_second and the metrics of the steps so far;
+        while the job runs also seconds_since_heartbeat; once it has ended also seconds, policy_version and where every
+        call went (calls, trained, dropped, trajectories). A failed job's ``message`` names the first cause.
 
         Raises:
             ValueError: unknown job; the text lists what is known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 from nat_plugin_evsys.report.findings import Finding, FindingId, quoted
 from nat_plugin_evsys.report.replies import EQUAL_WITHIN, Reply, ReplyNumbers
+
+START_AGAIN = "Start again with a lower `learning_rate`, or set `on_collapse: reload_best` on the trainer"
 
 EXAMPLES = 3
 """Replies that a finding shows."""
@@ -21,6 +24,15 @@ SAME_SHARE = 0.9
 
 ROWS_FOR_ONE_ANSWER = 3
 """Fewer rows than this may well have one answer."""
+
+FALLEN_TO = 0.25
+"""Share of the best gain over the first epoch; a mean reward that keeps less of it has been lost again."""
+
+GAIN_WORTH_KEEPING = 0.1
+"""A smaller gain, as a share of the rewards' range, is noise."""
+
+SIGNAL_OF_A_COLLAPSE = 0.25
+"""One answer to all rows is a collapse where less than this share of the rows has a signal: no way leads back."""
 
 SHRUNK_TO = 0.2
 """A reply that is shorter than this share of those of the first epoch has shrunk."""
@@ -61,6 +73,7 @@ def diagnose(facts: EpochFacts) -> list[Finding]:
         _same_reward,
         _one_answer,
         _no_signal,
+        _fallen,
         _shrunk,
         _cut_off,
     )
@@ -110,14 +123,16 @@ def _no_signal(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
     low, high = _range(facts, numbers)
     if facts.trained or numbers.rows_with_signal or numbers.reward_mean is None or high - low <= EQUAL_WITHIN:
         return None
+    is_best = numbers.reward_min == high
     lost = f"every group has lost its signal after epoch {facts.last_trained}" if facts.last_trained else "no signal"
     return Finding(
         FindingId.NO_SIGNAL,
         facts.epoch,
         f"Epoch {facts.epoch} trained nothing: {lost}, since all attempts at a row get the same reward "
         f"(mean {numbers.reward_mean:.3f}). {_variety(facts.replies)}",
-        _advice_on_no_signal(facts, is_best=numbers.reward_min == high),
+        _advice_on_no_signal(facts, is_best=is_best),
         _examples(facts.replies),
+        collapse=bool(facts.last_trained) and _has_lost(facts, numbers),
     )
 
 
@@ -126,10 +141,33 @@ def _advice_on_no_signal(facts: EpochFacts, *, is_best: bool) -> str:
         return "Every reply has the highest reward of this run, so more epochs on these rows change nothing."
     if not facts.last_trained:
         return "Raise `num_generations` or the policy's `temperature`, so that the attempts at a row differ."
-    return (
-        "Start again with a lower `learning_rate` or with `grad_clip_norm: 1.0`, or from an earlier checkpoint "
-        "(`checkpoint: <its path>`)."
+    return f"{START_AGAIN}, or start from an earlier checkpoint (`checkpoint: <its path>`)."
+
+
+def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    means = [each.reward_mean for each in facts.before if each.reward_mean is not None]
+    low, high = _range(facts, numbers)
+    if not means or numbers.reward_mean is None:
+        return None
+    gain = max(means) - means[0]
+    if gain < GAIN_WORTH_KEEPING * (high - low) or numbers.reward_mean - means[0] >= FALLEN_TO * gain:
+        return None
+    best = 1 + [each.reward_mean for each in facts.before].index(max(means))
+    return Finding(
+        FindingId.FALLEN,
+        facts.epoch,
+        f"The reward has fallen from {max(means):.3f} in epoch {best} to {numbers.reward_mean:.3f} in epoch "
+        f"{facts.epoch}: what was learned is lost.",
+        f"{START_AGAIN}, or serve the best checkpoint (`checkpoint: best`).",
+        _examples(facts.replies),
+        collapse=True,
     )
+
+
+def _has_lost(facts: EpochFacts, numbers: ReplyNumbers) -> bool:
+    """Whether an earlier epoch of the run had a higher mean reward."""
+    means = [each.reward_mean for each in facts.before if each.reward_mean is not None]
+    return numbers.reward_mean is not None and max(means, default=-math.inf) > numbers.reward_mean
 
 
 def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
@@ -151,6 +189,10 @@ def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
             f"{quoted(text)}. It earns {earned:.3f} on average.",
             _advice_on_one_answer(wins, facts.epoch),
             _examples(same),
+            collapse=not wins
+            and facts.epoch > 1
+            and numbers.rows_with_signal < SIGNAL_OF_A_COLLAPSE * numbers.rows
+            and _has_lost(facts, numbers),
         )
     return None
 
@@ -163,7 +205,7 @@ def _advice_on_one_answer(wins: bool, epoch: int) -> str:
         )
     if epoch == 1:
         return "The untrained policy does not read the row: look at the prompt, or begin with a `warm_start`."
-    return "The policy has collapsed: start again with a lower `learning_rate` or with `grad_clip_norm: 1.0`."
+    return f"The policy has collapsed. {START_AGAIN}."
 
 
 def _shrunk(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:

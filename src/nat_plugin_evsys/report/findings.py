@@ -31,6 +31,8 @@ class FindingId(StrEnum):
     """In an epoch no row has attempts with different rewards, and nothing was trained."""
     ONE_ANSWER = "one_answer"
     """Rows that want different answers get the same one."""
+    FALLEN = "fallen"
+    """The reward has fallen back to about what it was in the first epoch."""
     CUT_OFF = "cut_off"
     """Replies end at the token limit."""
     SHRUNK = "shrunk"
@@ -46,6 +48,7 @@ class Finding:
         sentence: what was seen.
         advice: what may be done about it.
         examples: replies that show it, the first ones of the epoch.
+        collapse: whether it means that the policy has lost what it had learned.
     """
 
     id: FindingId
@@ -53,6 +56,7 @@ class Finding:
     sentence: str
     advice: str
     examples: list[Reply] = field(default_factory=list)
+    collapse: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``from_dict`` reads it back."""
@@ -62,7 +66,14 @@ class Finding:
     def from_dict(cls, data: Mapping[str, Any]) -> Finding:
         """The finding that ``to_dict`` wrote."""
         examples = [Reply(**reply) for reply in data["examples"]]
-        return cls(FindingId(data["id"]), data["epoch"], data["sentence"], data["advice"], examples)
+        return cls(
+            FindingId(data["id"]),
+            data["epoch"],
+            data["sentence"],
+            data["advice"],
+            examples,
+            data.get("collapse", False),
+        )
 
 
 def findings_of(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Finding, list[int]]]:

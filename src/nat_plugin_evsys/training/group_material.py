@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -73,7 +73,17 @@ class GroupMaterial:
             elif datums.datums:
                 account.calls.drop(lost_reason, datums.trained_calls)
                 account.dropped_trajectories[lost_reason] += datums.trained_trajectories
+        account.figures = _figures(self._groups, self._sets)
         return account
+
+
+def _figures(groups: Sequence[TrajectoryGroup], sets: Sequence[DatumSet]) -> dict[str, float]:
+    """``groups_without_signal``: share of the groups whose rewards are all equal. ``reply_tokens``: tokens sampled in
+    one trajectory, on average."""
+    dull = sum(DropReason.ZERO_VARIANCE_GROUP in datums.dropped_trajectories for datums in sets)
+    trajectories = [calls for group in groups for calls in group.calls_G]
+    sampled = sum(len(call.output_ids) for calls in trajectories for call in calls)
+    return {"groups_without_signal": dull / len(groups), "reply_tokens": sampled / max(len(trajectories), 1)}
 
 
 def datum_records(datums: DatumSet, step: int) -> Iterator[dict[str, Any]]:

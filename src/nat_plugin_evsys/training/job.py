@@ -156,6 +156,7 @@ class TrainingJob:
             "steps": report.steps,
             "loss": report.loss,
             "tokens_per_second": report.tokens_per_second,
+            "metrics": dict(report.metrics),
         }
         if self.epoch is not None:
             metadata["epoch"] = self.epoch
@@ -164,7 +165,7 @@ class TrainingJob:
         if self.account is not None:
             metadata |= {
                 "seconds": self._seconds,
-                "metrics": dict(report.metrics),
+                "metrics": {**report.metrics, **self.account.figures},
                 "policy_version": report.policy_version,
                 **self.account.as_metadata(),
             }

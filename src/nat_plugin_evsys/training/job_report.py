@@ -68,12 +68,14 @@ class Account:
         trained_trajectories: trajectories with at least one trained call or preference pair.
         dropped_trajectories: the others, by reason.
         fates: what became of each call; empty for preference pairs, which are made of no calls.
+        figures: what the material as a whole came to, beside the metrics of its steps.
     """
 
     calls: CallTally = field(default_factory=CallTally)
     trained_trajectories: int = 0
     dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
     fates: dict[CallKey, CallFate] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
 
     def as_metadata(self) -> dict[str, Any]:
         """``calls``, ``trained`` and ``dropped`` of calls; ``trajectories`` with ``trained`` and ``dropped``."""

@@ -1,0 +1,53 @@
+"""What a run does when an epoch shows that its policy has collapsed: what ``on_collapse`` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from nat_plugin_evsys.errors import CollapseError
+from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
+from nat_plugin_evsys.report.findings import KEY as FINDINGS
+from nat_plugin_evsys.report.findings import Finding
+from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
+
+OnCollapse = Literal["continue", "stop", "reload_best"]
+
+RELOADED = "reloaded"
+"""Where an epoch's row of metrics.jsonl names the checkpoint that was loaded after it."""
+
+RATE_FACTOR = 0.5
+"""What each reload multiplies the learning rate by: the same rate would lead to the same place."""
+
+
+def collapse_of(row: Mapping[str, Any]) -> Finding | None:
+    """The finding of an epoch's row that says that the policy has collapsed, if one does."""
+    found = (Finding.from_dict(data) for data in row.get(FINDINGS) or ())
+    return next((finding for finding in found if finding.collapse), None)
+
+
+def rate_after(rows: Iterable[Mapping[str, Any]]) -> float:
+    """What the learning rate of a run is multiplied by after these rows of metrics.jsonl."""
+    return float(RATE_FACTOR ** sum(RELOADED in row for row in rows))
+
+
+async def reload_best(checkpoints: EpochCheckpoints, state: RunState) -> CheckpointRecord | None:
+    """Load the best checkpoint that was measured, optimizer state included; None where none was measured."""
+    best = state.best_checkpoint()
+    if best is not None:
+        await checkpoints.load(best)
+    return best
+
+
+def stopped(finding: Finding, state: RunState) -> CollapseError:
+    """The error that ends a run with ``on_collapse: stop``."""
+    best = state.best_checkpoint()
+    serve = (
+        "no checkpoint has a reward to choose by"
+        if best is None
+        else f"serve the best checkpoint, of epoch {best.epoch} (reward {best.reward:.3f}), with `checkpoint: best`"
+    )
+    return CollapseError(
+        f"stopped after epoch {state.epochs_done} (on_collapse: stop). {finding.sentence} Start again with a lower "
+        f"learning_rate, or {serve}"
+    )

@@ -1,0 +1,81 @@
+"""Acceptance: a run whose policy collapses says so, and does what ``on_collapse`` asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nat_process import ROOT, Finished, json_lines, newest_run, run_nat
+
+TRAIN = ROOT / "examples" / "helpdesk" / "data" / "train.json"
+RUINOUS = 3.0
+"""A learning rate of which a single step leaves nothing of any policy."""
+
+
+@pytest.fixture
+def finetune(tmp_path: Path, make_config: Callable[..., Path]) -> Callable[..., Finished]:
+    """``finetune(on_collapse, epochs)``: configs/tiny.yml on seven rows at a ruinous rate."""
+    rows = json.loads(TRAIN.read_text())[::5]
+    for name, kept in (("train", rows), ("heldout", rows[::2])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(kept))
+
+    def finetune(on_collapse: str, epochs: int, *, resume: bool = False) -> Finished:
+        def change(settings: dict[str, Any]) -> None:
+            settings["eval"]["general"]["dataset"]["file_path"] = str(tmp_path / "train.json")
+            settings["trainer_adapters"]["adapter"]["learning_rate"] = RUINOUS
+            settings["trainers"]["trainer"] |= {
+                "validation_dataset": str(tmp_path / "heldout.json"),
+                "validation_interval": 1,
+                "on_collapse": on_collapse,
+                "resume": resume,
+            }
+
+        config = make_config("tiny", change)
+        return run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", str(epochs))
+
+    return finetune
+
+
+def epochs_of(run: Path) -> list[dict[str, Any]]:
+    return [row for row in json_lines(run / "metrics.jsonl") if row["event"] == "epoch"]
+
+
+def test_stop_ends_the_run_with_an_error_that_names_the_best_checkpoint(
+    tmp_path: Path, finetune: Callable[..., Finished]
+) -> None:
+    done = finetune("stop", 6)
+    assert done.code == 1, done.text[-4000:]
+    assert "Error: stopped after epoch 2 (on_collapse: stop). " in done.err
+    assert "serve the best checkpoint, of epoch 0" in done.err
+    assert "! " in done.err, "the finding itself was not shown"
+
+    run = newest_run(tmp_path)
+    first, second = epochs_of(run)
+    assert first["trained"] > 0
+    assert not any(finding["collapse"] for finding in first["findings"])
+    assert any(finding["collapse"] for finding in second["findings"])
+    assert json.loads((run / "summary.json").read_text())["epochs"] == 2
+    assert json.loads((run / "state.json").read_text())["status"] == "failed"
+
+
+def test_reload_best_goes_on_from_the_best_checkpoint_at_half_the_rate_also_after_a_resume(
+    tmp_path: Path, finetune: Callable[..., Finished]
+) -> None:
+    done = finetune("reload_best", 2)
+    assert done.code == 0, done.text[-4000:]
+    assert "reload, epoch-0000, to go on at 0.5 times the learning rate" in " ".join(done.err.split()).replace(":", ",")
+    run = newest_run(tmp_path)
+    assert [row.get("reloaded") for row in epochs_of(run)] == [None, "epoch-0000"]
+    weights = [run / "checkpoints" / name / "adapter_model.safetensors" for name in ("epoch-0000", "epoch-0002")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    done = finetune("reload_best", 3, resume=True)
+    assert done.code == 0, done.text[-4000:]
+    rows = epochs_of(run)
+    assert rows[2]["reward_mean"] > rows[1]["reward_mean"]
+    rates = [row["job"]["metrics"]["learning_rate"] for row in rows if row["trained"]]
+    assert rates[0] == pytest.approx(RUINOUS)
+    assert rates[-1] == pytest.approx(RUINOUS / 2)
