@@ -43,7 +43,7 @@ def tictactoe() -> Made:
     """One game against two opponents who both answer 5 by 1 and 3 by 2."""
     from nat_tictactoe.register import PROMPT
 
-    told = ["123\n456\n789", "O takes 1.\nO23\n4X6\n789", "O takes 2.\nOOX\n4X6\n789"]
+    told = ["1 2 3\n4 5 6\n7 8 9", "O takes 1.\nO 2 3\n4 X 6\n7 8 9", "O takes 2.\nO O X\n4 X 6\n7 8 9"]
     messages = [{"role": "system", "content": PROMPT}]
     for text, move in zip(told, "537", strict=True):
         messages += [{"role": "user", "content": text}, {"role": "assistant", "content": move}]

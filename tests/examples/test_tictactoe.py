@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
-from nat_tictactoe.game import LINES, SQUARES, Board, opponent_move, read_move
+from nat_tictactoe.game import LINES, SQUARES, Board, Game, opponent_move
 from nat_tictactoe.play import play
 from pydantic import Field
 
@@ -50,7 +52,7 @@ async def test_a_draw_fills_the_board() -> None:
 async def test_each_turn_shows_the_opponents_move_and_the_board() -> None:
     model = Transcript(responses=["5", "9", "5"])
     assert await play(model, UPWARDS, "Play.") == "illegal move"
-    assert model.asked == ["123\n456\n789", "O takes 1.\nO23\n4X6\n789", "O takes 2.\nOO3\n4X6\n78X"]
+    assert model.asked == ["1 2 3\n4 5 6\n7 8 9", "O takes 1.\nO 2 3\n4 X 6\n7 8 9", "O takes 2.\nO O 3\n4 X 6\n7 8 X"]
 
 
 async def test_what_names_no_opponent_is_refused() -> None:
@@ -77,9 +79,42 @@ def test_lines_are_the_eight_of_the_game() -> None:
     assert aligned == set(LINES)
 
 
-@pytest.mark.parametrize(("reply", "move"), [("5", "5"), (" 7.", "7"), ("square 12", "1"), ("0", None), ("", None)])
-def test_the_first_digit_is_the_move(reply: str, move: str | None) -> None:
-    assert read_move(reply) == move
+@pytest.mark.parametrize(
+    ("reply", "legal"),
+    [
+        ("5", True),
+        (" 7\n", True),
+        ("1", False),
+        ("7.", False),
+        ("O 2 3", False),
+        ("23", False),
+        ("0", False),
+        ("", False),
+    ],
+)
+def test_only_the_number_of_a_free_square_is_a_move(reply: str, legal: bool) -> None:
+    game = Game("987654321", Board({"1": "O"}))
+    game.reply(reply)
+    assert (game.result != "illegal move") is legal
+
+
+def test_the_committed_files_are_what_make_data_writes(
+    load_script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    load_script("tictactoe/make_data.py").make(tmp_path)
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in DATA.iterdir()}
+
+
+async def test_a_demonstration_is_a_game_as_the_agent_plays_it() -> None:
+    for shown in json.loads((DATA / "demonstrations.json").read_text()):
+        system, *turns = shown["messages"]
+        told, moves = ([message["content"] for message in turns[first::2]] for first in (0, 1))
+        answers = [text.partition(".")[0].removeprefix("O takes ") for text in told[1:]]
+        order = "".join([*answers, *(square for square in SQUARES if square not in answers)])
+        model = Transcript(responses=moves)
+        assert await play(model, order, system["content"]) != "illegal move"
+        assert model.asked == told
 
 
 def test_every_opponent_can_be_beaten_and_none_is_in_both_files() -> None:

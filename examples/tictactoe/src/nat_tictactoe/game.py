@@ -1,6 +1,5 @@
-"""The board and the opponent."""
+"""The board, the opponent, and a game of both."""
 
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,8 +18,8 @@ class Board:
 
     def __str__(self) -> str:
         """Three lines of three: a free square shows its number, the others who took them."""
-        shown = "".join(self.taken.get(square, square) for square in SQUARES)
-        return "\n".join(shown[row : row + 3] for row in (0, 3, 6))
+        shown = [self.taken.get(square, square) for square in SQUARES]
+        return "\n".join(" ".join(shown[row : row + 3]) for row in (0, 3, 6))
 
     def free(self) -> list[str]:
         """The free squares, in order."""
@@ -35,16 +34,49 @@ class Board:
         return Board({**self.taken, square: player}).has_won(player)
 
 
+@dataclass(slots=True)
+class Game:
+    """A game of X, who begins, against the opponent that prefers the squares in an ``order`` of all nine.
+
+    Attributes:
+        told: what X is told before its next move: the opponent's last move and the board.
+        result: how the game ended for X; None while it goes on.
+    """
+
+    order: str
+    board: Board = field(default_factory=Board)
+    told: str = ""
+    result: Result | None = None
+
+    def __post_init__(self) -> None:
+        self.told = str(self.board)
+
+    def reply(self, text: str) -> None:
+        """X's move, and the opponent's answer. The number of a free square is a move, and nothing else is."""
+        move = text.strip()
+        if move not in self.board.free():
+            self.result = "illegal move"
+            return
+        self.board.taken[move] = "X"
+        if self.board.has_won("X"):
+            self.result = "win"
+        elif not self.board.free():
+            self.result = "draw"
+        else:
+            self._answer()
+
+    def _answer(self) -> None:
+        square = opponent_move(self.board, self.order)
+        self.board.taken[square] = "O"
+        self.told = f"O takes {square}.\n{self.board}"
+        if self.board.has_won("O"):
+            self.result = "loss"
+
+
 def opponent_move(board: Board, order: str) -> str:
-    """The opponent's square: one that wins, else the first free one in its ``order`` of the nine squares.
+    """The opponent's square: one that wins, else the first free one in its ``order``.
 
     It does not look out for the agent's lines, so it can be beaten; each order is another opponent.
     """
     wanted = [square for square in order if square not in board.taken]
     return next((square for square in wanted if board.wins_with("O", square)), wanted[0])
-
-
-def read_move(reply: str) -> str | None:
-    """The first digit of a reply, or None."""
-    found = re.search("[1-9]", reply)
-    return found[0] if found else None
