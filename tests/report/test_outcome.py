@@ -48,9 +48,9 @@ def test_a_warm_start_is_told_apart_from_what_came_after_it() -> None:
     base = Collection("base", 0)
     rewards = {base: dict.fromkeys(ROWS, 0.0), BEFORE: dict.fromkeys(ROWS, 0.25), AFTER: dict.fromkeys(ROWS, 1.0)}
     found = outcome(state(0.25, 1.0, heldout_reward_base=0.0), list(rewards), rewards.__getitem__)
-    assert "rose from 0.250 to 1.000" in found.sentence
-    assert found.sentence.endswith("The warm start before that had taken it from 0.000 to 0.250.")
-    assert (found.base.mean, found.base.count) == (0.0, 20)
+    assert "rose from 0.000 to 1.000" in found.sentence
+    assert found.sentence.endswith("After the warm start alone it was 0.250.")
+    assert (found.before.mean, found.warm_start.mean, found.rows["better"]) == (0.0, 0.25, 20)
     rows = [{"event": "base", "epoch": 0, "reward": 0.0, "num_examples": 20}]
     rows += [{"event": "validation", "epoch": 0, "reward": 0.25, "num_examples": 20}]
     drawn = curve(rows, list(rewards), rewards.__getitem__)

@@ -26,10 +26,10 @@ class Outcome:
         answer: ``yes`` or ``no`` where the interval of the change excludes 0; ``unclear`` where it does not.
         sentence: the answer in words.
         kind: the rows it is about: held-out ones, or the training rows where there are no others.
-        before, after: mean rewards; None where nothing was measured.
+        before, after: mean rewards, of the base model and of what it became; None where nothing was measured.
         change: of the same rows; None where their rewards were not kept.
         rows: how many got ``better``, ``worse`` or stayed the ``same``.
-        base: mean reward of the base model on the held-out rows, where ``before`` is that after a warm start.
+        warm_start: mean reward on the held-out rows after a warm start; None where there was none.
     """
 
     answer: Answer
@@ -39,7 +39,7 @@ class Outcome:
     after: Interval | None
     change: Interval | None
     rows: dict[str, int]
-    base: Interval | None = None
+    warm_start: Interval | None = None
 
 
 def outcome(state: RunState, collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]) -> Outcome:
@@ -51,7 +51,9 @@ def outcome(state: RunState, collections: Sequence[Collection], rewards: Callabl
     """
     kind: CollectionKind = "train" if state.heldout_reward_before is None else "heldout"
     kept = [collection for collection in collections if collection.kind == kind]
-    old, new = (rewards(kept[0]), rewards(kept[-1])) if len(kept) > 1 else ({}, {})
+    base = [collection for collection in collections if collection.kind == "base" and kind == "heldout"]
+    measured = [*base, *kept]
+    old, new = (rewards(measured[0]), rewards(measured[-1])) if len(measured) > 1 else ({}, {})
     rows = [row for row in old if row in new]
     before = mean_interval(list(old.values())) or _mean_alone(_reward(state, kind, "before"))
     after = mean_interval(list(new.values())) or _mean_alone(_reward(state, kind, "after"))
@@ -63,12 +65,10 @@ def outcome(state: RunState, collections: Sequence[Collection], rewards: Callabl
     }
     answer = _answer(before, after, change)
     sentence = _sentence(answer, kind, before, after, change)
-    first = Collection("base", 0)
-    base = mean_interval(list(rewards(first).values())) if first in collections else None
-    base = base or _mean_alone(state.heldout_reward_base)
-    if base is not None and before is not None:
-        sentence += f" The warm start before that had taken it from {base.mean:.3f} to {before.mean:.3f}."
-    return Outcome(answer, sentence, kind, before, after, change, counts, base)
+    warm_start = mean_interval(list(rewards(kept[0]).values())) if base and kept else None
+    if warm_start is not None and after is not None:
+        sentence += f" After the warm start alone it was {warm_start.mean:.3f}."
+    return Outcome(answer, sentence, kind, before, after, change, counts, warm_start)
 
 
 def curve(
@@ -159,6 +159,8 @@ def _rows_called(kind: CollectionKind) -> str:
 
 def _reward(state: RunState, kind: CollectionKind, when: Literal["before", "after"]) -> float | None:
     if kind == "heldout":
+        if when == "before" and state.heldout_reward_base is not None:
+            return state.heldout_reward_base
         return state.heldout_reward_before if when == "before" else state.heldout_reward_after
     return state.train_reward_before if when == "before" else state.train_reward_after
 

@@ -51,11 +51,11 @@ function Figures({ run }) {
     ${isComparison && html`<div class="figure wide small"><${RunName} run=${run} /></div>`}
     <div class="figure wide">
       <div class="label">${rows}</div>
-      <div class="value">${outcome.base && html`${fixed(outcome.base.mean)} <small>→</small> ${" "}`}${fixed(outcome.before?.mean)} <small>→</small> ${fixed(outcome.after?.mean)}
+      <div class="value">${fixed(outcome.before?.mean)} <small>→</small> ${outcome.warm_start && html`${fixed(outcome.warm_start.mean)} <small>→</small>`} ${fixed(outcome.after?.mean)}
         ${outcome.change && html` <${Change} value=${outcome.change.mean} />`}</div>
       ${outcome.change && html`<div class="note">95% interval ${signed(outcome.change.low, 2)} to
         ${" "}${signed(outcome.change.high, 2)}, ${plural(outcome.change.count, "row")}</div>`}
-      ${outcome.base && html`<div class="note">base model → after the warm start → after training; the change is the last step's</div>`}
+      ${outcome.warm_start && html`<div class="note">base model → after the warm start → after training</div>`}
     </div>
     <div class="figure wide better-rows">
       <div class="label">Rows that got</div>
@@ -139,6 +139,7 @@ function rewardChart(width) {
     if (run.curve.base.length > 0) {
       const base = isComparison ? heldout : "--muted";
       data.push(column(xs, run.curve.base, "mean"));
+      bars.push({ low: column(xs, run.curve.base, "low"), high: column(xs, run.curve.base, "high"), stroke: colour(base) });
       series.push({ stroke: colour(base), width: 0, points: { show: true, size: 9, fill: colour(base) } });
     }
   }
