@@ -25,7 +25,7 @@ def build_model(
     """A causal language model of ``shape``.
 
     Args:
-        weights: a state dict of such a model, on any device and in any precision; None draws them, which gives other
+        weights: ``tensors_of`` such a model, on any device and in any precision; None draws them, which gives other
             weights on another device.
     """
     import transformers
@@ -49,12 +49,21 @@ def build_model(
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        # As with the others; a scale of its own would have a GPU compile its attention once more.
+        **({"query_pre_attn_scalar": shape.head_dim} if shape.family == "gemma3" else {}),
     )
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
     if weights is not None:
-        model.load_state_dict(weights)
+        with torch.no_grad():
+            for name, tensor in tensors_of(model).items():
+                tensor.copy_(weights[name])
     return model
+
+
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """All that a model computes with: the rotary frequencies too, which another device rounds differently."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def engine_model(

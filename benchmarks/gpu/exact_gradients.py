@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from findings import Findings
-from models import build_model
+from models import build_model, tensors_of
 from place import Place
 from torch import Tensor
 from worker import ours
@@ -21,7 +21,7 @@ def check(findings: Findings, place: Place, family: str) -> None:
     """The workloads W1, W2, W2v and W3; the reference is the plain path in fp32 on the CPU."""
     shape = place.exact_shape(family)
     # Rounded to bf16, so that the weights are the same in both precisions.
-    weights = build_model(shape, dtype=torch.bfloat16).state_dict()
+    weights = tensors_of(build_model(shape, dtype=torch.bfloat16))
     reference = ours(shape, path="plain", weights=weights)
     plain, fast = (ours(shape, path=path, device=place.device, weights=weights) for path in ("plain", "auto"))
     fast_bf16 = ours(shape, device=place.device, dtype=torch.bfloat16, weights=weights)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from findings import Findings
-from models import build_model
+from models import build_model, tensors_of
 from place import Place
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def _judge(findings: Findings, place: Place, title: str) -> None:
         print(f"  {title}: refused, since {refusal}", flush=True)
         install(base.model)  # so that what was refused can be measured
     fast, plain = _by_trie(FastForward(base, head), family), _padded(base, family)
-    reference = build_model(shape, place.device, torch.float32, base.model.state_dict())
+    reference = build_model(shape, place.device, torch.float32, tensors_of(base.model))
     exact = _padded(wrap_model("fp32", reference, None), family)
     gaps = {
         name: float((found - exact).abs().max() / exact.abs().max())

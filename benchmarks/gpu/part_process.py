@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from findings import Findings, Record
+from findings import Findings
 from place import Place
 from verdict import Result
 
@@ -31,37 +32,42 @@ class Part:
     arguments: tuple[str, ...] = ()
 
 
+_END = {"kind": "end"}
+"""The last record: what comes after it, such as taking the device down, may hang and is not waited for."""
+
+
 def run_part(part: Part, place: Place, left_s: float, each: Callable[[Result], None]) -> Result:
     """Run a part for ``left_s`` seconds at most; ``each`` is called with the result so far after each finding."""
-    result = Result(part.name)
+    start, most = time.monotonic(), left_s if place.small else min(part.most_s, left_s)
+    result = Result(part.name, ended=f"stopped after {most:.0f} s")
     spawning = multiprocessing.get_context("spawn")
     receiver, sender = spawning.Pipe(duplex=False)
-    process = spawning.Process(target=_child, args=(part, place, sender), daemon=True)
-    start, most = time.monotonic(), left_s if place.small else min(part.most_s, left_s)
+    process = spawning.Process(target=_child, args=(part, place, sender))
     process.start()
     sender.close()
-    while receiver.poll(max(0.0, start + most - time.monotonic())):
-        try:
-            result.findings.append(receiver.recv())
-        except EOFError:
-            process.join()
-            break
-        each(result)
-    else:
+    try:
+        while receiver.poll(max(0.0, start + most - time.monotonic())):
+            record = receiver.recv()
+            result.seconds = time.monotonic() - start
+            if record == _END:
+                result.ended = ""
+                break
+            result.findings.append(record)
+            each(result)
+    except EOFError:
+        process.join()
+        result.ended = f"ended with exit code {process.exitcode}"
+    finally:
         process.kill()
         process.join()
-        result.ended = f"stopped after {most:.0f} s"
     result.seconds = time.monotonic() - start
-    if process.exitcode and not result.ended:
-        result.ended = f"ended with exit code {process.exitcode}"
     return result
 
 
 def _child(part: Part, place: Place, sender: Connection) -> None:
-    def send(record: Record) -> None:
-        sender.send(record)
-
-    findings = Findings(send)
+    findings = Findings(sender.send)
     with findings.attempt(part.name):
         findings.about(**place.prepare())
         importlib.import_module(part.module).run(findings, place, *part.arguments)
+    sys.stdout.flush()
+    sender.send(_END)

@@ -39,7 +39,11 @@ class Place:
         torch.set_float32_matmul_precision("highest")  # no TF32: fp32 is compared as fp32
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("this torch sees no GPU; --device cpu --small rehearses the check")
-        name = torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        name = "cpu"
+        if self.device == "cuda":
+            # Several models in one process have more shapes of attention than torch compiles by default.
+            torch._dynamo.config.recompile_limit = 64
+            name = torch.cuda.get_device_name()
         return {"device": name, "torch": torch.__version__, "transformers": transformers.__version__}
 
     def shape(self, title: str) -> Shape:

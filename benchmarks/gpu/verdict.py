@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -10,6 +11,9 @@ import table
 from findings import Record
 
 OK, SLOW, FAILED, CUT, SKIPPED = "ok", "BELOW FLOOR", "FAILED", "CUT SHORT", "not run"
+
+_MANY = 10
+"""Comparisons of a part whose figures are left out of its line."""
 
 
 @dataclass
@@ -50,14 +54,14 @@ class Result:
         """The verdict."""
         said = [self.ended] if self.ended else []
         said += [f"{f['name']} broke" for f in self.of_kind("broken")]
-        said += [f"{f['name']} {f['value']:.1e} of {f['bound']:.0e} allowed" for f in self.wrong]
         exact = self.of_kind("exact")
-        if exact and not self.wrong:
-            worst = max(exact, key=lambda f: f["value"] / f["bound"] if f["bound"] else f["value"])
-            of_bound = f"{worst['name']} {worst['value']:.1e} of {worst['bound']:.0e}"
-            said.append(f"{len(exact)} comparisons hold, the worst: {of_bound}")
+        if exact:
+            fail = f"{len(self.wrong)} of {len(exact)} comparisons fail"
+            held = fail if self.wrong else f"{len(exact)} comparisons hold"
+            worst = max(self.wrong or exact, key=_share_of_bound)
+            said.append(f"{held}, the worst: {worst['name']} {worst['value']:.1e} of {worst['bound']:.0e}")
         said += [f"{r['name']} {r['ratio']:.2f}{_floor(r)}" for r in self.of_kind("row")]
-        if not self.of_kind("row"):
+        if not self.of_kind("row") and len(exact) < _MANY:
             said += [f"{f['name']} {f['value']:.2g}" for f in self.of_kind("figure")]
         return f"{self.name:12s} {self.outcome:11s} {self.seconds:4.0f} s  {'; '.join(said)}"
 
@@ -70,6 +74,13 @@ def exit_code(results: Sequence[Result], must_finish: Sequence[str]) -> int:
     """1 where a part failed, or one of those that must finish did not; slow is no failure."""
     unfinished = {r.name for r in results if r.outcome in (CUT, SKIPPED)}
     return int(any(r.outcome == FAILED for r in results) or bool(unfinished & {*must_finish}))
+
+
+def _share_of_bound(comparison: Record) -> float:
+    value, bound = comparison["value"], comparison["bound"]
+    if bound and not math.isnan(value):
+        return value / bound
+    return 0.0 if value <= bound else math.inf
 
 
 def _below(row: Record) -> bool:

@@ -26,6 +26,7 @@ def run(findings, place, title):
 def run(findings, place):
     findings.exact("gradient", 2e-5, 1e-5)
     findings.exact("logprobs", float("nan"), 1e-5)
+    findings.exact("resume", 0, 0)
 """,
     "slow": """
 def run(findings, place):
@@ -91,7 +92,7 @@ def test_a_part_that_holds(place: Place) -> None:
 def test_wrong_numbers_fail_and_nan_is_wrong(place: Place) -> None:
     result = run("wrong", place)
     assert (result.outcome, exit_code([result], [])) == (FAILED, 1)
-    assert "gradient 2.0e-05 of 1e-05 allowed; logprobs nan of 1e-05 allowed" in result.line()
+    assert "2 of 3 comparisons fail, the worst: logprobs nan of 1e-05" in result.line()
 
 
 def test_below_its_floor_is_said_and_is_no_failure(place: Place) -> None:
