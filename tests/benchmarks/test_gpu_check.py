@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -67,9 +68,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         (tmp_path / f"part_{name}.py").write_text(source)
     (tmp_path / "any_place.py").write_text(PLACE)
     monkeypatch.syspath_prepend(tmp_path)
-    import any_place
-
-    made: Place = any_place.AnyPlace("cpu", False, tmp_path)
+    made: Place = importlib.import_module("any_place").AnyPlace("cpu", False, tmp_path)
     return made
 
 

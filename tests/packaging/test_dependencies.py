@@ -66,7 +66,8 @@ def imported_distributions(folder: Path) -> dict[str, str]:
     """Distribution -> one of the files that import it."""
     support = {path.stem for path in (ROOT / "tests" / "support").glob("*.py")}
     examples = {path.name for path in ROOT.glob("examples/*/src/*") if (path / "__init__.py").is_file()}
-    own = {"nat_plugin_evsys"} | support | examples
+    benchmarks = {path.stem for path in ROOT.glob("benchmarks/*/*.py")}
+    own = {"nat_plugin_evsys"} | support | examples | benchmarks
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*.py")):
         for module in imported_modules(ast.parse(path.read_text())):
