@@ -64,8 +64,12 @@ class DropReason(StrEnum):
     """The prompt has no token."""
     NON_FINITE_LOGPROBS = "non_finite_logprobs"
     """A recorded log-probability is NaN or infinite."""
+    TRUNCATED = "truncated"
+    """The reply was cut off at `max_tokens`, and `mask_truncated` leaves such replies out of the loss."""
 
     # What the training job did not get to.
+    MOVED_TOO_FAR = "moved_too_far"
+    """The policy had moved further from the one that sampled the call than `target_kl`, so the epoch's steps ended."""
     JOB_FAILED = "job_failed"
     """The training job failed before it trained on the call."""
     JOB_CANCELED = "job_canceled"
@@ -88,7 +92,7 @@ class Call:
         output_ids: sampled token ids, length T, including the stop token.
         logprobs: log-probability of each output id under the distribution that was sampled, length T.
         stop_reason: why sampling ended.
-        temperature, top_p: what was sampled with.
+        temperature, top_p, top_k: what was sampled with; top_k -1 is off.
         messages: the request's messages in OpenAI form.
         tools: the request's tools in OpenAI form.
         reply: the assistant message that was returned, in OpenAI form.
@@ -110,6 +114,7 @@ class Call:
     tools: list[dict[str, Any]]
     reply: dict[str, Any]
     sequence: int
+    top_k: int = -1
 
     @property
     def key(self) -> CallKey:

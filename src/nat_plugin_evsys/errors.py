@@ -4,6 +4,7 @@ Exception
 ├── EvsysError                       shown to the user as it is: what failed, what was seen, what to type
 │   ├── ConfigError                  a setting is wrong or does not fit another one (also a ValueError)
 │   ├── DataError                    a Datum, dataset row or demonstration is malformed (also a ValueError)
+│   │   ├── CutDistributionError     a call was sampled with top_p or top_k, which the learner cannot train on
 │   │   └── WireError                a protobuf message is malformed or too large
 │   ├── ModelError                   a base model or tokenizer cannot be loaded, or lacks what was asked of it
 │   ├── PromptTooLongError           prompt + max_tokens do not fit the context window (also a ValueError)
@@ -40,6 +41,18 @@ class ConfigError(EvsysError, ValueError):
 
 class DataError(EvsysError, ValueError):
     """A Datum, a dataset row or a demonstration is malformed."""
+
+
+class CutDistributionError(DataError):
+    """A call was sampled from a distribution that top_p or top_k had cut, which is not the learner's."""
+
+    def __init__(self, call: str, top_p: float, top_k: int) -> None:
+        self.top_p, self.top_k = top_p, top_k
+        super().__init__(
+            f"{call} was sampled with top_p {top_p:g} and top_k {top_k}: its probabilities are those of a distribution "
+            "without its unlikely tokens, and the ratios of the loss would be wrong from the first step; set top_p: 1 "
+            "(and no top_k) in the policy and in the workflow's requests. temperature may be what you like"
+        )
 
 
 class WireError(DataError):

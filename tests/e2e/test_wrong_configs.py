@@ -55,7 +55,17 @@ def missing_demonstrations(config: Config, tmp_path: Path) -> None:
     config["trainers"]["trainer"]["warm_start"] = {"demonstrations": "nowhere.json"}
 
 
+def cut_distribution(config: Config, tmp_path: Path) -> None:
+    config["llms"]["policy"]["top_p"] = 0.8
+
+
+def estimator_without_weight(config: Config, tmp_path: Path) -> None:
+    config["trainer_adapters"]["adapter"]["kl_estimator"] = "k3"
+
+
 CASES = [
+    (cut_distribution, ["llms.policy.top_p is 0.8", "set top_p: 1"]),
+    (estimator_without_weight, ["kl_estimator has no effect without kl_beta"]),
     (unknown_field, ["no setting `num_generatons`", "did you mean `num_generations`?"]),
     (wrong_reward, ["`rewrad`", "eval.evaluators"]),
     (no_reward, ["finetuning.reward_function is not set"]),

@@ -17,7 +17,7 @@ from nat.data_models.finetuning import (
 )
 from tinker import types
 
-from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.errors import ConfigError, CutDistributionError
 from nat_plugin_evsys.rollouts.trajectories import calls_of
 
 Fixture = Any
@@ -203,6 +203,42 @@ async def test_groups_without_signal_do_not_fill_a_step(policy: Fixture, make_ad
         ("forward_backward", (8, "importance_sampling", None))
     ]
     assert (status.metadata["trained"], status.metadata["dropped"]) == (8, {"zero_variance_group": 4})
+
+
+async def test_a_pull_to_the_base_is_measured_and_changes_the_step(make_policy: Fixture, make_adapter: Fixture) -> None:
+    moved = []
+    for options in ({}, {"kl_beta": 5.0, "kl_estimator": "k3"}):
+        policy = make_policy()
+        await run(make_adapter(policy, learning_rate=0.05), await policy.collection(groups=2, size=4))  # off the base
+        await policy.publish()
+        status = await run(make_adapter(policy, **options), await policy.collection(groups=2, size=4))
+        assert ("kl_base:mean" in status.metadata["metrics"]) == bool(options)
+        moved.append(policy.weights())
+    assert status.metadata["metrics"]["kl_base:mean"] > 0
+    assert any(not torch.equal(tensor, moved[1][name]) for name, tensor in moved[0].items())
+
+
+async def test_steps_end_beyond_target_kl(policy: Fixture, make_adapter: Fixture) -> None:
+    adapter = make_adapter(policy, learning_rate=0.1, groups_per_step=1, target_kl=1e-6)
+    status = await run(adapter, await policy.collection(groups=3, size=4))
+    assert status.status is TrainingStatusEnum.COMPLETED
+    assert [verb for verb, _ in policy.backend.calls].count("optim_step") == 1
+    assert (status.metadata["trained"], status.metadata["dropped"]) == (4, {"moved_too_far": 8})
+    assert status.metadata["metrics"]["steps"] == 1
+
+
+async def test_replies_that_were_cut_off_may_be_left_out(policy: Fixture, make_adapter: Fixture) -> None:
+    collection = await policy.collection(groups=1, size=4)  # without a stop token every reply is
+    status = await run(make_adapter(policy, mask_truncated=True), collection)
+    assert (status.metadata["trained"], status.metadata["dropped"]) == (0, {"truncated": 4})
+
+
+@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 4}])
+async def test_calls_of_a_cut_distribution_are_refused(policy: Fixture, make_adapter: Fixture, cut: Any) -> None:
+    collection = await policy.collection(groups=1, size=2)
+    collection.trajectories[0][0].metadata["calls"][0] |= cut
+    with pytest.raises(CutDistributionError, match="temperature may be what you like"):
+        await make_adapter(policy).submit(collection)
 
 
 async def test_a_step_tells_its_health_by_the_fields_names(policy: Fixture, make_adapter: Fixture) -> None:

@@ -192,3 +192,22 @@ def test_merging_gives_the_same_multiset_of_trained_tokens(rows: list[tuple[floa
         return Counter(row for datum, origin in pairs for row in trained_rows(datum, origin))
 
     assert multiset(True) == multiset(False)
+
+
+def test_replies_that_were_cut_off_are_left_out_and_counted(call: Make) -> None:
+    cut = call([1, 2], [3], stop_reason="length")
+    group = TrajectoryGroup("g", [1.0, 0.0], [[cut, call([1, 2, 3, 4], [5])], [call([1], [9], stop_reason="length")]])
+    result = group_datums(group, advantage="group_mean", mask_truncated=True)
+    assert result.dropped == {"truncated": 2}
+    assert result.reasons[cut.key] == "truncated"
+    assert result.dropped_trajectories == {"no_usable_calls": 1}
+    assert [inputs(datum)["advantages"] for datum in result.datums] == [[0.0, 0.0, 0.0, 0.5]]
+    assert group_datums(group, advantage="group_mean").dropped == {}
+
+
+def test_a_datum_has_the_temperature_of_each_of_its_calls(call: Make) -> None:
+    calls = [call([1, 2], [3], temperature=0.5), call([1, 2, 3, 4], [5, 6])]
+    datum, _ = chain_datum(calls, 1.0)
+    assert inputs(datum)["temperature"] == [1.0, 0.5, 1.0, 1.0, 1.0]
+    greedy, _ = chain_datum([call([1, 2], [3], temperature=0.0)], 1.0)
+    assert "temperature" not in inputs(greedy), "the recorded logprobs of a greedy call are those of temperature 1"

@@ -36,6 +36,16 @@ def test_zero_variance_is_exact_or_within_1e_12() -> None:
     assert has_zero_variance([3.0])
 
 
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
+def test_leave_one_out_compares_with_the_mean_of_the_others(rewards_G: list[float]) -> None:
+    found = group_advantages(rewards_G, "leave_one_out")
+    if has_zero_variance(rewards_G):
+        assert found == [0.0] * len(rewards_G)
+        return
+    others = [np.mean([r for j, r in enumerate(rewards_G) if j != i]) for i in range(len(rewards_G))]
+    np.testing.assert_allclose(found, np.asarray(rewards_G) - np.asarray(others), atol=1e-9)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="empty group"):
         group_advantages([], "group_mean")

@@ -86,6 +86,16 @@ class Backend(Protocol):
         """Like ``forward_backward_async`` without gradients."""
         ...
 
+    async def base_logprobs_async(self, data: list[tinker.Datum]) -> list[types.TensorData]:
+        """Logprobs of each Datum's target_tokens, (N,), under the base model without the adapter. *Extension.*
+
+        A Datum's ``temperature`` divides the logits; its other inputs play no part.
+
+        Raises:
+            UnsupportedError: the backend cannot give them at a temperature other than 1.
+        """
+        ...
+
     def forward_backward_custom_async(
         self, data: list[tinker.Datum], loss_fn: LossCallable
     ) -> Awaitable[types.ForwardBackwardOutput]:

@@ -146,6 +146,14 @@ class LocalBackend:
         """See ``Backend``."""
         return self._submit(lambda model, progress: model.forward(data, loss_fn, loss_fn_config, progress))
 
+    async def base_logprobs_async(self, data: list[tinker.Datum]) -> list[types.TensorData]:
+        """See ``Backend``. One forward pass over the same tree."""
+
+        def forward(model: TrainableModel, progress: Progress) -> list[types.TensorData]:
+            return [output["logprobs"] for output in model.base_forward(data, progress).loss_fn_outputs]
+
+        return await self._submit(forward)
+
     def forward_backward_custom_async(
         self, data: list[tinker.Datum], loss_fn: LossCallable
     ) -> OperationFuture[types.ForwardBackwardOutput]:

@@ -67,10 +67,33 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "(DAPO). `sequences`: each trajectory's own tokens, then the number of trajectories (GRPO). `sum`: nothing "
         "(Tinker's own sum). See training.md.",
     )
-    advantage: Literal["group_mean", "group_mean_std", "reward"] = Field(
+    advantage: Literal["group_mean", "group_mean_std", "leave_one_out", "reward"] = Field(
         default="group_mean",
         description="`group_mean`: reward minus the group's mean. `group_mean_std`: that, divided by the group's "
-        "standard deviation. `reward`: the reward itself.",
+        "standard deviation. `leave_one_out`: reward minus the mean of the group's other rewards (RLOO). `reward`: the "
+        "reward itself.",
+    )
+    kl_beta: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight of the KL to the base model, which pulls the policy back to it. Costs a forward pass.",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1",
+        description="Estimator of that KL. `k1`: the log-ratio, as a part of the reward. `k2`: half its square. `k3`: "
+        "never negative (GRPO's). `k2` and `k3` cost a second forward pass.",
+    )
+    target_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="KL of the policy to the one that sampled, in nats a token, above which an epoch's steps end; what "
+        "was not trained on is counted as `moved_too_far`. `null` bounds nothing.",
+    )
+    mask_truncated: bool = Field(
+        default=False,
+        description="Leave replies that were cut off at `max_tokens` out of the loss; their rewards still count in the "
+        "group's mean.",
     )
     groups_per_step: int | None = Field(
         default=None, ge=1, description="Trajectory groups per optimizer step; default: all of the epoch's in one."
@@ -95,6 +118,8 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
                 f"loss_fn `importance_sampling` takes no loss_fn_config, but got {sorted(self.loss_fn_config)}; "
                 "remove loss_fn_config or choose ppo or cispo"
             )
+        if "kl_estimator" in self.model_fields_set and not self.kl_beta:
+            raise ValueError("kl_estimator has no effect without kl_beta; set kl_beta above 0, or remove kl_estimator")
         if self.loss_fn == "dro" and self.normalization == "sequences":
             raise ValueError(
                 "loss_fn `dro` has no normalization `sequences`: its quadratic term has one weight for all tokens; "

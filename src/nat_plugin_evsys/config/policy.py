@@ -71,15 +71,20 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     temperature: float = Field(
         default=1.0,
         ge=0.0,
-        description="Sampling temperature of training rollouts that do not state their own. Losses compare with the "
-        "learner at temperature 1, so far from 1 their ratios are far from 1: then choose a clipped loss.",
+        description="Sampling temperature of training rollouts that do not state their own. The learner's distribution "
+        "has the temperature of each call, so that ratios begin at 1.",
     )
     eval_temperature: float = Field(
         default=0.0,
         ge=0.0,
         description="Sampling temperature of everything else (validation, run, eval, serve); 0 is greedy.",
     )
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Nucleus sampling mass for training rollouts.")
+    top_p: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Nucleus sampling mass. `nat finetune` refuses less than 1: such calls cannot be trained on.",
+    )
     max_tokens: int = Field(default=512, ge=1, description="Sampled tokens per call where the request states none.")
     context_length: int | None = Field(
         default=None, ge=1, description="Upper bound of prompt + sampled tokens; default is the model's own limit."

@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.training.policy_gradient import TrainingSettings
     from nat_plugin_evsys.training.work import Material, TrainingWork
 
-NOT_FOR_PAIRS = ("loss_fn", "loss_fn_config", "normalization", "advantage", "groups_per_step", "merge_calls")
+NOT_FOR_PAIRS = (
+    "loss_fn",
+    "loss_fn_config",
+    "normalization",
+    "advantage",
+    "mask_truncated",
+    "kl_beta",
+    "kl_estimator",
+    "target_kl",
+    "groups_per_step",
+    "merge_calls",
+)
 """Settings that preference pairs have no use for; refused with them unless they have their defaults."""
 
 
@@ -139,6 +150,10 @@ class JobWork:
             passes=config.passes,
             shuffle_key=self._shuffle_key(epoch),
             merge_calls=config.merge_calls,
+            mask_truncated=config.mask_truncated,
+            kl_beta=config.kl_beta,
+            kl_estimator=config.kl_estimator,
+            target_kl=config.target_kl,
         )
 
     def _dpo_settings(self, epoch: int | None) -> DpoSettings:

@@ -78,6 +78,11 @@ def check_policy(
         raise ConfigError(
             f"trainer adapter: policy `{adapter.policy}` is not an evsys_policy LLM; `llms:` has {policies}"
         )
+    if policy.top_p < 1:
+        raise ConfigError(
+            f"llms.{adapter.policy}.top_p is {policy.top_p:g}, but calls that were sampled from a cut distribution "
+            "cannot be trained on; set top_p: 1 for `nat finetune` (temperature may be what you like)"
+        )
     return adapter.policy, policy, adapter
 
 

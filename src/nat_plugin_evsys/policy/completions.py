@@ -150,6 +150,7 @@ class Completion:
                 stop_reason=sequence.stop_reason,
                 temperature=self.params.temperature,
                 top_p=self.params.top_p,
+                top_k=self.params.top_k,
                 messages=self.messages,
                 tools=self.tools,
                 reply=reply.to_message(),

@@ -102,6 +102,7 @@ def group_datums(
     advantage: AdvantageMethod,
     loss_fn: str = "importance_sampling",
     merge_calls: bool = True,
+    mask_truncated: bool = False,
 ) -> DatumSet:
     """The Datums of one group.
 
@@ -112,6 +113,8 @@ def group_datums(
         advantage: see ``group_advantages``.
         loss_fn: one of ``LOSSES``.
         merge_calls: make one Datum of calls whose tokens extend one another (not for ``PER_SEQUENCE_LOSSES``).
+        mask_truncated: leave out calls that ended at the token limit (``truncated``), as DAPO's overlong filtering
+            (arXiv 2503.14476, section 3.4). Their trajectory's reward stays in the group's mean.
 
     Raises:
         DataError: unknown loss.
@@ -129,7 +132,7 @@ def group_datums(
     merge = merge_calls and loss_fn not in PER_SEQUENCE_LOSSES
     advantages_G = group_advantages(group.rewards_G, advantage)
     for position, (calls, value) in enumerate(zip(group.calls_G, advantages_G, strict=True)):
-        usable = _usable(calls, result)
+        usable = _usable(calls, result, mask_truncated=mask_truncated)
         if not usable:
             result.dropped_trajectories[DropReason.NO_USABLE_CALLS if calls else DropReason.NO_CALLS] += 1
         for chain in token_chains(usable) if merge else [[call] for call in usable]:
@@ -167,20 +170,24 @@ def chain_datum(
     With ``t`` the n tokens of the last call (prompt and output): ``model_input = t[:-1]`` and, all of shape (n-1,),
     ``target_tokens = t[1:]`` (int64), ``logprobs`` (the sampler's at sampled tokens, 0 at prompt tokens, float32),
     ``advantages`` (``advantage`` at sampled tokens, else 0, float32). ``gspo`` also gets ``sequence_ratio_mask`` (1 at
-    sampled tokens, float32). Under every loss but ``dro`` a row with advantage 0 adds nothing; for ``dro`` see
-    ``with_prompt_logprobs``.
+    sampled tokens, float32). Calls that were sampled at another temperature than 1 add ``temperature`` (theirs at
+    sampled tokens, else 1, float32), so that the learner's distribution has it too; at temperature 0 the recorded
+    logprobs are those of temperature 1. Under every loss but ``dro`` a row with advantage 0 adds nothing; for ``dro``
+    see ``with_prompt_logprobs``.
 
     Several policy versions in one Datum are fine: logprobs are per token.
     """
     ids = chain[-1].prompt_ids + chain[-1].output_ids
     rows = len(ids) - 1
     logprobs = np.zeros(rows, dtype=np.float32)
+    temperature = np.ones(rows, dtype=np.float32)
     sampled = np.zeros(rows, dtype=bool)
     spans = []
     for call in chain:
         start = len(call.prompt_ids) - 1
         stop = start + len(call.output_ids)
         logprobs[start:stop] = call.logprobs
+        temperature[start:stop] = call.temperature or 1.0
         sampled[start:stop] = True
         spans.append(CallSpan(call.call_id, call.index, call.policy_version, start, stop))
     inputs = {
@@ -188,6 +195,8 @@ def chain_datum(
         "logprobs": _tensor(logprobs),
         "advantages": _tensor(np.where(sampled, np.float32(advantage), np.float32(0))),
     }
+    if (temperature != 1).any():
+        inputs["temperature"] = _tensor(temperature)
     if loss_fn == "gspo":
         inputs["sequence_ratio_mask"] = _tensor(sampled.astype(np.float32))
     return Datum(model_input=ModelInput.from_ints(ids[:-1]), loss_fn_inputs=inputs), spans
@@ -216,7 +225,7 @@ def _no_signal(rewards_G: list[float], advantage: AdvantageMethod) -> DropReason
     return DropReason.SINGLE_TRAJECTORY_GROUP if len(rewards_G) == 1 else DropReason.ZERO_VARIANCE_GROUP
 
 
-def _usable(calls: list[Call], result: DatumSet) -> list[Call]:
+def _usable(calls: list[Call], result: DatumSet, *, mask_truncated: bool) -> list[Call]:
     usable = []
     for call in calls:
         if not call.output_ids:
@@ -225,6 +234,8 @@ def _usable(calls: list[Call], result: DatumSet) -> list[Call]:
             result.drop(DropReason.EMPTY_PROMPT, [call])
         elif not all(math.isfinite(logprob) for logprob in call.logprobs):
             result.drop(DropReason.NON_FINITE_LOGPROBS, [call])
+        elif mask_truncated and call.stop_reason == "length":
+            result.drop(DropReason.TRUNCATED, [call])
         else:
             usable.append(call)
     return usable

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tinker import Datum, types
@@ -54,6 +54,8 @@ class Step:
         share: part of the whole training that this step is, 0 to 1.
         policy_version: the version that ``data`` was sampled from, if one did.
         normalized: whether ``data`` is scaled so that the loss is no plain sum over tokens.
+        most_kl: the step is refused where the loss's ``kl_v2:mean``, to the sampler, is above that; None never.
+        measured: figures that were computed on the way to the step.
     """
 
     data: list[Datum]
@@ -68,6 +70,8 @@ class Step:
     share: float = 0.0
     policy_version: int | None = None
     normalized: bool = False
+    most_kl: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -77,11 +81,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A step that has been taken: its forward_backward's output, and the metrics of that and of the optimizer step."""
+    """A step that has been taken: its forward_backward's output, and the metrics of that and of the optimizer step.
+
+    Where ``refused``, there was no optimizer step: the policy had moved too far from the one that sampled.
+    """
 
     step: Step
     output: types.ForwardBackwardOutput
     metrics: StepMetrics
+    refused: bool = False
 
 
 Steps = AsyncGenerator[Step, Taken | None]
@@ -117,6 +125,8 @@ async def run_steps(
 
     async def take(step: Step) -> Taken:
         taken = await _take(backend, step, watch, advice)
+        if taken.refused:
+            return taken
         watch.taken(taken)
         if on_step is not None:
             await on_step(taken)
@@ -167,17 +177,27 @@ async def _take(backend: Backend, step: Step, watch: _Watch, advice: str) -> Tak
     if report.loss is None or not math.isfinite(report.loss):
         await backend.discard_gradient_async()  # or the next step would start with it
         raise JobError(_bad_loss(step, report.loss, advice))
-    report.enter("optim_step")
-    response = await backend.optim_step_async(step.adam)
+    refused = step.most_kl is not None and output.metrics.get("kl_v2:mean", 0.0) > step.most_kl
+    response = types.OptimStepResponse(metrics={})
+    if refused:
+        await backend.discard_gradient_async()
+    else:
+        report.enter("optim_step")
+        response = await backend.optim_step_async(step.adam)
     metrics = StepMetrics(
         tokens=step.tokens,
         sampled_tokens=step.sampled_tokens,
         seconds=time.monotonic() - started,
-        values={**output.metrics, **(response.metrics or {}), "learning_rate": step.adam.learning_rate},
+        values={
+            **output.metrics,
+            **(response.metrics or {}),
+            **step.measured,
+            "learning_rate": step.adam.learning_rate,
+        },
         mean_over=step.mean_over,
         normalized=step.normalized,
     )
-    return Taken(step, output, metrics)
+    return Taken(step, output, metrics, refused)
 
 
 def _forward_backward(backend: Backend, step: Step) -> Awaitable[types.ForwardBackwardOutput]:

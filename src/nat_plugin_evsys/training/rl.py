@@ -111,6 +111,7 @@ async def sample_group(
             stop_reason=sequence.stop_reason,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
             messages=[],
             tools=[],
             reply={"role": "assistant", "content": text},
@@ -143,8 +144,8 @@ async def train_rl(
         reward: ``(row, reply text) -> number``, or a coroutine of it.
         settings: the loss and its optimizer steps; a schedule of the learning rate is over all iterations.
         group_size: replies to each row.
-        sampling: for every reply. At a temperature other than 1 the ratios do not start at 1, because the learner's
-            logprobs are those of temperature 1. Its ``seed`` must be None: seeds derive from ``seed``.
+        sampling: for every reply. The learner has its temperature; ``top_p`` and ``top_k`` must be left alone, since
+            the learner's distribution is not cut. Its ``seed`` must be None: seeds derive from ``seed``.
         on_iteration: called after each iteration with its record and the groups that it trained on.
 
     Raises:
@@ -157,6 +158,11 @@ async def train_rl(
         raise ConfigError(
             f"rl needs group_size >= 1 and sampling.seed None (seeds derive from `seed`), got group_size={group_size}, "
             f"sampling.seed={sampling.seed}"
+        )
+    if sampling.top_p < 1 or sampling.top_k > 0 or getattr(sampling, "repetition_penalty", 1.0) != 1:
+        raise ConfigError(
+            "rl cannot train on replies of a distribution that top_p, top_k or repetition_penalty have changed; leave "
+            "them alone (temperature may be what you like)"
         )
     if not rows:
         raise DataError("rl has no rows to sample from; give at least one")

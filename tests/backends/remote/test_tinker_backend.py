@@ -116,6 +116,27 @@ async def test_a_custom_loss_has_the_gradient_of_the_embedded_engine(
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
+async def test_the_base_models_logprobs_are_those_of_the_embedded_engine(
+    remote: Any, make_backend: Any, make_datums: Any
+) -> None:
+    backend, local = await remote(seed=5), await make_backend(seed=5)
+    before = await local.forward_async(make_datums(0), loss_fn="cross_entropy")
+    await train(backend, make_datums, 2)
+    await train(local, make_datums, 2)
+    found, expected = [await each.base_logprobs_async(make_datums(0)) for each in (backend, local)]
+    for one, other, fresh in zip(found, expected, before.loss_fn_outputs, strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
+        assert other.tolist() == pytest.approx(fresh["logprobs"].tolist(), abs=1e-5)
+
+    datum = make_datums(0)[0]
+    rows = datum.model_input.length
+    half = types.TensorData(data=[0.5] * rows, dtype="float32", shape=[rows])
+    with pytest.raises(UnsupportedError, match="set temperature: 1, or kl_beta: 0"):
+        await backend.base_logprobs_async(
+            [types.Datum(datum.model_input, {**datum.loss_fn_inputs, "temperature": half})]
+        )
+
+
 async def test_a_checkpoint_with_the_optimizer_goes_on_as_if_nothing_had_been(remote: Any, make_datums: Any) -> None:
     first = await remote()
     await train(first, make_datums, 2)

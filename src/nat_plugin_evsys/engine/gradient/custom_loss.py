@@ -8,6 +8,7 @@ import torch
 from tinker import types
 from torch import Tensor
 
+from nat_plugin_evsys.engine.gradient.datums import TEMPERATURE
 from nat_plugin_evsys.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,7 +19,13 @@ def surrogate_datum(datum: tinker.Datum, index: int) -> tinker.Datum:
     """The Datum with nothing but its target_tokens: cross_entropy then gives the logprobs of all of them."""
     if "target_tokens" not in getattr(datum, "loss_fn_inputs", {}):
         raise DataError(f"data[{index}]: loss_fn_inputs lacks 'target_tokens'; a custom loss needs them")
-    return types.Datum(datum.model_input, {"target_tokens": datum.loss_fn_inputs["target_tokens"]})
+    return bare_datum(datum)
+
+
+def bare_datum(datum: tinker.Datum) -> tinker.Datum:
+    """The Datum with its target_tokens, and its temperature if it has one, alone."""
+    kept = {key: value for key, value in datum.loss_fn_inputs.items() if key in ("target_tokens", TEMPERATURE)}
+    return types.Datum(datum.model_input, kept)
 
 
 def leaf_gradient(leaf: Tensor, index: int) -> Tensor:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import tinker
 
 
+TEMPERATURE = "temperature"
+"""Input of every loss: what the logits of each position are divided by, (N,). *Extension* of Tinker."""
+
+
 @dataclass(frozen=True, eq=False)
 class Example:
     """A checked Datum: everything on the CPU, int64 and float32.
@@ -24,11 +28,13 @@ class Example:
         tokens: (N,) what the model reads.
         targets: (N,) or (N, K) what each position predicts.
         inputs: the loss function's other inputs; (N,) each, ``weights`` in the shape of ``targets``.
+        temperature: (N,) that divides the logits of each position, or None for 1 everywhere. *Extension* of Tinker.
     """
 
     tokens: Tensor
     targets: Tensor
     inputs: dict[str, Tensor]
+    temperature: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -66,9 +72,10 @@ def check_datums(data: Sequence[tinker.Datum], loss_fn: str, *, vocab_size: int,
         if loss_fn == "cross_entropy":
             inputs.setdefault("weights", torch.ones(targets.shape))
         for key, value in inputs.items():
-            inputs[key] = _floats(value, where, key, targets.shape)
+            shape = targets.shape[:1] if key == TEMPERATURE else targets.shape
+            inputs[key] = _floats(value, where, key, shape)
         _check_gspo(inputs, where, loss_fn)
-        examples.append(Example(tokens, targets, inputs))
+        examples.append(Example(tokens, targets, inputs, _temperature(inputs.pop(TEMPERATURE, None), where)))
     return examples
 
 
@@ -101,7 +108,7 @@ def _loss_inputs(
         if key not in given:
             raise DataError(f"{where}: loss_fn_inputs lacks {key!r}; {loss_fn} needs {', '.join(required)}")
     for key in given:
-        if key not in required and key not in optional:
+        if key not in required and key not in optional and key != TEMPERATURE:
             takes = ", ".join((*required, *optional))
             raise DataError(f"{where}: loss_fn_inputs has {key!r}, which {loss_fn} does not take; it takes {takes}")
     return {key: value.to_torch() for key, value in given.items()}
@@ -127,6 +134,17 @@ def _floats(value: Tensor, where: str, key: str, shape: torch.Size) -> Tensor:
     if len(bad):
         at = ", ".join(str(i) for i in bad[0].tolist())
         raise DataError(f"{where}: {key}[{at}] is {value[tuple(bad[0])].item()}; every value must be finite")
+    return value
+
+
+def _temperature(value: Tensor | None, where: str) -> Tensor | None:
+    if value is None or bool((value == 1).all()):
+        return None
+    if bool((value <= 0).any()):
+        at = int((value <= 0).nonzero()[0])
+        raise DataError(
+            f"{where}: {TEMPERATURE}[{at}] is {value[at].item()}; give the temperature above 0 it was sampled at"
+        )
     return value
 
 

@@ -102,7 +102,7 @@ class FastForward:
 
     def logprobs(
         self,
-        adapter: LoraAdapter,
+        adapter: LoraAdapter | None,
         trie: TokenTrie,
         examples: Sequence[Example],
         reads: Sequence[Reads],
@@ -123,6 +123,9 @@ class FastForward:
             return_inverse=True
         )
         hidden = self.hidden(trie, read, adapter, keep=keep)
+        if any(e.temperature is not None for e in examples):
+            temperature = torch.cat([temperature_of(e)[p] for e, p in zip(examples, places, strict=True)])
+            hidden, at = _tempered(hidden, at, temperature)
         rows = at.split([len(p) for p in places])
         targets = [_matrix(e.targets)[p] for e, p in zip(examples, places, strict=True)]
         gradient = [r.gradient[p] for r, p in zip(reads, places, strict=True)]
@@ -137,7 +140,7 @@ class FastForward:
 
     def _of_rows(
         self,
-        adapter: LoraAdapter,
+        adapter: LoraAdapter | None,
         hidden: Tensor,
         rows: Sequence[Tensor],
         targets: Sequence[Tensor],
@@ -229,6 +232,26 @@ def _gap_on_probe(base: BaseModel, fast: FastForward) -> float:
         found = fast.hidden(trie, torch.arange(len(trie)), None)
         packed = found[torch.from_numpy(np.concatenate(trie.rows)).to(base.device)]
     return float((plain - packed).abs().max() / plain.abs().max())
+
+
+def temperature_of(example: Example) -> Tensor:
+    """The temperature of each position, (N,)."""
+    return torch.ones(len(example)) if example.temperature is None else example.temperature
+
+
+def _tempered(hidden: Tensor, at: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states divided by the temperature, one for each pair of a row and a temperature that is read there.
+
+    The head is linear, so that the logits of ``h / T`` are those of ``h`` divided by T.
+
+    Args:
+        hidden: [R, H].
+        at: (P,) the row that each place reads; ``temperature``: (P,) at which.
+    """
+    keys, inverse = torch.stack([at.double(), temperature.double()]).unique(dim=1, return_inverse=True)
+    rows = keys[0].long().to(hidden.device)
+    divisor = keys[1].to(device=hidden.device, dtype=hidden.dtype)
+    return hidden[rows] / divisor[:, None], inverse
 
 
 def _matrix(targets: Tensor) -> Tensor:

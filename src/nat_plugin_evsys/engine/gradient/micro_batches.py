@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine.gradient.batching import default_token_budget, plan_micro_batches
 from nat_plugin_evsys.engine.gradient.datums import Example
-from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, Reads, fast_forward
+from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, Reads, fast_forward, temperature_of
 from nat_plugin_evsys.engine.gradient.losses import LOSSES, gradient_rows, read_rows
 from nat_plugin_evsys.engine.gradient.packing import Pack, plan_packs
 from nat_plugin_evsys.engine.gradient.results import DatumResult, split_rows, stack_targets
@@ -20,6 +20,7 @@ from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows, targe
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
+from nat_plugin_evsys.errors import DataError
 
 # In forward passes: one and a backward pass of two, and once more for what is computed again.
 _PASSES, _RECOMPUTED_PASSES = 3, 4
@@ -82,6 +83,8 @@ class MicroBatches:
 
     def plan(self, examples: Sequence[Example], loss: Loss, token_budget: int | None) -> list[MicroBatch]:
         """Every Datum is in exactly one micro-batch."""
+        if not self._head.is_linear and any(e.temperature is not None for e in examples):
+            raise DataError("temperature is not offered for this model: its logits are not linear in its hidden states")
         reads = [loss.reads(e) for e in examples]
         unread = [i for i, r in enumerate(reads) if r.length == 0]
         fast = [i for i, r in enumerate(reads) if self._fast is not None and r.length and self._fast.takes(r.length)]
@@ -130,9 +133,18 @@ class MicroBatches:
         return self._limits[recompute]
 
     def run(
-        self, batch: MicroBatch, examples: Sequence[Example], loss: Loss, gradient: dict[str, Tensor]
+        self,
+        batch: MicroBatch,
+        examples: Sequence[Example],
+        loss: Loss,
+        gradient: dict[str, Tensor],
+        *,
+        bare: bool = False,
     ) -> list[DatumResult]:
-        """Forward, and backward if ``gradient`` has tensors to add to; results in the order of ``batch.members``."""
+        """Forward, and backward if ``gradient`` has tensors to add to; results in the order of ``batch.members``.
+
+        ``bare``: without the adapter.
+        """
         part = [examples[i] for i in batch.members]
         reads = [loss.reads(e) for e in part]
         device = self._base.device
@@ -140,7 +152,7 @@ class MicroBatches:
         needs_grad = bool(gradient) and any(bool(r.gradient.any()) for r in reads)
         saved = SavedBytes([*self._base.model.parameters(), *self._parameters.values()])
         with torch.set_grad_enabled(needs_grad), saved.counting():
-            found = self._logprobs(batch, part, reads)
+            found = self._logprobs(batch, part, reads, None if bare else self._adapter)
             results = [LOSSES[loss.name].function(lp, i, loss.config) for (lp, _), i in zip(found, inputs, strict=True)]
             total = torch.stack([r.loss for r in results]).sum()
         batch.kept = saved.total
@@ -152,24 +164,28 @@ class MicroBatches:
         return [DatumResult(lp, r, h) for (lp, h), r in zip(found, results, strict=True)]
 
     def _logprobs(
-        self, batch: MicroBatch, examples: Sequence[Example], reads: Sequence[Reads]
+        self, batch: MicroBatch, examples: Sequence[Example], reads: Sequence[Reads], adapter: LoraAdapter | None
     ) -> list[tuple[Tensor, Tensor]]:
         """Logprobs, in the shape of the targets, and entropies (N,) of each Datum."""
         if not batch.computed:
             device = self._base.device
             return [(torch.zeros(e.targets.shape, device=device), torch.zeros(len(e), device=device)) for e in examples]
         if batch.trie is not None and self._fast is not None:
-            return self._fast.logprobs(self._adapter, batch.trie, examples, reads, keep=not batch.recompute)
-        return self._padded(examples, reads)
+            return self._fast.logprobs(adapter, batch.trie, examples, reads, keep=not batch.recompute)
+        return self._padded(examples, reads, adapter)
 
-    def _padded(self, examples: Sequence[Example], reads: Sequence[Reads]) -> list[tuple[Tensor, Tensor]]:
+    def _padded(
+        self, examples: Sequence[Example], reads: Sequence[Reads], adapter: LoraAdapter | None
+    ) -> list[tuple[Tensor, Tensor]]:
         """The plain way."""
         device = self._base.device
-        with applied(self._adapter, fused=False):
+        with applied(adapter, fused=False):
             hidden = hidden_rows(self._base.model, [e.tokens for e in examples], device)
+        if any(e.temperature is not None for e in examples):
+            hidden = hidden / torch.cat([temperature_of(e) for e in examples]).to(hidden)[:, None]
         targets = stack_targets(examples).to(device)
         needs_grad = torch.cat([r.gradient for r in reads]).to(device)
-        logprobs, entropy = target_logprobs(self._head, self._adapter, hidden, targets, needs_grad)
+        logprobs, entropy = target_logprobs(self._head, adapter, hidden, targets, needs_grad)
         entropies = entropy.split([len(e) for e in examples])
         return list(zip(split_rows(logprobs, examples), entropies, strict=True))
 

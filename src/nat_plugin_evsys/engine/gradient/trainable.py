@@ -10,7 +10,7 @@ import torch
 from tinker import types
 from torch import Tensor
 
-from nat_plugin_evsys.engine.gradient.custom_loss import leaf_gradient, surrogate_datum, with_weights
+from nat_plugin_evsys.engine.gradient.custom_loss import bare_datum, leaf_gradient, surrogate_datum, with_weights
 from nat_plugin_evsys.engine.gradient.datums import check_datums, check_thresholds
 from nat_plugin_evsys.engine.gradient.losses import resolve_config
 from nat_plugin_evsys.engine.gradient.micro_batches import Loss, MicroBatches
@@ -116,6 +116,17 @@ class TrainableModel:
         """``forward_backward`` without gradient."""
         return self._run(data, loss_fn, loss_fn_config, progress, backward=False)[0]
 
+    def base_forward(
+        self, data: Sequence[tinker.Datum], progress: Progress | None = None
+    ) -> types.ForwardBackwardOutput:
+        """``forward`` of cross_entropy without the adapter: logprobs of the target_tokens under the base model.
+
+        A Datum's own logprobs, advantages and the like play no part.
+        """
+        return self._run(
+            [bare_datum(datum) for datum in data], "cross_entropy", None, progress, backward=False, bare=True
+        )[0]
+
     def forward_backward_custom(
         self, data: Sequence[tinker.Datum], loss_fn: CustomLoss, progress: Progress | None = None
     ) -> types.ForwardBackwardOutput:
@@ -184,6 +195,7 @@ class TrainableModel:
         progress: Progress | None,
         *,
         backward: bool,
+        bare: bool = False,
     ) -> tuple[types.ForwardBackwardOutput, dict[str, Tensor]]:
         examples = check_datums(data, loss_fn, vocab_size=self.base.vocab_size, context_length=self.base.context_length)
         config = resolve_config(loss_fn, loss_fn_config)
@@ -194,7 +206,7 @@ class TrainableModel:
         results: dict[int, DatumResult] = {}
         work = self._steps.plan(examples, loss, self.token_budget)
         for batch in work:
-            results.update(zip(batch.members, self._steps.run(batch, examples, loss, gradient), strict=True))
+            results.update(zip(batch.members, self._steps.run(batch, examples, loss, gradient, bare=bare), strict=True))
             done += sum(len(examples[i]) for i in batch.members)
             if progress is not None:
                 progress(done, total)

@@ -39,6 +39,11 @@ class OutputHead:
         self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         self._check(model)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether dividing the hidden state divides the logits."""
+        return self.softcap is None and self.linear.bias is None
+
     def __call__(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.linear(hidden)
         if self.scale != 1.0:

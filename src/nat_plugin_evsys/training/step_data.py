@@ -1,0 +1,83 @@
+"""What an optimizer step reads: the Datums of its groups, with the final advantages, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tinker import Datum, TensorData
+
+from nat_plugin_evsys.backends.base import Backend
+from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance, with_prompt_logprobs
+from nat_plugin_evsys.training.kl import kl_penalised, mean_kl
+from nat_plugin_evsys.training.loop import NamedLoss
+from nat_plugin_evsys.training.normalization import Normalization, datum_scales, scaled
+from nat_plugin_evsys.training.training_settings import TrainingSettings
+
+DRO_BETA = 0.05
+"""Tinker's default."""
+
+READ_BY_A_FORWARD = ("target_tokens", "temperature")
+
+
+class StepData:
+    """Makes the Datums of the steps on some groups.
+
+    Args:
+        backend: asked for logprobs where the loss or the KL needs them.
+        sets: the Datums of each group.
+        settings: how they are trained on.
+    """
+
+    def __init__(self, backend: Backend, sets: Sequence[DatumSet], settings: TrainingSettings) -> None:
+        self._backend = backend
+        self._settings = settings
+        lengths = [datums.sampled_tokens for datums in sets if datums.datums]
+        # Sampled tokens of a step that has all its groups, at the job's mean length of a group.
+        self._full_step_tokens = (settings.groups_per_step or len(sets)) * sum(lengths) / max(len(lengths), 1)
+
+    async def of(self, batch: Sequence[DatumSet]) -> tuple[list[Datum], NamedLoss, dict[str, float]]:
+        """The Datums of a step on ``batch``, the loss, and what was measured on the way to them."""
+        settings = self._settings
+        data = [datum for datums in batch for datum in datums.datums]
+        origins = [origin for datums in batch for origin in datums.provenance]
+        measured = {}
+        if settings.kl_beta:
+            base = await self._backend.base_logprobs_async(data)
+            measured["kl_base:mean"] = mean_kl([datum.loss_fn_inputs["logprobs"] for datum in data], base, origins)
+            data = await self._pulled(data, origins, base)
+        scales = _scales(batch, settings.normalization, self._full_step_tokens)
+        data = [scaled(datum, scale) for datum, scale in zip(data, scales, strict=True)]
+        if settings.loss_fn != "dro":
+            return data, NamedLoss(settings.loss_fn, settings.loss_fn_config), measured
+        # It has no mask, so its prompt rows get the learner's present logprobs.
+        learner = await self._learner(data)
+        data = [with_prompt_logprobs(*row) for row in zip(data, origins, learner, strict=True)]
+        beta = (settings.loss_fn_config or {}).get("beta", DRO_BETA)
+        return data, NamedLoss(settings.loss_fn, {"beta": beta * scales[0]}), measured
+
+    async def _pulled(
+        self, data: list[Datum], origins: Sequence[Provenance], base: Sequence[TensorData]
+    ) -> list[Datum]:
+        beta, estimator = self._settings.kl_beta, self._settings.kl_estimator
+        learner = [None] * len(data) if estimator == "k1" else await self._learner(data)
+        return [
+            kl_penalised(datum, origin, of_base, beta, estimator=estimator, learner=of_learner)
+            for datum, origin, of_base, of_learner in zip(data, origins, base, learner, strict=True)
+        ]
+
+    async def _learner(self, data: Sequence[Datum]) -> list[TensorData]:
+        """Logprobs of the target tokens under the present weights, (N,) each."""
+        bare = [
+            Datum(datum.model_input, {k: v for k, v in datum.loss_fn_inputs.items() if k in READ_BY_A_FORWARD})
+            for datum in data
+        ]
+        output = await self._backend.forward_async(bare, loss_fn="cross_entropy")
+        return [result["logprobs"] for result in output.loss_fn_outputs]
+
+
+def _scales(batch: Sequence[DatumSet], normalization: Normalization, full_step_tokens: float) -> list[float]:
+    origins = [(group, origin) for group, datums in enumerate(batch) for origin in datums.provenance]
+    lengths = [origin.sampled_tokens for _, origin in origins]
+    places = {key: number for number, key in enumerate(dict.fromkeys((group, o.trajectory) for group, o in origins))}
+    trajectories = [places[group, origin.trajectory] for group, origin in origins]
+    return datum_scales(lengths, trajectories, normalization, full_step_tokens=full_step_tokens)

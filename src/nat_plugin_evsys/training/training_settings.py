@@ -1,0 +1,65 @@
+"""How trajectory groups are trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tinker import types
+
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.rollouts.advantages import AdvantageMethod
+from nat_plugin_evsys.training.kl import KlEstimator
+from nat_plugin_evsys.training.learning_rate import LearningRate
+from nat_plugin_evsys.training.normalization import Normalization
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """How groups are trained on.
+
+    Attributes:
+        loss_fn: importance_sampling, ppo, cispo, dro or gspo.
+        adam: of every optimizer step, except for the learning rate.
+        rate: the learning rate over the steps, default that of ``adam``.
+        normalization: how much a token weighs; see ``normalization``.
+        loss_fn_config: the loss's settings, by Tinker's names.
+        advantage: see ``group_advantages``.
+        groups_per_step: groups of one optimizer step; None takes all in one.
+        passes: times that the groups are trained on.
+        shuffle_key: decides the order of the groups, together with the number of the pass.
+        merge_calls, mask_truncated: see ``group_datums``.
+        kl_beta, kl_estimator: the pull to the base model; see ``kl``.
+        target_kl: the steps after the first one end where the policy's KL to the sampler (``kl_v2:mean``, in nats a
+            token) is above it; None bounds nothing.
+
+    Raises:
+        ConfigError: ``dro`` with ``sequences``, whose scales differ between Datums; or a value is out of range.
+    """
+
+    loss_fn: types.LossFnType
+    adam: types.AdamParams
+    rate: LearningRate | None = None
+    normalization: Normalization = "full_step"
+    loss_fn_config: dict[str, Any] | None = None
+    advantage: AdvantageMethod = "group_mean"
+    groups_per_step: int | None = None
+    passes: int = 1
+    shuffle_key: str = "0"
+    merge_calls: bool = True
+    mask_truncated: bool = False
+    kl_beta: float = 0.0
+    kl_estimator: KlEstimator = "k1"
+    target_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_fn == "dro" and self.normalization == "sequences":
+            raise ConfigError(
+                "loss_fn dro takes no normalization `sequences`: its quadratic term has one weight for all tokens; "
+                "choose full_step, tokens or sum"
+            )
+        if self.kl_beta < 0 or (self.target_kl is not None and self.target_kl <= 0):
+            raise ConfigError(
+                f"kl_beta is {self.kl_beta} and target_kl {self.target_kl}; kl_beta must be 0 or more, and target_kl "
+                "above 0 or None"
+            )
