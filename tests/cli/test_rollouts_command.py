@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from nat.atif import Agent, Metrics, Observation, ObservationResult, Step, ToolCall, Trajectory
+from nat_process import run_nat
 
 from nat_plugin_evsys.cli.runs import evsys
 from nat_plugin_evsys.runs import RunDirectory
@@ -66,6 +67,12 @@ def test_what_was_not_kept_is_said(run: RunDirectory) -> None:
     refused = call(run.path, "--kind", "heldout")
     assert refused.exit_code != 0
     assert "it has: epoch-0001, epoch-0002" in refused.output
+
+
+def test_nothing_but_json_reaches_a_pipe(run: RunDirectory) -> None:
+    done = run_nat("evsys", "rollouts", str(run.path), "--json")
+    assert done.code == 0, done.text
+    assert [json.loads(text)["extra"]["row_id"] for text in done.out.splitlines()] == ["r1"]
 
 
 def test_json_is_atif(run: RunDirectory) -> None:

@@ -21,6 +21,13 @@ def evsys() -> None:
     """The group."""
 
 
+@evsys.result_callback()
+@click.pass_context
+def _end(context: click.Context, *_: object, **__: object) -> None:
+    """End the process here: NAT would write an ANSI reset to stdout, which whoever reads our JSON does not expect."""
+    context.exit()
+
+
 evsys.add_command(report_command)
 evsys.add_command(rollouts_command)
 evsys.add_command(serve_command)
