@@ -22,10 +22,9 @@ def evsys() -> None:
 
 
 @evsys.result_callback()
-@click.pass_context
-def _end(context: click.Context, *_: object, **__: object) -> None:
+def _end(*_: object, **__: object) -> None:
     """End the process here: NAT would write an ANSI reset to stdout, which whoever reads our JSON does not expect."""
-    context.exit()
+    click.get_current_context().exit()
 
 
 evsys.add_command(report_command)
