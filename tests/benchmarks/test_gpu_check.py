@@ -142,6 +142,17 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert [(part["name"], part["outcome"]) for part in written["parts"]] == [("judge", FAILED)]
 
 
+def test_parts_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
+    done = check("--device", "cpu", "--small", "--only", "exactness", "judge", "--seconds", "5", OUT=str(tmp_path))
+    assert done.returncode == 1, "exactness was not shown"
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [(part["name"], part["outcome"]) for part in written["parts"]] == [
+        ("exactness", SKIPPED),
+        ("judge", SKIPPED),
+    ]
+    assert "s were left" in done.stdout
+
+
 def test_full_sizes_on_a_cpu_are_refused(tmp_path: Path) -> None:
     done = check("--device", "cpu", OUT=str(tmp_path))
     assert done.returncode == 2
