@@ -227,6 +227,22 @@ async def test_steps_end_beyond_target_kl(policy: Fixture, make_adapter: Fixture
     assert status.metadata["metrics"]["steps"] == 1
 
 
+async def test_the_rate_goes_on_where_an_earlier_process_left_it(make_policy: Fixture, make_adapter: Fixture) -> None:
+    settings = {"learning_rate": 0.1, "target_kl": 1e-4}
+    policy = make_policy()
+    adapter = make_adapter(policy, **settings)
+    job = (await run(adapter, await policy.collection(groups=2, size=4))).metadata
+    assert job["metrics"]["lr_factor"] < 1
+    rates = []
+    for other in (adapter, make_adapter(policy, **settings)):
+        if other is not adapter:
+            other.resume_after(job)
+        policy.backend.calls.clear()
+        await run(other, await policy.collection(groups=2, size=4))
+        rates += [adam.learning_rate for verb, adam in policy.backend.calls if verb == "optim_step"]
+    assert rates == [0.1 * job["metrics"]["lr_factor"]] * 2
+
+
 async def test_replies_that_were_cut_off_may_be_left_out(policy: Fixture, make_adapter: Fixture) -> None:
     collection = await policy.collection(groups=1, size=4)  # without a stop token every reply is
     status = await run(make_adapter(policy, mask_truncated=True), collection)

@@ -17,6 +17,7 @@ from nat_plugin_evsys.training.group_material import GroupMaterial
 from nat_plugin_evsys.training.kl import kl_coefficient
 from nat_plugin_evsys.training.loop import run_steps
 from nat_plugin_evsys.training.policy_gradient import TrainingSettings
+from nat_plugin_evsys.training.step_size import StepSize
 
 BETA = 0.3
 
@@ -118,7 +119,7 @@ async def test_target_kl_ends_the_steps_and_counts_what_was_not_trained(make_bac
     async def train(target: float | None) -> tuple[list[Any], Any, Any]:
         backend = await make_backend(perturbed=True)
         settings = TrainingSettings(
-            "ppo", types.AdamParams(learning_rate=0.3), groups_per_step=1, passes=2, target_kl=target
+            "ppo", types.AdamParams(learning_rate=0.3), groups_per_step=1, passes=2, step_size=StepSize(target)
         )
         material = GroupMaterial([GROUPS[0], GROUPS[2]], settings)
         await material.prepare(backend)
@@ -149,7 +150,7 @@ async def test_target_kl_ends_the_steps_and_counts_what_was_not_trained(make_bac
     assert backend._model.gradient is None or all(not g.any() for g in backend._model.gradient.values())
 
 
-@pytest.mark.parametrize("wrong", [{"kl_beta": -1.0}, {"target_kl": 0.0}])
-def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize("wrong", [{"kl_beta": -1.0}, {"step_size": StepSize(0.0)}])
+def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="kl_beta must be 0 or more"):
         TrainingSettings("ppo", types.AdamParams(), **wrong)

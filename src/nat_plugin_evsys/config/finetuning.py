@@ -87,8 +87,9 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     target_kl: float | None = Field(
         default=None,
         gt=0,
-        description="KL of the policy to the one that sampled, in nats a token, above which an epoch's steps end; what "
-        "was not trained on is counted as `moved_too_far`. `null` bounds nothing.",
+        description="How far an epoch may move the policy from the one that sampled: KL in nats a token. Above it the "
+        "epoch's steps end, and what was not trained on is counted as `moved_too_far`; above half of it the learning "
+        "rate of the next epochs falls, and below that it rises again to `learning_rate`. `null` bounds nothing.",
     )
     mask_truncated: bool = Field(
         default=False,

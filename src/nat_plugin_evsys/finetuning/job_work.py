@@ -10,6 +10,7 @@ from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.rollouts.preferences import preference_trajectories
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup, group_of
+from nat_plugin_evsys.training.step_size import StepSize
 
 if TYPE_CHECKING:
     from tinker import types
@@ -85,6 +86,7 @@ class JobWork:
 
     Attributes:
         rate_factor: what the learning rate is multiplied by; a run lowers it when its policy has collapsed.
+        step_size: what the jobs so far have found out about the learning rate.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class JobWork:
         self._num_epochs = num_epochs
         self._policy = policy
         self.rate_factor = 1.0
+        self.step_size = StepSize(config.target_kl)
 
     def on_groups(self, groups: list[TrajectoryGroup], epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
         """Policy-gradient steps on groups, and their sizes for the ledger."""
@@ -153,7 +156,7 @@ class JobWork:
             mask_truncated=config.mask_truncated,
             kl_beta=config.kl_beta,
             kl_estimator=config.kl_estimator,
-            target_kl=config.target_kl,
+            step_size=self.step_size,
         )
 
     def _dpo_settings(self, epoch: int | None) -> DpoSettings:

@@ -27,7 +27,7 @@ from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
 from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.report.findings import Finding
-from nat_plugin_evsys.report.metrics_log import BASE, VALIDATION, WARM_START
+from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.training.sdft import SdftStep
@@ -139,7 +139,11 @@ class RunSession:
         books.rewind()
         self._curriculum.load_state(books.state.curriculum)
         source = await self._checkpoints.reload()
-        self._trainer.trainer_adapter.scale_rate(rate_after(books.metrics.rows()))
+        rows = books.metrics.rows()
+        self._trainer.trainer_adapter.scale_rate(rate_after(rows))
+        trained = [row["job"] for row in rows if row["event"] == EPOCH and (row.get("job") or {}).get("steps")]
+        if trained:
+            self._trainer.trainer_adapter.resume_after(trained[-1])
         done = books.state.epochs_done
         if done >= num_epochs:
             logger.warning("the run has finished all of its %d epochs; raise finetuning.num_epochs to go on", done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -87,6 +88,12 @@ class EvsysTrainerAdapter(TrainerAdapter):
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate of all jobs to come by ``factor``, whatever it was multiplied by before."""
         self._work.rate_factor = factor
+
+    def resume_after(self, job: Mapping[str, Any]) -> None:
+        """Go on as after a job of an earlier process, of which metrics.jsonl has the metadata."""
+        factor = (job.get("metrics") or {}).get("lr_factor")
+        if factor is not None:
+            self._work.step_size.factor = float(factor)
 
     async def is_healthy(self) -> bool:
         """Ask the policy's backend; an error or no answer in ``health_timeout`` seconds is logged and False."""

@@ -57,7 +57,7 @@ class GroupMaterial:
 
     def account(self, lost_reason: DropReason) -> Account:
         """Where every call and trajectory went."""
-        if lost_reason is DropReason.NOT_REACHED and self._settings.target_kl is not None:
+        if lost_reason is DropReason.NOT_REACHED and self._settings.step_size.target is not None:
             lost_reason = DropReason.MOVED_TOO_FAR
         account = Account(calls=CallTally(calls=sum(group.num_calls for group in self._groups)))
         if not self._sets:

@@ -78,12 +78,22 @@ def kl_penalised(
 
 def mean_kl(sampler: Sequence[TensorData], other: Sequence[TensorData], origins: Sequence[Provenance]) -> float:
     """Mean over sampled tokens of the k3 estimate of KL(sampler || other), in nats: never negative."""
+    gap = _gaps(sampler, other, origins)
+    return float(np.mean(np.exp(gap) - gap - 1))
+
+
+def mean_square_gap(sampler: Sequence[TensorData], other: Sequence[TensorData], origins: Sequence[Provenance]) -> float:
+    """Mean over sampled tokens of the square of the log-ratio."""
+    return float(np.square(_gaps(sampler, other, origins)).mean())
+
+
+def _gaps(sampler: Sequence[TensorData], other: Sequence[TensorData], origins: Sequence[Provenance]) -> Floats:
+    """``other - sampler`` at every sampled token."""
     gaps = []
     for one, two, origin in zip(sampler, other, origins, strict=True):
         rows = sampled_rows(origin)
         gaps.append(_rows(two, rows) - _rows(one, rows))
-    gap = np.concatenate(gaps)
-    return float(np.mean(np.exp(gap) - gap - 1)) if len(gap) else 0.0
+    return np.concatenate(gaps)
 
 
 def sampled_rows(origin: Provenance) -> NDArray[np.int64]:

@@ -140,6 +140,7 @@ async def run_steps(
                 step = await steps.asend(taken)
             except StopAsyncIteration:
                 step = None
+    watch.summarize()  # the algorithm may have added to the metrics of its last step
     return watch.history
 
 
@@ -163,7 +164,11 @@ class _Watch:
         self.advance(taken.step, 1.0)
         self._done += taken.step.share
         self.history.append(taken.metrics)
-        if self._told:
+        self.summarize()
+
+    def summarize(self) -> None:
+        """Tell the job what its steps so far came to."""
+        if self._told and self.history:
             self.report.metrics = summarize(self.history)
             self.report.tokens_per_second = self.report.metrics["tokens_per_second"]
 

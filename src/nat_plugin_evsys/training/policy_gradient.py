@@ -2,8 +2,8 @@
 
 The gradient of a step is that of the *sum* over all sampled tokens of its groups of one of the losses
 importance_sampling, ppo, cispo, dro or gspo (formulas and sources in ``engine/gradient/losses.py``), with the
-advantages of ``rollouts/advantages.py``, lowered by ``kl`` and scaled by ``normalization``. The steps end early where
-the policy has moved further from the sampler than ``target_kl``.
+advantages of ``rollouts/advantages.py``, lowered by ``kl`` and scaled by ``normalization``. ``step_size`` bounds how
+far the steps on one collection of rollouts move the policy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.rollouts.datums import DatumSet, group_datums
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.training.learning_rate import LearningRate
-from nat_plugin_evsys.training.loop import Step, Steps
+from nat_plugin_evsys.training.loop import Step, Steps, Taken
 from nat_plugin_evsys.training.step_data import StepData
 from nat_plugin_evsys.training.training_settings import TrainingSettings
 
@@ -53,18 +53,24 @@ def plan_steps(sets: Sequence[DatumSet], settings: TrainingSettings) -> list[tup
 
 
 async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], settings: TrainingSettings) -> Steps:
-    """The optimizer steps on groups, as ``plan_steps`` orders them; they end with one that ``target_kl`` refuses."""
+    """The optimizer steps on groups, as ``plan_steps`` orders them; they end with one that ``step_size`` refuses.
+
+    When they have ended, ``settings.step_size`` knows how far they moved the policy.
+    """
     plan = plan_steps(sets, settings)
     step_data = StepData(backend, sets, settings)
+    step_size = settings.step_size
     rate = settings.rate or LearningRate(settings.adam.learning_rate)
     tokens = sum(sets[index].tokens for members in plan for index in members)
+    last: Taken | None = None
+    moved: float | None = None
     for number, members in enumerate(plan, start=1):
         batch = [sets[index] for index in members]
         data, loss, measured = await step_data.of(batch)
         taken = yield Step(
             data=data,
             loss=loss,
-            adam=settings.adam.model_copy(update={"learning_rate": rate.at_step(number, len(plan))}),
+            adam=settings.adam.model_copy(update={"learning_rate": step_size.factor * rate.at_step(number, len(plan))}),
             number=number,
             total=len(plan),
             epoch=1 + (number - 1) * settings.passes // len(plan),
@@ -72,8 +78,17 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
             sampled_tokens=sum(datums.sampled_tokens for datums in batch),
             share=sum(datums.tokens for datums in batch) / tokens,
             normalized=settings.normalization != "sum",
-            most_kl=settings.target_kl if number > 1 else None,
+            most_kl=step_size.target if number > 1 else None,
             measured=measured,
         )
-        if taken is not None and taken.refused:
-            return
+        if taken is None:  # nobody says what came of the steps
+            continue
+        if taken.refused:
+            moved = taken.metrics.values["kl_v2:mean"]
+            break
+        last = taken
+    if last is not None and step_size.target is not None:
+        if moved is None:
+            moved = await step_data.kl_to_sampler([sets[index] for index in last.step.members])
+        step_size.observe(moved)
+        last.metrics.values.update({"kl_moved": moved, "lr_factor": step_size.factor})

@@ -8,7 +8,7 @@ from tinker import Datum, TensorData
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance, with_prompt_logprobs
-from nat_plugin_evsys.training.kl import kl_penalised, mean_kl
+from nat_plugin_evsys.training.kl import kl_penalised, mean_kl, mean_square_gap
 from nat_plugin_evsys.training.loop import NamedLoss
 from nat_plugin_evsys.training.normalization import Normalization, datum_scales, scaled
 from nat_plugin_evsys.training.training_settings import TrainingSettings
@@ -54,6 +54,13 @@ class StepData:
         data = [with_prompt_logprobs(*row) for row in zip(data, origins, learner, strict=True)]
         beta = (settings.loss_fn_config or {}).get("beta", DRO_BETA)
         return data, NamedLoss(settings.loss_fn, {"beta": beta * scales[0]}), measured
+
+    async def kl_to_sampler(self, batch: Sequence[DatumSet]) -> float:
+        """How far the present policy is from the one that sampled ``batch``, as ``kl_v2:mean``; one forward pass."""
+        data = [datum for datums in batch for datum in datums.datums]
+        origins = [origin for datums in batch for origin in datums.provenance]
+        sampler = [datum.loss_fn_inputs["logprobs"] for datum in data]
+        return mean_square_gap(sampler, await self._learner(data), origins) / 2
 
     async def _pulled(
         self, data: list[Datum], origins: Sequence[Provenance], base: Sequence[TensorData]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tinker import types
@@ -12,6 +12,7 @@ from nat_plugin_evsys.rollouts.advantages import AdvantageMethod
 from nat_plugin_evsys.training.kl import KlEstimator
 from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.normalization import Normalization
+from nat_plugin_evsys.training.step_size import StepSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class TrainingSettings:
         shuffle_key: decides the order of the groups, together with the number of the pass.
         merge_calls, mask_truncated: see ``group_datums``.
         kl_beta, kl_estimator: the pull to the base model; see ``kl``.
-        target_kl: the steps after the first one end where the policy's KL to the sampler (``kl_v2:mean``, in nats a
-            token) is above it; None bounds nothing.
+        step_size: multiplies the learning rate, and learns from each collection of rollouts. The steps after the first
+            one end where the policy's KL to the sampler (``kl_v2:mean``, in nats a token) is above its ``target``.
 
     Raises:
         ConfigError: ``dro`` with ``sequences``, whose scales differ between Datums; or a value is out of range.
@@ -50,7 +51,7 @@ class TrainingSettings:
     mask_truncated: bool = False
     kl_beta: float = 0.0
     kl_estimator: KlEstimator = "k1"
-    target_kl: float | None = None
+    step_size: StepSize = field(default_factory=StepSize)
 
     def __post_init__(self) -> None:
         if self.loss_fn == "dro" and self.normalization == "sequences":
@@ -58,8 +59,9 @@ class TrainingSettings:
                 "loss_fn dro takes no normalization `sequences`: its quadratic term has one weight for all tokens; "
                 "choose full_step, tokens or sum"
             )
-        if self.kl_beta < 0 or (self.target_kl is not None and self.target_kl <= 0):
+        target = self.step_size.target
+        if self.kl_beta < 0 or (target is not None and target <= 0):
             raise ConfigError(
-                f"kl_beta is {self.kl_beta} and target_kl {self.target_kl}; kl_beta must be 0 or more, and target_kl "
+                f"kl_beta is {self.kl_beta} and step_size.target {target}; kl_beta must be 0 or more, and the target "
                 "above 0 or None"
             )

@@ -1,0 +1,97 @@
+"""The learning rate falls while the policy moves further than it should, and rises again below."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from groups import GROUPS
+from tinker import types
+
+from nat_plugin_evsys.training.group_material import GroupMaterial
+from nat_plugin_evsys.training.job_report import JobReport
+from nat_plugin_evsys.training.learning_rate import LearningRate
+from nat_plugin_evsys.training.loop import run_steps
+from nat_plugin_evsys.training.policy_gradient import TrainingSettings
+from nat_plugin_evsys.training.step_size import LEAST, StepSize
+
+
+def test_the_factor_by_hand() -> None:
+    def after(*kls: float, target: float | None = 0.2) -> float:
+        size = StepSize(target)
+        for kl in kls:
+            size.observe(kl)
+        return size.factor
+
+    assert after(0.4) == pytest.approx(0.5), "four times the aim: half the rate"
+    assert after(100.0) == 0.25
+    assert after(100.0, 0.1) == 0.25, "at the aim nothing changes"
+    assert after(100.0, 0.05) == pytest.approx(0.25 * math.sqrt(2))
+    assert after(100.0, 0.0) == pytest.approx(0.25 * 1.5)
+    assert after(0.0, 1e-9) == 1.0, "the rate that was set is the highest"
+    assert after(*[100.0] * 20) == LEAST
+    assert after(math.nan, math.inf) == 1.0
+    assert after(100.0, target=None) == 1.0
+
+
+async def test_a_step_that_moves_too_far_lowers_the_next_rates(make_backend: Any, full_logprobs: Any) -> None:
+    backend = await make_backend(perturbed=True)
+    size = StepSize(target=1e-3)
+    settings = TrainingSettings("ppo", types.AdamParams(learning_rate=0.1), step_size=size)
+    factors, rates = [], []
+    for _ in range(3):
+        report = JobReport()
+        material = GroupMaterial([GROUPS[0], GROUPS[2]], settings)
+        await material.prepare(backend)
+        await run_steps(backend, material.steps(backend), report=report)
+        rates.append(report.metrics["learning_rate"])
+        factors.append(report.metrics["lr_factor"])
+        moved = report.metrics["kl_moved"]
+    assert rates == pytest.approx([0.1, 0.1 * factors[0], 0.1 * factors[1]])
+    assert factors[0] == 0.25
+    assert size.factor == factors[-1] < factors[0]
+
+    gaps = []
+    for call in (call for group in (GROUPS[0], GROUPS[2]) for calls in group.calls_G for call in calls):
+        rows = full_logprobs(backend, [*call.prompt_ids, *call.output_ids][:-1])[-len(call.output_ids) :]
+        lp = rows.gather(1, torch.tensor(call.output_ids)[:, None])[:, 0]
+        gaps.append(lp - torch.tensor(call.logprobs, dtype=torch.float32))
+    assert moved == pytest.approx(float(torch.cat(gaps).detach().square().mean() / 2), rel=1e-4)
+
+
+async def test_a_resumed_training_is_the_same_bit_for_bit(make_backend: Any) -> None:
+    """With a schedule, a pull to the base and a target in force; the factor goes through JSON as in metrics.jsonl."""
+
+    async def epoch(backend: Any, number: int, factor: float) -> float:
+        size = StepSize(1e-3, factor)
+        settings = TrainingSettings(
+            "ppo",
+            types.AdamParams(learning_rate=0.05, grad_clip_norm=1.0),
+            LearningRate(0.05, "cosine", 0.25, number / 3, (number + 1) / 3),
+            kl_beta=0.1,
+            kl_estimator="k3",
+            step_size=size,
+        )
+        material = GroupMaterial([GROUPS[0], GROUPS[2]], settings)
+        await material.prepare(backend)
+        await run_steps(backend, material.steps(backend))
+        return size.factor
+
+    whole = await make_backend(perturbed=True)
+    factor = await epoch(whole, 0, 1.0)
+    path = await whole.save_full_state("one")
+    kept = json.dumps(factor)
+    for number in (1, 2):
+        factor = await epoch(whole, number, factor)
+
+    resumed = await make_backend()
+    await resumed.load_state(path, with_optimizer=True)
+    later = json.loads(kept)
+    for number in (1, 2):
+        later = await epoch(resumed, number, later)
+    assert later == factor < 1
+    ends = [dict(backend._model.adapter.named_tensors()) for backend in (whole, resumed)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
