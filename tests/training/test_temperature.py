@@ -98,3 +98,19 @@ async def test_a_cut_distribution_is_refused(cut: dict[str, Any], make_backend: 
             sampling=types.SamplingParams(max_tokens=2, **cut),
         )
     assert backend.step == 0
+
+
+async def test_a_custom_loss_sees_the_tempered_logprobs(make_backend: Any) -> None:
+    backend = await make_backend(perturbed=True)
+    (step,) = await steps_of(backend, [at_temperatures(group, [0.5]) for group in GROUPS])
+    named = await backend.forward_async(step.data, loss_fn="importance_sampling")
+    seen: list[torch.Tensor] = []
+
+    def loss(data: list[Any], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        seen.extend(row.detach().clone() for row in logprobs)
+        return torch.stack([row.sum() for row in logprobs]).sum(), {}
+
+    await backend.forward_backward_custom_async(step.data, loss)
+    for row, expected, datum in zip(seen, named.loss_fn_outputs, step.data, strict=True):
+        trained = datum.loss_fn_inputs["advantages"].to_torch() != 0
+        torch.testing.assert_close(row[trained], expected["logprobs"].to_torch()[trained], rtol=0, atol=1e-5)
