@@ -25,7 +25,7 @@ from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import to_json
 
 PARTS = (
-    Part("exactness", "exactness", 170),
+    Part("exactness", "exactness", 200),
     Part("speed 4B", "speed", 150, ("4B",)),
     Part("speed 0.6B", "speed", 90, ("0.6B",)),
     Part("learning", "learning", 60),
