@@ -17,7 +17,7 @@ from nat.data_models.finetuning import (
 )
 from tinker import types
 
-from nat_plugin_evsys.errors import ConfigError, CutDistributionError
+from nat_plugin_evsys.errors import ConfigError, CutDistributionError, DataError
 from nat_plugin_evsys.rollouts.trajectories import calls_of
 
 Fixture = Any
@@ -241,6 +241,22 @@ async def test_the_rate_goes_on_where_an_earlier_process_left_it(make_policy: Fi
         await run(other, await policy.collection(groups=2, size=4))
         rates += [adam.learning_rate for verb, adam in policy.backend.calls if verb == "optim_step"]
     assert rates == [0.1 * job["metrics"]["lr_factor"]] * 2
+
+
+async def test_each_call_answers_for_what_came_after_it(policy: Fixture, make_adapter: Fixture, tmp_path: Path) -> None:
+    """Two turns: a step reward at the second, and the trajectory's own reward at the end, discounted."""
+    collection = await policy.collection(groups=1, size=2, turns=2)
+    for trajectory, reward, steps in zip(collection.trajectories[0], (1.0, 0.0), ([0.0, 1.0], [0.0, 0.0]), strict=True):
+        trajectory.reward, trajectory.shaped_rewards = reward, steps
+    status = await run(make_adapter(policy, discount=0.5, save_datums=True, merge_calls=False), collection)
+    lines = (tmp_path / "run" / f"datums-{status.metadata['job_id']}.jsonl").read_text().splitlines()
+    # Returns 0.5 * (1 + 1) and 1 + 1 against 0 and 0, each minus the mean of the two.
+    found = [[value for value in json.loads(line)["advantages"] if value] for line in lines]
+    assert sorted({values[0] for values in found}) == [-1.0, -0.5, 0.5, 1.0]
+    assert all(len(set(values)) == 1 for values in found)
+    collection.trajectories[0][0].shaped_rewards = [1.0]
+    with pytest.raises(DataError, match="give one finite number a call"):
+        await make_adapter(policy).submit(collection)
 
 
 async def test_replies_that_were_cut_off_may_be_left_out(policy: Fixture, make_adapter: Fixture) -> None:

@@ -194,6 +194,15 @@ def test_merging_gives_the_same_multiset_of_trained_tokens(rows: list[tuple[floa
     assert multiset(True) == multiset(False)
 
 
+def test_each_call_of_a_datum_has_its_own_advantage(call: Make) -> None:
+    first, second = call([1, 2], [3]), call([1, 2, 3, 4], [5])
+    group = TrajectoryGroup("g", [0.0, 0.0], [[first, second], [call([1], [9]), call([7], [8])]], [[0.0, 1.0], None])
+    result = group_datums(group, advantage="group_mean", discount=0.5)
+    assert inputs(result.datums[0])["advantages"] == [0.0, 0.25, 0.0, 0.5]
+    plain = TrajectoryGroup("g", group.rewards_G, group.calls_G)
+    assert group_datums(plain, advantage="group_mean", discount=0.5).dropped == {"zero_variance_group": 4}
+
+
 def test_replies_that_were_cut_off_are_left_out_and_counted(call: Make) -> None:
     cut = call([1, 2], [3], stop_reason="length")
     group = TrajectoryGroup("g", [1.0, 0.0], [[cut, call([1, 2, 3, 4], [5])], [call([1], [9], stop_reason="length")]])

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nat_plugin_evsys.rollouts.advantages import group_advantages, has_zero_variance
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.rollouts.advantages import call_advantages, call_returns, group_advantages, has_zero_variance
 
 REWARDS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=9)
 
@@ -51,3 +52,38 @@ def test_refusals() -> None:
         group_advantages([], "group_mean")
     with pytest.raises(ValueError, match="unknown advantage method `rank`; known: group_mean"):
         group_advantages([1.0], "rank")  # type: ignore[arg-type]
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
+def test_leave_one_out_is_the_mean_of_the_others(rewards_G: list[float]) -> None:
+    if has_zero_variance(rewards_G):
+        return
+    others = [np.mean([r for j, r in enumerate(rewards_G) if j != i]) for i in range(len(rewards_G))]
+    expected = np.asarray(rewards_G) - np.asarray(others)
+    np.testing.assert_allclose(group_advantages(rewards_G, "leave_one_out"), expected, atol=1e-9)
+
+
+def test_returns_by_hand() -> None:
+    assert call_returns(1.0, 3, None, 1.0) == [1.0, 1.0, 1.0]
+    assert call_returns(1.0, 3, None, 0.5) == [0.25, 0.5, 1.0]
+    # s = 1, 2, 3 and the reward 10 at the end
+    assert call_returns(10.0, 3, [1.0, 2.0, 3.0], 0.5) == [1 + 0.5 * (2 + 0.5 * 13), 2 + 0.5 * 13, 13.0]
+    assert call_returns(1.0, 0, None, 0.5) == []
+    for wrong in ([1.0], [1.0, float("nan")]):
+        with pytest.raises(DataError, match="give one finite number for each call"):
+            call_returns(1.0, 2, wrong, 1.0)
+
+
+def test_calls_are_compared_with_the_same_call_of_the_others() -> None:
+    same = call_advantages([1.0, 0.0], [2, 1], "group_mean")
+    assert same == [[0.5, 0.5], [-0.5]]
+    # Returns: [0.5, 1], [0, 0], [0.25, 0.5, 1]; the third call is the last one's alone.
+    first = (0.5 + 0.0 + 0.25) / 3
+    by_hand = [[0.5 - first, 1 - 0.5], [0 - first, 0 - 0.5], [0.25 - first, 0.5 - 0.5, 1 - first]]
+    found = call_advantages([1.0, 0.0, 1.0], [2, 2, 3], "group_mean", discount=0.5)
+    for one, other in zip(found, by_hand, strict=True):
+        assert one == pytest.approx(other)
+    stepped = call_advantages([0.0, 0.0], [2, 2], "group_mean", step_rewards_G=[[0.0, 1.0], None])
+    assert stepped == [[0.5, 0.5], [-0.5, -0.5]]
+    later = call_advantages([0.0, 0.0], [2, 2], "reward", step_rewards_G=[[1.0, 0.0], None])
+    assert later == [[1.0, 0.0], [0.0, 0.0]]

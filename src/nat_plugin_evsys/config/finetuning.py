@@ -91,6 +91,13 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "epoch's steps end, and what was not trained on is counted as `moved_too_far`; above half of it the learning "
         "rate of the next epochs falls, and below that it rises again to `learning_rate`. `null` bounds nothing.",
     )
+    discount: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Weight of a reward one call before it was earned; below 1, late calls answer for it more. Step "
+        "rewards (`step_rewards` in the evaluator's reasoning, one a call) count from their own call on.",
+    )
     mask_truncated: bool = Field(
         default=False,
         description="Leave replies that were cut off at `max_tokens` out of the loss; their rewards still count in the "

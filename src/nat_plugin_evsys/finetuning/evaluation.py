@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+STEP_REWARDS = "step_rewards"
+"""Key of an evaluator's ``reasoning`` (a dict) whose value is a list with a reward for each call of the rollout."""
+
 
 class PolicyEvaluation(EvaluationRun):
     """NAT's EvaluationRun with recorded sessions. The workflow is built once for all repetitions."""
@@ -108,11 +111,15 @@ def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
     run_id = _run_id(item)
     lost, error = _loss(run_id, score, rollouts)
     row_id, number = _row_and_attempt(item)
+    calls = [] if run_id is None else rollouts.recorder.close_run(run_id)
+    steps = None if lost else _step_rewards(score)
+    if steps is not None and (problem := _step_problem(steps, len(calls))):
+        lost, error, steps = DropReason.EVALUATOR_ERROR, problem, None
     return Attempt(
         row_id=row_id,
         number=number,
         run_id=run_id or "",
-        calls=[] if run_id is None else rollouts.recorder.close_run(run_id),
+        calls=calls,
         reward=float(score.score) if lost is None else None,
         lost=lost,
         error=error,
@@ -122,6 +129,7 @@ def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
         output=item.output_obj,
         reasoning=getattr(score, "reasoning", None),
         seconds=rollouts.seconds.get(run_id or ""),
+        step_rewards=steps,
     )
 
 
@@ -138,6 +146,22 @@ def _loss(run_id: str | None, score: Any, rollouts: Rollouts) -> tuple[DropReaso
         return DropReason.INFRASTRUCTURE_ERROR, str(infrastructure[0]) if infrastructure else error
     problem = _evaluator_problem(score)
     return (None, error) if problem is None else (DropReason.EVALUATOR_ERROR, problem)
+
+
+def _step_rewards(score: Any) -> Any:
+    """What the evaluator gives as the rewards of the single calls, if it does."""
+    reasoning = getattr(score, "reasoning", None)
+    return reasoning.get(STEP_REWARDS) if isinstance(reasoning, dict) else None
+
+
+def _step_problem(steps: Any, calls: int) -> str | None:
+    """Why these are no rewards of single calls, or None."""
+    good = isinstance(steps, list) and all(
+        isinstance(step, int | float) and not isinstance(step, bool) and math.isfinite(step) for step in steps
+    )
+    if good and len(steps) == calls:
+        return None
+    return f"the evaluator's {STEP_REWARDS} are {steps!r}, but the rollout made {calls} calls; give one number for each"
 
 
 def _row_and_attempt(item: EvalInputItem) -> tuple[str, int]:

@@ -226,7 +226,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             else:
                 assert attempt.reward is not None
                 metadata = {ROW_ID_KEY: attempt.row_id, ROLLOUT_ID_KEY: attempt.run_id, "error": attempt.error}
-                group.append(build_trajectory(attempt.calls, attempt.reward, metadata))
+                group.append(build_trajectory(attempt.calls, attempt.reward, metadata, attempt.step_rewards))
                 report.staleness.update(self.policy.version - call.policy_version for call in attempt.calls)
         return [group for group in groups.values() if group], report
 

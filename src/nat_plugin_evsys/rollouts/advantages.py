@@ -1,8 +1,18 @@
-"""Advantages of the trajectories of one group."""
+"""Advantages of the trajectories of one group, and of the calls of each.
+
+A trajectory of K calls with the reward r, and a step reward s_k for each call where the evaluator gives them (else 0),
+has at call k (from 0) the return, discounted by g,
+
+    R_k = s_k + g s_(k+1) + ... + g^(K-1-k) (s_(K-1) + r)
+
+Without step rewards and with g = 1 that is r for every call. The advantage of a call compares its return with those of
+the group's other trajectories at the same call.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from nat_plugin_evsys.errors import DataError
@@ -15,7 +25,7 @@ ZERO_SPREAD = 1e-12
 """Rewards of a group that differ by no more than this are equal."""
 
 
-def has_zero_variance(rewards_G: list[float]) -> bool:
+def has_zero_variance(rewards_G: Sequence[float]) -> bool:
     """True when the rewards of a group are equal (within 1e-12), so that no trajectory is better than another."""
     return max(rewards_G) - min(rewards_G) <= ZERO_SPREAD
 
@@ -45,7 +55,74 @@ def group_advantages(rewards_G: list[float], method: AdvantageMethod) -> list[fl
         return list(rewards_G)
     if has_zero_variance(rewards_G):
         return [0.0] * len(rewards_G)
-    mean = math.fsum(rewards_G) / len(rewards_G)
+    return _compared(rewards_G, math.fsum(rewards_G) / len(rewards_G), method)
+
+
+def call_advantages(
+    rewards_G: Sequence[float],
+    calls_G: Sequence[int],
+    method: AdvantageMethod,
+    *,
+    step_rewards_G: Sequence[Sequence[float] | None] | None = None,
+    discount: float = 1.0,
+) -> list[list[float]]:
+    """Advantage of each call of each trajectory of one group.
+
+    Call k of a trajectory is compared, by ``method``, with the returns at call k of those that have one. Where it alone
+    has one, its baseline is the group's mean return at the first call.
+
+    Args:
+        rewards_G: rewards, length G.
+        calls_G: number of calls of each trajectory.
+        step_rewards_G: a reward of each call; None for a trajectory (or all) without.
+        discount: g, above 0 and up to 1.
+
+    Returns:
+        one list a trajectory, in the length of its calls.
+
+    Raises:
+        DataError: no rewards, an unknown method, or step rewards that are not one a call.
+    """
+    if discount == 1.0 and not any(step_rewards_G or ()):
+        whole = group_advantages(list(rewards_G), method)
+        return [[value] * calls for value, calls in zip(whole, calls_G, strict=True)]
+    steps_G = step_rewards_G or [None] * len(rewards_G)
+    returns_G = [
+        call_returns(reward, calls, steps, discount)
+        for reward, calls, steps in zip(rewards_G, calls_G, steps_G, strict=True)
+    ]
+    advantages_G: list[list[float]] = [[] for _ in returns_G]
+    first = [returns[0] for returns in returns_G if returns]
+    for turn in range(max(calls_G, default=0)):
+        there = [index for index, returns in enumerate(returns_G) if len(returns) > turn]
+        values = [returns_G[index][turn] for index in there]
+        if len(values) == 1 and len(first) > 1 and method != "reward":
+            compared = _compared(values, math.fsum(first) / len(first), "group_mean")
+        else:
+            compared = group_advantages(values, method)
+        for index, value in zip(there, compared, strict=True):
+            advantages_G[index].append(value)
+    return advantages_G
+
+
+def call_returns(reward: float, calls: int, step_rewards: Sequence[float] | None, discount: float) -> list[float]:
+    """``R_k`` of each call, by the formula of the module.
+
+    Raises:
+        DataError: the step rewards are not one a call, or one is not finite.
+    """
+    steps = [0.0] * calls if step_rewards is None else list(step_rewards)
+    if len(steps) != calls or not all(math.isfinite(value) for value in steps):
+        raise DataError(f"step rewards {steps} for {calls} calls; give one finite number for each call")
+    returns: list[float] = []
+    later = 0.0
+    for position, step in enumerate(reversed(steps)):
+        later = step + (reward if position == 0 else discount * later)
+        returns.append(later)
+    return returns[::-1]
+
+
+def _compared(rewards_G: Sequence[float], mean: float, method: AdvantageMethod) -> list[float]:
     centred_G = [reward - mean for reward in rewards_G]
     if method == "group_mean":
         return centred_G

@@ -24,6 +24,7 @@ class Attempt:
         entry: the whole dataset row.
         number: which of the attempts at its row it is, from 0.
         seconds: how long the workflow ran.
+        step_rewards: a reward of each call, where the evaluator gives them; see ``advantages``.
     """
 
     row_id: str
@@ -39,3 +40,4 @@ class Attempt:
     entry: Any = None
     number: int = 0
     seconds: float | None = None
+    step_rewards: list[float] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from tinker import Datum, ModelInput, TensorData
 
 from nat_plugin_evsys.calls import Call, CallKey, DropReason
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.rollouts.advantages import AdvantageMethod, group_advantages, has_zero_variance
+from nat_plugin_evsys.rollouts.advantages import AdvantageMethod, call_advantages, has_zero_variance
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 
 LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
@@ -102,41 +102,49 @@ def group_datums(
     advantage: AdvantageMethod,
     loss_fn: str = "importance_sampling",
     merge_calls: bool = True,
+    discount: float = 1.0,
     mask_truncated: bool = False,
 ) -> DatumSet:
     """The Datums of one group.
 
-    A group whose rewards are all equal has no advantage under the group methods and is left out
-    (``zero_variance_group``; ``single_trajectory_group`` if it has but one trajectory).
+    A group of which no call has an advantage under the group methods is left out (``zero_variance_group``;
+    ``single_trajectory_group`` if it has but one trajectory).
 
     Args:
         advantage: see ``group_advantages``.
         loss_fn: one of ``LOSSES``.
         merge_calls: make one Datum of calls whose tokens extend one another (not for ``PER_SEQUENCE_LOSSES``).
+        discount: of rewards by the calls between; see ``advantages``.
         mask_truncated: leave out calls that ended at the token limit (``truncated``), as DAPO's overlong filtering
             (arXiv 2503.14476, section 3.4). Their trajectory's reward stays in the group's mean.
 
     Raises:
-        DataError: unknown loss.
+        DataError: unknown loss, or step rewards that are not one a call.
     """
     if loss_fn not in LOSSES:
         raise DataError(f"no Datums for loss_fn `{loss_fn}`; it must be one of {', '.join(LOSSES)}")
     result = DatumSet(calls=group.num_calls)
     if not group.rewards_G:
         return result
-    reason = _no_signal(group.rewards_G, advantage)
-    if reason is not None:
+    calls_G = [len(calls) for calls in group.calls_G]
+    advantages_G = call_advantages(
+        group.rewards_G, calls_G, advantage, step_rewards_G=group.step_rewards_G, discount=discount
+    )
+    silent = any(calls_G) or has_zero_variance(group.rewards_G)  # or no trajectory has a call, which is said of each
+    if advantage != "reward" and silent and not any(any(values) for values in advantages_G):
+        single = len(group.rewards_G) == 1
+        reason = DropReason.SINGLE_TRAJECTORY_GROUP if single else DropReason.ZERO_VARIANCE_GROUP
         result.drop(reason, itertools.chain.from_iterable(group.calls_G))
         result.dropped_trajectories[reason] += len(group.calls_G)
         return result
     merge = merge_calls and loss_fn not in PER_SEQUENCE_LOSSES
-    advantages_G = group_advantages(group.rewards_G, advantage)
-    for position, (calls, value) in enumerate(zip(group.calls_G, advantages_G, strict=True)):
+    for position, (calls, values) in enumerate(zip(group.calls_G, advantages_G, strict=True)):
+        of_call = dict(zip((call.key for call in calls), values, strict=True))
         usable = _usable(calls, result, mask_truncated=mask_truncated)
         if not usable:
             result.dropped_trajectories[DropReason.NO_USABLE_CALLS if calls else DropReason.NO_CALLS] += 1
         for chain in token_chains(usable) if merge else [[call] for call in usable]:
-            datum, spans = chain_datum(chain, value, loss_fn)
+            datum, spans = chain_datum(chain, [of_call[call.key] for call in chain], loss_fn)
             result.datums.append(datum)
             result.provenance.append(Provenance(group=group.name, trajectory=position, spans=spans))
     return result
@@ -163,37 +171,40 @@ def token_chains(calls: list[Call]) -> list[list[Call]]:
 
 
 def chain_datum(
-    chain: list[Call], advantage: float, loss_fn: str = "importance_sampling"
+    chain: list[Call], advantage: float | Sequence[float], loss_fn: str = "importance_sampling"
 ) -> tuple[Datum, list[CallSpan]]:
     """One Datum of a chain of calls, aligned as Tinker aligns it.
 
     With ``t`` the n tokens of the last call (prompt and output): ``model_input = t[:-1]`` and, all of shape (n-1,),
     ``target_tokens = t[1:]`` (int64), ``logprobs`` (the sampler's at sampled tokens, 0 at prompt tokens, float32),
-    ``advantages`` (``advantage`` at sampled tokens, else 0, float32). ``gspo`` also gets ``sequence_ratio_mask`` (1 at
-    sampled tokens, float32). Calls that were sampled at another temperature than 1 add ``temperature`` (theirs at
-    sampled tokens, else 1, float32), so that the learner's distribution has it too; at temperature 0 the recorded
-    logprobs are those of temperature 1. Under every loss but ``dro`` a row with advantage 0 adds nothing; for ``dro``
-    see ``with_prompt_logprobs``.
+    ``advantages`` (``advantage``, or that of the call, at sampled tokens, else 0, float32). ``gspo`` also gets
+    ``sequence_ratio_mask`` (1 at sampled tokens, float32). Calls that were sampled at another temperature than 1 add
+    ``temperature`` (the call's at sampled tokens, else 1, float32), so that the learner's distribution has it too; at
+    temperature 0 the recorded logprobs are those of temperature 1. Under every loss but ``dro`` a row with advantage 0
+    adds nothing; for ``dro`` see ``with_prompt_logprobs``.
 
     Several policy versions in one Datum are fine: logprobs are per token.
     """
     ids = chain[-1].prompt_ids + chain[-1].output_ids
     rows = len(ids) - 1
     logprobs = np.zeros(rows, dtype=np.float32)
+    advantages = np.zeros(rows, dtype=np.float32)
     temperature = np.ones(rows, dtype=np.float32)
     sampled = np.zeros(rows, dtype=bool)
     spans = []
-    for call in chain:
+    values = [advantage] * len(chain) if isinstance(advantage, int | float) else advantage
+    for call, value in zip(chain, values, strict=True):
         start = len(call.prompt_ids) - 1
         stop = start + len(call.output_ids)
         logprobs[start:stop] = call.logprobs
+        advantages[start:stop] = value
         temperature[start:stop] = call.temperature or 1.0
         sampled[start:stop] = True
         spans.append(CallSpan(call.call_id, call.index, call.policy_version, start, stop))
     inputs = {
         "target_tokens": _tensor(np.asarray(ids[1:], dtype=np.int64)),
         "logprobs": _tensor(logprobs),
-        "advantages": _tensor(np.where(sampled, np.float32(advantage), np.float32(0))),
+        "advantages": _tensor(advantages),
     }
     if (temperature != 1).any():
         inputs["temperature"] = _tensor(temperature)
@@ -217,12 +228,6 @@ def with_prompt_logprobs(datum: Datum, origin: Provenance, learner: TensorData) 
         logprobs[span.start : span.stop] = recorded[span.start : span.stop]
     inputs = {**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)}
     return Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
-
-
-def _no_signal(rewards_G: list[float], advantage: AdvantageMethod) -> DropReason | None:
-    if advantage == "reward" or not has_zero_variance(rewards_G):
-        return None
-    return DropReason.SINGLE_TRAJECTORY_GROUP if len(rewards_G) == 1 else DropReason.ZERO_VARIANCE_GROUP
 
 
 def _usable(calls: list[Call], result: DatumSet, *, mask_truncated: bool) -> list[Call]:

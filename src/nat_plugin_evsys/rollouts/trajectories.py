@@ -25,11 +25,13 @@ class TrajectoryGroup:
         name: what messages call the group.
         rewards_G: reward of each trajectory.
         calls_G: recorded calls of each trajectory.
+        step_rewards_G: a reward of each call besides the trajectory's own; None for a trajectory (or all) without.
     """
 
     name: str
     rewards_G: list[float]
     calls_G: list[list[Call]]
+    step_rewards_G: list[list[float] | None] | None = None
 
     @property
     def num_calls(self) -> int:
@@ -37,8 +39,13 @@ class TrajectoryGroup:
         return sum(len(calls) for calls in self.calls_G)
 
 
-def build_trajectory(calls: list[Call], reward: float, metadata: dict[str, Any]) -> Trajectory:
+def build_trajectory(
+    calls: list[Call], reward: float, metadata: dict[str, Any], step_rewards: list[float] | None = None
+) -> Trajectory:
     """The trajectory of one attempt: its episode view, and in ``metadata["calls"]`` every call with its exact tokens.
+
+    Args:
+        step_rewards: one for each call in the order in which they were made; NAT's ``shaped_rewards``.
 
     Raises:
         DataError: no calls, or ``metadata`` already has the key ``calls``.
@@ -51,6 +58,7 @@ def build_trajectory(calls: list[Call], reward: float, metadata: dict[str, Any])
     return Trajectory(
         episode=episode_of(ordered),
         reward=reward,
+        shaped_rewards=step_rewards,
         metadata={**metadata, CALLS_KEY: [call.to_dict() for call in ordered]},
     )
 
@@ -79,14 +87,19 @@ def group_of(trajectories: list[Trajectory], index: int) -> TrajectoryGroup:
     Raises:
         DataError: role order, reward or recorded calls are wrong; names the trajectory.
     """
-    group = TrajectoryGroup(name=_group_name(trajectories, index), rewards_G=[], calls_G=[])
+    steps_G: list[list[float] | None] = []
+    group = TrajectoryGroup(_group_name(trajectories, index), [], [], steps_G)
     for position, trajectory in enumerate(trajectories):
         name = f"trajectory {position} of {group.name}"
         validate_episode_order(trajectory, name)
         if not math.isfinite(trajectory.reward):
             raise DataError(f"{name}: reward {trajectory.reward} is not finite; a failed evaluation is not a reward")
         group.rewards_G.append(trajectory.reward)
-        group.calls_G.append(calls_of(trajectory, name))
+        calls, steps = calls_of(trajectory, name), trajectory.shaped_rewards
+        if steps is not None and (len(steps) != len(calls) or not all(math.isfinite(step) for step in steps)):
+            raise DataError(f"{name}: shaped_rewards {steps} for {len(calls)} calls; give one finite number a call")
+        group.calls_G.append(calls)
+        steps_G.append(None if steps is None else list(steps))
     return group
 
 

@@ -31,6 +31,7 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
             advantage=s.advantage,
             loss_fn=s.loss_fn,
             merge_calls=s.merge_calls,
+            discount=s.discount,
             mask_truncated=s.mask_truncated,
         )
         for group in groups

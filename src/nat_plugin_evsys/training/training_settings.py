@@ -29,7 +29,7 @@ class TrainingSettings:
         groups_per_step: groups of one optimizer step; None takes all in one.
         passes: times that the groups are trained on.
         shuffle_key: decides the order of the groups, together with the number of the pass.
-        merge_calls, mask_truncated: see ``group_datums``.
+        merge_calls, discount, mask_truncated: see ``group_datums``.
         kl_beta, kl_estimator: the pull to the base model; see ``kl``.
         step_size: multiplies the learning rate, and learns from each collection of rollouts. The steps after the first
             one end where the policy's KL to the sampler (``kl_v2:mean``, in nats a token) is above its ``target``.
@@ -48,6 +48,7 @@ class TrainingSettings:
     passes: int = 1
     shuffle_key: str = "0"
     merge_calls: bool = True
+    discount: float = 1.0
     mask_truncated: bool = False
     kl_beta: float = 0.0
     kl_estimator: KlEstimator = "k1"

@@ -1,0 +1,79 @@
+"""What NAT's evaluator said of a rollout becomes its attempt: the reward, and the rewards of its single calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nat.data_models.evaluator import EvalInputItem
+from nat.data_models.intermediate_step import (
+    IntermediateStep,
+    IntermediateStepPayload,
+    IntermediateStepType,
+    TraceMetadata,
+)
+from nat.data_models.invocation_node import InvocationNode
+from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
+
+from nat_plugin_evsys.calls import Call, DropReason
+from nat_plugin_evsys.finetuning.evaluation import _attempt
+from nat_plugin_evsys.finetuning.sessions import Rollouts
+from nat_plugin_evsys.policy.recorder import Recorder
+
+
+def attempt(reasoning: Any, calls: int = 2) -> Any:
+    """The attempt of a rollout with that many calls, of which an evaluator says this."""
+    recorder = Recorder()
+    recorder.open_run("run", "rollout", None)
+    for number in range(calls):
+        recorder.record(
+            Call(
+                call_id=f"c{number}",
+                index=0,
+                run_id="run",
+                step_id=None,
+                policy_version=0,
+                prompt_ids=[1],
+                output_ids=[2],
+                logprobs=[-1.0],
+                stop_reason="stop",
+                temperature=1.0,
+                top_p=1.0,
+                messages=[],
+                tools=[],
+                reply={},
+                sequence=-1,
+            )
+        )
+    payload = IntermediateStepPayload(
+        event_type=IntermediateStepType.WORKFLOW_START,
+        metadata=TraceMetadata(provided_metadata={"workflow_run_id": "run"}),
+    )
+    step = IntermediateStep(
+        parent_id="root", function_ancestry=InvocationNode(function_id="f", function_name="f"), payload=payload
+    )
+    item = EvalInputItem(
+        id="row_rep1", input_obj="q", expected_output_obj="a", full_dataset_entry={"id": "row"}, trajectory=[step]
+    )
+    score = EvalOutputItem(id=item.id, score=1.0, reasoning=reasoning)
+    return _attempt(item, score, Rollouts("run", "rollout", 0, recorder, exporters=None))  # type: ignore[arg-type]
+
+
+def test_an_evaluator_may_reward_each_call() -> None:
+    found = attempt({"step_rewards": [0.25, 1]})
+    assert (found.row_id, found.number, found.reward, found.lost) == ("row", 1, 1.0, None)
+    assert found.step_rewards == [0.25, 1]
+    assert [call.call_id for call in found.calls] == ["c0", "c1"]
+
+
+@pytest.mark.parametrize("reasoning", ["right", {"mode": "exact"}, None])
+def test_most_do_not(reasoning: Any) -> None:
+    found = attempt(reasoning)
+    assert (found.reward, found.step_rewards) == (1.0, None)
+
+
+@pytest.mark.parametrize("steps", [[1.0], [1.0, float("nan")], [True, 1.0], "high", [1.0, 2.0, 3.0]])
+def test_what_is_not_a_number_for_each_call_is_no_reward(steps: Any) -> None:
+    found = attempt({"step_rewards": steps})
+    assert (found.reward, found.step_rewards, found.lost) == (None, None, DropReason.EVALUATOR_ERROR)
+    assert "2 calls; give one number for each" in found.error
