@@ -25,6 +25,7 @@ Exception
 │       ├── ServiceDataError         it refused a Datum or a loss (also a DataError)
 │       ├── ServiceGradientError     it refused a step on a gradient that is not finite (also a NonFiniteGradientError)
 │       └── ServiceCheckpointError   it has no such checkpoint, or cannot load or save it (also a CheckpointError)
+├── ApiError                         an OpenAI client's request is answered with an error status; caught by the routes
 ├── ClientGone                       nobody reads the answer any more; caught by the routes
 ├── OperationCancelled               inside an operation that nobody waits for any more; caught by its queue
 └── OperationAbandoned               inside an operation of a server that closes; caught by whoever runs it
@@ -164,6 +165,34 @@ class ServiceGradientError(ServiceError, NonFiniteGradientError):
 
 class ServiceCheckpointError(ServiceError, CheckpointError):
     """The service has no such checkpoint, or cannot load or save it."""
+
+
+class ApiError(Exception):
+    """A request of an OpenAI client is answered with an error status.
+
+    Attributes:
+        status: HTTP status.
+        type, param, code: as in OpenAI's error object.
+        retry: False tells the client not to try again where its status says otherwise.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.retry = retry
 
 
 class ClientGone(Exception):

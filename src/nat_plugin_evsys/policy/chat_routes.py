@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER
-from nat_plugin_evsys.errors import ClientGone, EvsysError
-from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
+from nat_plugin_evsys.policy.api_errors import api_error_of, body_of, headers_of, is_infrastructure
 from nat_plugin_evsys.policy.completions import Completion, PolicySource
 from nat_plugin_evsys.policy.event_stream import EventStream, Peer, completion_events
 from nat_plugin_evsys.policy.protocol import ChatCompletion, ChatCompletionRequest, to_json
@@ -107,8 +107,8 @@ class ChatRoutes:
         return Route(path, guarded, methods=[method])
 
     def _fail(self, error: Exception, run_id: str | None) -> ApiError:
-        answer = ApiError.of(error)
-        if answer.is_infrastructure:
+        answer = api_error_of(error)
+        if is_infrastructure(answer):
             self._recorder.fail(run_id, answer.code or "internal_error", answer.message)
             unexpected = not isinstance(error, ApiError | EvsysError)
             logger.error("policy endpoint: %s", answer.message, exc_info=error if unexpected else None)
@@ -166,4 +166,4 @@ async def _sampled(
 
 def error_response(error: ApiError) -> JSONResponse:
     """An error in OpenAI's shape."""
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+    return JSONResponse(body_of(error), status_code=error.status, headers=headers_of(error))

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER, Call, RunKind
-from nat_plugin_evsys.errors import EvsysError
-from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.protocol import (
     ChatCompletionRequest,

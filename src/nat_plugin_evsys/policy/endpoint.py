@@ -18,8 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.calls import RunKind
-from nat_plugin_evsys.errors import EvsysError
-from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import ChatRoutes, error_response
 from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults, check_model

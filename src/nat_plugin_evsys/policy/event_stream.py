@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nat_plugin_evsys.errors import ClientGone, EvsysError
-from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
+from nat_plugin_evsys.policy.api_errors import body_of, shutting_down
 from nat_plugin_evsys.policy.completions import Completion
 from nat_plugin_evsys.policy.protocol import (
     ChatCompletionChunk,
@@ -57,7 +57,7 @@ class Peer:
             if self._gone.done():
                 raise ClientGone
             if not task.done():
-                raise ApiError.shutting_down()
+                raise shutting_down()
             return await task
         finally:
             await _cancel(task)
@@ -126,7 +126,7 @@ async def completion_events(
     except Exception as error:  # the boundary of a stream: sent as an event, counted and logged
         if not started:
             raise
-        body = json.dumps(fail(error, completion.run_id).body()).encode()
+        body = json.dumps(body_of(fail(error, completion.run_id))).encode()
         yield b"data: " + body + b"\n\n"
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.errors import ApiError
+from nat_plugin_evsys.policy.api_errors import bad_request
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -221,11 +222,11 @@ def _bad_request(error: ValidationError) -> ApiError:
     message = first["msg"].removeprefix("Value error, ")
     message = message.replace("a valid list", "a valid array").replace("a valid dictionary", "a valid object")
     if first["type"] == "extra_forbidden":
-        return ApiError.bad_request(
+        return bad_request(
             f"the field `{path}` is not honoured by this endpoint; remove it", param=path, code="unknown_parameter"
         )
     text = f"`{path}`: {message}" if path else message
-    return ApiError.bad_request(text, param=path or None, code="invalid_value")
+    return bad_request(text, param=path or None, code="invalid_value")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from nat_plugin_evsys.calls import Call
-from nat_plugin_evsys.errors import CheckpointError, ModelError
-from nat_plugin_evsys.policy.api_errors import ApiError
+from nat_plugin_evsys.errors import ApiError, CheckpointError, ModelError
+from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import ChatRoutes
 from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults
@@ -73,7 +73,7 @@ class CheckpointModels:
             try:
                 self._renderers[base.name] = ChatRenderer(base.tokenizer)
             except ModelError as error:
-                raise ApiError.bad_request(
+                raise bad_request(
                     f"{base.name} cannot chat: its tokenizer has no chat template; sample from it with token ids",
                     param="model",
                     code="no_chat_template",
