@@ -123,7 +123,9 @@ def foreign(path: Path) -> set[str]:
 
 
 def test_every_room_is_in_the_table() -> None:
-    assert {room(path) for path in modules().values()} - {"engine", "service"} == set(ARROWS)
+    rooms = {room(path) for path in modules().values()} - {"engine", "service"}
+    assert not rooms - set(ARROWS), f"rooms without a row: {sorted(rooms - set(ARROWS))}"
+    assert not set(ARROWS) - rooms, f"rows without a room: {sorted(set(ARROWS) - rooms)}"
 
 
 @pytest.mark.parametrize("name", sorted(ARROWS))
@@ -161,7 +163,9 @@ def test_no_room_has_too_many_modules() -> None:
 
 @pytest.mark.parametrize("name", STANDARD_LIBRARY_ONLY)
 def test_the_ground_needs_the_standard_library_alone(name: str) -> None:
-    assert not {other for path in modules().values() if room(path) == name for other in foreign(path)}
+    for module, path in modules().items():
+        if room(path) == name:
+            assert not foreign(path), f"{module} imports {sorted(foreign(path))}"
 
 
 @pytest.mark.parametrize("name", sorted(NO_NAT))
@@ -186,7 +190,7 @@ def test_the_engine_and_its_drivers_load_where_nat_is_not_installed() -> None:
 def test_a_room_uses_no_other_packages(name: str) -> None:
     for module, path in modules().items():
         if room(path) == name:
-            assert foreign(path) <= ONLY[name], f"{module} imports {foreign(path) - ONLY[name]}"
+            assert foreign(path) <= ONLY[name], f"{module} imports {sorted(foreign(path) - ONLY[name])}"
 
 
 def loaded_at_once(path: Path) -> set[str]:
@@ -204,7 +208,8 @@ def loaded_at_once(path: Path) -> set[str]:
 def test_what_nat_discovers_loads_nothing_heavy(name: str) -> None:
     for module, path in modules().items():
         if room(path) == name:
-            assert not loaded_at_once(path) & HEAVY, module
+            heavy = sorted(loaded_at_once(path) & HEAVY)
+            assert not heavy, f"{module} loads {heavy} at once; import them where they are used"
 
 
 def test_the_page_names_every_room() -> None:
