@@ -106,7 +106,7 @@ class StoreError(EvsysError):
 
 
 class RestoreError(EvsysError):
-    """The server cannot rebuild a model's state from its snapshot and the operations since."""
+    """The server cannot rebuild a model's state from its saved state and the operations since."""
 
 
 class QueueFullError(EvsysError):

@@ -95,7 +95,7 @@ def test_what_shows_the_change_is_embedded_first(made: MadeRun) -> None:
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     data, blocks = embedded(Report([MadeRun(tmp_path).path]).html())
     assert blocks == {}
-    assert data["runs"][0]["outcome"]["answer"] == "unmeasured"
+    assert data["runs"][0]["verdict"]["answer"] == "unmeasured"
 
 
 def test_the_command_writes_it_where_it_says(made: MadeRun, tmp_path: Path) -> None:

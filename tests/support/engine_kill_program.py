@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from nat_plugin_evsys.service.store.operations import Operation
 from nat_plugin_evsys.service.wire.kinds import OperationKind
-from nat_plugin_evsys.service.work.states import SnapshotPolicy
+from nat_plugin_evsys.service.work.states import StatePolicy
 
 transformers_logging.disable_progress_bar()
 
@@ -65,7 +65,7 @@ def live(base_model: str, root: Path, told: int) -> None:
         os.write(told, f"{request_id} {hashlib.sha256(body).hexdigest()}\n".encode())
 
     harness = EngineHarness(
-        root, [base_model], snapshot_policy=SnapshotPolicy(least_seconds=0.0, cost_factor=1.0), on_finished=tell
+        root, [base_model], state_policy=StatePolicy(least_seconds=0.0, cost_factor=1.0), on_finished=tell
     )
     operations = script(base_model)
     for operation in operations:

@@ -167,7 +167,7 @@ def replay(store: Store, root: Path, base_model: Path, row: ModelRow, scratch: P
     model: TrainableModel | None = None
     log = store.log(row.model_id)
     for operation, outcome in log:
-        if row.snapshot is not None and operation.seq_id > row.snapshot_seq:
+        if row.saved_state is not None and operation.seq_id > row.saved_state_seq:
             break
         if operation.seq_id == 0:
             model = _first(bases, CheckpointStore(root / "checkpoints"), str(base_model), row, operation)
@@ -177,15 +177,15 @@ def replay(store: Store, root: Path, base_model: Path, row: ModelRow, scratch: P
         if loss is not None and loss != _loss(outcome):
             return f"{row.model_id}: operation {operation.seq_id} gave {_loss(outcome)}, again {loss}"
     assert model is not None
-    if row.snapshot is None:  # nothing to write down before the first optimizer step
+    if row.saved_state is None:  # nothing to write down before the first optimizer step
         stepped = any(operation.kind is OperationKind.OPTIM_STEP for operation, _ in log)
         return f"{row.model_id}: the server left no state" if stepped else None
     mine = save_checkpoint(scratch, row.model_id.replace(":", "_"), model, kind="training")
-    theirs = root / "states" / row.model_id / row.snapshot
+    theirs = root / "states" / row.model_id / row.saved_state
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         a, b = load_file(mine / name), load_file(theirs / name)
         if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
-            return f"{row.model_id}: {name} differs after operation {row.snapshot_seq}"
+            return f"{row.model_id}: {name} differs after operation {row.saved_state_seq}"
     return None
 
 

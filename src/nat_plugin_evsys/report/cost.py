@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION, WARM_START
-from nat_plugin_evsys.report.outcome import Row
 from nat_plugin_evsys.report.replies import ReplyNumbers
+from nat_plugin_evsys.report.verdict import Row
 from nat_plugin_evsys.runs.state import RunState
 
 

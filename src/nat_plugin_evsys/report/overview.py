@@ -14,7 +14,7 @@ from nat_plugin_evsys.report.cost import cost
 from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.health import Health, health
 from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
-from nat_plugin_evsys.report.outcome import Row, curve, outcome
+from nat_plugin_evsys.report.verdict import Row, curve, verdict
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.environment import read_environments
 from nat_plugin_evsys.runs.rollouts import Collection
@@ -37,7 +37,7 @@ def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
         "status": state.status,
         "error": state.error,
         "epochs": state.epochs_done,
-        "outcome": asdict(outcome(state, collections, rewards.__getitem__)),
+        "verdict": asdict(verdict(state, collections, rewards.__getitem__)),
         "curve": curve(rows, collections, rewards.__getitem__),
         "best_epoch": state.best_epoch,
         "cost": cost(rows, state),

@@ -21,8 +21,8 @@ from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.report.blocks import Block, Blocks
 from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
-from nat_plugin_evsys.report.outcome import RowRewards, comparison
 from nat_plugin_evsys.report.overview import collection_entry, overview
+from nat_plugin_evsys.report.verdict import RowRewards, comparison
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
 
@@ -30,7 +30,7 @@ DEFAULT_MEGABYTES = 8.0
 """Room for the blocks. With it the page stays under 10 MB."""
 
 LIBRARIES = ("vendor/uPlot.iife.min.js", "vendor/htm-preact.umd.js")
-APP = ("format", "data", "charts", "outcome", "changes", "tokens", "rollouts", "health", "setup", "main")
+APP = ("format", "data", "charts", "verdict", "changes", "tokens", "rollouts", "health", "setup", "main")
 """The page's own scripts, in the order in which they build on one another."""
 
 _PAGE = "nat_plugin_evsys.report.page_files"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from nat_plugin_evsys.errors import Refusal
-from nat_plugin_evsys.service.http.metrics import ServiceMetrics
 from nat_plugin_evsys.service.http.pending import Pending
 from nat_plugin_evsys.service.http.presence import Presence
+from nat_plugin_evsys.service.http.prometheus import ServiceMetrics
 from nat_plugin_evsys.service.http.signing import UrlSigner
 from nat_plugin_evsys.service.store.operations import JSON, Operation, Outcome
 from nat_plugin_evsys.service.store.store import ModelRow, SessionRow, Store

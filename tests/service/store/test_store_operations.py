@@ -180,16 +180,16 @@ def test_failures_are_told_with_the_time_they_ended(store: Store) -> None:
     assert began <= ended_at <= time.time()
 
 
-def test_a_snapshot_drops_what_it_covers(store: Store) -> None:
+def test_a_saved_state_drops_what_it_covers(store: Store) -> None:
     for seq in range(1, 5):
         run(store, step(f"r{seq}", seq))
     store.add_operation(step("r5", 5)).result(5)
-    store.set_snapshot(MODEL, "snap-1", 2, retain=True).result(5)
+    store.set_saved_state(MODEL, "snap-1", 2, retain=True).result(5)
     assert len(store.log(MODEL)) == 4
-    store.set_snapshot(MODEL, "snap-2", 3, retain=False).result(5)
+    store.set_saved_state(MODEL, "snap-2", 3, retain=False).result(5)
     model = store.model(MODEL)
     assert model is not None
-    assert (model.snapshot, model.snapshot_seq) == ("snap-2", 3)
+    assert (model.saved_state, model.saved_state_seq) == ("snap-2", 3)
     assert [op.seq_id for op, _ in store.log(MODEL)] == [4]
     assert [op.seq_id for op, _ in store.to_replay(MODEL, 3)] == [4]
     assert store.outcome("r1") is not None  # the results are still owed to the client
@@ -197,13 +197,13 @@ def test_a_snapshot_drops_what_it_covers(store: Store) -> None:
     with pytest.raises(StoreError, match="payload of its operation 1 is gone"):
         store.to_replay(MODEL, 0)
     with pytest.raises(StoreError, match="no model"):
-        store.set_snapshot("other", "snap", 1, retain=False).result(5)
+        store.set_saved_state("other", "snap", 1, retain=False).result(5)
 
 
 def test_results_expire(store: Store) -> None:
     run(store, step("delivered", 1))
     run(store, step("undelivered", 2))
-    store.set_snapshot(MODEL, "snap", 2, retain=False).result(5)
+    store.set_saved_state(MODEL, "snap", 2, retain=False).result(5)
     store.add_operation(step("waiting", 3)).result(5)
     store.mark_delivered("delivered").result(5)
     stored = store.outcome("delivered")
@@ -236,7 +236,7 @@ def test_an_expired_operation_can_still_be_replayed_and_is_not_run_again(store: 
     assert store.outcome("r1") is None
     assert [op.request_id for op, _ in store.to_replay(MODEL, 0)] == ["r1"]
     assert store.add_operation(step("r2", 1)).result(5) == ("r1", False)
-    store.set_snapshot(MODEL, "snap", 1, retain=False).result(5)
+    store.set_saved_state(MODEL, "snap", 1, retain=False).result(5)
     assert store.prune(time.time() + 25 * HOUR).result(5) == 0  # its result is counted once
 
 

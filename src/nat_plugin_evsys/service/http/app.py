@@ -15,9 +15,9 @@ from nat_plugin_evsys.service.http.context import API, ServiceContext
 from nat_plugin_evsys.service.http.download_routes import DownloadRoutes
 from nat_plugin_evsys.service.http.future_routes import FutureRoutes
 from nat_plugin_evsys.service.http.logs import AccessLog
-from nat_plugin_evsys.service.http.metrics import CONTENT_TYPE
 from nat_plugin_evsys.service.http.openai import openai_routes
 from nat_plugin_evsys.service.http.operation_routes import OperationRoutes
+from nat_plugin_evsys.service.http.prometheus import CONTENT_TYPE
 from nat_plugin_evsys.service.http.run_routes import RunRoutes
 from nat_plugin_evsys.service.http.sampler_routes import SamplerRoutes
 from nat_plugin_evsys.service.http.session_routes import SessionRoutes

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nat_plugin_evsys.json_lines import json_line
 
 if TYPE_CHECKING:
-    from nat_plugin_evsys.service.http.metrics import ServiceMetrics
+    from nat_plugin_evsys.service.http.prometheus import ServiceMetrics
 
 REQUEST_ID_HEADER = "x-request-id"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from nat_plugin_evsys.service.http.refusals import not_found
 
 if TYPE_CHECKING:
-    from nat_plugin_evsys.service.http.metrics import ServiceMetrics
+    from nat_plugin_evsys.service.http.prometheus import ServiceMetrics
     from nat_plugin_evsys.service.store.store import Store, StoredOutcome
 
 logger = logging.getLogger(__name__)

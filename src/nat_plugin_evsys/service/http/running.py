@@ -11,9 +11,9 @@ from nat_plugin_evsys.config.serve import ServeConfig
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.http.auth import Keys
 from nat_plugin_evsys.service.http.context import ServiceContext
-from nat_plugin_evsys.service.http.metrics import ServiceMetrics
 from nat_plugin_evsys.service.http.pending import Pending
 from nat_plugin_evsys.service.http.presence import Presence
+from nat_plugin_evsys.service.http.prometheus import ServiceMetrics
 from nat_plugin_evsys.service.store.store import Store
 from nat_plugin_evsys.service.work.engine import Engine
 

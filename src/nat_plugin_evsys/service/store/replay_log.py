@@ -1,4 +1,4 @@
-"""What a model in memory is made again from: its ended operations, and the snapshots that cover the older ones."""
+"""What a model in memory is made again from: its ended operations, and the saved states that cover the older ones."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ class ReplayLog(Database):
         )
         return [(to_operation(row), to_outcome(row), row.finished_at) for row in rows]
 
-    def set_snapshot(self, model_id: str, directory: str, seq: int, *, retain: bool) -> Future[None]:
-        """A snapshot in ``directory`` covers the model's operations up to ``seq``.
+    def set_saved_state(self, model_id: str, directory: str, seq: int, *, retain: bool) -> Future[None]:
+        """The state in ``directory`` covers the model's operations up to ``seq``.
 
         Their payloads are dropped, unless ``retain``. The future fails with ``StoreError`` for an unknown model.
         """
 
         def write(connection: Connection) -> None:
             moved = update(models).where(models.c.model_id == model_id)
-            if connection.execute(moved.values(snapshot=directory, snapshot_seq=seq)).rowcount == 0:
-                raise StoreError(f"there is no model {model_id} to snapshot")
+            if connection.execute(moved.values(saved_state=directory, saved_state_seq=seq)).rowcount == 0:
+                raise StoreError(f"there is no model {model_id} whose state could be saved")
             if not retain:
                 covered = select(operations.c.id).where(trained(model_id), operations.c.seq_id <= seq)
                 connection.execute(delete(payloads).where(payloads.c.operation.in_(covered)))

@@ -35,8 +35,8 @@ class ModelRow:
 
     Attributes:
         next_seq: the first training operation that has not ended.
-        snapshot: name of the directory that holds the last state snapshot.
-        snapshot_seq: the last operation that the snapshot covers; -1 without one.
+        saved_state: name of the directory that holds the last state that was saved.
+        saved_state_seq: the last operation that the saved state covers; -1 without one.
     """
 
     model_id: str
@@ -52,8 +52,8 @@ class ModelRow:
     user_metadata: dict[str, Any] = field(default_factory=dict)
     created_at: float = field(default_factory=time.time)
     next_seq: int = 0
-    snapshot: str | None = None
-    snapshot_seq: int = -1
+    saved_state: str | None = None
+    saved_state_seq: int = -1
 
     def run_record(self) -> RunRecord:
         """The training run that the model is, last heard of now."""

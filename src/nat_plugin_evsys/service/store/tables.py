@@ -65,8 +65,8 @@ models = Table(
     Column("user_metadata", JSON, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("next_seq", Integer, nullable=False),
-    Column("snapshot", Text),
-    Column("snapshot_seq", Integer, nullable=False),
+    Column("snapshot", Text, key="saved_state"),  # on disk it has the name that it began with
+    Column("snapshot_seq", Integer, nullable=False, key="saved_state_seq"),
 )
 
 samplers = Table(

@@ -24,7 +24,7 @@ from nat_plugin_evsys.service.work.places import Places
 from nat_plugin_evsys.service.work.samplers import Samplers
 from nat_plugin_evsys.service.work.sampling import SampleRunner
 from nat_plugin_evsys.service.work.served_bases import ServedBases
-from nat_plugin_evsys.service.work.states import SnapshotPolicy, Snapshots
+from nat_plugin_evsys.service.work.states import SavedStates, StatePolicy
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.rows import SamplerRow
@@ -44,8 +44,8 @@ class Engine:
         base_models: ``builtin/…``, directories or hub ids.
         device, dtype, context_length, cache_dir, trust_remote_code: see ``load_base_model``.
         max_batch_size: see ``Sampler``.
-        retain_operations: keep the payloads of operations that a snapshot covers.
-        snapshot_policy: when state snapshots are taken.
+        retain_operations: keep the payloads of operations that a saved state covers.
+        state_policy: when the states of models are saved.
         gap_timeout: seconds after which operations that wait for one that does not come are given up.
     """
 
@@ -62,7 +62,7 @@ class Engine:
         cache_dir: Path | None = None,
         trust_remote_code: bool = False,
         retain_operations: bool = False,
-        snapshot_policy: SnapshotPolicy | None = None,
+        state_policy: StatePolicy | None = None,
         gap_timeout: float = GAP_TIMEOUT_S,
     ) -> None:
         self._store = store
@@ -76,15 +76,15 @@ class Engine:
             trust_remote_code=trust_remote_code,
         )
         access = CheckpointAccess(store, checkpoints)
-        self._snapshots = Snapshots(store.root / "states")
+        self._states = SavedStates(store.root / "states")
         self._samplers = Samplers(store, self._bases, access, store.root / "samplers")
         self._closing = threading.Event()
         self._hosting = Hosting(
-            Places(store, checkpoints, access, self._snapshots, self._samplers),
+            Places(store, checkpoints, access, self._states, self._samplers),
             self._bases,
             self._closing,
             gap_timeout=gap_timeout,
-            policy=snapshot_policy or SnapshotPolicy(),
+            policy=state_policy or StatePolicy(),
             retain_operations=retain_operations,
         )
         self._sampling = SampleRunner(store, self._samplers, self._closing)
@@ -128,9 +128,9 @@ class Engine:
     def forget_session(self, session_id: str) -> None:
         """Drop a session's models, their state and its ephemeral weights. Checkpoints stay."""
         self._hosting.forget_session(session_id)
-        for model_id in self._snapshots.model_ids():
+        for model_id in self._states.model_ids():
             if model_id.startswith(f"{session_id}:"):
-                self._snapshots.forget(model_id)
+                self._states.forget(model_id)
         self._samplers.forget_session(session_id)
 
     def base_models(self) -> list[BaseModel]:
@@ -178,9 +178,9 @@ class Engine:
 
     def _remove_leftovers(self) -> None:
         """Delete what a killed server had not finished forgetting."""
-        for model_id in self._snapshots.model_ids():
+        for model_id in self._states.model_ids():
             try:
                 if self._store.model(model_id) is None:
-                    self._snapshots.forget(model_id)
+                    self._states.forget(model_id)
             except EvsysError as exc:
                 logger.error("leftovers of model %s stay: %s", model_id, exc)

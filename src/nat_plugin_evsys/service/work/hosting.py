@@ -14,7 +14,7 @@ from nat_plugin_evsys.service.work.failures import failure, failure_of
 from nat_plugin_evsys.service.work.model import HostedModel
 from nat_plugin_evsys.service.work.places import Places
 from nat_plugin_evsys.service.work.served_bases import ServedBases
-from nat_plugin_evsys.service.work.states import SnapshotPolicy
+from nat_plugin_evsys.service.work.states import StatePolicy
 from nat_plugin_evsys.service.work.turns import TrainingThread
 
 
@@ -24,8 +24,8 @@ class Hosting:
     Args:
         closing: set when the engine closes.
         gap_timeout: seconds after which operations that wait for one that does not come are given up.
-        policy: when state snapshots are taken.
-        retain_operations: keep the payloads of operations that a snapshot covers.
+        policy: when the states of models are saved.
+        retain_operations: keep the payloads of operations that a saved state covers.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Hosting:
         closing: threading.Event,
         *,
         gap_timeout: float,
-        policy: SnapshotPolicy,
+        policy: StatePolicy,
         retain_operations: bool,
     ) -> None:
         self.execution = Execution(places, closing)
@@ -137,7 +137,7 @@ class Hosting:
     def _host(self, model_id: str, shared: SharedBase, next_seq: int) -> HostedModel:
         places, policy, retain = self._places, self._policy, self._retain
         hosted = HostedModel(
-            model_id, shared, next_seq, places.store, places.snapshots, policy=policy, retain_operations=retain
+            model_id, shared, next_seq, places.store, places.states, policy=policy, retain_operations=retain
         )
         with self._lock:
             self._models[model_id] = hosted

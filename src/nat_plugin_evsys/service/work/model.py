@@ -16,7 +16,7 @@ from nat_plugin_evsys.service.work.failures import error_of
 from nat_plugin_evsys.service.work.lost_gradient import LostGradient, loses_gradient
 from nat_plugin_evsys.service.work.ordering import SequenceBuffer
 from nat_plugin_evsys.service.work.restoring import restore
-from nat_plugin_evsys.service.work.states import SnapshotPolicy, Snapshots
+from nat_plugin_evsys.service.work.states import SavedStates, StatePolicy
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.rows import ModelRow
@@ -50,9 +50,9 @@ class HostedModel:
         shared: SharedBase,
         next_seq: int,
         store: Store,
-        snapshots: Snapshots,
+        states: SavedStates,
         *,
-        policy: SnapshotPolicy,
+        policy: StatePolicy,
         retain_operations: bool,
     ) -> None:
         self.model_id = model_id
@@ -68,14 +68,14 @@ class HostedModel:
         self.tokens_trained = 0
         self.step: int | None = None
         self._store = store
-        self._snapshots = snapshots
+        self._states = states
         self._policy = policy
         self._retain = retain_operations
-        # The last operation after which no gradient was pending: what a snapshot of the weights now would cover.
+        # The last operation after which no gradient was pending: what a state saved now would cover.
         self._settled_seq = next_seq - 1
         self._changed = False
-        self._seconds_since_snapshot = 0.0
-        self._snapshot_took = 0.0
+        self._seconds_since_saved = 0.0
+        self._saving_took = 0.0
 
     def row(self) -> ModelRow:
         """What the store knows of it.
@@ -89,7 +89,7 @@ class HostedModel:
         return row
 
     def loaded(self, stop: threading.Event) -> TrainableModel:
-        """The model; from its last snapshot and the operations since, if it is not in memory.
+        """The model; from its last saved state and the operations since, if it is not in memory.
 
         Raises:
             RestoreError: that is not possible.
@@ -116,9 +116,9 @@ class HostedModel:
         self.step = model.step
 
     def ended(self, operation: Operation, outcome: Outcome, seconds: float) -> None:
-        """An operation's outcome has been stored: remember what it did, and take a snapshot if one is due."""
+        """An operation's outcome has been stored: remember what it did, and save the state if that is due."""
         self.engine_seconds += seconds
-        self._seconds_since_snapshot += seconds
+        self._seconds_since_saved += seconds
         if outcome.effect != Effect.NONE and operation.kind != OperationKind.FORWARD_BACKWARD:
             self.lost = None
             self._changed |= outcome.effect == Effect.APPLIED
@@ -132,36 +132,36 @@ class HostedModel:
             # The load itself wrote this state, so that a replay does not depend on the checkpoint's being there still.
             self._changed = True
             self._cover(str(operation.seq_id), operation.seq_id)
-        elif self._changed and self._policy.due(self._seconds_since_snapshot, self._snapshot_took):
-            self.snapshot()
+        elif self._changed and self._policy.due(self._seconds_since_saved, self._saving_took):
+            self.save_state()
 
-    def snapshot(self) -> None:
+    def save_state(self) -> None:
         """Write the weights as of the last moment without a pending gradient, unless nothing has changed."""
         if self.model is None or not self._changed:
             return
         try:
-            name, self._snapshot_took = self._snapshots.write(self.model_id, self._settled_seq, self.model)
+            name, self._saving_took = self._states.write(self.model_id, self._settled_seq, self.model)
         except EvsysError as exc:
             # Without it a restart has more to run again; nothing is lost.
-            logger.error("no snapshot of model %s: %s", self.model_id, exc)
-            self._seconds_since_snapshot = 0.0
+            logger.error("the state of model %s was not saved: %s", self.model_id, exc)
+            self._seconds_since_saved = 0.0
             return
         self._cover(name, self._settled_seq)
 
     def park(self) -> None:
         """Write what is needed to come back, and leave memory."""
-        self.snapshot()
+        self.save_state()
         self.model = None
 
     def _cover(self, name: str, seq: int) -> None:
         """From now on a restart begins at the state ``name``."""
-        self._seconds_since_snapshot = 0.0
+        self._seconds_since_saved = 0.0
         try:
-            self._store.set_snapshot(self.model_id, name, seq, retain=self._retain).result()
+            self._store.set_saved_state(self.model_id, name, seq, retain=self._retain).result()
         except EvsysError as exc:
-            logger.error("the snapshot of model %s is not used: %s", self.model_id, exc)
+            logger.error("the saved state of model %s is not used: %s", self.model_id, exc)
             return
-        self._snapshots.keep_only(self.model_id, name)
+        self._states.keep_only(self.model_id, name)
         self._changed = False
 
     def _settle(self, seq: int) -> None:
@@ -171,7 +171,7 @@ class HostedModel:
     def _restore(self, stop: threading.Event) -> None:
         started = time.perf_counter()
         row = self.row()
-        restored = restore(self._store, self._snapshots, self.shared, row, stop)
+        restored = restore(self._store, self._states, self.shared, row, stop)
         self.lost, self._settled_seq, self._changed = restored.lost, restored.settled_seq, restored.changed
         self.adopt(restored.model)
         self._settle(row.next_seq - 1)

@@ -67,7 +67,7 @@ def load(places: Places, hosted: HostedModel, operation: Operation, stop: thread
     info = places.access.read(request.path, operation.owner)
     load_checkpoint(info.path, model, with_optimizer=request.optimizer)
     try:
-        places.snapshots.write(hosted.model_id, operation.seq_id, model)
+        places.states.write(hosted.model_id, operation.seq_id, model)
     except CheckpointError:
         hosted.evict()
         raise
@@ -78,15 +78,15 @@ def _load_new(places: Places, operation: Operation, request: LoadWeights, shared
     """Its state is written before anybody hears of it, so that it does not depend on the checkpoint's being there
     still."""
     known = places.store.model(operation.scope)
-    if known is not None and known.snapshot is not None:
-        return places.snapshots.open(shared, known.model_id, known.snapshot)
+    if known is not None and known.saved_state is not None:
+        return places.states.open(shared, known.model_id, known.saved_state)
     _check_optimizer(request.optimizer_config)
     _refuse_token(request)
     info = places.access.read(request.path, operation.owner)
     check_base(info, shared.base)
     metadata = _metadata(places, request.session_id or "", request.user_metadata)
     model = shared.train_checkpoint(info, with_optimizer=request.optimizer)
-    name, _ = places.snapshots.write(operation.scope, 0, model)
+    name, _ = places.states.write(operation.scope, 0, model)
     roles = linear_roles(shared.base.model)
     trained = {roles[target] for target in model.adapter.weights}
     row = ModelRow(
@@ -100,8 +100,8 @@ def _load_new(places: Places, operation: Operation, request: LoadWeights, shared
         train_mlp="mlp" in trained,
         train_unembed="unembed" in trained,
         user_metadata=metadata,
-        snapshot=name,
-        snapshot_seq=0,
+        saved_state=name,
+        saved_state_seq=0,
     )
     _keep(places, row)
     return model

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.work.access import CheckpointAccess
 from nat_plugin_evsys.service.work.samplers import Samplers
-from nat_plugin_evsys.service.work.states import Snapshots
+from nat_plugin_evsys.service.work.states import SavedStates
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.store import Store
@@ -21,5 +21,5 @@ class Places:
     store: Store
     checkpoints: CheckpointStore
     access: CheckpointAccess
-    snapshots: Snapshots
+    states: SavedStates
     samplers: Samplers

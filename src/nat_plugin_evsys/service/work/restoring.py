@@ -1,4 +1,4 @@
-"""A model that is not in memory is made again: from its last snapshot, and by running the operations since."""
+"""A model that is not in memory is made again: from its last saved state, and by running the operations since."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nat_plugin_evsys.service.wire.forward_backward import ForwardBackwardReques
 from nat_plugin_evsys.service.wire.kinds import OperationKind
 from nat_plugin_evsys.service.wire.requests import OptimStep
 from nat_plugin_evsys.service.work.lost_gradient import LostGradient, recall_lost_gradient
-from nat_plugin_evsys.service.work.states import Snapshots
+from nat_plugin_evsys.service.work.states import SavedStates
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.rows import ModelRow
@@ -29,7 +29,7 @@ class Restored:
     Attributes:
         model: its weights, moments and gradient.
         settled_seq: the last operation after which no gradient was pending.
-        changed: its weights are not those of its last snapshot any more.
+        changed: its weights are not those of its last saved state any more.
         lost: what the gradient lacks.
         replayed: how many operations were run again.
     """
@@ -52,21 +52,21 @@ def fresh_model(shared: SharedBase, row: ModelRow) -> TrainableModel:
     )
 
 
-def restore(store: Store, snapshots: Snapshots, shared: SharedBase, row: ModelRow, stop: threading.Event) -> Restored:
+def restore(store: Store, states: SavedStates, shared: SharedBase, row: ModelRow, stop: threading.Event) -> Restored:
     """The model of a row.
 
     Raises:
         EvsysError, OSError: that is not possible.
         OperationAbandoned: ``stop`` was set meanwhile.
     """
-    if row.snapshot is None:
+    if row.saved_state is None:
         model, settled = fresh_model(shared, row), -1
     else:
-        model, settled = snapshots.open(shared, row.model_id, row.snapshot), row.snapshot_seq
+        model, settled = states.open(shared, row.model_id, row.saved_state), row.saved_state_seq
     changed, steps = False, [settled]
     replay = store.to_replay(row.model_id, settled)
     for operation, effect in replay:
-        _run_again(snapshots, model, operation, effect, stop)
+        _run_again(states, model, operation, effect, stop)
         changed |= operation.kind == OperationKind.OPTIM_STEP and effect == Effect.APPLIED
         if operation.kind != OperationKind.FORWARD_BACKWARD:
             steps.append(operation.seq_id)
@@ -77,7 +77,7 @@ def restore(store: Store, snapshots: Snapshots, shared: SharedBase, row: ModelRo
 
 
 def _run_again(
-    snapshots: Snapshots, model: TrainableModel, operation: Operation, effect: Effect, stop: threading.Event
+    states: SavedStates, model: TrainableModel, operation: Operation, effect: Effect, stop: threading.Event
 ) -> None:
     def progress(done: int, total: int) -> None:
         if stop.is_set():
@@ -88,7 +88,7 @@ def _run_again(
         model.discard_gradient()
         return
     if operation.kind == OperationKind.LOAD_WEIGHTS:
-        snapshots.load_into(model, operation.scope, str(operation.seq_id))
+        states.load_into(model, operation.scope, str(operation.seq_id))
         return
     # Not operation.request, which would keep every one of them decoded until the last has run.
     request = decode(operation.kind, operation.payload)

@@ -1,4 +1,4 @@
-"""State snapshots: what a model in memory can be made again from, below ``<store>/states/<model_id>/<seq>``."""
+"""Saved states: what a model in memory can be made again from, below ``<store>/states/<model_id>/<seq>``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class SnapshotPolicy:
-    """When a snapshot is due: after ``max(least_seconds, cost_factor x seconds of the last one)`` of engine time.
+class StatePolicy:
+    """When a state is to be saved: after ``max(least_seconds, cost_factor x seconds of the last one)`` of engine time.
 
-    What a killed server has to do again is bounded by that, and so is the share of time that snapshots take.
+    What a killed server has to do again is bounded by that, and so is the share of time that saving takes.
     """
 
     least_seconds: float = 10.0
@@ -30,7 +30,7 @@ class SnapshotPolicy:
         return engine_seconds >= max(self.least_seconds, self.cost_factor * last_took)
 
 
-class Snapshots:
+class SavedStates:
     """Weights and moments of models on disk, each named by the sequence number of the last operation in them.
 
     Args:

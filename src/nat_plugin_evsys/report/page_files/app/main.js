@@ -29,7 +29,7 @@ function App() {
     </header>
     <${Navigation} />
     <main class="wrap">
-      <${Outcome} theme=${theme} />
+      <${Better} theme=${theme} />
       <${Changes} />
       <${Rollouts} />
       <${Health} theme=${theme} />

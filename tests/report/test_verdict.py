@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nat_plugin_evsys.report.outcome import comparison, curve, outcome
+from nat_plugin_evsys.report.verdict import comparison, curve, verdict
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.runs.state import RunState
 
@@ -29,7 +29,7 @@ def test_the_answer_depends_on_how_sure_it_is(solved: range, answer: str, begins
         BEFORE: {row: float(number < 2) for number, row in enumerate(ROWS)},
         AFTER: {row: float(number in solved) for number, row in enumerate(ROWS)},
     }
-    found = outcome(state(0.1, len(solved) / 20), [BEFORE, AFTER], rewards.__getitem__)
+    found = verdict(state(0.1, len(solved) / 20), [BEFORE, AFTER], rewards.__getitem__)
     assert found.answer == answer
     assert found.sentence.startswith(begins)
     assert found.rows["better"] == max(len(solved) - 2, 0)
@@ -37,7 +37,7 @@ def test_the_answer_depends_on_how_sure_it_is(solved: range, answer: str, begins
 
 def test_a_run_that_got_worse() -> None:
     rewards = {BEFORE: dict.fromkeys(ROWS, 0.75), AFTER: {row: 0.25 - 0.001 * n for n, row in enumerate(ROWS)}}
-    found = outcome(state(0.75, 0.25), [BEFORE, AFTER], rewards.__getitem__)
+    found = verdict(state(0.75, 0.25), [BEFORE, AFTER], rewards.__getitem__)
     assert found.answer == "no"
     assert "fell from 0.750 to 0.2" in found.sentence
     assert "−0.5" in found.sentence
@@ -47,7 +47,7 @@ def test_a_run_that_got_worse() -> None:
 def test_a_warm_start_is_told_apart_from_what_came_after_it() -> None:
     base = Collection("base", 0)
     rewards = {base: dict.fromkeys(ROWS, 0.0), BEFORE: dict.fromkeys(ROWS, 0.25), AFTER: dict.fromkeys(ROWS, 1.0)}
-    found = outcome(state(0.25, 1.0, heldout_reward_base=0.0), list(rewards), rewards.__getitem__)
+    found = verdict(state(0.25, 1.0, heldout_reward_base=0.0), list(rewards), rewards.__getitem__)
     assert "rose from 0.000 to 1.000" in found.sentence
     assert found.sentence.endswith("After the warm start alone it was 0.250.")
     assert (found.before.mean, found.warm_start.mean, found.rows["better"]) == (0.0, 0.25, 20)
@@ -60,16 +60,16 @@ def test_a_warm_start_is_told_apart_from_what_came_after_it() -> None:
 def test_training_rows_stand_in_for_missing_held_out_rows() -> None:
     first, last = Collection("train", 0), Collection("train", 4)
     rewards = {first: dict.fromkeys(ROWS, 0.0), last: dict.fromkeys(ROWS, 1.0)}
-    found = outcome(state(None, None, train_reward_before=0.0, train_reward_after=1.0), [first, last], rewards.get)
+    found = verdict(state(None, None, train_reward_before=0.0, train_reward_after=1.0), [first, last], rewards.get)
     assert (found.kind, found.answer) == ("train", "yes")
     assert "set validation_dataset" in found.sentence
 
 
 def test_means_without_rows_and_nothing_at_all() -> None:
-    found = outcome(state(0.1, 0.5), [], {}.__getitem__)
+    found = verdict(state(0.1, 0.5), [], {}.__getitem__)
     assert (found.answer, found.change) == ("unclear", None)
     assert "from 0.100 to 0.500" in found.sentence
-    assert outcome(state(None, None), [], {}.__getitem__).answer == "unmeasured"
+    assert verdict(state(None, None), [], {}.__getitem__).answer == "unmeasured"
 
 
 def test_the_curve_places_an_epoch_at_the_policy_that_sampled_it() -> None:

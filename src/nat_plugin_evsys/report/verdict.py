@@ -19,7 +19,7 @@ Answer = Literal["yes", "no", "unclear", "unmeasured"]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Verdict:
     """What a run came to.
 
     Attributes:
@@ -42,8 +42,8 @@ class Outcome:
     warm_start: Interval | None = None
 
 
-def outcome(state: RunState, collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]) -> Outcome:
-    """The outcome of a run.
+def verdict(state: RunState, collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]) -> Verdict:
+    """Whether a run made the policy better.
 
     Args:
         collections: those that were kept.
@@ -68,7 +68,7 @@ def outcome(state: RunState, collections: Sequence[Collection], rewards: Callabl
     warm_start = mean_interval(list(rewards(kept[0]).values())) if base and kept else None
     if warm_start is not None and after is not None:
         sentence += f" After the warm start alone it was {warm_start.mean:.3f}."
-    return Outcome(answer, sentence, kind, before, after, change, counts, warm_start)
+    return Verdict(answer, sentence, kind, before, after, change, counts, warm_start)
 
 
 def curve(

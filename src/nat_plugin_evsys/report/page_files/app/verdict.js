@@ -5,7 +5,7 @@ const PART_COLOURS = {
   "warm start": "--muted", rollouts: "--run-a", training: "--run-b", "held-out scoring": "--good", "everything else": "--line",
 };
 
-function Outcome({ theme }) {
+function Better({ theme }) {
   return html`<section id="better">
     <h2>1. Did it get better?</h2>
     <p>The agent was scored on the same rows before and after training.</p>
@@ -25,7 +25,7 @@ function Outcome({ theme }) {
 }
 
 function Verdict({ run }) {
-  const { answer, sentence } = run.outcome;
+  const { answer, sentence } = run.verdict;
   const warnings = run.findings.length;
   return html`<div class="card verdict" style="margin-bottom: 8px">
     <div class="sign ${answer}" aria-hidden="true">${SIGNS[answer]}</div>
@@ -45,22 +45,22 @@ function RunName({ run }) {
 }
 
 function Figures({ run }) {
-  const { outcome, cost } = run;
-  const rows = outcome.kind === "heldout" ? "Held-out reward" : "Reward on the training rows";
+  const { verdict, cost } = run;
+  const rows = verdict.kind === "heldout" ? "Held-out reward" : "Reward on the training rows";
   return html`<div class="figures">
     ${isComparison && html`<div class="figure wide small"><${RunName} run=${run} /></div>`}
     <div class="figure wide">
       <div class="label">${rows}</div>
-      <div class="value">${fixed(outcome.before?.mean)} <small>→</small> ${outcome.warm_start && html`${fixed(outcome.warm_start.mean)} <small>→</small>`} ${fixed(outcome.after?.mean)}
-        ${outcome.change && html` <${Change} value=${outcome.change.mean} />`}</div>
-      ${outcome.change && html`<div class="note">95% interval ${signed(outcome.change.low, 2)} to
-        ${" "}${signed(outcome.change.high, 2)}, ${plural(outcome.change.count, "row")}</div>`}
-      ${outcome.warm_start && html`<div class="note">base model → after the warm start → after training</div>`}
+      <div class="value">${fixed(verdict.before?.mean)} <small>→</small> ${verdict.warm_start && html`${fixed(verdict.warm_start.mean)} <small>→</small>`} ${fixed(verdict.after?.mean)}
+        ${verdict.change && html` <${Change} value=${verdict.change.mean} />`}</div>
+      ${verdict.change && html`<div class="note">95% interval ${signed(verdict.change.low, 2)} to
+        ${" "}${signed(verdict.change.high, 2)}, ${plural(verdict.change.count, "row")}</div>`}
+      ${verdict.warm_start && html`<div class="note">base model → after the warm start → after training</div>`}
     </div>
     <div class="figure wide better-rows">
       <div class="label">Rows that got</div>
-      <div><b class="up">${outcome.rows.better}</b> better · <b class="down">${outcome.rows.worse}</b> worse ·
-        ${" "}<b>${outcome.rows.same}</b> the same</div>
+      <div><b class="up">${verdict.rows.better}</b> better · <b class="down">${verdict.rows.worse}</b> worse ·
+        ${" "}<b>${verdict.rows.same}</b> the same</div>
     </div>
     <${Count} label="Rollouts" value=${cost.rollouts} note=${plural(cost.calls, "LLM call")} />
     <${Count} label="Tokens sampled" value=${cost.sampled_tokens} note=${`${count(cost.trained_tokens)} trained on`} />
