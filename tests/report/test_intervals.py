@@ -34,6 +34,19 @@ def test_the_change_is_paired() -> None:
     assert (found.mean, found.low, found.high, found.count) == pytest.approx((0.5, 0.5, 0.5, 50))
 
 
+def test_the_change_of_ones_and_zeros_is_agrestis_and_mins() -> None:
+    # 12 of 40 rows got better, 2 worse: (10 ± 1.96 sqrt(15 - 10^2 / 42)) / 42
+    before = [0.0] * 12 + [1.0] * 2 + [0.0] * 26
+    after = [1.0] * 12 + [0.0] * 2 + [0.0] * 26
+    found = change_interval(before, after)
+    assert found is not None
+    assert (found.mean, found.low, found.high) == pytest.approx((0.25, 0.07236, 0.40383), abs=1e-4)
+    every = change_interval([0.0] * 16, [1.0] * 16)
+    assert every is not None
+    assert (every.mean, every.high) == (1.0, 1.0)
+    assert 0.6 < every.low < 0.8  # sixteen rows of sixteen are no certainty
+
+
 def test_it_is_the_same_every_time() -> None:
     values = [0.1, 0.4, 0.4, 0.9]
     assert mean_interval(values) == mean_interval(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -158,15 +159,21 @@ def token_texts(token_bytes: Callable[[int], bytes]) -> TokenTexts:
     of all.
     """
     known: dict[int, bytes] = {}
+    whole: dict[int, str] = {}
+
+    def learn(token_id: int) -> None:
+        known[token_id] = token_bytes(token_id)
+        with contextlib.suppress(UnicodeDecodeError):
+            whole[token_id] = known[token_id].decode()
 
     def texts(ids: Sequence[int]) -> list[str]:
+        for token_id in set(ids) - known.keys():
+            learn(token_id)
+        if whole.keys() >= set(ids):  # nearly always, and much faster
+            return [whole[token_id] for token_id in ids]
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in ids:
-            if token_id not in known:
-                known[token_id] = token_bytes(token_id)
         pieces = [decoder.decode(known[token_id]) for token_id in ids]
-        rest = decoder.decode(b"", final=True)
-        return [*pieces[:-1], pieces[-1] + rest] if pieces else []
+        return [*pieces[:-1], pieces[-1] + decoder.decode(b"", final=True)]
 
     return texts
 

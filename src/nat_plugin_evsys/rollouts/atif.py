@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from nat.atif import Agent, FinalMetrics, Metrics, Observation, ObservationResult, Step, ToolCall, Trajectory
 
 from nat_plugin_evsys.calls import Call, CallFate, CallKey
@@ -188,4 +189,5 @@ def _arguments(written: Any) -> tuple[dict[str, Any], str | None]:
 
 
 def _rounded(logprobs: Sequence[float]) -> list[float]:
-    return [round(max(logprob, _IMPOSSIBLE), _DIGITS) for logprob in logprobs]
+    kept: list[float] = np.maximum(logprobs, _IMPOSSIBLE).round(_DIGITS).tolist()
+    return kept

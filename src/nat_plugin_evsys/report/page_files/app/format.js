@@ -32,10 +32,17 @@ function plural(number, noun) {
   return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 }
 
-/** What a field holds as text: a string as it is, anything else as JSON. */
+/** What a field holds as text: a string as it is, anything else as JSON, on one line where it is short. */
 function textOf(value) {
   if (value === null || value === undefined) return "";
-  return typeof value === "string" ? value : JSON.stringify(value, null, 1);
+  if (typeof value === "string") return value;
+  const line = JSON.stringify(value);
+  return line.length <= 72 ? line : JSON.stringify(value, null, 2);
+}
+
+/** A sentence of this package, whose `names` in backticks are shown as code. */
+function prose(text) {
+  return text.split("`").map((part, index) => (index % 2 ? html`<code key=${index}>${part}</code>` : part));
 }
 
 /** Like `textOf`, but the fields of an object stand on lines of their own. */

@@ -25,8 +25,8 @@ function figuresOf(title) {
 function Finding({ run, finding }) {
   return html`<div class="card finding">
     ${isComparison && html`<p class="small muted"><${RunName} run=${run} /></p>`}
-    <p class="lead">${finding.sentence}</p>
-    <p class="muted">${finding.advice}</p>
+    <p class="lead">${prose(finding.sentence)}</p>
+    <p class="muted">${prose(finding.advice)}</p>
     ${finding.epochs.length > 1 && html`<p class="small muted">Seen in ${plural(finding.epochs.length, "epoch")}: ${finding.epochs.join(", ")}.</p>`}
     <div class="examples">${finding.examples.map((reply, index) => html`<div class="example" key=${index}>
       <${Reward} value=${reply.reward} range=${run.range} /> ${" "}<b>${reply.text || "(nothing)"}</b>
@@ -54,10 +54,10 @@ function HealthCard({ title, theme }) {
       ${isComparison && html`<small>${"AB"[index]} </small>`}${healthText(figure, figure.points.at(-1)[1])}</div>`)}
     ${figures.map((figure, index) => figure.bound !== null && (index === 0 || healthText(figure, figure.bound) !== healthText(one, one.bound ?? 0)) && html`<div class="should" key=${index}>
       should stay ${figure.side === "above" ? "below" : "above"} ${healthText(figure, figure.bound)}</div>`)}
-    <p class="meaning">${one.meaning}</p>
-    ${state === "crossed" && html`<p class="crossing">${one.crossed}</p>`}
-    ${state !== "crossed" && earlier && html`<p class="small muted">Crossed in ${figures.map((figure) => figure.crossed_in).flat().map((epoch) => `epoch ${epoch}`).slice(0, 6).join(", ")}.</p>`}
     <${Chart} build=${build} theme=${theme} label=${`${title} over the epochs`} />
+    <p class="meaning">${one.meaning}</p>
+    ${state === "crossed" && html`<p class="crossing">${prose(one.crossed)}</p>`}
+    ${state !== "crossed" && earlier && html`<p class="small muted">Crossed in ${figures.map((figure) => figure.crossed_in).flat().map((epoch) => `epoch ${epoch}`).slice(0, 6).join(", ")}.</p>`}
   </article>`;
 }
 

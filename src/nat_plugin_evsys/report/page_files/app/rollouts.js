@@ -189,7 +189,7 @@ function Detail({ group, number, collection }) {
       ${attempt.seconds !== undefined && html`<span class="chip">${duration(attempt.seconds)}</span>`}
       ${attempt.dropped && attempt.dropped !== "validation" && html`<span class="chip warn">not trained on: ${attempt.dropped}</span>`}
     </div>
-    ${attempt.dropped && DROP_REASONS[attempt.dropped] && html`<p class="small muted">${DROP_REASONS[attempt.dropped]}</p>`}
+    ${attempt.dropped && DROP_REASONS[attempt.dropped] && html`<p class="small muted" style="margin-bottom: 8px">${prose(DROP_REASONS[attempt.dropped])}</p>`}
     ${sampled && html`<${Segments} label="Colour the tokens by" options=${TOKEN_MODES} value=${mode} onChange=${setMode} />`}
     ${sampled && html`<${Scale} mode=${mode} />`}
     <${Transcript} attempt=${attempt} mode=${mode} largest=${largest} chosen=${chosen} onChoose=${setChosen} />

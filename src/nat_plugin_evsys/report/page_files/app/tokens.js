@@ -32,8 +32,8 @@ function tokenStyle(mode, strength) {
 function Scale({ mode }) {
   if (mode === "plain") return null;
   const [low, high, from, to, help] = MODE_HELP[mode];
-  const start = from ? `rgba(var(--${from}), .6)` : "transparent";
-  return html`<div><div class="scale">${low}<i style=${`background: linear-gradient(90deg, ${start}, transparent 50%, rgba(var(--${to}), .6))`}></i>${high}</div>
+  const start = from ? `rgba(var(--${from}), .6), transparent 50%` : "transparent";
+  return html`<div><div class="scale">${low}<i style=${`background: linear-gradient(90deg, ${start}, rgba(var(--${to}), .6))`}></i>${high}</div>
     <p class="small muted" style="margin-top: 2px">${help}</p></div>`;
 }
 
@@ -137,7 +137,7 @@ function untrainedSentence(step) {
   if (step.dropped === "validation" || step.dropped === undefined) {
     return step.advantage === 0 ? "The attempt was exactly average, so it changed nothing." : "Not trained on: this rollout only measures the policy.";
   }
-  return `Not trained on: ${DROP_REASONS[step.dropped] ?? step.dropped}`;
+  return prose(`Not trained on: ${DROP_REASONS[step.dropped] ?? step.dropped}`);
 }
 
 function Judgement({ attempt }) {

@@ -34,7 +34,7 @@ function Verdict({ run }) {
       <p class="answer">${sentence}</p>
       ${run.error && html`<p class="error-text">The run ${run.status}: ${run.error}</p>`}
       ${warnings > 0 && html`<p><span class="chip warn">${plural(warnings, "warning")}</span> ${" "}
-        <a href="#health">${run.findings[0].sentence}</a></p>`}
+        <a href="#health">${prose(run.findings[0].sentence)}</a></p>`}
     </div>
   </div>`;
 }
