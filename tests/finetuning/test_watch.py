@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from nat_plugin_evsys.calls import Call
-from nat_plugin_evsys.finetuning.evaluation import Attempt
-from nat_plugin_evsys.finetuning.replies import replies_of
+from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.report.findings import FindingId
 from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
+from nat_plugin_evsys.rollouts.attempts import Attempt
 
 
 def call(content: str | None, sequence: int = 0, *, tokens: int = 3, stop: Any = "stop", **reply: Any) -> Call:
@@ -42,16 +42,20 @@ def attempt(output: Any, *calls: Call, reward: float | None = 0.0, **changes: An
     return Attempt("row-1", "run", list(calls), reward, output=output, **values)
 
 
+def report_of(*attempts: Attempt) -> RolloutReport:
+    return RolloutReport(replies=[reply_of(attempt) for attempt in attempts])
+
+
 def test_the_output_is_the_reply_and_all_calls_count() -> None:
     first, last = call("let me see", tokens=5, stop="length"), call("network", 1)
-    [reply] = replies_of([attempt("network", first, last, reasoning={"output": "network", "mode": "exact"})])
+    reply = reply_of(attempt("network", first, last, reasoning={"output": "network", "mode": "exact"}))
     assert (reply.text, reply.tokens, reply.calls, reply.cut) == ("network", 8, 2, 1)
     assert (reply.question, reply.expected, reply.verdict) == ("Wifi?", "network", "mode: exact")
 
 
 def test_a_failed_workflow_shows_the_policys_last_words_and_its_error() -> None:
     wanted = [{"function": {"name": "look_up", "arguments": '{"team": 1}'}}]
-    [reply] = replies_of([attempt("", call("hm", 0), call("so", 1, tool_calls=wanted), error="ValueError: no team")])
+    reply = reply_of(attempt("", call("hm", 0), call("so", 1, tool_calls=wanted), error="ValueError: no team"))
     assert reply.text == 'so look_up({"team": 1})'
     assert reply.verdict == "ValueError: no team"
 
@@ -60,17 +64,17 @@ def test_a_failed_workflow_shows_the_policys_last_words_and_its_error() -> None:
     ("expected", "wanted"), [(math.nan, None), (None, None), ("", None), ({"team": "é"}, '{"team": "é"}')]
 )
 def test_what_a_row_wants(expected: Any, wanted: str | None) -> None:
-    assert replies_of([attempt("x", expected=expected)])[0].expected == wanted
+    assert reply_of(attempt("x", expected=expected)).expected == wanted
 
 
 def test_a_long_verdict_is_shortened() -> None:
-    [reply] = replies_of([attempt("x", reasoning="very\nlong " * 100)])
+    reply = reply_of(attempt("x", reasoning="very\nlong " * 100))
     assert len(reply.verdict) == 200
     assert reply.verdict.startswith("very long very long")
 
 
 def test_a_finding_is_said_once_over_restarts_and_kept_in_every_row(tmp_path: Path) -> None:
-    report = RolloutReport(attempts=[attempt("network", call("network")), attempt("payroll", call("payroll"))])
+    report = report_of(attempt("network", call("network")), attempt("payroll", call("payroll")))
     log = MetricsLog(tmp_path / "metrics.jsonl")
     said = []
     for epoch in (1, 2):
@@ -84,10 +88,10 @@ def test_a_finding_is_said_once_over_restarts_and_kept_in_every_row(tmp_path: Pa
 
 def test_the_last_epoch_that_trained_is_read_from_the_log(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
-    both = RolloutReport(attempts=[attempt("network", call("network"), reward=1.0), attempt("x", call("x"))])
+    both = report_of(attempt("network", call("network"), reward=1.0), attempt("x", call("x")))
     for epoch, trained in ((1, 2), (2, 2)):
         columns, _ = Watch(log).look(epoch, both, trained=trained, heldout=None)
         log.append(EPOCH, epoch, trained=trained, **columns)
-    equal = RolloutReport(attempts=[attempt("x", call("x")), attempt("x", call("x"))])
+    equal = report_of(attempt("x", call("x")), attempt("x", call("x")))
     _, [finding] = Watch(log).look(3, equal, trained=0, heldout=None)
     assert "lost its signal after epoch 2" in finding.sentence

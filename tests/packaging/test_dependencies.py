@@ -16,17 +16,24 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RUNTIME = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["art"]]
+EXTRAS = [each for name in ("art", "tensorboard", "wandb", "mlflow") for each in PROJECT["optional-dependencies"][name]]
+RUNTIME = [*PROJECT["dependencies"], *EXTRAS]
 DEV = PROJECT["optional-dependencies"]["dev"]
 
 NOT_IMPORTED = {
     "httptools": "uvicorn's parser of that name, which web/bounded_protocol.py stands on",
     "nvidia-nat-langchain": "the agents of the shipped configs: tool_calling_agent and react_agent are its components",
     "nvidia-nat-profiler": "NAT's evaluation, which makes the rollouts, fails without it",
+    "tensorboard": "torch.utils.tensorboard writes with it",
 }
 """What a run needs though no file of src imports it."""
 
-NOT_INSTALLED = {"art": "openpipe-art"}
+NOT_INSTALLED = {
+    "art": "openpipe-art",
+    "mlflow": "mlflow-skinny",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
 """Distributions of modules that are imported only where the extra is installed, which it need not be here."""
 
 

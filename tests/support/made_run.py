@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nat_plugin_evsys.calls import Call, CallFate, CallKey, DropReason
-from nat_plugin_evsys.finetuning.replies import replies_of
+from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
 from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION, MetricsLog
@@ -110,7 +110,7 @@ class MadeRun:
         self._keep(Collection("epoch", epoch), attempts, fates)
         rewards = [attempt.reward for attempt in attempts if attempt.reward is not None]
         trained = sum(fate.dropped is None for fate in fates.values())
-        facts = EpochFacts(epoch, replies_of(attempts), trained, last_trained=epoch - 1)
+        facts = EpochFacts(epoch, [reply_of(attempt) for attempt in attempts], trained, last_trained=epoch - 1)
         job_metrics = {"sampled_tokens": 10 * trained, "steps": 4, "entropy:mean": 0.7, "kl_v1:mean": 0.01, **metrics}
         dropped = {DropReason.ZERO_VARIANCE_GROUP: len(fates) - trained}
         self.metrics.append(

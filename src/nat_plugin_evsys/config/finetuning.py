@@ -193,6 +193,13 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
         "null keeps all. Held-out rows are always kept.",
     )
     seed: int = Field(default=0, description="Seed of curriculum subsampling.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default_factory=list,
+        description="Experiment trackers that get the metrics, the configuration and held-out samples; each is an "
+        "extra (`pip install 'nat_plugin_evsys[wandb]'`) and takes its own environment variables (WANDB_MODE, "
+        "MLFLOW_TRACKING_URI, …). By default tensorboard writes into the run directory and mlflow to `mlruns` beside "
+        "it. What a tracker cannot reach is counted, and never stops a run.",
+    )
     progress: Literal["auto", "rich", "plain", "none"] = Field(
         default="auto", description="`auto`: a live display on a terminal, plain lines in a pipe."
     )

@@ -149,7 +149,7 @@ class RunBooks:
         self.state.status, self.state.error = status, why
         self.run_dir.save_state()
 
-    def finish(self, serve_command: str) -> RunSummary:
+    def finish(self, serve_command: str, trackers: dict[str, dict[str, Any]]) -> RunSummary:
         """Write ``summary.json``; the run is done. Where nothing was trained, no adapter is offered."""
         state = self.state
         state.status = "finished"
@@ -171,6 +171,7 @@ class RunBooks:
             epochs=state.epochs_done,
             serve_command=None if record is None else serve_command,
             run_dir=str(self.run_dir.path),
+            trackers=trackers,
             findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(self.metrics.rows())],
         )
         summary.write(self.run_dir.summary_path)

@@ -15,12 +15,8 @@ VERDICT_LENGTH = 200
 """Characters of an evaluator's reasoning that are kept."""
 
 
-def replies_of(attempts: Sequence[Attempt]) -> list[Reply]:
-    """One reply for each attempt, in order."""
-    return [_reply(attempt) for attempt in attempts]
-
-
-def _reply(attempt: Attempt) -> Reply:
+def reply_of(attempt: Attempt) -> Reply:
+    """What a person looks at of an attempt; it holds none of the attempt's tokens."""
     text = _text(attempt.output) or _last_words(attempt.calls)
     expected = _text(attempt.expected) or None
     return Reply(

@@ -29,6 +29,7 @@ from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.report.findings import Finding
 from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
+from nat_plugin_evsys.report.trackers.tracking import Tracking
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.training.sdft import SdftStep
 from nat_plugin_evsys.training.sft import SftStep
@@ -82,7 +83,13 @@ class RunSession:
     """What one process does of a run. Epochs are counted from 0 here and from 1 in what is shown."""
 
     def __init__(
-        self, trainer: SessionTrainer, books: RunBooks, inputs: RunInputs, curriculum: Curriculum, display: Display
+        self,
+        trainer: SessionTrainer,
+        books: RunBooks,
+        inputs: RunInputs,
+        curriculum: Curriculum,
+        display: Display,
+        tracking: Tracking,
     ) -> None:
         self._trainer = trainer
         self._policy = trainer.trajectory_builder.policy
@@ -90,6 +97,7 @@ class RunSession:
         self._inputs = inputs
         self._curriculum = curriculum
         self._display = display
+        self._tracking = tracking
         self._pages = RunPages(books.run_dir, books.metrics)
         self._watch = Watch(books.metrics)
         self._checkpoints = EpochCheckpoints(self._policy, books, trainer.config.keep_checkpoints)
@@ -163,7 +171,9 @@ class RunSession:
         self._display.phase("warm start", str(config.demonstrations))
         started = time.monotonic()
         metrics = await warm_start(self._policy, config, self._show_warm_start)
-        self._books.metrics.append(WARM_START, 0, **metrics, seconds=round(time.monotonic() - started, 3))
+        metrics["seconds"] = round(time.monotonic() - started, 3)
+        self._books.metrics.append(WARM_START, 0, **metrics)
+        self._tracking.warm_start(metrics)
         self._books.state.warm_started = True
 
     async def _epoch(self, epoch: int, num_epochs: int) -> Finding | None:
@@ -202,6 +212,7 @@ class RunSession:
             best = await reload_best(self._checkpoints, self._books.state)
             row |= {} if best is None else {RELOADED: best.name}
         self._trainer.log_progress(epoch + 1, row)
+        self._tracking.epoch(epoch + 1, row)
         await self._checkpoints.save(epoch + 1, heldout if best is None else best.reward, self._curriculum.state())
         self._display.epoch_done(epoch + 1, num_epochs, row)
         for finding in found:
@@ -231,16 +242,27 @@ class RunSession:
         """
         adapter = self._trainer.trainer_adapter
         done = asyncio.ensure_future(adapter.wait_until_complete(ref, poll_interval=60.0))
+        steps_before = self._policy.version
+        tracked = 0
         try:
             while not (await asyncio.wait({done}, timeout=_STATUS_INTERVAL))[0]:
                 self._display.job(await adapter.status(ref))
+                tracked = self._track_steps(ref, steps_before, tracked)
         finally:
             done.cancel()
+            self._track_steps(ref, steps_before, tracked)
         status = done.result()
         self._display.job(status)
         if status.status != TrainingStatusEnum.COMPLETED:
             raise JobError(f"training job {status.status.value}: {status.message}. {self._how_to_resume()}")
         return status
+
+    def _track_steps(self, ref: TrainingJobRef, steps_before: int, tracked: int) -> int:
+        """Tell the trackers of the steps after the first ``tracked`` ones; returns how many they know now."""
+        by_step = self._trainer.trainer_adapter.metrics_by_step(ref)
+        for number, metrics in enumerate(by_step[tracked:], start=steps_before + tracked + 1):
+            self._tracking.step(number, metrics)
+        return len(by_step)
 
     async def _finish(self) -> RunSummary:
         """Measure the last policy, write the summary, and say it when the process ends.
@@ -255,8 +277,12 @@ class RunSession:
             if self._inputs.validation_dataset is None:
                 books.reward_of_last_checkpoint(reward)
         books.count_stray_calls(self._policy.recorder.totals)
+        await asyncio.to_thread(self._tracking.close, "finished" if books.has_trained else "failed")
         adapter = self._trainer.trainer_adapter.config
-        summary = books.finish(serve_command=serve_command(adapter.policy, self._policy.config.checkpoint))
+        summary = books.finish(
+            serve_command=serve_command(adapter.policy, self._policy.config.checkpoint),
+            trackers=self._tracking.counts(),
+        )
         self._pages.write()
         print_at_exit(summary.format(books.run_dir.summary_path))
         if not books.has_trained:
@@ -299,6 +325,8 @@ class RunSession:
         reward, seconds = float(metrics["avg_reward"]), round(time.monotonic() - started, 3)
         self._books.metrics.append(event, epoch, reward=reward, num_examples=metrics["num_examples"], seconds=seconds)
         self._display.validation(epoch, reward, when)
+        replies = [] if self._trainer.last_evaluation is None else self._trainer.last_evaluation.replies
+        self._tracking.validation(collection.kind, epoch, reward, replies)
         return reward
 
     def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:

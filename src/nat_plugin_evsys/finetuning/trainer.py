@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,10 @@ from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilde
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.displays import create_display
 from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
+from nat_plugin_evsys.report.trackers.base import TrackedRun, Tracker
+from nat_plugin_evsys.report.trackers.create import create_tracker
+from nat_plugin_evsys.report.trackers.tracking import Tracking
+from nat_plugin_evsys.runs import redact
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +49,8 @@ class EvsysTrainer(Trainer):
         self.config = trainer_config
         self._display = create_display(trainer_config.progress)
         self.last_evaluation: RolloutReport | None = None
+        self._trackers: dict[str, Tracker] = {}
+        self._tracking: Tracking | None = None
         self._open_books: RunBooks | None = None
         self._curriculum: Curriculum | None = None
         self._inputs: RunInputs | None = None
@@ -62,6 +69,7 @@ class EvsysTrainer(Trainer):
         self.run_config = run_config
         self._curriculum = Curriculum(run_config.curriculum_learning, self.config.seed)
         self._inputs = RunInputs.check(run_config, self.config)
+        self._trackers = {name: create_tracker(name) for name in self.config.trackers}
         Policy.of(self._inputs.policy).begin_training(resuming=self.config.resume)
         await super().initialize(run_config)
         self.trajectory_builder.on_rollout = self._display.rollouts
@@ -81,7 +89,15 @@ class EvsysTrainer(Trainer):
         async with run_logging(self._require_inputs.general):
             with self._display, sigterm_cancels():
                 self._open()
-                session = RunSession(self, self._books, self._require_inputs, self._require_curriculum, self._display)
+                self._tracking = self._track()
+                session = RunSession(
+                    self,
+                    self._books,
+                    self._require_inputs,
+                    self._require_curriculum,
+                    self._display,
+                    self._tracking,
+                )
                 return await session.run(num_epochs)
 
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef:
@@ -160,6 +176,9 @@ class EvsysTrainer(Trainer):
     async def cleanup(self) -> None:
         """Stop what is in flight; the run directory stays resumable."""
         self._display.close()
+        if self._tracking is not None:
+            interrupted = self._books.state.status == "interrupted"
+            await asyncio.to_thread(self._tracking.close, "interrupted" if interrupted else "failed", 10.0)
         if self._open_books is not None:
             self._open_books.run_dir.unlock()
         if isinstance(self.trajectory_builder, EvsysTrajectoryBuilder):
@@ -183,6 +202,16 @@ class EvsysTrainer(Trainer):
         self.trainer_adapter.run_dir = run_dir.path
         self.trajectory_builder.policy.set_checkpoint_dir(run_dir.checkpoints_dir)
         logger.info("run directory: %s", run_dir.path)
+
+    def _track(self) -> Tracking:
+        directory = self._books.run_dir.path
+        run = TrackedRun(
+            name=directory.name,
+            project=directory.parent.name,
+            directory=directory,
+            config=redact(self._require_inputs.dump),
+        )
+        return Tracking(self._trackers, run, self._display.notice)
 
     @property
     def _books(self) -> RunBooks:

@@ -149,6 +149,14 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """
         return self._jobs.find(ref).status(BACKEND)
 
+    def metrics_by_step(self, ref: TrainingJobRef) -> list[dict[str, float]]:
+        """The metrics of each optimizer step that a job has finished so far, by Tinker's names.
+
+        Raises:
+            ValueError: unknown job.
+        """
+        return list(self._jobs.find(ref).report.metrics_by_step)
+
     async def wait_until_complete(self, ref: TrainingJobRef, poll_interval: float = 10.0) -> TrainingJobStatus:
         """Wait for a job's end and return its final status.
 

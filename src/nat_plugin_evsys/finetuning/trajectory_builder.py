@@ -20,10 +20,12 @@ from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.curriculum import ROLLOUT_ID_KEY, ROW_ID_KEY
 from nat_plugin_evsys.finetuning.evaluation import evaluate_policy, refuse_total_loss
 from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, check_run, resolve_config
+from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.sessions import Rollouts
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
 from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
+from nat_plugin_evsys.report.replies import Reply
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.rollouts.trajectories import build_trajectory
 
@@ -40,7 +42,7 @@ class RolloutReport:
         lost: trajectories without a reward or without calls, by reason.
         errors: first error text seen for each kind of failed rollout.
         staleness: calls of the trajectories by how many optimizer steps old they were when these were built.
-        attempts: every attempt, scored or not.
+        replies: what was said in every attempt, scored or not.
     """
 
     rewards: list[float] = field(default_factory=list)
@@ -49,7 +51,7 @@ class RolloutReport:
     failed_rollouts: int = 0
     errors: dict[str, str] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
-    attempts: list[Attempt] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
 
     @property
     def mean_reward(self) -> float:
@@ -232,7 +234,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
     @staticmethod
     def _account(report: RolloutReport, attempt: Attempt) -> None:
-        report.attempts.append(attempt)
+        report.replies.append(reply_of(attempt))
         report.tally.calls += len(attempt.calls)
         if attempt.reward is not None:
             report.rewards.append(attempt.reward)

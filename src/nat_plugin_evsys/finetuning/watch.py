@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nat_plugin_evsys.finetuning.replies import replies_of
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
@@ -33,9 +32,9 @@ class Watch:
         rows = [row for row in self._metrics.rows() if row["event"] == EPOCH]
         facts = EpochFacts(
             epoch=epoch,
-            replies=replies_of(report.attempts),
+            replies=report.replies,
             trained=trained,
-            heldout=() if heldout is None else replies_of(heldout.attempts),
+            heldout=() if heldout is None else heldout.replies,
             before=[numbers for row in rows if (numbers := ReplyNumbers.of_row(row)) is not None],
             last_trained=max((row["epoch"] for row in rows if row.get("trained")), default=0),
         )

@@ -47,9 +47,13 @@ class Display:
     def validation(self, epoch: int, reward: float, when: str | None = None) -> None:
         """The held-out reward after ``epoch`` epochs (0: before training), or as ``when`` says it."""
 
-    def finding(self, finding: Finding) -> None:
+    def notice(self, text: str) -> None:
         """Something that a person should look at. It is never kept back: without a display it is a warning."""
-        logger.warning(finding_text(finding))
+        logger.warning(text)
+
+    def finding(self, finding: Finding) -> None:
+        """What is wrong with the run."""
+        self.notice(finding_text(finding))
 
     def close(self) -> None:
         """Leave the terminal as it was found. May be called twice."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from nat_plugin_evsys.report.display import Display, Mode
-from nat_plugin_evsys.report.findings import Finding, finding_text
 from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
 if TYPE_CHECKING:
@@ -56,9 +55,9 @@ class PlainDisplay(Display):
         """See Display."""
         self._write(validation_text(epoch, reward, when))
 
-    def finding(self, finding: Finding) -> None:
+    def notice(self, text: str) -> None:
         """See Display."""
-        self._write(finding_text(finding))
+        self._write(text)
 
     def _update(self, text: str, *, last: bool) -> None:
         if text != self._shown and (last or time.monotonic() - self._last >= self._interval):

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bars
 
 from nat_plugin_evsys.report.display import Display
-from nat_plugin_evsys.report.findings import Finding, finding_text
 from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
 if TYPE_CHECKING:
@@ -66,9 +65,9 @@ class LiveDisplay(Display):
         """See Display."""
         self._say(validation_text(epoch, reward, when))
 
-    def finding(self, finding: Finding) -> None:
+    def notice(self, text: str) -> None:
         """See Display."""
-        self._say(finding_text(finding), style="bold yellow")
+        self._say(text, style="bold yellow")
 
     def close(self) -> None:
         """See Display."""

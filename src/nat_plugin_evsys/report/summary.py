@@ -30,6 +30,7 @@ class RunSummary:
         epochs: epochs finished.
         serve_command: what to type to serve the adapter.
         run_dir: the run directory.
+        trackers: name -> where it shows the run, how many records it took and lost, and why it lost the first.
         findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.
     """
 
@@ -47,6 +48,7 @@ class RunSummary:
     serve_command: str | None = None
     run_dir: str | None = None
     heldout_reward_base: float | None = None
+    trackers: dict[str, dict[str, Any]] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -81,6 +83,7 @@ class RunSummary:
             lines.append(f"  report           {Path(self.run_dir) / 'report.html'}")
         if self.serve_command:
             lines.append(f"  serve it with    {self.serve_command}")
+        lines += [f"  {name:<16} {_tracked(count)}" for name, count in self.trackers.items()]
         lines += [_finding(data) for data in self.findings]
         return "\n".join([*lines, str(path)])
 
@@ -103,6 +106,12 @@ def print_at_exit(text: str) -> None:
         print(text, flush=True)
 
     atexit.register(write)
+
+
+def _tracked(count: dict[str, Any]) -> str:
+    """``https://… (412 records)``, or what was lost and why."""
+    lost = f", {count['lost']} lost: {count['error']}" if count["error"] else ""
+    return f"{count['where'] or 'not reached'} ({_count(count['sent'], 'record')}{lost})"
 
 
 def _finding(data: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ NOT_COMPARED = (
     "eval.general.max_concurrency",
     "trainers.*.resume",
     "trainers.*.progress",
+    "trainers.*.trackers",
     "trainers.*.keep_checkpoints",
     "trainers.*.keep_rollouts",
     "trainers.*.validation_interval",

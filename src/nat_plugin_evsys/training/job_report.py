@@ -25,6 +25,7 @@ class JobReport:
         tokens_per_second: Datum tokens over the seconds spent in optimizer steps.
         message: what a user should know beyond the numbers.
         metrics: of the finished steps together.
+        metrics_by_step: of each finished step.
         policy_version: the version that was published, if any.
     """
 
@@ -36,6 +37,7 @@ class JobReport:
     tokens_per_second: float | None = None
     message: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    metrics_by_step: list[dict[str, float]] = field(default_factory=list)
     policy_version: int | None = None
     _heartbeat: float = field(default_factory=time.monotonic)
 

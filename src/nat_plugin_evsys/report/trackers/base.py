@@ -1,0 +1,73 @@
+"""What a tracker is asked to do, and what it is told of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Axis = Literal["epoch", "optimizer_step"]
+"""What a value is drawn over: finished epochs, or optimizer steps taken. Each axis only grows."""
+
+Ending = Literal["finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRun:
+    """The run that a tracker is told of.
+
+    Attributes:
+        name: the run directory's name; unique within ``project``, and the same when the run is resumed.
+        project: what groups runs.
+        directory: the run directory, where a tracker may keep files of its own.
+        config: the resolved configuration, secrets redacted.
+    """
+
+    name: str
+    project: str
+    directory: Path
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text and numbers under named columns.
+
+    Attributes:
+        name: ``group/name``.
+        epoch: the epoch that it shows.
+    """
+
+    name: str
+    epoch: int
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | None]]
+
+
+class Tracker(Protocol):
+    """One experiment tracker. All calls come from one thread, one after another; any of them may raise anything."""
+
+    def check(self) -> None:
+        """Refuse what cannot work, before anything is loaded; asks no network.
+
+        Raises:
+            ConfigError: the library is absent or a setting of it is missing; the message says what to type.
+        """
+        ...
+
+    def open(self, run: TrackedRun) -> str:
+        """Begin the run, or go on with it. Returns where a person finds it: a URL, or a command to type."""
+        ...
+
+    def metrics(self, values: Mapping[str, float], axis: Axis, at: int) -> None:
+        """Finite numbers at one place of an axis; names are ``group/name`` of letters, digits and ``_ - . /``."""
+        ...
+
+    def table(self, table: Table) -> None:
+        """A table, beside those of other epochs."""
+        ...
+
+    def close(self, ending: Ending) -> None:
+        """Send what is left and end the run."""
+        ...
