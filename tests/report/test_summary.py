@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.report.findings import Finding, FindingId
 from nat_plugin_evsys.report.replies import Reply
@@ -119,3 +120,20 @@ def test_a_summary_of_a_run_before_findings_were_kept(tmp_path: Path) -> None:
     del data["findings"]
     (tmp_path / "summary.json").write_text(json.dumps(data))
     assert RunSummary.read(tmp_path / "summary.json") == SUMMARY
+
+
+def test_every_reason_is_said_in_words_once(tmp_path: Path) -> None:
+    trajectories = {"trained": 3, "dropped": {DropReason.ZERO_VARIANCE_GROUP: 4, DropReason.NO_CALLS: 9}}
+    dropped = {DropReason.VALIDATION: 5, DropReason.ZERO_VARIANCE_GROUP: 8, "of a later version": 1}
+    summary = replace(SUMMARY, trajectories=trajectories, dropped=dropped)
+    summary.write(path := tmp_path / "summary.json")
+    lines = RunSummary.read(path).format(path).splitlines()
+    calls = next(number for number, line in enumerate(lines) if line.startswith("  calls"))
+    assert lines[calls].endswith("14 dropped (zero_variance_group 8, validation 5, of a later version 1)")
+    assert lines[calls + 1 : calls + 5] == [
+        "    no_calls: The workflow ended without a call to the policy, so there is nothing to train on.",
+        "    zero_variance_group: All trajectories of the dataset row have the same reward, so none is better than "
+        "another.",
+        "    validation: The call was made to measure the policy, not to train it.",
+        "  adapter          /runs/r/checkpoints/epoch-4",
+    ]

@@ -12,6 +12,7 @@ from typing import Any
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import to_json
+from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
 from nat_plugin_evsys.report.findings import Finding, finding_text
 
 
@@ -77,6 +78,7 @@ class RunSummary:
             f"  held-out reward  {self._heldout_change()}",
             f"  trajectories     {trajectories['trained']} trained, {_dropped(trajectories['dropped'])}",
             f"  calls            {self.calls} made, {self.trained} trained, {_dropped(self.dropped)}",
+            *self._why_dropped(),
             f"  adapter          {self.adapter or self._why_no_adapter()}",
         ]
         if self.run_dir is not None and (Path(self.run_dir) / "report.html").is_file():
@@ -93,6 +95,12 @@ class RunSummary:
             return _change(before, after)
         gain = "" if after is None else f"  ({after - base:+.3f})"
         return f"base {_reward(base)} -> warm start {_reward(before)} -> {_reward(after)}{gain}"
+
+    def _why_dropped(self) -> list[str]:
+        """A line for each reason: what it means."""
+        meanings = drop_reason_meanings()
+        reasons = dict.fromkeys((*_most_first(self.trajectories["dropped"]), *_most_first(self.dropped)))
+        return [f"    {reason}: {meanings[reason]}" for reason in reasons if reason in meanings]
 
     def _why_no_adapter(self) -> str:
         return "none was saved" if self.trained else "none: nothing was trained"
@@ -135,8 +143,12 @@ def _dropped(reasons: dict[str, int]) -> str:
     total = sum(reasons.values())
     if not total:
         return "0 dropped"
-    parts = (f"{name} {count}" for name, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+    parts = (f"{name} {reasons[name]}" for name in _most_first(reasons))
     return f"{total} dropped ({', '.join(parts)})"
+
+
+def _most_first(reasons: dict[str, int]) -> list[str]:
+    return sorted(reasons, key=lambda name: (-reasons[name], name))
 
 
 def _count(number: int, noun: str) -> str:
