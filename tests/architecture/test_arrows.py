@@ -50,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "rollouts": GROUND | {"calls"},
     "training": GROUND | {"calls", "rollouts", "backends"},
     # NAT's side.
-    "web": GROUND,
+    "web": GROUND | {"config"},
     "policy": GROUND | {"calls", "config", "backends", "runs", "web"},
     "runs": GROUND,
     "report": GROUND | {"calls", "runs", "rollouts"},

@@ -144,6 +144,17 @@ async def test_wrong_key_model_and_path(serve: Any) -> None:
         assert response.status_code == 405
 
 
+@pytest.mark.parametrize(
+    "headers", [{"origin": "null"}, {"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}]
+)
+async def test_a_web_page_is_kept_out_even_with_the_key(serve: Any, headers: dict[str, str]) -> None:
+    served = serve([])
+    async with httpx.AsyncClient(headers={**served.auth(), **headers}) as client:
+        response = await client.get(f"{served.endpoint.base_url}/models")
+    assert response.status_code == 403
+    assert response.json()["error"]["type"] == "permission_error"
+
+
 def test_generated_keys_differ(serve: Any) -> None:
     one, two = serve([]).endpoint.api_key, serve([]).endpoint.api_key
     assert one != two

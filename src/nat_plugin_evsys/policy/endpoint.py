@@ -23,6 +23,7 @@ from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import ChatRoutes, error_response
 from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults, check_model
 from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.web.origin import refuse_web_pages
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.backends.base import SamplingClient
@@ -147,6 +148,7 @@ class _OnePolicy:
         self._api_key = api_key
 
     def authorize(self, headers: Mapping[str, str]) -> str:
+        refuse_web_pages(headers)
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self._api_key.encode()):
             raise ApiError(

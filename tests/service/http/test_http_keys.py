@@ -168,16 +168,34 @@ def test_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
 
 
+FOREIGN_ORIGINS = [
+    "null",
+    "",
+    "https://evil.example",
+    "http://127.0.0.1.evil.example",
+    "http://127.0.0.1@evil.example",
+    "http://[::1",
+    "chrome-extension://abcdef",
+    "file://",
+]
+
+
 def test_without_keys_a_web_page_of_another_host_is_kept_out() -> None:
     keys = Keys([])
     assert keys.owner({"host": "127.0.0.1:8000"}) == LOCAL
     assert keys.owner({"host": "localhost:8000", "origin": "http://localhost:3000"}) == LOCAL
+    for site in ("same-origin", "same-site", "none"):
+        assert keys.owner({"host": "[::1]:8000", "origin": "http://[::1]:3000", "sec-fetch-site": site}) == LOCAL
     for headers in (
         {"host": "evil.example:8000"},
         {"host": "127.0.0.1:8000", "origin": "https://evil.example"},
         {"host": "127.0.0.1.evil.example"},
+        {"host": "[::1"},
+        *({"host": "127.0.0.1:8000", "origin": origin} for origin in FOREIGN_ORIGINS),
+        {"host": "127.0.0.1:8000", "sec-fetch-site": "cross-site"},
+        {"host": "127.0.0.1:8000", "origin": "http://localhost:3000", "sec-fetch-site": "Cross-Site"},
     ):
-        with pytest.raises(Refusal, match="not this machine") as caught:
+        with pytest.raises(Refusal, match=r"not this machine|cross-site") as caught:
             keys.owner(headers)
         assert caught.value.status == 403
 

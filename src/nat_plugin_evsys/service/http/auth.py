@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
-from urllib.parse import urlsplit
 
-from nat_plugin_evsys.config.serve import is_loopback
 from nat_plugin_evsys.errors import Refusal
+from nat_plugin_evsys.web.origin import refuse_foreign_hosts, refuse_web_pages
 
 LOCAL = "local"
 """The owner of everything where no keys are configured."""
@@ -41,7 +40,8 @@ class Keys:
             Refusal: 401 without a known key; 403 for a request that a web page sends through a local browser.
         """
         if not self._digests:
-            _refuse_web_pages(headers)
+            refuse_foreign_hosts(headers)
+            refuse_web_pages(headers)
             return LOCAL
         given = _given_key(headers)
         digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
@@ -63,16 +63,3 @@ def _given_key(headers: Mapping[str, str]) -> str:
         return key.strip()
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else ""
-
-
-def _refuse_web_pages(headers: Mapping[str, str]) -> None:
-    """Without keys, loopback is the only wall: a page in a browser of this machine must not get through it."""
-    for name, value in (("Host", f"//{headers.get('host', '')}"), ("Origin", headers.get("origin", ""))):
-        try:
-            host = urlsplit(value).hostname
-        except ValueError:
-            host = "?"
-        if host is not None and not is_loopback(host):
-            raise Refusal(
-                403, f"{name} {host} is not this machine, and the server has no API keys; start it with --api-key"
-            )
