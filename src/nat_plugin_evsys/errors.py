@@ -28,6 +28,7 @@ Exception
 ├── ApiError                         an OpenAI client's request is answered with an error status; caught by the routes
 ├── ClientGone                       nobody reads the answer any more; caught by the routes
 ├── OperationCancelled               inside an operation that nobody waits for any more; caught by its queue
+├── RenderingStopped                 inside a chat template that took too long; caught in its thread
 └── OperationAbandoned               inside an operation of a server that closes; caught by whoever runs it
 """
 
@@ -201,6 +202,10 @@ class ClientGone(Exception):
 
 class OperationCancelled(Exception):
     """Raised inside a running operation whose awaiting task was cancelled."""
+
+
+class RenderingStopped(Exception):
+    """Raised inside the rendering of a chat template that took too long."""
 
 
 class OperationAbandoned(Exception):

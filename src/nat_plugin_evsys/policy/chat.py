@@ -11,6 +11,7 @@ from typing import Any
 
 from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
 from nat_plugin_evsys.policy.messages import normalize_messages
+from nat_plugin_evsys.policy.template_bounds import refuse_powers, render_bounded
 from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble, create_parser
 
 _PROBE = "probe"
@@ -23,6 +24,7 @@ _PROBE_TOOL = {
     },
 }
 _NO_CONTEXT = [{"role": "user", "content": _PROBE}]
+_TOO_MUCH = (RecursionError, MemoryError, OverflowError)
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -38,7 +40,7 @@ class ChatRenderer:
         enable_thinking: passed to the template when set.
 
     Raises:
-        ModelError: there is no chat template.
+        ModelError: there is no chat template, or it is one that could take for ever.
         ConfigError: ``enable_thinking`` is set and the template does not know it.
     """
 
@@ -58,6 +60,8 @@ class ChatRenderer:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; set `chat_template` to a Jinja file"
             ) from error
+        refuse_powers(self._source)
+        refuse_powers(self._tools_source)
         if enable_thinking is not None:
             self._check_thinking(ConfigError)
 
@@ -155,17 +159,18 @@ class ChatRenderer:
 
         extra = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(tools) if tools else None,
-                chat_template=self._chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **extra,
+            return render_bounded(
+                lambda: self.tokenizer.apply_chat_template(
+                    messages,
+                    tools=list(tools) if tools else None,
+                    chat_template=self._chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **extra,
+                )
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, *_TOO_MUCH) as error:
             raise DataError(f"the model's chat template cannot render these messages: {error}") from error
-        return text
 
     def _encode(self, text: str) -> list[int]:
         with self._lock:
