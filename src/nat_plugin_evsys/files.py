@@ -22,12 +22,16 @@ _NO_SYNC_HERE = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP}
 def atomic_write(path: Path, data: str | bytes) -> None:
     """Replace ``path`` by ``data``: a reader, or a crash at any moment, sees the old file or the new one.
 
+    Who may read the old one may read the new one, and nobody else.
+
     Raises:
         OSError: the directory is missing or not writable; no temporary file is left behind.
     """
     temporary = _beside(path, "tmp")
     try:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        if path.exists():
+            shutil.copymode(path, temporary)
         _sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -36,19 +40,24 @@ def atomic_write(path: Path, data: str | bytes) -> None:
 
 
 @contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, *, private: bool = False) -> Iterator[Path]:
     """A temporary sibling to write into; on leaving the block it is fsynced and takes ``target``'s place.
 
     An existing ``target`` is swapped out in one step where the kernel can (Linux renameat2), so that at every moment
     one whole directory bears the name. When the block raises, the temporary is removed and ``target`` stays.
+
+    Args:
+        private: nobody but its owner may read it and the files in it, whatever the umask.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     temporary = _beside(target, "tmp")
-    temporary.mkdir()
+    temporary.mkdir(mode=0o700 if private else 0o777)
     try:
         yield temporary
         for path in [*sorted(temporary.rglob("*")), temporary]:
+            if private:
+                path.chmod(0o700 if path.is_dir() else 0o600)
             _sync(path)
         if target.exists():
             _swap(temporary, target)
@@ -57,6 +66,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def others_may_read(path: Path) -> bool:
+    """Whether other users of the machine may read a file, or enter a directory."""
+    return path.stat().st_mode & 0o077 != 0
 
 
 def remove_directory(target: Path) -> None:

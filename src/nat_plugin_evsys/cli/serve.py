@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nat_plugin_evsys.errors import ConfigError, EvsysError
+from nat_plugin_evsys.files import others_may_read
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.config.serve import ServeConfig
@@ -29,6 +30,9 @@ _STATUS_SECONDS = 10.0
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; off loopback needs a key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--public-url", help="Where clients reach the server, behind a reverse proxy: downloads are offered there."
+)
 @click.option(
     "--store",
     type=click.Path(file_okay=False, path_type=Path),
@@ -116,6 +120,8 @@ def _keys_of_file(path: Path | None) -> Iterable[str]:
         lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"--api-key-file {path} cannot be read: {error}") from error
+    if others_may_read(path):
+        click.echo(f"warning: other users of this machine can read the keys; type: chmod go= {path}", err=True)
     keys = [line for line in lines if line]
     if not keys:
         raise ConfigError(f"--api-key-file {path} has no key in it; write one tml-… key a line")

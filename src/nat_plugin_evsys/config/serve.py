@@ -6,6 +6,7 @@ import ipaddress
 import os
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
@@ -39,6 +40,11 @@ class ServeConfig(StrictConfig):
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on; off loopback only with API keys.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    public_url: str | None = Field(
+        default=None,
+        description="Where clients reach the server behind a reverse proxy, such as `https://tinker.example.org`: "
+        "downloads are offered there; default is the address that a client has connected to.",
+    )
     store: Path = Field(
         default_factory=default_service_store, description="Directory of sessions, futures, model states, checkpoints."
     )
@@ -93,6 +99,16 @@ class ServeConfig(StrictConfig):
             if text != text.strip():
                 raise ValueError("an API key must not begin or end with a space")
         return keys
+
+    @field_validator("public_url")
+    @classmethod
+    def _public_url_is_one(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"public_url must be http(s)://HOST[:PORT][/PATH], got {url!r}")
+        return url.rstrip("/")
 
     @model_validator(mode="after")
     def _closed_off_loopback(self) -> ServeConfig:

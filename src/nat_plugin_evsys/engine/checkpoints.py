@@ -86,7 +86,7 @@ def save_checkpoint(
 ) -> Path:
     """Write ``directory/name`` atomically, replacing one of that name; returns its path.
 
-    A gradient that has accumulated but not been stepped on is not part of a checkpoint.
+    A gradient that has accumulated but not been stepped on is not part of a checkpoint. Only its owner may read it.
 
     Raises:
         CheckpointError: the name could leave the directory, the metadata is no JSON, or the disk refused the write.
@@ -98,7 +98,7 @@ def save_checkpoint(
     target = checkpoint_path(directory, name)
     adapter, base = model.adapter, model.base
     try:
-        with atomic_directory(target) as work:
+        with atomic_directory(target, private=True) as work:
             save_file(to_peft_names(adapter), work / ADAPTER, metadata={"format": "pt"})
             (work / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(base, adapter), indent=2) + "\n")
             if kind == "training":

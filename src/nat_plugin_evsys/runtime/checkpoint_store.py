@@ -74,7 +74,9 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint {path} exists; choose another name or pass overwrite=True")
         expires_at = None if ttl_seconds is None else time.time() + ttl_seconds
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / record.model_id).mkdir(mode=0o700, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
             atomic_write(self.root / record.model_id / RUN_FILE, record.to_json())
         except OSError as exc:
             raise CheckpointError(f"checkpoint {path} could not be written below {self.root}: {exc}") from exc

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from nat_plugin_evsys.errors import ClientGone, EvsysError, Refusal
+from nat_plugin_evsys.errors import CheckpointError, ClientGone, EvsysError, Refusal
 from nat_plugin_evsys.service.http.logs import OWNER, ROUTE
 from nat_plugin_evsys.service.http.refusals import not_found, refusal_of, response_of
 from nat_plugin_evsys.service.http.run_catalog import RunCatalog
@@ -114,6 +114,9 @@ class ServiceContext:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a session could not be parked", exc_info=error)
 
+    def _shown(self, error: EvsysError) -> EvsysError:
+        return self.access.public(error) if isinstance(error, CheckpointError) else error
+
     def route(self, method: str, path: str, handler: Handler, *, public: bool = False) -> Route:
         """A route that checks the key, and answers every exception with a JSON body.
 
@@ -130,7 +133,7 @@ class ServiceContext:
             except ClientGone:
                 return Response(status_code=499)  # nobody reads it
             except EvsysError as error:
-                return response_of(refusal_of(error))
+                return response_of(refusal_of(self._shown(error)))
             except Exception as error:  # the boundary: answered and logged
                 logger.error("%s %s failed", request.method, path, exc_info=error)
                 message = f"the server failed: {type(error).__name__}; its log has the rest"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import tarfile
 import time
 from collections.abc import Iterator
@@ -19,9 +18,10 @@ from nat_plugin_evsys.engine.checkpoints import ADAPTER, ADAPTER_CONFIG
 from nat_plugin_evsys.errors import Refusal
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, SEGMENTS
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted
-from nat_plugin_evsys.service.http.refusals import bad_request, not_found
+from nat_plugin_evsys.service.http.refusals import not_found
 from nat_plugin_evsys.service.http.run_routes import CHECKPOINT
 from nat_plugin_evsys.service.http.signing import VALID_SECONDS, UrlSigner
+from nat_plugin_evsys.web.listen import url_of
 
 FILES = (ADAPTER_CONFIG, ADAPTER)
 """What a download has: a PEFT directory."""
@@ -29,7 +29,6 @@ FILES = (ADAPTER_CONFIG, ADAPTER)
 ARCHIVE = "archive.tar"
 
 _CHUNK = 1 << 20
-_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 class DownloadRoutes:
@@ -68,7 +67,11 @@ class DownloadRoutes:
         run_id, kind, name = asked["run_id"], asked["kind"], asked["name"]
         await asyncio.to_thread(self._context.catalog.own, run_id, kind, name, owner)
         path = f"{API}/downloads/{run_id}/{kind}/{name}/{file}"
-        return _origin(request) + self._signer.sign(path, expires)
+        return self._origin(request) + self._signer.sign(path, expires)
+
+    def _origin(self, request: Request) -> str:
+        """Where the client reaches this server. Not what its Host header says, which anybody may have written."""
+        return self._context.config.public_url or url_of(*request.scope["server"])
 
     async def _download(self, request: Request, owner: str) -> Response:
         query, asked = request.query_params, request.path_params
@@ -82,18 +85,6 @@ class DownloadRoutes:
         if file == ARCHIVE:
             return StreamingResponse(_tar([directory / each for each in files]), media_type="application/x-tar")
         return FileResponse(directory / file, media_type="application/octet-stream", filename=file)
-
-
-def _origin(request: Request) -> str:
-    """Where the client reaches this server: what it wrote into the Host header.
-
-    Raises:
-        Refusal: 400, that is no host.
-    """
-    host = request.headers.get("host", "")
-    if not _HOST.fullmatch(host):
-        raise bad_request(f"the Host header {host[:80]!r} is no host; URLs are made of it")
-    return f"{request.scope['scheme']}://{host}"
 
 
 def _tar(files: list[Path]) -> Iterator[bytes]:

@@ -9,9 +9,11 @@ import sys
 import time
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from nat_plugin_evsys.config.serve import KEY_PREFIX
 from nat_plugin_evsys.json_lines import json_line
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ OWNER, ROUTE = "evsys.owner", "evsys.route"
 """Where the routes note in the ASGI scope who asked and which route answered."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+
+_KEY = re.compile(rf"({KEY_PREFIX}|sk-)[^/]*", re.IGNORECASE)
+_MAX_PATH = 500
 
 access = logging.getLogger("nat_plugin_evsys.service.work.access")
 
@@ -73,7 +78,7 @@ def setup_logging(log_format: Literal["text", "json"]) -> None:
 class AccessLog:
     """ASGI middleware: a request id in and out, a log line and the metrics of every request.
 
-    Neither headers nor bodies nor query strings (they hold signatures) are logged.
+    Neither headers nor bodies nor query strings (they hold signatures) are logged, nor what looks like a key in a path.
     """
 
     def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
@@ -107,7 +112,7 @@ class AccessLog:
         fields = {
             "request_id": request_id,
             "method": scope["method"],
-            "path": scope["path"],
+            "path": without_keys(unquote(scope["path"]))[:_MAX_PATH],
             "status": status,
             "ms": round(seconds * 1000, 1),
             "owner": scope.get(OWNER, "-"),
@@ -115,10 +120,15 @@ class AccessLog:
         access.info("request", extra={"fields": fields})
 
 
+def without_keys(text: str) -> str:
+    """The text without what looks like an API key: people write keys where they do not belong."""
+    return _KEY.sub(r"\1…", text)
+
+
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == REQUEST_ID_HEADER.encode():
             given: str = value.decode("latin-1")
-            if _REQUEST_ID.fullmatch(given):
+            if _REQUEST_ID.fullmatch(given) and without_keys(given) == given:
                 return given
     return uuid.uuid4().hex

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from nat_plugin_evsys.config.serve import ServeConfig
+from nat_plugin_evsys.files import others_may_read
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.http.auth import Keys
 from nat_plugin_evsys.service.http.context import ServiceContext
@@ -32,6 +33,8 @@ async def running(config: ServeConfig, closing: asyncio.Event) -> AsyncIterator[
         ModelError: a base model cannot be loaded.
     """
     store = Store(config.store, max_queued_per_owner=config.max_queued_per_owner, max_queued=config.max_queued)
+    if others_may_read(store.root):
+        logger.warning("other users of this machine can read the store; type: chmod -R go= %s", store.root)
     try:
         metrics = ServiceMetrics()
         pending = Pending(store, metrics, config.poll_seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import signal
 import socket
@@ -33,6 +34,7 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     """
     setup_logging(config.log_format)
     _raise_file_limit()
+    os.umask(0o077)  # weights, requests and results are nobody else's business
     listener = bind(config.host, config.port, advice="choose another --port, or 0 for a free one")
     try:
         asyncio.run(_serve(config, listener, announce))

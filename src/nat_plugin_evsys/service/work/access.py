@@ -37,7 +37,8 @@ class CheckpointAccess:
 
     def public(self, error: CheckpointError) -> CheckpointError:
         """The same error without where the server keeps its files, which is nobody's business."""
-        shown = CheckpointError(str(error).replace(f"{self._checkpoints.root}/", SCHEME))
+        root = str(self._checkpoints.root)
+        shown = CheckpointError(str(error).replace(f"{root}/", SCHEME).replace(root, "the server's store"))
         shown.__cause__ = error.__cause__
         return shown
 
