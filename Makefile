@@ -14,18 +14,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 EXAMPLES := $(patsubst %/pyproject.toml,%,$(wildcard examples/*/pyproject.toml))
 PYTHONS := 3.11 3.12 3.13
 OTHER_PYTHONS := $(filter-out $(shell $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null),$(PYTHONS))
+PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2
 SELECTION := tests/packaging tests/rollouts tests/runs tests/report tests/e2e/test_life_of_a_run.py
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-pythons test-wheel test-gpu-rehearsal on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
 	@echo "make test         install the test tools, run all tests (TESTS=tests/rollouts: some of them)"
 	@echo "make test-all     the same on Python 3.11, 3.12 and 3.13, in .venv-3.11, …"
+	@echo "make test-processors  the same with the kernels of other processors, and on two threads"
 	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make check        lint, format check, types, generated docs"
@@ -47,11 +49,17 @@ install-dev: $(INSTALLED_DEV)
 
 # Two files at a time, a thread each: torch's threads would wait for one another.
 test: $(INSTALLED_DEV)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 # The whole suite on each Python that the package claims; a Python that is not on this machine is named and left out.
 test-all:
 	@for version in $(PYTHONS); do $(MAKE) on-python VERSION=$$version TARGET=test || exit 1; done
+
+# The whole suite as other processors compute it (torch and oneDNN choose their kernels by these), and on two threads.
+test-processors: $(INSTALLED_DEV)
+	@failed=; for setting in $(PROCESSORS); do \
+		echo "$$setting"; env "$$setting" $(MAKE) test TESTS="$(TESTS)" || failed="$$failed $$setting"; \
+	done; if [ -n "$$failed" ]; then echo "failed under:$$failed"; exit 1; fi
 
 # About three minutes of tests that a new Python is likely to break, each in an environment of its own.
 test-pythons:

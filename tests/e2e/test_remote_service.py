@@ -38,6 +38,8 @@ def make_config(tmp_path: Path, url: str | None) -> Path:
     dataset["file_path"] = str(first_rows(train, 6, tmp_path / "train.json"))
     held_out = first_rows(train.parent / "heldout.json", 4, tmp_path / "heldout.json")
     config["eval"]["general"]["output_dir"] = str(tmp_path / "eval")
+    # One after the other: how concurrent requests share a batch, and so how sums are rounded, depends on the clock.
+    config["eval"]["general"]["max_concurrency"] = 1
     config["trainers"]["trainer"] |= {"validation_dataset": str(held_out), "validation_interval": 1}
     config["trainers"]["trainer"]["keep_checkpoints"] = 1
     config["trajectory_builders"]["builder"]["num_generations"] = 4

@@ -29,6 +29,7 @@ transformers_logging.disable_progress_bar()
 
 STEPS = 12
 PROMPT = list(b"abc")
+VOCAB = 260
 
 
 def script(base_model: str) -> list[Operation]:
@@ -51,7 +52,7 @@ def script(base_model: str) -> list[Operation]:
     made.append(second.save("end"))
     made += [second.save("sampled", OperationKind.SAVE_WEIGHTS_FOR_SAMPLER)]
     for step in range(1, STEPS, 4):
-        asked = {"max_tokens": 6, "num_samples": 2, "seed": step, "stop": []}
+        asked = {"max_tokens": 6, "num_samples": 2, "seed": step, "stop": [], "topk_sample_logprobs": VOCAB}
         made += [sample_operation(f"{SESSION}:sample:{step}", n, PROMPT, **asked) for n in range(3)]
     # All were sent before anything failed, whenever a life of the server came to them.
     return [replace(operation, created_at=1.0) for operation in made]

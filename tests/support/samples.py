@@ -19,7 +19,11 @@ LogitsOf = Callable[[list[int]], torch.Tensor]
 
 
 def assert_same_samples(
-    one: Sequence[Any], other: Sequence[Any], prompt: Sequence[int], params: SamplingParams, logits_of: LogitsOf
+    one: Sequence[Any],
+    other: Sequence[Any],
+    prompt: Sequence[int],
+    params: SamplingParams,
+    logits_of: LogitsOf | None = None,
 ) -> None:
     """One request computed in two ways gives the same tokens, logprobs and ends.
 
@@ -29,16 +33,23 @@ def assert_same_samples(
     Args:
         one, other: the sequences of each computation.
         params: of both; with a seed or greedy, without top_k and top_p.
+        logits_of: default: the samples carry the logprobs of the whole vocabulary.
     """
     for index, (a, b) in enumerate(zip(one, other, strict=True)):
         same = next((i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), None)
         if same is None:
             assert (a.tokens, a.stop_reason) == (b.tokens, b.stop_reason)
         else:
-            logits = logits_of([*prompt, *a.tokens[:same]])[-1]
+            logits = _told(a, same) if logits_of is None else logits_of([*prompt, *a.tokens[:same]])[-1]
             distance = _from_border(logits, params, index, same, a.tokens[same], b.tokens[same])
             assert distance <= ROUNDING, f"sample {index} parts at token {same}, {distance:g} from the border"
-        np.testing.assert_allclose(a.logprobs_np[:same], b.logprobs_np[:same], rtol=0, atol=ROUNDING)
+        np.testing.assert_allclose(a.logprobs[:same], b.logprobs[:same], rtol=0, atol=ROUNDING)
+
+
+def _told(sequence: Any, position: int) -> torch.Tensor:
+    """``(V,)``: the logprobs that a sample carries, of temperature 1, in the order of the tokens."""
+    values = dict(sequence.topk_logprobs[position])
+    return torch.tensor([values[token] for token in range(len(values))])
 
 
 def _from_border(logits: torch.Tensor, params: SamplingParams, index: int, position: int, a: int, b: int) -> float:

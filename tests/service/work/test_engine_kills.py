@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import engine_kill_program
-import numpy as np
 import pytest
 from computed import computed
-from engine_kill_program import STEPS, script
+from engine_kill_program import PROMPT, STEPS, script
 from engine_operations import decode
 from random_datums import byte_datums
 from safetensors.torch import load_file
+from samples import assert_same_samples
 from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, types
@@ -78,9 +78,8 @@ def test_every_outcome_is_that_of_the_uninterrupted_run(stores: dict[str, Path],
         assert one.effect == other.effect
         first, second = decode(operation, one), decode(operation, other)
         if operation.kind == OperationKind.SAMPLE:
-            assert [each.tokens for each in first.sequences] == [each.tokens for each in second.sequences]
-            for a, b in zip(first.sequences, second.sequences, strict=True):
-                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+            asked = json.loads(operation.payload)["sampling_params"]
+            assert_same_samples(first.sequences, second.sequences, PROMPT, types.SamplingParams(**asked))
         elif operation.kind == OperationKind.FORWARD_BACKWARD and not one.failed:
             assert computed(first.metrics) == computed(second.metrics)
             assert [_lists(each) for each in first.loss_fn_outputs] == [_lists(e) for e in second.loss_fn_outputs]
