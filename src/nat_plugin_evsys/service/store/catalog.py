@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Table, delete, func, select, update
+from sqlalchemy import Connection, Row, Table, delete, func, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from nat_plugin_evsys.errors import StoreError
@@ -124,12 +124,17 @@ class Catalog(Database):
 
     def _one(self, kind: type[RowT], table: Table, **where: str) -> RowT | None:
         row = self._row(select(table).filter_by(**where))
-        return None if row is None else kind(**row._mapping)
+        return None if row is None else _read(kind, table, row)
 
     def _many(self, kind: type[RowT], table: Table, **where: str | None) -> list[RowT]:
         chosen = {name: value for name, value in where.items() if value is not None}
         statement = select(table).filter_by(**chosen).order_by(table.c.created_at)
-        return [kind(**row._mapping) for row in self._rows(statement)]
+        return [_read(kind, table, row) for row in self._rows(statement)]
+
+
+def _read(kind: type[RowT], table: Table, row: Row[Any]) -> RowT:
+    """A row by the names that its columns have here."""
+    return kind(**{column.key: row._mapping[column] for column in table.columns})
 
 
 def _insert(connection: Connection, table: Table, row: Any) -> None:
