@@ -170,8 +170,7 @@ class _Watch:
         """Tell the job what its steps so far came to."""
         if self._told and self.history:
             self.report.metrics = summarize(self.history)
-            rate = taken.step.adam.learning_rate
-            self.report.metrics_by_step.append({**summarize([taken.metrics]), "learning_rate": rate})
+            self.report.metrics_by_step[len(self.history) - 1 :] = [summarize(self.history[-1:])]
             self.report.tokens_per_second = self.report.metrics["tokens_per_second"]
 
 
