@@ -44,9 +44,9 @@ def _title(facts: RolloutFacts) -> Text:
     parts = [f"row {visible(facts.row_id)}", f"attempt {facts.attempt + 1}"]
     if facts.policy_versions:
         parts.append("policy " + ", ".join(map(str, facts.policy_versions)))
-    if facts.seconds is not None:
-        parts.append(f"{facts.seconds:.1f} s")
     parts.append(f"not trained on: {facts.dropped}" if facts.dropped else f"advantage {facts.advantage or 0:+.3f}")
+    if facts.seconds is not None:
+        parts.append(f"{facts.seconds:.1f} s")  # last, since a narrow terminal cuts the title's end
     return Text.assemble((reward, f"bold {_colour(facts.reward)}"), "  ", "  ".join(parts))
 
 
