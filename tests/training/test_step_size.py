@@ -62,6 +62,19 @@ async def test_a_step_that_moves_too_far_lowers_the_next_rates(make_backend: Any
     assert moved == pytest.approx(float(torch.cat(gaps).detach().square().mean() / 2), rel=1e-4)
 
 
+async def test_later_steps_see_what_the_earlier_ones_did(make_backend: Any) -> None:
+    """Then nothing more is computed: the KL is the largest that a step found on rollouts it had not trained on."""
+    backend = await make_backend(perturbed=True)
+    size = StepSize(target=1e3)
+    settings = TrainingSettings("ppo", types.AdamParams(learning_rate=0.1), groups_per_step=1, step_size=size)
+    material = GroupMaterial([GROUPS[0], GROUPS[2]], settings)
+    await material.prepare(backend)
+    first, second = await run_steps(backend, material.steps(backend))
+    assert second.values["kl_moved"] == second.values["kl_v2:mean"] > 0
+    assert "kl_moved" not in first.values
+    assert size.factor == second.values["lr_factor"] == 1.0
+
+
 async def test_a_resumed_training_is_the_same_bit_for_bit(make_backend: Any) -> None:
     """With a schedule, a pull to the base and a target in force; the factor goes through JSON as in metrics.jsonl."""
 

@@ -84,12 +84,13 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
         )
         if taken is None:  # nobody says what came of the steps
             continue
+        if number > 1:
+            moved = max(moved or 0.0, taken.metrics.values.get("kl_v2:mean", 0.0))
         if taken.refused:
-            moved = taken.metrics.values["kl_v2:mean"]
             break
         last = taken
     if last is not None and step_size.target is not None:
-        if moved is None:
+        if moved is None:  # a single step: no later one has seen what it did
             moved = await step_data.kl_to_sampler([sets[index] for index in last.step.members])
         step_size.observe(moved)
         last.metrics.values.update({"kl_moved": moved, "lr_factor": step_size.factor})
