@@ -46,6 +46,8 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143, (tmp_path / "first.log").read_text()[-3000:]
+    assert "Traceback" not in (tmp_path / "first.log").read_text()
+    assert "-o trainers.trainer.resume true" in (tmp_path / "first.log").read_text()
 
     run = newest_run(tmp_path)
     assert finished_epochs(run) == 1

@@ -133,6 +133,7 @@ class RunSession:
                 summary = await self._finish()
         except asyncio.CancelledError:
             self._stop("interrupted", self._how_to_resume())
+            logger.warning("interrupted. %s", self._how_to_resume())
             raise
         except Exception as error:
             self._stop("failed", f"{error}")

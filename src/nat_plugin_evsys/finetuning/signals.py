@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -34,7 +35,14 @@ def sigterm_cancels() -> Iterator[None]:
         yield
     except asyncio.CancelledError:
         if received:
+            loop.set_exception_handler(_without_the_exit)
             sys.exit(128 + signal.SIGTERM)
         raise
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
+
+
+def _without_the_exit(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """asyncio logs the exit as a task's exception that nobody retrieved, with a hundred lines of traceback."""
+    if not isinstance(context.get("exception"), SystemExit):
+        loop.default_exception_handler(context)
