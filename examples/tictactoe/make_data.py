@@ -1,8 +1,8 @@
 """Writes the files in ``data/``: ``python examples/tictactoe/make_data.py``. Always the same.
 
 A row of ``train.json`` and ``heldout.json`` is an opponent: the order in which it prefers the nine squares. The games
-in ``demonstrations.json`` are those of a player who takes any free square: they show what a move is, not which one is
-good. No opponent is in two files.
+in ``demonstrations.json`` are those of a player who takes any of the first three free squares: they show what a move
+is, not which one is good. No opponent is in two files.
 """
 
 import json
@@ -45,10 +45,10 @@ def row(row_id: str, order: str) -> dict[str, Any]:
 
 
 def random_game(order: str, rng: random.Random) -> dict[str, Any]:
-    """A game as the agent's conversation, in which each move is any free square."""
+    """A game as the agent's conversation, in which each move is any of the first three free squares."""
     game, messages = Game(order), [{"role": "system", "content": PROMPT}]
     while game.result is None:
-        move = rng.choice(game.board.free())
+        move = rng.choice(game.board.free()[:3])
         messages += [{"role": "user", "content": game.told}, {"role": "assistant", "content": move}]
         game.reply(move)
     return {"messages": messages}
