@@ -126,7 +126,7 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
                 f"loss_fn `importance_sampling` takes no loss_fn_config, but got {sorted(self.loss_fn_config)}; "
                 "remove loss_fn_config or choose ppo or cispo"
             )
-        if "kl_estimator" in self.model_fields_set and not self.kl_beta:
+        if self.kl_estimator != "k1" and not self.kl_beta:
             raise ValueError("kl_estimator has no effect without kl_beta; set kl_beta above 0, or remove kl_estimator")
         if self.loss_fn == "dro" and self.normalization == "sequences":
             raise ValueError(
