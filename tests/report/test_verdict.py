@@ -51,6 +51,9 @@ def test_a_warm_start_is_told_apart_from_what_came_after_it() -> None:
     assert "rose from 0.000 to 1.000" in found.sentence
     assert found.sentence.endswith("After the warm start alone it was 0.250.")
     assert (found.before.mean, found.warm_start.mean, found.rows["better"]) == (0.0, 0.25, 20)
+    lowered = {**rewards, AFTER: dict.fromkeys(ROWS, 0.125)}
+    worse = verdict(state(0.25, 0.125, heldout_reward_base=0.0), list(lowered), lowered.__getitem__)
+    assert worse.sentence.endswith("it was 0.250, and training since then has lowered it.")
     rows = [{"event": "base", "epoch": 0, "reward": 0.0, "num_examples": 20}]
     rows += [{"event": "validation", "epoch": 0, "reward": 0.25, "num_examples": 20}]
     drawn = curve(rows, list(rewards), rewards.__getitem__)

@@ -67,7 +67,8 @@ def verdict(state: RunState, collections: Sequence[Collection], rewards: Callabl
     sentence = _sentence(answer, kind, before, after, change)
     warm_start = mean_interval(list(rewards(kept[0]).values())) if base and kept else None
     if warm_start is not None and after is not None:
-        sentence += f" After the warm start alone it was {warm_start.mean:.3f}."
+        fell = ", and training since then has lowered it" if warm_start.mean > after.mean else ""
+        sentence += f" After the warm start alone it was {warm_start.mean:.3f}{fell}."
     return Verdict(answer, sentence, kind, before, after, change, counts, warm_start)
 
 
