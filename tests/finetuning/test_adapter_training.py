@@ -66,7 +66,9 @@ async def test_settings_reach_the_backend(policy: Fixture, make_adapter: Fixture
 
 async def test_the_schedule_is_over_the_runs_epochs(policy: Fixture, make_adapter: Fixture) -> None:
     """Also for a run that resumes: the rate depends on the epoch's number alone."""
-    adapter = make_adapter(policy, learning_rate=1.0, lr_schedule="linear", lr_warmup=0.25, groups_per_step=2)
+    adapter = make_adapter(
+        policy, learning_rate=1.0, lr_schedule="linear", lr_warmup=0.25, groups_per_step=2, target_kl=None
+    )
     await adapter.initialize(FinetuneConfig(num_epochs=4))
     collection = await policy.collection(groups=4, size=2)
     rates = {}

@@ -85,7 +85,7 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "never negative (GRPO's). `k2` and `k3` cost a second forward pass.",
     )
     target_kl: float | None = Field(
-        default=None,
+        default=defaults.TARGET_KL,
         gt=0,
         description="How far an epoch may move the policy from the one that sampled: KL in nats a token. Above it the "
         "epoch's steps end, and what was not trained on is counted as `moved_too_far`; above half of it the learning "
