@@ -54,6 +54,8 @@ def test_a_warm_start_is_told_apart_from_what_came_after_it() -> None:
     lowered = {**rewards, AFTER: dict.fromkeys(ROWS, 0.125)}
     worse = verdict(state(0.25, 0.125, heldout_reward_base=0.0), list(lowered), lowered.__getitem__)
     assert worse.sentence.endswith("it was 0.250, and training since then has lowered it.")
+    assert worse.answer == "no"
+    assert worse.sentence.startswith("Not by what came after the warm start. On 20 held-out rows the mean reward rose")
     rows = [{"event": "base", "epoch": 0, "reward": 0.0, "num_examples": 20}]
     rows += [{"event": "validation", "epoch": 0, "reward": 0.25, "num_examples": 20}]
     drawn = curve(rows, list(rewards), rewards.__getitem__)

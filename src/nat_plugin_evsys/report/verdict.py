@@ -24,6 +24,7 @@ class Verdict:
 
     Attributes:
         answer: ``yes`` or ``no`` where the interval of the change excludes 0; ``unclear`` where it does not.
+            ``no`` also where training has clearly lowered what a warm start had given.
         sentence: the answer in words.
         kind: the rows it is about: held-out ones, or the training rows where there are no others.
         before, after: mean rewards, of the base model and of what it became; None where nothing was measured.
@@ -65,10 +66,14 @@ def verdict(state: RunState, collections: Sequence[Collection], rewards: Callabl
     }
     answer = _answer(before, after, change)
     sentence = _sentence(answer, kind, before, after, change)
-    warm_start = mean_interval(list(rewards(kept[0]).values())) if base and kept else None
+    taught = rewards(kept[0]) if base and kept else {}
+    warm_start = mean_interval(list(taught.values()))
     if warm_start is not None and after is not None:
         fell = ", and training since then has lowered it" if warm_start.mean > after.mean else ""
         sentence += f" After the warm start alone it was {warm_start.mean:.3f}{fell}."
+    since = change_interval([taught[row] for row in taught if row in new], [new[row] for row in taught if row in new])
+    if since is not None and since.high < 0.0:
+        answer, sentence = "no", f"Not by what came after the warm start. {sentence.removeprefix('Yes. ')}"
     return Verdict(answer, sentence, kind, before, after, change, counts, warm_start)
 
 
