@@ -62,9 +62,11 @@ class Backend(Protocol):
 
     Attributes:
         checkpoint_dir: where names given to ``save_*`` are saved. *Extension.*
+        policy_version: of the latest snapshot, -1 before the first. *Extension.*
     """
 
     checkpoint_dir: Path
+    policy_version: int
 
     @property
     def progress(self) -> tuple[int, int] | None:

@@ -119,6 +119,14 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "does, since its ratio is one per Datum.",
     )
 
+    recompute_logprobs: bool = Field(
+        default=False,
+        description="Take the old logprobs of the loss from the learner, by one more forward pass over an epoch's "
+        "Datums, in place of the sampler's. The two are equal but for rounding, and the sampler's rounding hangs on "
+        "how concurrent requests share a batch: with this, the same rollouts give the same weights, so a run can be "
+        "repeated.",
+    )
+
     @model_validator(mode="after")
     def _loss_takes_its_settings(self) -> "EvsysTrainerAdapterConfig":
         if self.loss_fn == "importance_sampling" and self.loss_fn_config:

@@ -79,7 +79,16 @@ class EvsysTrainerAdapter(TrainerAdapter):
             )
 
     def expect_stale_calls(self) -> None:
-        """Calls may be older than the policy that trains on them: clip their ratios, unless a loss was chosen."""
+        """Calls may be older than the policy that trains on them: clip their ratios, unless a loss was chosen.
+
+        Raises:
+            ConfigError: ``recompute_logprobs``, which only the policy that sampled can do.
+        """
+        if self.config.recompute_logprobs:
+            raise ConfigError(
+                "recompute_logprobs does not go with overlap_rollouts, since an older policy has sampled by the time "
+                "that an epoch trains; set one of them to false"
+            )
         if "loss_fn" not in self.config.model_fields_set:
             self.config = self.config.model_copy(update={"loss_fn": "ppo"})
             self._work = JobWork(self.config, self.policy, self._num_epochs)

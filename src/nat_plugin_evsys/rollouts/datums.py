@@ -230,6 +230,20 @@ def with_prompt_logprobs(datum: Datum, origin: Provenance, learner: TensorData) 
     return Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
 
 
+def with_sampled_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
+    """A copy of ``datum`` whose sampled rows carry the learner's logprobs in place of the sampler's.
+
+    Args:
+        learner: logprobs of target_tokens under the weights that sampled, shape (n-1,).
+    """
+    logprobs = np.array(datum.loss_fn_inputs["logprobs"].to_numpy(), dtype=np.float32)
+    computed = learner.to_numpy()
+    for span in origin.spans:
+        logprobs[span.start : span.stop] = computed[span.start : span.stop]
+    inputs = {**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)}
+    return Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
+
+
 def _usable(calls: list[Call], result: DatumSet, *, mask_truncated: bool) -> list[Call]:
     usable = []
     for call in calls:

@@ -60,6 +60,8 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
     """
     plan = plan_steps(sets, settings)
     step_data = StepData(backend, sets, settings)
+    if settings.recompute_logprobs:
+        sets = await step_data.recomputed(sets)
     step_size = settings.step_size
     rate = settings.rate or LearningRate(settings.adam.learning_rate)
     tokens = sum(sets[index].tokens for members in plan for index in members)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tinker import Datum, TensorData
 
 from nat_plugin_evsys.backends.base import Backend
-from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance, with_prompt_logprobs
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance, with_prompt_logprobs, with_sampled_logprobs
 from nat_plugin_evsys.training.kl import kl_penalised, mean_kl, mean_square_gap
 from nat_plugin_evsys.training.loop import NamedLoss
 from nat_plugin_evsys.training.normalization import Normalization, datum_scales, scaled
@@ -54,6 +56,32 @@ class StepData:
         data = [with_prompt_logprobs(*row) for row in zip(data, origins, learner, strict=True)]
         beta = (settings.loss_fn_config or {}).get("beta", DRO_BETA)
         return data, NamedLoss(settings.loss_fn, {"beta": beta * scales[0]}), measured
+
+    async def recomputed(self, sets: Sequence[DatumSet]) -> list[DatumSet]:
+        """``sets`` with the present policy's logprobs of the sampled tokens, from one forward pass over all Datums.
+
+        Raises:
+            DataError: another policy sampled some of them, whose logprobs the present one cannot know.
+        """
+        version = self._backend.policy_version
+        sampled_by = {span.policy_version for datums in sets for origin in datums.provenance for span in origin.spans}
+        if sampled_by - {version}:
+            raise DataError(
+                f"recompute_logprobs is for rollouts of the policy that is trained, which is version {version}, but "
+                f"there are calls of version {', '.join(map(str, sorted(sampled_by - {version})))}; "
+                "set recompute_logprobs: false"
+            )
+        learner = iter(await self._learner([datum for datums in sets for datum in datums.datums]))
+        return [
+            replace(
+                datums,
+                datums=[
+                    with_sampled_logprobs(datum, origin, next(learner))
+                    for datum, origin in zip(datums.datums, datums.provenance, strict=True)
+                ],
+            )
+            for datums in sets
+        ]
 
     async def kl_to_sampler(self, batch: Sequence[DatumSet]) -> float:
         """How far the present policy is from the one that sampled ``batch``, as ``kl_v2:mean``; one forward pass."""

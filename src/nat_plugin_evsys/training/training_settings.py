@@ -30,6 +30,8 @@ class TrainingSettings:
         passes: times that the groups are trained on.
         shuffle_key: decides the order of the groups, together with the number of the pass.
         merge_calls, discount, mask_truncated: see ``group_datums``.
+        recompute_logprobs: the loss's old logprobs are the learner's, computed before the first step, in place of the
+            sampler's; see ``training.md``. Only for rollouts of the policy that is trained.
         kl_beta, kl_estimator: the pull to the base model; see ``kl``.
         step_size: multiplies the learning rate, and learns from each collection of rollouts. The steps after the first
             one end where the policy's KL to the sampler (``kl_v2:mean``, in nats a token) is above its ``target``.
@@ -50,6 +52,7 @@ class TrainingSettings:
     merge_calls: bool = True
     discount: float = 1.0
     mask_truncated: bool = False
+    recompute_logprobs: bool = False
     kl_beta: float = 0.0
     kl_estimator: KlEstimator = "k1"
     step_size: StepSize = field(default_factory=StepSize)
