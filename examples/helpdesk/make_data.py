@@ -1,7 +1,8 @@
 """Writes ``data/*.json``: ``python examples/helpdesk/make_data.py``. The same files every time.
 
 ``train`` and ``heldout`` are for the quickstart: one word of a team in a sentence, the answer is the team. The two
-share the words, never a sentence with its word.
+share the words, never a sentence with its word. ``quickstart_demonstrations`` show the answer to four tickets of every
+team, about a word that neither of the two has.
 
 ``tools_train`` and ``tools_heldout`` are for the agents with a tool: two words of one team, the answer is the desk that
 the tool tells. ``demonstrations`` and ``react_demonstrations`` show such an agent how to call the tool and how to
@@ -20,6 +21,7 @@ from nat.plugins.langchain.agent.react_agent.prompt import SYSTEM_PROMPT, USER_P
 from nat_helpdesk.register import DESCRIPTION, DESKS, RouteTicketInput, Team
 
 HERE = Path(__file__).parent
+QUICKSTART = HERE.parents[1] / "configs" / "quickstart.yml"
 TOOL_AGENT = HERE.parents[1] / "configs" / "helpdesk_tools.yml"
 TOOL = "route_ticket"
 REPEATS = 3
@@ -44,6 +46,12 @@ ROUTING_SENTENCES = (
     "The {} has failed since Monday.",
     "Can someone fix the {}?",
 )
+DEMONSTRATED: dict[Team, str] = {
+    "network": "ethernet",
+    "printing": "inkjet",
+    "accounts": "registration",
+    "payroll": "wages",
+}
 
 TOOLS = [
     {
@@ -76,6 +84,21 @@ def routing_tickets() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
             sentence = ROUTING_SENTENCES[(number + shift) % len(ROUTING_SENTENCES)]
             rows.append({"id": f"{name}-{len(rows) + 1:02}", "question": sentence.format(word), "answer": team})
     return train, heldout
+
+
+def one_word_demonstrations(system_prompt: str) -> list[dict[str, Any]]:
+    """Four sentences with the demonstrated word of every team."""
+    return [
+        {
+            "messages": [
+                {"role": "system", "content": system_prompt},
+                {"role": "user", "content": sentence.format(word)},
+                {"role": "assistant", "content": team},
+            ]
+        }
+        for sentence in ROUTING_SENTENCES[::2]
+        for team, word in DEMONSTRATED.items()
+    ]
 
 
 def tickets() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -153,14 +176,15 @@ def react_demonstration(question: str, team: Team) -> dict[str, Any]:
 
 
 def make(directory: Path) -> None:
-    """Write the four files into ``directory``."""
-    system_prompt = yaml.safe_load(TOOL_AGENT.read_text(encoding="utf-8"))["workflow"]["system_prompt"]
+    """Write every file into ``directory``."""
+    system_prompt = _system_prompt(TOOL_AGENT)
     train, heldout = routing_tickets()
     tools_train, tools_heldout = tickets()
     shown = demonstrated()
     written = {
         "train": train,
         "heldout": heldout,
+        "quickstart_demonstrations": one_word_demonstrations(_system_prompt(QUICKSTART)),
         "tools_train": tools_train,
         "tools_heldout": tools_heldout,
         "demonstrations": [tool_calling_demonstration(*pair, system_prompt) for pair in shown],
@@ -169,6 +193,10 @@ def make(directory: Path) -> None:
     for name, rows in written.items():
         lines = ",\n".join(json.dumps(row) for row in rows)
         (directory / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def _system_prompt(config: Path) -> str:
+    return str(yaml.safe_load(config.read_text(encoding="utf-8"))["workflow"]["system_prompt"])
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ def renderer() -> ChatRenderer:
 
 
 @pytest.mark.parametrize(
-    ("config", "file"),
-    [("helpdesk_tools.yml", "demonstrations.json"), ("react.yml", "react_demonstrations.json")],
+    ("config", "file", "replies"),
+    [
+        ("quickstart.yml", "quickstart_demonstrations.json", 1),
+        ("helpdesk_tools.yml", "demonstrations.json", 2),
+        ("react.yml", "react_demonstrations.json", 2),
+    ],
 )
 async def test_demonstrations_are_what_the_agent_sends(
-    config: str, file: str, listener: Listener, renderer: ChatRenderer, tmp_path: Path
+    config: str, file: str, replies: int, listener: Listener, renderer: ChatRenderer, tmp_path: Path
 ) -> None:
     settings = yaml.safe_load((ROOT / "configs" / config).read_text(encoding="utf-8"))
     trainer = settings["trainers"]["trainer"]
@@ -32,7 +36,11 @@ async def test_demonstrations_are_what_the_agent_sends(
     shown = json.loads((ROOT / trainer["warm_start"]["demonstrations"]).read_text(encoding="utf-8"))[0]
     listener.replies = [message for message in shown["messages"] if message["role"] == "assistant"]
 
-    agent = {"llms": {"policy": listener.llm()}, "functions": settings["functions"], "workflow": settings["workflow"]}
+    agent = {
+        "llms": {"policy": listener.llm()},
+        "functions": settings.get("functions", {}),
+        "workflow": settings["workflow"],
+    }
     (tmp_path / "agent.yml").write_text(yaml.safe_dump(agent))
     question = next(message["content"] for message in shown["messages"] if message["role"] == "user")
     question = question.rsplit("Question: ", 1)[-1].strip()
@@ -40,7 +48,7 @@ async def test_demonstrations_are_what_the_agent_sends(
         result = await runner.result(to_type=str)
 
     positions = [at for at, message in enumerate(shown["messages"]) if message["role"] == "assistant"]
-    assert len(listener.requests) == len(positions) == 2
+    assert len(listener.requests) == len(positions) == replies
     assert shown["messages"][-1]["content"].endswith(result)
     for request, at in zip(listener.requests, positions, strict=True):
         assert request.get("tools") == shown.get("tools")

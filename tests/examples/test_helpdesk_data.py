@@ -26,6 +26,11 @@ def test_datasets_are_well_formed_and_disjoint(train: str, heldout: str) -> None
     assert {row["answer"] for row in rows(train)} == {row["answer"] for row in rows(heldout)}
 
 
+def test_the_quickstart_demonstrates_no_word_that_a_ticket_has(make_data: ModuleType) -> None:
+    tickets = " ".join(row["question"] for row in [*rows("train"), *rows("heldout")])
+    assert not [word for word in make_data.DEMONSTRATED.values() if word in tickets]
+
+
 @pytest.mark.parametrize(("train", "heldout"), [("train", "heldout"), ("tools_train", "tools_heldout")])
 def test_held_out_questions_use_only_words_of_the_training_questions(train: str, heldout: str) -> None:
     def words(name: str) -> set[str]:
