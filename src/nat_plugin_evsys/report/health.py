@@ -198,7 +198,7 @@ FIGURES: tuple[Figure, ...] = (
         "KL to the sampler",
         "How far the policy moved, within the epoch, from the one that sampled the replies, in nats per token.",
         ("kl_v1:mean",),
-        threshold=Threshold("above", 0.05),
+        threshold=Threshold("above", 0.15),
         crossed="The replies were sampled by a policy that is too different from the one they train: lower "
         "learning_rate, take fewer steps an epoch (raise groups_per_step), or choose loss_fn ppo.",
     ),
