@@ -223,7 +223,9 @@ async def test_rl_has_the_losses_and_reaches_the_level_of_a_plain_run(backend: L
         PROMPTS,
         render=lambda prompt: prompt,
         reward=lambda prompt, text: sum(letter in early for letter in text) / LENGTH,
-        settings=TrainingSettings("ppo", types.AdamParams(learning_rate=RATE, eps=1e-8), passes=PASSES),
+        settings=TrainingSettings(
+            "ppo", types.AdamParams(learning_rate=RATE, eps=1e-8), normalization="sum", passes=PASSES
+        ),
         epochs=ITERATIONS,
         batch_size=len(PROMPTS),
         group_size=GROUP,
