@@ -45,6 +45,14 @@ LISTING = [
 SILENT = [replace(each, text="", tokens=1, reward=1.0 if each.row == "row-0" else each.reward) for each in HEALTHY]
 
 
+SEVERAL = [
+    *HEALTHY,
+    reply(0, "Printing the network logs.", 1.0),
+    reply(1, "The network, or printing?", 1.0),
+]
+"""Two of six rewarded replies name another team too."""
+
+
 def found(facts: EpochFacts) -> dict[FindingId, Finding]:
     return {finding.id: finding for finding in diagnose(facts)}
 
@@ -265,3 +273,32 @@ def test_quoted_keeps_one_line_and_both_ends() -> None:
     assert quoted("é" * 10) == '"éééééééééé"'
     short = quoted("a" * 100 + "b" * 100, limit=20)
     assert short == '"aaaaaaaa … bbbbbbbb"'
+
+
+class TestSeveralAnswers:
+    def test_rewarded_replies_that_name_another_rows_answer(self) -> None:
+        finding = found(EpochFacts(1, SEVERAL, trained=18))[FindingId.SEVERAL_ANSWERS]
+        assert finding.sentence == "2 of 6 rewarded replies of epoch 1 also name an answer that another row wants."
+        assert "`mode: one_of`" in finding.advice
+        assert [each.text for each in finding.examples] == ["Printing the network logs.", "The network, or printing?"]
+
+    @pytest.mark.parametrize(
+        "replies",
+        [
+            [replace(each, reward=0.0) if "or" in each.text else each for each in SEVERAL],
+            [replace(each, expected=None) for each in SEVERAL],
+            [replace(each, expected=f"{each.expected} {each.row}") for each in SEVERAL],
+            [*SEVERAL, *HEALTHY * 5],
+            [*HEALTHY, reply(0, "networks for printing", 1.0), reply(1, "networking prints", 1.0)],
+            LISTING,
+        ],
+        ids=["not rewarded", "no answers known", "other answers", "few of many", "parts of words", "one answer to all"],
+    )
+    def test_what_is_none(self, replies: list[Reply]) -> None:
+        assert FindingId.SEVERAL_ANSWERS not in found(EpochFacts(1, replies, trained=18))
+
+    def test_a_dataset_of_many_answers_is_no_list(self) -> None:
+        rows = [replace(each, row=f"row-{n}", expected=f"{n}") for n, each in enumerate(HEALTHY * 2)]
+        assert FindingId.SEVERAL_ANSWERS not in found(
+            EpochFacts(1, [replace(each, text="1 and 2 and 3", reward=1.0) for each in rows], trained=32)
+        )

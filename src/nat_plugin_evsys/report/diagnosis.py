@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from nat_plugin_evsys.report.findings import Finding, FindingId, quoted
 from nat_plugin_evsys.report.replies import EQUAL_WITHIN, Reply, ReplyNumbers
+from nat_plugin_evsys.report.several_answers import naming_several
 
 START_AGAIN = "Start again with a lower `learning_rate`, or set `on_collapse: reload_best` on the trainer"
 
@@ -24,6 +25,9 @@ SAME_SHARE = 0.9
 
 ROWS_FOR_ONE_ANSWER = 3
 """Fewer rows than this may well have one answer."""
+
+SEVERAL_SHARE = 0.1
+"""Share of the rewarded replies, and at least two of them, that must name several answers before it is worth a word."""
 
 FALLEN_TO = 0.25
 """Share of the best gain over the first epoch; a mean reward that keeps less of it has been lost again."""
@@ -72,6 +76,7 @@ def diagnose(facts: EpochFacts) -> list[Finding]:
     checks: tuple[Callable[[EpochFacts, ReplyNumbers], Finding | None], ...] = (
         _same_reward,
         _one_answer,
+        _several_answers,
         _no_signal,
         _fallen,
         _shrunk,
@@ -195,6 +200,23 @@ def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
             and _has_lost(facts, numbers),
         )
     return None
+
+
+def _several_answers(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    low, high = _range(facts, numbers)
+    rewarded = [reply for reply in facts.replies if reply.reward is not None and reply.reward - low > (high - low) / 2]
+    several = naming_several(rewarded)
+    if len(several) < max(2, SEVERAL_SHARE * len(rewarded)) or one_answer(facts.replies) is not None:
+        return None
+    return Finding(
+        FindingId.SEVERAL_ANSWERS,
+        facts.epoch,
+        f"{len(several)} of {len(rewarded)} rewarded replies of epoch {facts.epoch} also name an answer that another "
+        "row wants.",
+        "The reward can be won by naming several answers: let the evaluator refuse that (evsys_exact_match has "
+        "`mode: one_of` with `choices`, and `mode: exact`).",
+        _examples(several),
+    )
 
 
 def _advice_on_one_answer(wins: bool, epoch: int) -> str:

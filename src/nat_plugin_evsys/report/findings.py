@@ -31,6 +31,8 @@ class FindingId(StrEnum):
     """In an epoch no row has attempts with different rewards, and nothing was trained."""
     ONE_ANSWER = "one_answer"
     """Rows that want different answers get the same one."""
+    SEVERAL_ANSWERS = "several_answers"
+    """Replies are rewarded although they also name what other rows want."""
     FALLEN = "fallen"
     """The reward has fallen back to about what it was in the first epoch."""
     CUT_OFF = "cut_off"
