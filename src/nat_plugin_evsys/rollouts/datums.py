@@ -222,12 +222,7 @@ def with_prompt_logprobs(datum: Datum, origin: Provenance, learner: TensorData) 
     Args:
         learner: logprobs of target_tokens under the weights that the gradient is taken at, shape (n-1,).
     """
-    logprobs = np.array(learner.to_numpy(), dtype=np.float32)
-    recorded = datum.loss_fn_inputs["logprobs"].to_numpy()
-    for span in origin.spans:
-        logprobs[span.start : span.stop] = recorded[span.start : span.stop]
-    inputs = {**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)}
-    return Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
+    return _with_logprobs(datum, origin, prompt=learner, sampled=datum.loss_fn_inputs["logprobs"])
 
 
 def with_sampled_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
@@ -236,12 +231,16 @@ def with_sampled_logprobs(datum: Datum, origin: Provenance, learner: TensorData)
     Args:
         learner: logprobs of target_tokens under the weights that sampled, shape (n-1,).
     """
-    logprobs = np.array(datum.loss_fn_inputs["logprobs"].to_numpy(), dtype=np.float32)
-    computed = learner.to_numpy()
+    return _with_logprobs(datum, origin, prompt=datum.loss_fn_inputs["logprobs"], sampled=learner)
+
+
+def _with_logprobs(datum: Datum, origin: Provenance, *, prompt: TensorData, sampled: TensorData) -> Datum:
+    """A copy of ``datum`` with logprobs ``sampled`` in the rows of the calls and ``prompt`` elsewhere, (n-1,) each."""
+    logprobs = np.array(prompt.to_numpy(), dtype=np.float32)
+    of_calls = sampled.to_numpy()
     for span in origin.spans:
-        logprobs[span.start : span.stop] = computed[span.start : span.stop]
-    inputs = {**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)}
-    return Datum(model_input=datum.model_input, loss_fn_inputs=inputs)
+        logprobs[span.start : span.stop] = of_calls[span.start : span.stop]
+    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)})
 
 
 def _usable(calls: list[Call], result: DatumSet, *, mask_truncated: bool) -> list[Call]:

@@ -35,5 +35,8 @@ WEIGHT_DECAY = 0.0
 GRAD_CLIP_NORM = 1.0
 """TRL's max_grad_norm. Of the NAT trainer, whose loss is a mean over tokens; Tinker's ``AdamParams`` has 0, off."""
 
+DRO_BETA = 0.05
+"""Of Tinker's loss ``dro``."""
+
 TARGET_KL = 0.3
 """Nats a token, of the NAT trainer; LOG.md has the runs that it was chosen by."""

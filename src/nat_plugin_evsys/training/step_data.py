@@ -10,13 +10,11 @@ from tinker import Datum, TensorData
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance, with_prompt_logprobs, with_sampled_logprobs
+from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.training.kl import kl_penalised, mean_kl, mean_square_gap
 from nat_plugin_evsys.training.loop import NamedLoss
 from nat_plugin_evsys.training.normalization import Normalization, datum_scales, scaled
 from nat_plugin_evsys.training.training_settings import TrainingSettings
-
-DRO_BETA = 0.05
-"""Tinker's default."""
 
 READ_BY_A_FORWARD = ("target_tokens", "temperature")
 
@@ -40,8 +38,7 @@ class StepData:
     async def of(self, batch: Sequence[DatumSet]) -> tuple[list[Datum], NamedLoss, dict[str, float]]:
         """The Datums of a step on ``batch``, the loss, and what was measured on the way to them."""
         settings = self._settings
-        data = [datum for datums in batch for datum in datums.datums]
-        origins = [origin for datums in batch for origin in datums.provenance]
+        data, origins = _together(batch)
         measured = {}
         if settings.kl_beta:
             base = await self._backend.base_logprobs_async(data)
@@ -54,7 +51,7 @@ class StepData:
         # It has no mask, so its prompt rows get the learner's present logprobs.
         learner = await self._learner(data)
         data = [with_prompt_logprobs(*row) for row in zip(data, origins, learner, strict=True)]
-        beta = (settings.loss_fn_config or {}).get("beta", DRO_BETA)
+        beta = (settings.loss_fn_config or {}).get("beta", defaults.DRO_BETA)
         return data, NamedLoss(settings.loss_fn, {"beta": beta * scales[0]}), measured
 
     async def recomputed(self, sets: Sequence[DatumSet]) -> list[DatumSet]:
@@ -63,15 +60,15 @@ class StepData:
         Raises:
             DataError: another policy sampled some of them, whose logprobs the present one cannot know.
         """
+        data, origins = _together(sets)
         version = self._backend.policy_version
-        sampled_by = {span.policy_version for datums in sets for origin in datums.provenance for span in origin.spans}
-        if sampled_by - {version}:
+        others = {span.policy_version for origin in origins for span in origin.spans} - {version}
+        if others:
             raise DataError(
                 f"recompute_logprobs is for rollouts of the policy that is trained, which is version {version}, but "
-                f"there are calls of version {', '.join(map(str, sorted(sampled_by - {version})))}; "
-                "set recompute_logprobs: false"
+                f"there are calls of version {', '.join(map(str, sorted(others)))}; set recompute_logprobs: false"
             )
-        learner = iter(await self._learner([datum for datums in sets for datum in datums.datums]))
+        learner = iter(await self._learner(data))
         return [
             replace(
                 datums,
@@ -85,8 +82,7 @@ class StepData:
 
     async def kl_to_sampler(self, batch: Sequence[DatumSet]) -> float:
         """How far the present policy is from the one that sampled ``batch``, as ``kl_v2:mean``; one forward pass."""
-        data = [datum for datums in batch for datum in datums.datums]
-        origins = [origin for datums in batch for origin in datums.provenance]
+        data, origins = _together(batch)
         sampler = [datum.loss_fn_inputs["logprobs"] for datum in data]
         return mean_square_gap(sampler, await self._learner(data), origins) / 2
 
@@ -108,6 +104,11 @@ class StepData:
         ]
         output = await self._backend.forward_async(bare, loss_fn="cross_entropy")
         return [result["logprobs"] for result in output.loss_fn_outputs]
+
+
+def _together(sets: Sequence[DatumSet]) -> tuple[list[Datum], list[Provenance]]:
+    """The Datums of all sets, and where each comes from."""
+    return [datum for each in sets for datum in each.datums], [origin for each in sets for origin in each.provenance]
 
 
 def _scales(batch: Sequence[DatumSet], normalization: Normalization, full_step_tokens: float) -> list[float]:

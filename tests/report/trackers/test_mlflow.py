@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
 
-from nat_plugin_evsys.report.trackers.base import Ending, Table, TrackedRun
+from nat_plugin_evsys.report.trackers.base import Ending, Table, TrackedRun, Tracker
 from nat_plugin_evsys.report.trackers.mlflow import MlflowTracker
 
 mlflow = pytest.importorskip("mlflow")
@@ -33,14 +34,9 @@ def values(client: Any, found: Any, name: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, name)]
 
 
-def test_metrics_config_and_tables(run: TrackedRun, table: Table) -> None:
+def test_metrics_config_and_tables(run: TrackedRun, table: Table, track: Callable[[Tracker], str]) -> None:
     tracker = MlflowTracker()
-    tracker.check()
-    where = tracker.open(run)
-    tracker.metrics({"epoch/reward": 0.5}, "epoch", 1)
-    tracker.metrics({"epoch/reward": 0.75, "training/loss": -1.5}, "epoch", 2)
-    tracker.metrics({"step/loss": 3.0}, "optimizer_step", 17)
-    tracker.table(table)
+    where = track(tracker)
     tracker.close("finished")
 
     client, found = read(run)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nat_plugin_evsys.report.trackers.base import Table, TrackedRun
+from nat_plugin_evsys.report.trackers.base import Table, TrackedRun, Tracker
 from nat_plugin_evsys.report.trackers.tensorboard import TensorBoardTracker
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -23,14 +24,9 @@ def text(events: Any, tag: str) -> list[tuple[int, str]]:
     return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(f"{tag}/text_summary")]
 
 
-def test_metrics_config_and_tables(run: TrackedRun, table: Table) -> None:
+def test_metrics_config_and_tables(run: TrackedRun, table: Table, track: Callable[[Tracker], str]) -> None:
     tracker = TensorBoardTracker()
-    tracker.check()
-    where = tracker.open(run)
-    tracker.metrics({"epoch/reward": 0.5}, "epoch", 1)
-    tracker.metrics({"epoch/reward": 0.75, "training/loss": -1.5}, "epoch", 2)
-    tracker.metrics({"step/loss": 3.0}, "optimizer_step", 17)
-    tracker.table(table)
+    where = track(tracker)
     tracker.table(replace(table, epoch=3))
     tracker.close("finished")
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.runtime import defaults
 
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
@@ -181,7 +182,7 @@ LOSSES: dict[str, LossSpec] = {
     "importance_sampling": LossSpec(importance_sampling, _RL),
     "ppo": LossSpec(ppo, _RL, _CLIP, dict(zip(_CLIP, (0.8, 1.2), strict=True))),
     "cispo": LossSpec(cispo, _RL, _CLIP, dict(zip(_CLIP, (0.0, 4.0), strict=True))),
-    "dro": LossSpec(dro, _RL, (), {"beta": 0.05}),
+    "dro": LossSpec(dro, _RL, (), {"beta": defaults.DRO_BETA}),
     "gspo": LossSpec(gspo, (*_RL, "sequence_ratio_mask"), _CLIP, dict(zip(_CLIP, (1 - 3e-4, 1 + 4e-4), strict=True))),
 }
 
