@@ -60,14 +60,16 @@ class Watch:
 
 @contextlib.contextmanager
 def watching(url: str, every: float = 0.02) -> Iterator[Watch]:
-    """Ask ``url`` all the while, from a thread of its own, on a connection for each request."""
+    """Ask ``url`` all the while, at least once, from a thread of its own, on a connection for each request."""
     watch, ended = Watch(), threading.Event()
 
     def ask() -> None:
-        while not ended.wait(every):
+        while True:
             started = time.perf_counter()
             httpx.get(url, timeout=60).raise_for_status()
             watch.seconds.append(time.perf_counter() - started)
+            if ended.wait(every):
+                return
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
