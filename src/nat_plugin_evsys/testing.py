@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nat_plugin_evsys.backends.base import given_params
 from nat_plugin_evsys.calls import StopReason
 from nat_plugin_evsys.errors import PromptTooLongError
 
@@ -74,11 +75,12 @@ class ScriptedSamplingClient:
     async def sample_async(
         self,
         prompt: types.ModelInput,
-        num_samples: int,
-        sampling_params: types.SamplingParams,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         *,
+        params: types.SamplingParams | None = None,
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
     ) -> types.SampleResponse:
@@ -92,13 +94,14 @@ class ScriptedSamplingClient:
 
         if include_prompt_logprobs or topk_prompt_logprobs:
             raise NotImplementedError("ScriptedSamplingClient has no model to give prompt logprobs")
+        given = given_params(sampling_params, params)
         prompt_ids = prompt.to_ints()
-        self.requests.append(ScriptedRequest(prompt_ids, num_samples, sampling_params))
+        self.requests.append(ScriptedRequest(prompt_ids, num_samples, given))
         room = self._context_length - len(prompt_ids)
         if room < 1:
-            raise PromptTooLongError(len(prompt_ids), sampling_params.max_tokens or 1, self._context_length)
-        limit = min(room, sampling_params.max_tokens or room)
-        replies = [self._cut(self._next(prompt_ids), sampling_params, limit) for _ in range(num_samples)]
+            raise PromptTooLongError(len(prompt_ids), given.max_tokens or 1, self._context_length)
+        limit = min(room, given.max_tokens or room)
+        replies = [self._cut(self._next(prompt_ids), given, limit) for _ in range(num_samples)]
         try:
             await self._stream([ids for ids, _ in replies], on_tokens)
         except asyncio.CancelledError:

@@ -7,18 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+from nat_plugin_evsys.engine.sampling.params import given_params as given_params
 
 if TYPE_CHECKING:
     import tinker
     import torch
     from tinker import types
 
-LossCallable = Callable[["list[tinker.Datum]", "list[torch.Tensor]"], "tuple[torch.Tensor, dict[str, float]]"]
-"""``(data, logprobs) -> (loss, metrics)``; ``logprobs[i]`` has the shape of ``data[i]``'s target_tokens."""
+LossCallable = Callable[
+    ["list[tinker.Datum]", "list[torch.Tensor]"], "tuple[torch.Tensor, dict[str, float]] | torch.Tensor"
+]
+"""``(data, logprobs) -> (loss, metrics)``, or the bare loss; ``logprobs[i]`` has the shape of ``data[i]``'s
+target_tokens."""
+
+T_co = TypeVar("T_co", covariant=True)
 
 TokenCallback = Callable[[int, list[int], list[float]], None]
 """``(sample index, new token ids, their logprobs)``, called from the sampler's thread as tokens arrive."""
+
+
+class Submitted(Awaitable[T_co], Protocol[T_co]):
+    """An operation that has been submitted: ``await`` it, or ``await`` its ``result_async()``, as evsys's loop does."""
+
+    async def result_async(self) -> T_co:
+        """The result."""
+        ...
 
 
 @runtime_checkable
@@ -30,21 +45,25 @@ class SamplingClient(Protocol):
     async def sample_async(
         self,
         prompt: types.ModelInput,
-        num_samples: int,
-        sampling_params: types.SamplingParams,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         *,
+        params: types.SamplingParams | None = None,
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
     ) -> types.SampleResponse:
         """Sample ``num_samples`` sequences. Cancelling the awaiting task stops the sampling.
+
+        The parameters are ``sampling_params`` (Tinker's name) or ``params`` (evsys's).
 
         The stop token (or the tokens of the stop string) is part of ``tokens`` and has logprobs. Logprobs are those of
         the distribution that was sampled (temperature, top_k and top_p applied).
 
         Raises:
             PromptTooLongError: the prompt leaves no room in the context window.
+            DataError: a malformed prompt or parameter, or no parameters.
         """
         ...
 
@@ -58,7 +77,8 @@ class Backend(Protocol):
     """A live training client plus a factory of sampling clients. Built once per run.
 
     This is all that a user of a backend may know of it: nobody asks a backend which one it is. The ``*_async`` methods
-    submit at once, in call order, and return an awaitable of the result.
+    submit at once, in call order, and return an awaitable of the result. evsys-sdk's ``Backend`` is the part of it that
+    is not marked *extension*.
 
     Attributes:
         checkpoint_dir: where names given to ``save_*`` are saved. *Extension.*
@@ -75,7 +95,7 @@ class Backend(Protocol):
 
     def forward_backward_async(
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
-    ) -> Awaitable[types.ForwardBackwardOutput]:
+    ) -> Submitted[types.ForwardBackwardOutput]:
         """Forward and backward with a named loss; gradients accumulate until ``optim_step_async``.
 
         All or nothing: when it fails, no gradient of ``data`` has been accumulated.
@@ -84,7 +104,7 @@ class Backend(Protocol):
 
     def forward_async(
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
-    ) -> Awaitable[types.ForwardBackwardOutput]:
+    ) -> Submitted[types.ForwardBackwardOutput]:
         """Like ``forward_backward_async`` without gradients."""
         ...
 
@@ -100,11 +120,14 @@ class Backend(Protocol):
 
     def forward_backward_custom_async(
         self, data: list[tinker.Datum], loss_fn: LossCallable
-    ) -> Awaitable[types.ForwardBackwardOutput]:
-        """Forward and backward with a client-side Python loss over logprobs."""
+    ) -> Submitted[types.ForwardBackwardOutput]:
+        """Forward and backward with a client-side Python loss over logprobs.
+
+        ``loss_fn`` may also return the bare loss, without metrics.
+        """
         ...
 
-    def optim_step_async(self, adam: types.AdamParams) -> Awaitable[types.OptimStepResponse]:
+    def optim_step_async(self, adam: types.AdamParams) -> Submitted[types.OptimStepResponse]:
         """One AdamW step on the accumulated gradient, which it then clears."""
         ...
 

@@ -17,6 +17,7 @@ from nat_plugin_evsys.engine.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
+from nat_plugin_evsys.engine.gradient.custom_loss import checked_loss
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
@@ -157,8 +158,13 @@ class LocalBackend:
     def forward_backward_custom_async(
         self, data: list[tinker.Datum], loss_fn: LossCallable
     ) -> OperationFuture[types.ForwardBackwardOutput]:
-        """See ``Backend``. ``loss_fn`` runs in the training thread."""
-        return self._submit(lambda model, progress: model.forward_backward_custom(data, loss_fn, progress))
+        """See ``Backend``. ``loss_fn`` runs in the training thread.
+
+        Raises:
+            DataError: ``loss_fn`` is no function.
+        """
+        loss = checked_loss(loss_fn, bare=True)
+        return self._submit(lambda model, progress: model.forward_backward_custom(data, loss, progress))
 
     def optim_step_async(self, adam: types.AdamParams) -> OperationFuture[types.OptimStepResponse]:
         """See ``Backend``."""

@@ -12,6 +12,7 @@ from nat_plugin_evsys.clients.futures import ResultFuture, after, failed
 from nat_plugin_evsys.clients.methods import answers, awaits, refuses
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient, Prompt
+from nat_plugin_evsys.engine.sampling.params import given_params
 from nat_plugin_evsys.engine.sampling.request import TokenCallback
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import DataError, EvsysError
@@ -42,8 +43,8 @@ class SamplingClient:
     def sample(
         self,
         prompt: Prompt,
-        num_samples: int,
-        sampling_params: types.SamplingParams,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         topk_sample_logprobs: int = 0,
@@ -51,6 +52,7 @@ class SamplingClient:
         prompt_alt_tokens_k: int = 0,
         prompt_logprobs_last_n: int | None = None,
         *,
+        params: types.SamplingParams | None = None,
         on_tokens: TokenCallback | None = None,
         wait: bool = False,
     ) -> ResultFuture[SampleResult]:
@@ -69,6 +71,7 @@ class SamplingClient:
             topk_sample_logprobs: the k likeliest tokens of each sampled position.
             target_prompt_logprobs, prompt_alt_tokens_k: refused.
             prompt_logprobs_last_n: give only the last n prompt tokens' logprobs.
+            params: evsys's name of sampling_params. *Extension.*
             on_tokens: called from the sampler's thread as tokens arrive. *Extension.*
             wait: return only when it is done, raising its error. *Extension* (Weaver).
 
@@ -81,8 +84,7 @@ class SamplingClient:
         """
         try:
             refuse_options(target_prompt_logprobs=target_prompt_logprobs, prompt_alt_tokens_k=prompt_alt_tokens_k)
-            if not isinstance(sampling_params, types.SamplingParams):
-                raise DataError(f"sampling_params is a {type(sampling_params).__name__}; give types.SamplingParams")
+            given = given_params(sampling_params, params)
             check_int("num_samples", num_samples, least=1, error=DataError)
             check_int("topk_prompt_logprobs", topk_prompt_logprobs, least=0, error=DataError)
             check_int("topk_sample_logprobs", topk_sample_logprobs, least=0, error=DataError)
@@ -92,7 +94,7 @@ class SamplingClient:
         future = self._engine.sample(
             prompt,
             num_samples,
-            sampling_params.model_copy(),
+            given.model_copy(),
             include_prompt_logprobs,
             topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,

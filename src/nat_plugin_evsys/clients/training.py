@@ -9,19 +9,18 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import torch
 from tinker import types
-from torch import Tensor
 
 from nat_plugin_evsys.clients.futures import ClientFuture, ForwardBackwardFuture, ResultFuture, after, failed
 from nat_plugin_evsys.clients.methods import answers, awaits, refuses, submits
 from nat_plugin_evsys.clients.results import ForwardBackwardOutput
 from nat_plugin_evsys.clients.sampling import SamplingClient
 from nat_plugin_evsys.engine.checkpoints import Kind, load_checkpoint
+from nat_plugin_evsys.engine.gradient.custom_loss import CustomLoss, checked_loss
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import ModelAction, TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.errors import ConfigError, DataError, EngineClosedError, EvsysError, UnsupportedError
+from nat_plugin_evsys.errors import ConfigError, EngineClosedError, EvsysError, UnsupportedError
 from nat_plugin_evsys.runtime.arguments import (
     check_data,
     check_flag,
@@ -436,46 +435,3 @@ class TrainingClient:
             return operation(model, progress)
 
         return after(self._queue.submit(run, future), wait)
-
-
-CustomLoss = Callable[["list[tinker.Datum]", "list[Tensor]"], "tuple[Tensor, dict[str, float]]"]
-
-
-def checked_loss(loss_fn: Any) -> CustomLoss:
-    """``loss_fn`` that raises DataError when it returns anything but ``(loss, metrics)``.
-
-    ``loss`` is a finite tensor that depends on the logprobs, ``metrics`` a dict of numbers. What ``loss_fn`` itself
-    raises passes through.
-    """
-    if not callable(loss_fn):
-        raise DataError(
-            f"loss_fn is a {type(loss_fn).__name__}; forward_backward_custom takes a function "
-            "(data, logprobs) -> (loss, metrics)"
-        )
-
-    def call(data: list[tinker.Datum], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        returned = loss_fn(data, logprobs)
-        if not isinstance(returned, tuple) or len(returned) != 2:
-            raise DataError(f"the custom loss returned a {type(returned).__name__}; return the tuple (loss, metrics)")
-        loss, metrics = returned
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            raise DataError(
-                "the custom loss must return a tensor computed from the logprobs with torch (not detached, no .item())"
-            )
-        if not bool(torch.isfinite(loss).all()):
-            raise DataError("the custom loss is inf or NaN")
-        return loss, _numbers(metrics)
-
-    return call
-
-
-def _numbers(metrics: Any) -> dict[str, float]:
-    if not isinstance(metrics, Mapping):
-        raise DataError(f"the custom loss returned metrics of type {type(metrics).__name__}; return a dict of numbers")
-    numbers = {}
-    for key, value in metrics.items():
-        try:
-            numbers[str(key)] = float(value)
-        except (TypeError, ValueError) as exc:
-            raise DataError(f"the custom loss's metric {key!r} is no number: {value!r}") from exc
-    return numbers

@@ -130,8 +130,12 @@ class TinkerBackend:
         When it fails, the SDK takes nothing more for this adapter; ``load_state`` makes another.
         """
 
+        from nat_plugin_evsys.engine.gradient.custom_loss import checked_loss
+
+        checked = checked_loss(loss_fn, bare=True)
+
         def with_its_sum(data: list[Any], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-            loss, metrics = loss_fn(data, logprobs)
+            loss, metrics = checked(data, logprobs)
             # older releases of the SDK report the surrogate's
             return loss, {**metrics, "loss:sum": float(loss.detach().sum())}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nat_plugin_evsys.backends.base import TokenCallback
+from nat_plugin_evsys.backends.base import TokenCallback, given_params
 from nat_plugin_evsys.backends.remote.waiting import ServiceWatch, sdk_future
 from nat_plugin_evsys.errors import DataError, PromptTooLongError, ServiceError, UnsupportedError
 
@@ -33,11 +33,12 @@ class TinkerSamplingClient:
     async def sample_async(
         self,
         prompt: types.ModelInput,
-        num_samples: int,
-        sampling_params: types.SamplingParams,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         *,
+        params: types.SamplingParams | None = None,
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
     ) -> types.SampleResponse:
@@ -45,17 +46,18 @@ class TinkerSamplingClient:
 
         Raises:
             PromptTooLongError: the prompt leaves no room for one token.
-            DataError: no sample was asked for, or the prompt is empty.
+            DataError: no sample was asked for, the prompt is empty, or there are no parameters.
             UnsupportedError: an option that the protocol or the installed SDK lacks.
             ServiceError: the service failed, refused, or gave no logprobs.
         """
         if num_samples < 1:
             raise DataError(f"num_samples must be at least 1, got {num_samples}")
-        params = _plain(sampling_params, self._room(prompt, sampling_params.max_tokens))
+        asked = given_params(sampling_params, params)
+        plain = _plain(asked, self._room(prompt, asked.max_tokens))
         options = {"topk_sample_logprobs": topk_sample_logprobs} if topk_sample_logprobs else {}
         try:
             returned = self._client.sample(
-                prompt, num_samples, params, include_prompt_logprobs, topk_prompt_logprobs, **options
+                prompt, num_samples, plain, include_prompt_logprobs, topk_prompt_logprobs, **options
             )
         except TypeError as error:
             raise self._watch.service.readable(error, self._what, "sample") from error

@@ -46,6 +46,10 @@ class ServiceOperation(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return self._wait().__await__()
 
+    async def result_async(self) -> T:
+        """The result, as by ``await``."""
+        return await self
+
     async def _wait(self) -> T:
         future = await self._watch.wait(self._submitted, self._what, self._purpose)
         result = await self._watch.wait(future, self._what, self._purpose)

@@ -1,7 +1,8 @@
-"""The Datums of Tinker's two-pass scheme for custom losses."""
+"""A custom loss: what it must return, and the Datums of Tinker's two-pass scheme for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,42 @@ from nat_plugin_evsys.errors import DataError
 
 if TYPE_CHECKING:
     import tinker
+
+CustomLoss = Callable[["list[tinker.Datum]", "list[Tensor]"], "tuple[Tensor, dict[str, float]]"]
+"""``(data, logprobs) -> (loss, metrics)``; ``logprobs[i]`` has the shape of ``data[i]``'s target_tokens."""
+
+
+def checked_loss(loss_fn: Any, *, bare: bool = False) -> CustomLoss:
+    """``loss_fn`` that raises DataError when it returns anything but ``(loss, metrics)``.
+
+    ``loss`` is a finite tensor that depends on the logprobs, ``metrics`` a dict of numbers. What ``loss_fn`` itself
+    raises passes through.
+
+    Args:
+        bare: the loss alone will do, as evsys has it.
+    """
+    if not callable(loss_fn):
+        raise DataError(
+            f"loss_fn is a {type(loss_fn).__name__}; forward_backward_custom takes a function "
+            "(data, logprobs) -> (loss, metrics)"
+        )
+
+    def call(data: list[tinker.Datum], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        returned = loss_fn(data, logprobs)
+        if bare and isinstance(returned, Tensor):
+            returned = returned, {}
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise DataError(f"the custom loss returned a {type(returned).__name__}; return the tuple (loss, metrics)")
+        loss, metrics = returned
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise DataError(
+                "the custom loss must return a tensor computed from the logprobs with torch (not detached, no .item())"
+            )
+        if not bool(torch.isfinite(loss).all()):
+            raise DataError("the custom loss is inf or NaN")
+        return loss, _numbers(metrics)
+
+    return call
 
 
 def surrogate_datum(datum: tinker.Datum, index: int) -> tinker.Datum:
@@ -43,3 +80,15 @@ def with_weights(datum: tinker.Datum, grad: Tensor) -> tinker.Datum:
     """The Datum whose cross_entropy has the gradient ``grad`` by the logprobs."""
     weights: Any = types.TensorData.from_torch(-grad)
     return types.Datum(datum.model_input, {**datum.loss_fn_inputs, "weights": weights})
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    if not isinstance(metrics, Mapping):
+        raise DataError(f"the custom loss returned metrics of type {type(metrics).__name__}; return a dict of numbers")
+    numbers = {}
+    for key, value in metrics.items():
+        try:
+            numbers[str(key)] = float(value)
+        except (TypeError, ValueError) as exc:
+            raise DataError(f"the custom loss's metric {key!r} is no number: {value!r}") from exc
+    return numbers

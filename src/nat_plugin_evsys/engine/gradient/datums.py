@@ -74,6 +74,7 @@ def check_datums(data: Sequence[tinker.Datum], loss_fn: str, *, vocab_size: int,
         for key, value in inputs.items():
             shape = targets.shape[:1] if key == TEMPERATURE else targets.shape
             inputs[key] = _floats(value, where, key, shape)
+        _fold_mask(inputs, where)
         _check_gspo(inputs, where, loss_fn)
         examples.append(Example(tokens, targets, inputs, _temperature(inputs.pop(TEMPERATURE, None), where)))
     return examples
@@ -153,6 +154,17 @@ def _check_vocabulary(ids: Tensor, where: str, key: str, vocab_size: int) -> Non
     if len(bad):
         at = ", ".join(str(i) for i in bad[0].tolist())
         raise DataError(f"{where}: {key}[{at}] is {int(ids[tuple(bad[0])])}; token ids are 0 to {vocab_size - 1}")
+
+
+def _fold_mask(inputs: dict[str, Tensor], where: str) -> None:
+    """Multiply the advantages by ``mask``, if there is one: the losses that take it are linear in them."""
+    mask = inputs.pop("mask", None)
+    if mask is None:
+        return
+    if bool((mask < 0).any()):
+        at = int((mask < 0).nonzero()[0])
+        raise DataError(f"{where}: mask[{at}] is {mask[at].item()}; give 1 for a token that counts and 0 for another")
+    inputs["advantages"] = inputs["advantages"] * mask
 
 
 def _check_gspo(inputs: Mapping[str, Tensor], where: str, loss_fn: str) -> None:

@@ -175,13 +175,16 @@ class LossSpec:
 
 
 _RL = ("logprobs", "advantages")
+_MASK = ("mask",)
+"""(N,): the loss of each token is multiplied by it. *Extension*; evsys's Datums carry it. The caller folds it into the
+advantages, in which these losses are linear; dro is not."""
 _CLIP = ("clip_low_threshold", "clip_high_threshold")
 
 LOSSES: dict[str, LossSpec] = {
     "cross_entropy": LossSpec(cross_entropy, optional=("weights",)),
-    "importance_sampling": LossSpec(importance_sampling, _RL),
-    "ppo": LossSpec(ppo, _RL, _CLIP, dict(zip(_CLIP, (0.8, 1.2), strict=True))),
-    "cispo": LossSpec(cispo, _RL, _CLIP, dict(zip(_CLIP, (0.0, 4.0), strict=True))),
+    "importance_sampling": LossSpec(importance_sampling, _RL, _MASK),
+    "ppo": LossSpec(ppo, _RL, (*_CLIP, *_MASK), dict(zip(_CLIP, (0.8, 1.2), strict=True))),
+    "cispo": LossSpec(cispo, _RL, (*_CLIP, *_MASK), dict(zip(_CLIP, (0.0, 4.0), strict=True))),
     "dro": LossSpec(dro, _RL, (), {"beta": defaults.DRO_BETA}),
     "gspo": LossSpec(gspo, (*_RL, "sequence_ratio_mask"), _CLIP, dict(zip(_CLIP, (1 - 3e-4, 1 + 4e-4), strict=True))),
 }

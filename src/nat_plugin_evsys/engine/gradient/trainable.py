@@ -10,7 +10,13 @@ import torch
 from tinker import types
 from torch import Tensor
 
-from nat_plugin_evsys.engine.gradient.custom_loss import bare_datum, leaf_gradient, surrogate_datum, with_weights
+from nat_plugin_evsys.engine.gradient.custom_loss import (
+    CustomLoss,
+    bare_datum,
+    leaf_gradient,
+    surrogate_datum,
+    with_weights,
+)
 from nat_plugin_evsys.engine.gradient.datums import check_datums, check_thresholds
 from nat_plugin_evsys.engine.gradient.losses import resolve_config
 from nat_plugin_evsys.engine.gradient.micro_batches import Loss, MicroBatches
@@ -26,9 +32,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """``(done tokens, total tokens)``, called after each micro-batch. Raising from it abandons the operation."""
-
-CustomLoss = Callable[["list[tinker.Datum]", "list[Tensor]"], "tuple[Tensor, dict[str, float]]"]
-"""``(data, logprobs) -> (loss, metrics)``; ``logprobs[i]`` has the shape of ``data[i]``'s target_tokens."""
 
 
 class TrainableModel:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from tinker import types
 
 from nat_plugin_evsys.engine.sampling.decode_batch import SamplingPolicy
+from nat_plugin_evsys.engine.sampling.params import given_params
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest, TokenCallback
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import DataError, EvsysError
@@ -82,19 +83,20 @@ class LocalSamplingClient:
     async def sample_async(
         self,
         prompt: Prompt,
-        num_samples: int,
-        sampling_params: types.SamplingParams,
+        num_samples: int = 1,
+        sampling_params: types.SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
         *,
+        params: types.SamplingParams | None = None,
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
     ) -> SampleResult:
-        """Like ``sample``; raises what that one's future raises."""
+        """Like ``sample``, with ``params`` as evsys's name of the parameters; raises what that one's future raises."""
         future = self.sample(
             prompt,
             num_samples,
-            sampling_params,
+            given_params(sampling_params, params),
             include_prompt_logprobs,
             topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
