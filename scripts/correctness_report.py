@@ -26,49 +26,49 @@ LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tinker", "numpy", 
 
 EXPLANATIONS = {
     "1 losses": """
-Every loss of the engine (`forward_backward`: logprobs, loss, gradient of every LoRA matrix) against a float64
-computation that shares no code with it: transformers alone, the adapter merged into the weights, one right-padded
-batch with an attention mask (Gemma's sliding windows: by causality alone, since padding beyond the window would see
-no key), plain autograd. Batches are drawn by hypothesis: family, ragged lengths from 1 to 24, one to five Datums,
-LoRA with and without the unembedding, sequences with and without a common beginning, cut into micro-batches of
-three sizes, on the fast path and on the plain one; ratios on both sides of the thresholds (batches with one nearer
-than 1e-5 are drawn again: the gradient jumps there); thresholds by default, from `loss_fn_config` and per token;
-weights of any sign. *Relative* means: of the loss, to the sum of its terms' magnitudes; of the gradient, 2-norm to
-2-norm; of one matrix, to its largest entry (or to a hundredth of the whole gradient's largest entry if that is
-more; to the latter itself where the matrix has no gradient at all, such as the query of a token that sees one key).
-The last row checks each formula and a derivative worked out by hand on hypothesis' own numbers.
+Every loss of the engine (`forward_backward`: logprobs, loss, gradient of every LoRA matrix) is compared with a
+float64 computation that shares no code with it: transformers alone, with the adapter merged into the weights, one
+right-padded batch with an attention mask, and plain autograd. (Gemma's sliding windows use causality alone, since
+padding beyond the window would see no key.) Hypothesis draws the batches: model family, ragged lengths from 1 to
+24, one to five Datums, LoRA with and without the unembedding, sequences with and without a common prefix,
+micro-batches of three sizes, the fast and the plain path, ratios on both sides of the thresholds, default,
+`loss_fn_config` and per-token thresholds, and weights of either sign. A batch with a ratio within 1e-5 of a
+threshold is drawn again, because the gradient jumps there. *Relative* means: for the loss, relative to the sum of
+its terms' magnitudes; for the gradient, 2-norm to 2-norm; for one matrix, relative to its largest entry, or to a
+hundredth of the whole gradient's largest entry if that is more. A matrix that has no gradient (such as the query of
+a token that sees one key) is compared with the whole gradient's largest entry. The last row checks each formula,
+and a derivative worked out by hand, on numbers drawn by hypothesis.
 """,
     "2 sampler and trainer": """
-LoRA's B is moved away from zero, then sampled logprobs are compared with those of `forward`, both through the
-public `Backend`, in fp32. Two turns of requests of unequal length with three and two samples each, five rows at a
-time (continuous batching), with prefixes taken from the cache. `forward` has temperature 1; the other temperatures
-are compared with transformers alone in float64. The recorded calls are those of an OpenAI client that converses
-(plain, streamed, `n` > 1, with tools) with a policy endpoint over `builtin/tiny` after four training steps on its
-own calls.
+LoRA's B is moved away from zero. Then sampled logprobs are compared with those of `forward`, both through the
+public `Backend`, in fp32: two turns of requests of unequal length, three and two samples each, five rows at a time
+(continuous batching), with prefixes from the cache. `forward` has temperature 1; other temperatures are compared
+with transformers alone in float64. The recorded calls come from an OpenAI client in conversation (plain, streamed,
+`n` > 1, with tools) with a policy endpoint over `builtin/tiny`, after four training steps on its own calls.
 """,
     "3 resume": """
-Six steps (cross_entropy and importance_sampling in turn, a learning rate schedule, weight decay, clipping in every
-other step) in one process, against three, `save_full_state`, and three more in a **new process** after
-`load_state(with_optimizer=True)`. Compared are all bits of the saved weights and moments and the losses of the
-steps. A load of the weights alone is checked to end elsewhere.
+Six steps in one process (alternating cross_entropy and importance_sampling, with a learning rate schedule, weight
+decay, and clipping in every other step) are compared with three steps, `save_full_state`, and three more in a **new
+process** after `load_state(with_optimizer=True)`. The comparison covers every bit of the saved weights and moments,
+and the losses of the steps. The test also checks that loading the weights alone gives a different result.
 """,
     "4 isolation": """
-Two adapters over one base model. One is probed, the other is trained, while two threads sample from both; then the
-probe is repeated. Compared are all bits.
+Two adapters share one base model. One is probed, the other is trained while two threads sample from both, and then
+the probe is repeated. All bits are compared.
 """,
     "5 kill -9 during save": """
-A process that saves over and over is killed at a random moment of a save. Afterwards the checkpoint of that name
-must load with weights, moments and step of one save, no older than the last one known, and every listed checkpoint
-must be whole. Once with the kernel's atomic exchange of two directories, once with the plain renames that are used
-where the kernel has none.
+A process that keeps saving is killed at a random moment of a save. Afterwards the checkpoint of that name must load
+with the weights, moments and step of a single save, no older than the last one known, and every listed checkpoint
+must be complete. The test runs with the kernel's atomic exchange of two directories, and with the plain renames
+used on kernels without it.
 """,
     "6 learning": """
 A small SFT and a small RL task against an independent plain-PyTorch run with the same data order and seeds.
 """,
     "9 optimizer and PEFT": """
-`optim_step` on real gradients of two accumulated calls, with random schedules of all AdamParams. Saved adapters
-loaded by `peft`, and merged by it into the base model (tied unembeddings are untied first: a delta on the head is
-not one on the embedding).
+`optim_step` runs on real gradients of two accumulated calls, with random schedules of all AdamParams. `peft` loads
+the saved adapters and merges them into the base model (tied unembeddings are untied first, since a delta on the
+head is not one on the embedding).
 """,
 }
 
@@ -94,19 +94,18 @@ def page(rows: list[dict[str, Any]]) -> str:
     """The whole page."""
     parts = [
         "# Correctness: what was compared, and the worst deviation seen",
-        f"Written by `{COMMAND}`, which runs the tests of `tests/correctness` and takes every figure from them. "
+        f"Written by `{COMMAND}`, which runs `tests/correctness` and takes every figure from these tests. "
         "Edit the script, not this page.",
-        "Proofs are numbered as in the plan; one without a section here has tests but recorded no figure.",
         machine(),
-        "**CUDA paths are unmeasured.** Every figure here is of float32 on a CPU with one torch thread; nothing on "
-        "this page says anything about bfloat16, about a GPU's kernels or about more threads.",
+        "**CUDA paths are unmeasured.** Every figure is for float32 on a CPU with one torch thread. This page says "
+        "nothing about bfloat16, GPU kernels or more threads.",
     ]
     proofs = sorted({row["proof"] for row in rows})
     for proof in proofs:
-        number, name = proof.split(" ", 1)
+        _, name = proof.split(" ", 1)  # the number only orders the sections
         own = [row for row in rows if row["proof"] == proof]
         parts += [
-            f"## {number}. {name[0].upper()}{name[1:]}",
+            f"## {name[0].upper()}{name[1:]}",
             EXPLANATIONS.get(proof, "").strip(),
             summary(own),
             details(own),
