@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinker.lib.retry_handler import RetryConfig as RetryConfig
     from tinker.types import AdamOptimizerConfig as AdamOptimizerConfig
     from tinker.types import AdamParams as AdamParams
     from tinker.types import Checkpoint as Checkpoint
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tinker.types import Cursor as Cursor
     from tinker.types import EncodedTextChunk as EncodedTextChunk
     from tinker.types import GetInfoResponse as GetInfoResponse
+    from tinker.types import GetInfoResponse as InitTrainerServerResponse
     from tinker.types import GetServerCapabilitiesResponse as GetServerCapabilitiesResponse
     from tinker.types import GetServerCapabilitiesResponse as ServerCapabilities
     from tinker.types import LoadWeightsResponse as LoadWeightsResponse
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.clients.futures import ClientFuture as ClientFuture
     from nat_plugin_evsys.clients.futures import ForwardBackwardFuture as ForwardBackwardFuture
     from nat_plugin_evsys.clients.futures import ResultFuture as ResultFuture
+    from nat_plugin_evsys.clients.loops import CheckpointFile as CheckpointFile
+    from nat_plugin_evsys.clients.loops import CheckpointFilesResponse as CheckpointFilesResponse
+    from nat_plugin_evsys.clients.loops import WandbConfig as WandbConfig
     from nat_plugin_evsys.clients.results import ForwardBackwardOutput as ForwardBackwardOutput
     from nat_plugin_evsys.engine.gradient.operations import OperationFuture as OperationFuture
     from nat_plugin_evsys.engine.sampling.result import SampledSequence as SampledSequence
@@ -50,6 +55,10 @@ if TYPE_CHECKING:
 
 _TINKER = "tinker.types"
 _MODULES = {
+    "CheckpointFile": "nat_plugin_evsys.clients.loops",
+    "CheckpointFilesResponse": "nat_plugin_evsys.clients.loops",
+    "WandbConfig": "nat_plugin_evsys.clients.loops",
+    "RetryConfig": "tinker.lib.retry_handler",
     "ClientFuture": "nat_plugin_evsys.clients.futures",
     "ForwardBackwardFuture": "nat_plugin_evsys.clients.futures",
     "ResultFuture": "nat_plugin_evsys.clients.futures",
@@ -62,12 +71,14 @@ _MODULES = {
     "SamplingParams": "nat_plugin_evsys.runtime.extensions",
     "SupportedModel": "nat_plugin_evsys.runtime.extensions",
 }
-"""Where this package's own types are defined."""
+"""Where the types that are not in ``tinker.types`` are defined."""
 
 __all__ = [
     "AdamOptimizerConfig",
     "AdamParams",
     "Checkpoint",
+    "CheckpointFile",
+    "CheckpointFilesResponse",
     "CheckpointsListResponse",
     "ClientFuture",
     "Cursor",
@@ -77,6 +88,7 @@ __all__ = [
     "ForwardBackwardOutput",
     "GetInfoResponse",
     "GetServerCapabilitiesResponse",
+    "InitTrainerServerResponse",
     "LoadWeightsResponse",
     "LoraConfig",
     "LossFnInputs",
@@ -89,6 +101,7 @@ __all__ = [
     "OperationFuture",
     "OptimStepResponse",
     "ResultFuture",
+    "RetryConfig",
     "SampleResponse",
     "SampleResult",
     "SampledSequence",
@@ -100,24 +113,18 @@ __all__ = [
     "TensorData",
     "TrainingRun",
     "TrainingRunsResponse",
+    "WandbConfig",
     "WeightsInfoResponse",
 ]
 
-_ALIASES = {"ServerCapabilities": "GetServerCapabilitiesResponse"}
-"""Names of other APIs for Tinker's types."""
-
-REFUSED = {
-    "WandbConfig": "every call returns its metrics; hand them to wandb.log where you like",
-    "CheckpointFilesResponse": "checkpoints are directories on this machine; see RestClient.get_checkpoint_directory",
-    "CheckpointFile": "checkpoints are directories on this machine; see RestClient.get_checkpoint_directory",
-    "InitTrainerServerResponse": "no server is started; TrainingClient.get_info() gives a GetInfoResponse",
+_ALIASES = {
+    "ServerCapabilities": "GetServerCapabilitiesResponse",
+    "InitTrainerServerResponse": "GetInfoResponse",
 }
-"""Types of the other APIs that are not offered, and why."""
+"""Names of other APIs for Tinker's types."""
 
 
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in REFUSED:
-        raise AttributeError(f"{name} is not offered: {REFUSED[name]}")
     return getattr(importlib.import_module(_MODULES.get(name, _TINKER)), _ALIASES.get(name, name))

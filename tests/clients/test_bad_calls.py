@@ -101,7 +101,7 @@ def sample(prompt: Any = (1, 2), n: Any = 1, sampling_params: Any = GREEDY, **op
 
 
 CONSTRUCTOR: list[tuple[str, Call, type[Exception], str]] = [
-    ("api_key", lambda w: ServiceClient(api_key="k"), UnsupportedError, "api_key is not offered: .* needs no key"),
+    ("api_key", lambda w: ServiceClient(api_key=7), ConfigError, "api_key must be a non-empty string, got 7"),
     ("base_url", lambda w: ServiceClient(base_url="u"), UnsupportedError, "base_url is not offered"),
     ("project_id", lambda w: ServiceClient(project_id="p"), UnsupportedError, "project_id is not offered"),
     ("display_name", lambda w: ServiceClient(display_name="d"), UnsupportedError, "display_name is not offered"),
@@ -196,8 +196,8 @@ CREATING: list[tuple[str, Call, type[Exception], str]] = [
     (
         "retry_config",
         lambda w: w.service.create_sampling_client(w.weights, retry_config=object()),
-        UnsupportedError,
-        "retry_config is not offered: calls inside one process are not retried",
+        ConfigError,
+        "retry_config is a object; give types.RetryConfig",
     ),
     (
         "stability",
@@ -262,6 +262,12 @@ DATA: list[tuple[str, Call, type[Exception], str]] = [
         r"ppo takes target_tokens of shape \(3,\)",
     ),
     ("gspo mask", fb(rl(sequence_ratio_mask=[0.0] * 3), "gspo"), DataError, "sequence_ratio_mask is zero everywhere"),
+    (
+        "data twice",
+        lambda w: w.client.forward_backward(ce(), "cross_entropy", datums=ce()),
+        DataError,
+        "data and datums are two names of the same list",
+    ),
     ("loss unknown", fb(ce(), "hinge"), DataError, "loss_fn 'hinge' cannot be used: it is unknown; choose one of"),
     ("loss custom", fb(ce(), "custom"), DataError, "pass the Python function to forward_backward_custom"),
     ("loss secret", fb(ce(), "stable_reinforce"), DataError, "its formula is not public"),
@@ -414,22 +420,22 @@ SAVING: list[tuple[str, Call, type[Exception], str]] = [
         "checkpoint name 'a/b' is refused",
     ),
     (
-        "inflight",
-        lambda w: w.client.save_weights_and_get_sampling_client(kind="inflight"),
-        UnsupportedError,
-        "kind='inflight' is not offered: no sequence mixes two policy versions",
+        "kind",
+        lambda w: w.client.save_weights_and_get_sampling_client(kind="live"),
+        ConfigError,
+        "kind must be 'snapshot' or 'inflight', got 'live'",
     ),
     (
         "snapshot retries",
         lambda w: w.client.save_weights_and_get_sampling_client(retry_config=1),
-        UnsupportedError,
-        "retry_config is not offered",
+        ConfigError,
+        "retry_config is a int; give types.RetryConfig",
     ),
     (
-        "external",
-        lambda w: w.client.save_weights_external("x"),
+        "encryption",
+        lambda w: w.client.save_weights_external("x", age_encryption_recipients=["age1"]),
         UnsupportedError,
-        "save_weights_external is not offered",
+        "age_encryption_recipients is not offered: weights are exported as they are",
     ),
     ("load missing", lambda w: w.client.load_state("tinker://m/weights/a"), CheckpointError, "does not exist; give"),
     ("load number", lambda w: w.client.load_state(3), CheckpointError, "is a tinker:// path or a directory, got 3"),
@@ -517,13 +523,7 @@ SAMPLING: list[tuple[str, Call, type[Exception], str]] = [
         PromptTooLongError,
         "257 tokens and 0 more .* is 256",
     ),
-    (
-        "pickling",
-        lambda w: __import__("pickle").dumps(w.sampling),
-        UnsupportedError,
-        "pickling is not offered: the weights",
-    ),
-    ("handle", lambda w: w.sampling.get_sampler_handle(), UnsupportedError, "get_sampler_handle is not offered"),
+    ("handle", lambda w: w.sampling.from_sampler_handle("x"), ConfigError, "this is no sampler handle"),
 ]
 
 REST: list[tuple[str, Call, type[Exception], str]] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from nat_plugin_evsys.clients.results import ForwardBackwardOutput
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
@@ -14,7 +14,7 @@ F = TypeVar("F", bound=OperationFuture[Any])
 
 
 class ResultFuture(OperationFuture[T]):
-    """An ``OperationFuture`` that may be read as its result: indexing, ``get``, ``len``, iterating and ``str`` wait.
+    """An ``OperationFuture`` that may be read as its result: indexing, ``in``, ``keys``, ``len``, ``str`` … wait.
 
     *Extension*, for Weaver's ``sampling_client.sample(…)["sequences"][0]`` and its list of ``compute_logprobs(…)``.
     """
@@ -27,6 +27,25 @@ class ResultFuture(OperationFuture[T]):
         """``result().get(key, default)``."""
         result: Any = self.result()
         return result.get(key, default)
+
+    def keys(self) -> Any:
+        """``result().keys()``."""
+        result: Any = self.result()
+        return result.keys()
+
+    def items(self) -> Any:
+        """``result().items()``."""
+        result: Any = self.result()
+        return result.items()
+
+    def values(self) -> Any:
+        """``result().values()``."""
+        result: Any = self.result()
+        return result.values()
+
+    def __contains__(self, key: object) -> bool:
+        result: Any = self.result()
+        return key in result
 
     def __len__(self) -> int:
         result: Any = self.result()
@@ -55,8 +74,18 @@ class ForwardBackwardFuture(ResultFuture[ForwardBackwardOutput]):
 class ClientFuture(OperationFuture[C]):
     """A future of a client that may be used as the client itself: an attribute of it waits until the client is there.
 
-    Tinker's examples leave ``.result()`` away, and its SDK allows it.
+    Tinker's examples leave ``.result()`` away, and its SDK allows it; as there, the future of a client passes
+    ``isinstance`` for the client's class, and for its own.
+
+    Attributes:
+        KIND: the client's class.
     """
+
+    KIND: ClassVar[type]
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return self.KIND
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

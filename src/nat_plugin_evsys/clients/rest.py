@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from tinker import types
 
 from nat_plugin_evsys.clients.futures import ResultFuture
+from nat_plugin_evsys.clients.loops import CheckpointFilesResponse, files_of
 from nat_plugin_evsys.clients.methods import awaits, refuses
 from nat_plugin_evsys.engine.checkpoints import read_checkpoint
 from nat_plugin_evsys.errors import ConfigError
@@ -18,7 +20,6 @@ from nat_plugin_evsys.runtime.runs import RunRecord
 
 _NO_ACCOUNTS = "there are no accounts here; a checkpoint is a directory that you may share"
 _NO_SESSIONS = "sessions are not kept; see list_training_runs"
-_DIRECTORIES = "checkpoints are directories on this machine; use get_checkpoint_directory"
 
 
 class RestHost(Protocol):
@@ -108,7 +109,7 @@ class RestClient:
     set_checkpoint_ttl_from_tinker_path_async = awaits(set_checkpoint_ttl_from_tinker_path)
 
     def get_checkpoint_directory(self, tinker_path: str) -> ResultFuture[Path]:
-        """The directory of a checkpoint, in PEFT's format. *Extension*, in place of signed URLs and archives.
+        """The directory of a checkpoint, in PEFT's format. *Extension.*
 
         Raises, through the future:
             CheckpointError: missing, torn or expired.
@@ -116,6 +117,45 @@ class RestClient:
         return self._run(lambda: self._store.resolve(tinker_path))
 
     get_checkpoint_directory_async = awaits(get_checkpoint_directory)
+
+    def get_checkpoint_archive_url(
+        self, training_run_id: types.ModelID, checkpoint_id: str
+    ) -> ResultFuture[CheckpointFilesResponse]:
+        """Where the files of ``weights/<name>`` or ``sampler_weights/<name>`` are: a ``file://`` URL each. *Extension.*
+
+        Raises, through the future:
+            CheckpointError: missing, torn or expired.
+        """
+        return self.get_checkpoint_archive_url_from_tinker_path(f"{SCHEME}{training_run_id}/{checkpoint_id}")
+
+    get_checkpoint_archive_url_async = awaits(get_checkpoint_archive_url)
+
+    def get_checkpoint_archive_url_from_tinker_path(self, tinker_path: str) -> ResultFuture[CheckpointFilesResponse]:
+        """``get_checkpoint_archive_url`` by path. *Extension.*"""
+        return self._run(lambda: files_of(self._store.resolve(tinker_path)))
+
+    get_checkpoint_archive_url_from_tinker_path_async = awaits(get_checkpoint_archive_url_from_tinker_path)
+
+    def get_external_weights_urls(self, tinker_path: str) -> ResultFuture[types.ExternalWeightsUrlsResponse]:
+        """A ``file://`` URL for each file of a checkpoint of ``save_weights_external``; it expires with the checkpoint.
+
+        Raises, through the future:
+            ConfigError: it is a checkpoint of another kind.
+            CheckpointError: missing, torn or expired.
+        """
+
+        def call() -> types.ExternalWeightsUrlsResponse:
+            directory = self._store.resolve(tinker_path)
+            info = read_checkpoint(directory)
+            if info.kind != "external":
+                raise ConfigError(f"{tinker_path} was not saved by save_weights_external; see get_checkpoint_directory")
+            expires = datetime.max if info.expires_at is None else datetime.fromtimestamp(info.expires_at, UTC)
+            urls = {file.relative_file_name: file.url for file in files_of(directory).presigned_urls}
+            return types.ExternalWeightsUrlsResponse(urls=urls, expires=expires.replace(tzinfo=UTC))
+
+        return self._run(call)
+
+    get_external_weights_urls_async = awaits(get_external_weights_urls)
 
     def get_training_run(
         self, training_run_id: types.ModelID, access_scope: str = "owned"
@@ -216,9 +256,6 @@ for _name, _why in {
     "get_audit_log": _NO_ACCOUNTS,
     "get_billing_usage": _NO_ACCOUNTS,
     "get_current_checkpoint_storage_usage": _NO_ACCOUNTS,
-    "get_external_weights_urls": _DIRECTORIES,
-    "get_checkpoint_archive_url": _DIRECTORIES,
-    "get_checkpoint_archive_url_from_tinker_path": _DIRECTORIES,
     "get_session": _NO_SESSIONS,
     "list_sessions": _NO_SESSIONS,
     "search_sessions": _NO_SESSIONS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from tinker import types
 
@@ -15,6 +15,8 @@ class ForwardBackwardOutput(FieldAccess, types.ForwardBackwardOutput):
     ``output["result"]`` is Weaver's dict: ``loss_fn_outputs``, and ``metrics`` with the average ``loss`` beside
     Tinker's ``name:reduction`` keys.
     """
+
+    KEYS: ClassVar[tuple[str, ...]] = ("result", "loss_fn_output_type", "loss_fn_outputs", "metrics")
 
     @classmethod
     def of(cls, output: types.ForwardBackwardOutput) -> ForwardBackwardOutput:
@@ -36,3 +38,19 @@ class ForwardBackwardOutput(FieldAccess, types.ForwardBackwardOutput):
     def result(self) -> dict[str, Any]:
         """Weaver's form."""
         return {"loss_fn_outputs": self.loss_fn_outputs, "metrics": {**self.metrics, "loss": self.average_loss}}
+
+
+class OptimStepOutput(FieldAccess, types.OptimStepResponse):  # type: ignore[misc] # iterates over keys, not pairs
+    """Tinker's response of ``optim_step``, which may be read as Weaver's mapping too. *Extension.*"""
+
+    KEYS: ClassVar[tuple[str, ...]] = ("result", "metrics")
+
+    @classmethod
+    def of(cls, response: types.OptimStepResponse) -> OptimStepOutput:
+        """The engine's response in this type."""
+        return cls(metrics=response.metrics)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Weaver's form."""
+        return {"metrics": dict(self.metrics or {})}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from tinker import types
 
-from nat_plugin_evsys.clients.futures import ResultFuture, after, failed
+from nat_plugin_evsys.clients.futures import ClientFuture, ResultFuture, after, failed
+from nat_plugin_evsys.clients.handles import SamplerHandle
 from nat_plugin_evsys.clients.methods import answers, awaits, refuses
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient, Prompt
@@ -16,9 +19,49 @@ from nat_plugin_evsys.engine.sampling.params import given_params
 from nat_plugin_evsys.engine.sampling.request import TokenCallback
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import DataError, EvsysError
-from nat_plugin_evsys.runtime.arguments import check_int, refuse_options
+from nat_plugin_evsys.runtime.arguments import check_api_key, check_int, refuse_options
 
-_IN_THIS_PROCESS = "the weights are in this process; save them and create a sampling client from the path there"
+SERVICE = "nat_plugin_evsys.clients.service"
+"""Stands on this module, and so is imported only when a handle is opened."""
+
+
+class SamplingHost(Protocol):
+    """What a SamplingClient asks of the ServiceClient that made it."""
+
+    def handle_of(self, base_model: str, model_path: str | None) -> SamplerHandle:
+        """How another process opens the same weights."""
+
+
+class Weights:
+    """What a SamplingClient samples from.
+
+    Args:
+        engine: the engine's client of them.
+        path: where they are saved, or None.
+        save: saves those that are not, and returns where.
+    """
+
+    def __init__(
+        self, engine: LocalSamplingClient, path: str | None, save: Callable[[LocalSamplingClient], str] | None = None
+    ) -> None:
+        self.engine = engine
+        self.path = path
+        self._save = save
+        self._lock = threading.Lock()
+
+    def saved(self) -> str | None:
+        """Where they are saved, from now on at the latest; None for the bare base model."""
+        with self._lock:
+            if self.path is None and self._save is not None:
+                self.path = self._save(self.engine)
+            return self.path
+
+
+class SharedWeights:
+    """The weights that all inflight sampling clients of a training client sample from; a publication replaces them."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.current = weights
 
 
 class SamplingClient:
@@ -27,18 +70,29 @@ class SamplingClient:
     It never waits for a training operation, and every result says which ``policy_version`` it ran. Safe to use from
     several threads and event loops at once.
 
+    It can be pickled: the copy, in this process or another, samples from the same weights. Weights that were only in
+    memory are saved for that, and can be opened for a day.
+
     Attributes:
-        policy_version: optimizer steps that made the weights; -1 is the bare base model. *Extension* (Loops).
         model_path: the checkpoint that it was created from, or None.
     """
 
-    def __init__(self, engine: LocalSamplingClient, base: BaseModel, model_path: str | None = None) -> None:
-        self.policy_version = engine.policy_version
-        self.model_path = model_path
-        self._engine = engine
+    def __init__(self, weights: Weights | SharedWeights, base: BaseModel, host: SamplingHost) -> None:
+        self._shared = weights if isinstance(weights, SharedWeights) else SharedWeights(weights)
+        self.model_path = self._shared.current.path
         self._base = base
+        self._host = host
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()
+
+    @property
+    def policy_version(self) -> int:
+        """Optimizer steps that made the weights; -1 is the bare base model. *Extension* (Loops)."""
+        return self._engine.policy_version
+
+    @property
+    def _engine(self) -> LocalSamplingClient:
+        return self._shared.current.engine
 
     def sample(
         self,
@@ -133,14 +187,39 @@ class SamplingClient:
 
     get_base_model_async = answers(get_base_model)
 
-    def __reduce__(self) -> Any:
-        return refuses("SamplingClient", "pickling", _IN_THIS_PROCESS)(self)
+    def get_sampler_handle(self) -> str:
+        """The sampler as text; ``SamplingClient.from_sampler_handle`` opens it, in any process of this machine.
+
+        Raises:
+            CheckpointError: weights that were only in memory could not be saved.
+        """
+        return self._host.handle_of(self._base.name, self._shared.current.saved()).encode()
+
+    @staticmethod
+    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> SamplingClient:
+        """A client of the sampler behind ``handle``, over the base model that this process has, or loads now.
+
+        Raises:
+            ConfigError: it is no handle.
+            CheckpointError: the weights are gone or have expired.
+            ModelError: the base model cannot be loaded.
+        """
+        check_api_key(api_key)
+        opened: SamplingClient = importlib.import_module(SERVICE).open_sampler(SamplerHandle.decode(handle))
+        return opened
+
+    def __reduce__(self) -> tuple[Callable[[str], SamplingClient], tuple[str]]:
+        return SamplingClient.from_sampler_handle, (self.get_sampler_handle(),)
 
     create = staticmethod(refuses("SamplingClient", "create", "use ServiceClient.create_sampling_client"))
-    get_sampler_handle = refuses("SamplingClient", "get_sampler_handle", _IN_THIS_PROCESS)
-    from_sampler_handle = staticmethod(refuses("SamplingClient", "from_sampler_handle", _IN_THIS_PROCESS))
     get_telemetry = refuses("SamplingClient", "get_telemetry", "nothing is reported to anyone")
     on_queue_state_change = refuses("SamplingClient", "on_queue_state_change", "there is no server queue to observe")
+
+
+class SamplingClientFuture(ClientFuture[SamplingClient]):
+    """A future of a SamplingClient that may be used as one."""
+
+    KIND = SamplingClient
 
 
 def _check_last_n(last_n: Any) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tinker import types
 
 from nat_plugin_evsys.clients.futures import ClientFuture, ResultFuture
+from nat_plugin_evsys.clients.handles import SamplerHandle
+from nat_plugin_evsys.clients.loops import CheckpointFilesResponse, WandbConfig
 from nat_plugin_evsys.clients.methods import answers, awaits, refuses
 from nat_plugin_evsys.clients.rest import RestClient
-from nat_plugin_evsys.clients.sampling import SamplingClient
-from nat_plugin_evsys.clients.training import TrainingClient
+from nat_plugin_evsys.clients.sampling import SamplingClient, SamplingClientFuture, Weights
+from nat_plugin_evsys.clients.training import TrainingClient, TrainingClientFuture
+from nat_plugin_evsys.clients.wandb_stream import WandbStream, check_wandb_config
 from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.builtin import available_builtins
@@ -25,11 +31,13 @@ from nat_plugin_evsys.engine.model.targets import linear_roles
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.arguments import (
+    check_api_key,
     check_flag,
     check_int,
     check_lora_config,
     check_metadata,
     check_optimizer,
+    check_retry_config,
     check_seed,
     check_text,
     refuse_options,
@@ -38,6 +46,9 @@ from nat_plugin_evsys.runtime.bases import BaseModels, SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore, default_store
 from nat_plugin_evsys.runtime.extensions import SupportedModel
 from nat_plugin_evsys.runtime.runs import RunRecord
+
+if TYPE_CHECKING:
+    from tinker.lib.retry_handler import RetryConfig
 
 F = TypeVar("F", bound=ClientFuture[Any] | ResultFuture[Any])
 
@@ -54,7 +65,8 @@ class ServiceClient:
 
     Args:
         user_metadata: put into the metadata of each training run.
-        project_id, display_name, base_url, api_key, default_headers_overrides: refused, as there is no server.
+        api_key: taken, as programs of services give one; the engine in this process asks for none.
+        project_id, display_name, base_url, default_headers_overrides: refused, as there is no server.
         store: directory of the checkpoints; default ``$EVSYS_HOME/checkpoints``, else ``./.evsys/checkpoints``.
             *Extension*, as are all below.
         device, dtype: see ``engine.model.loading.load_base_model``.
@@ -75,7 +87,7 @@ class ServiceClient:
         *,
         display_name: None = None,
         base_url: None = None,
-        api_key: None = None,
+        api_key: str | None = None,
         default_headers_overrides: None = None,
         store: Path | str | None = None,
         device: str = defaults.DEVICE,
@@ -89,27 +101,29 @@ class ServiceClient:
             project_id=project_id,
             display_name=display_name,
             base_url=base_url,
-            api_key=api_key,
             default_headers_overrides=default_headers_overrides,
         )
+        check_api_key(api_key)
         if context_length is not None:
             check_int("context_length", context_length, least=2)
         self.session_id = str(uuid.uuid4())
         self.store = CheckpointStore(default_store() if store is None else Path(store))
         self._user_metadata = check_metadata(user_metadata)
-        self._bases = BaseModels(
-            max_batch_size=check_int("max_batch_size", max_batch_size, least=1),
-            device=check_text("device", device),
-            dtype=check_text("dtype", dtype),
-            context_length=context_length,
-            trust_remote_code=check_flag("trust_remote_code", trust_remote_code),
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-        )
+        self._options: dict[str, Any] = {
+            "max_batch_size": check_int("max_batch_size", max_batch_size, least=1),
+            "device": check_text("device", device),
+            "dtype": check_text("dtype", dtype),
+            "context_length": context_length,
+            "trust_remote_code": check_flag("trust_remote_code", trust_remote_code),
+            "cache_dir": None if cache_dir is None else str(cache_dir),
+        }
+        self._bases = BaseModels(**{**self._options, "cache_dir": None if cache_dir is None else Path(cache_dir)})
         self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="evsys-service")
         self._lock = Lock()
         self._clients: weakref.WeakValueDictionary[str, TrainingClient] = weakref.WeakValueDictionary()
         self._models = 0
         self._closed = False
+        _SERVICES[self.session_id] = self
 
     def __enter__(self) -> Self:
         self._check_open()
@@ -130,6 +144,8 @@ class ServiceClient:
         train_unembed: bool = defaults.TINKER_TRAIN_UNEMBED,
         user_metadata: dict[str, str] | None = None,
         optimizer: types.OptimizerConfig | None = None,
+        *,
+        wandb_config: WandbConfig | None = None,
     ) -> ClientFuture[TrainingClient]:
         """A future of a client with a fresh adapter: A kaiming-uniform, B zero, alpha 32, scale alpha / rank.
 
@@ -140,9 +156,10 @@ class ServiceClient:
             train_mlp, train_attn, train_unembed: which layers get matrices; at least one.
             user_metadata: strings by strings, of the training run.
             optimizer: AdamW, the only one.
+            wandb_config: a run of Weights & Biases that the client's metrics are streamed to. *Extension* (Loops).
 
         Raises:
-            ConfigError: a malformed argument.
+            ConfigError: a malformed argument, or a wandb_config where wandb is not installed.
             UnsupportedError: another optimizer.
             EngineClosedError: the ServiceClient has been closed.
             ModelError: (through the future) the model cannot be loaded or lacks a layer asked for.
@@ -158,13 +175,14 @@ class ServiceClient:
         if not (train_mlp or train_attn or train_unembed):
             raise ConfigError("nothing to train: set at least one of train_mlp, train_attn, train_unembed to True")
         check_optimizer(optimizer)
+        wandb = check_wandb_config(wandb_config)
         metadata, model_id = self._metadata(user_metadata), self._next_model_id()
 
         def create() -> TrainingClient:
             shared = self._bases.get(base_model)
-            return self._register(model_id, shared, shared.fresh(**lora), metadata)
+            return self._register(model_id, shared, shared.fresh(**lora), metadata, wandb)
 
-        return self._submit(create, ClientFuture)
+        return self._submit(create, TrainingClientFuture)
 
     create_lora_training_client_async = awaits(create_lora_training_client)
 
@@ -230,7 +248,7 @@ class ServiceClient:
         self,
         model_path: str | None = None,
         base_model: str | None = None,
-        retry_config: None = None,
+        retry_config: RetryConfig | None = None,
         record_stability_info: bool = False,
     ) -> ClientFuture[SamplingClient]:
         """A future of a client that samples from saved weights, or from a bare base model.
@@ -238,7 +256,8 @@ class ServiceClient:
         Args:
             model_path: ``tinker://…`` of this store, or a checkpoint's directory.
             base_model: alone, the base model to sample from; beside model_path, where the checkpoint's base model is.
-            retry_config, record_stability_info: refused.
+            retry_config: taken; a call inside one process does not fail for want of a connection.
+            record_stability_info: refused.
 
         Raises:
             ConfigError: neither was given, or one is malformed.
@@ -247,7 +266,8 @@ class ServiceClient:
             CheckpointError: (through the future) missing, expired, torn, or made for another base model.
             ModelError: (through the future) the base model cannot be loaded.
         """
-        refuse_options(retry_config=retry_config, record_stability_info=record_stability_info)
+        check_retry_config(retry_config)
+        refuse_options(record_stability_info=record_stability_info)
         if model_path is None and base_model is None:
             raise ConfigError("create_sampling_client needs model_path (saved weights) or base_model (the bare model)")
         if base_model is not None:
@@ -257,13 +277,16 @@ class ServiceClient:
             if model_path is None:
                 assert base_model is not None
                 shared = self._bases.get(base_model)
-                return SamplingClient(shared.sampler.client(None, BASE_POLICY_VERSION), shared.base)
+                return SamplingClient(
+                    Weights(shared.sampler.client(None, BASE_POLICY_VERSION), None), shared.base, self
+                )
             info = read_checkpoint(self.store.resolve(model_path))
             shared = self._bases.get(base_model or info.base_model)
             adapter = load_adapter(info.path, shared.base)
-            return SamplingClient(shared.sampler.client(adapter, info.step), shared.base, str(model_path))
+            weights = Weights(shared.sampler.client(adapter, info.step), str(model_path))
+            return SamplingClient(weights, shared.base, self)
 
-        return self._submit(create, ClientFuture)
+        return self._submit(create, SamplingClientFuture)
 
     create_sampling_client_async = awaits(create_sampling_client)
 
@@ -288,6 +311,40 @@ class ServiceClient:
         """
         self._check_open()
         return RestClient(self)
+
+    def list_checkpoints(self, training_run_id: types.ModelID | None = None) -> list[types.Checkpoint]:
+        """The checkpoints of a training run, or of all of the store, newest first. *Extension* (Loops).
+
+        Raises:
+            CheckpointError: there is no such training run.
+            EngineClosedError: the ServiceClient has been closed.
+        """
+        rest = self.create_rest_client()
+        if training_run_id is not None:
+            return rest.list_checkpoints(training_run_id).result().checkpoints[::-1]
+        return rest.list_user_checkpoints(limit=sys.maxsize).result().checkpoints
+
+    def get_checkpoint_archive_url(self, checkpoint: types.Checkpoint | str) -> CheckpointFilesResponse:
+        """Where the files of a checkpoint are: ``file://`` URLs, one each. *Extension* (Loops).
+
+        Args:
+            checkpoint: one that ``list_checkpoints`` gave, or a tinker:// path.
+
+        Raises:
+            CheckpointError: missing, torn or expired.
+            EngineClosedError: the ServiceClient has been closed.
+        """
+        path = checkpoint.tinker_path if isinstance(checkpoint, types.Checkpoint) else checkpoint
+        return self.create_rest_client().get_checkpoint_archive_url_from_tinker_path(path).result()
+
+    def handle_of(self, base_model: str, model_path: str | None) -> SamplerHandle:
+        """How another process opens the same weights."""
+        return SamplerHandle(self.session_id, str(self.store.root), base_model, model_path, self._options)
+
+    @property
+    def closed(self) -> bool:
+        """True after ``close``."""
+        return self._closed
 
     def close(self, status: str = "success", detail: str | None = None) -> ResultFuture[None]:
         """Close all training clients, fail what is being sampled, let go of the base models. Idempotent.
@@ -342,10 +399,15 @@ class ServiceClient:
             model = shared.train_checkpoint(info, with_optimizer=with_optimizer)
             return self._register(model_id, shared, model, metadata)
 
-        return self._submit(create, ClientFuture)
+        return self._submit(create, TrainingClientFuture)
 
     def _register(
-        self, model_id: str, shared: SharedBase, model: TrainableModel, metadata: dict[str, str]
+        self,
+        model_id: str,
+        shared: SharedBase,
+        model: TrainableModel,
+        metadata: dict[str, str],
+        wandb: WandbConfig | None = None,
     ) -> TrainingClient:
         roles = linear_roles(shared.base.model)
         trained = {roles[name] for name in model.adapter.weights}
@@ -358,7 +420,8 @@ class ServiceClient:
             train_unembed="unembed" in trained,
             user_metadata=metadata,
         )
-        client = TrainingClient(self, record, shared, model)
+        stream = None if wandb is None else WandbStream(wandb, asdict(record))
+        client = TrainingClient(self, record, shared, model, stream)
         with self._lock:
             if not self._closed:
                 self._clients[model_id] = client
@@ -383,6 +446,30 @@ class ServiceClient:
     def _check_open(self) -> None:
         if self._closed:
             raise _closed()
+
+
+_SERVICES: weakref.WeakValueDictionary[str, ServiceClient] = weakref.WeakValueDictionary()
+"""The ServiceClients of this process by session id."""
+
+_OPENED: dict[tuple[str, str], ServiceClient] = {}
+"""Those that handles of other processes were opened with, by store and options: each base model is loaded once."""
+
+_OPENING = Lock()
+
+
+def open_sampler(handle: SamplerHandle) -> SamplingClient:
+    """A client of the weights that a handle names, in the ServiceClient that it came from or in one for its like.
+
+    Raises:
+        CheckpointError: the weights are gone or have expired.
+        ModelError: the base model cannot be loaded.
+    """
+    with _OPENING:
+        key = (handle.store, json.dumps(handle.options, sort_keys=True))
+        service = _SERVICES.get(handle.session_id) or _OPENED.get(key)
+        if service is None or service.closed:
+            service = _OPENED[key] = ServiceClient(store=handle.store, **handle.options)
+    return service.create_sampling_client(handle.model_path, handle.base_model).result()
 
 
 def _closed() -> EngineClosedError:

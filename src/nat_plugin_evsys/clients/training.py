@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -12,21 +13,31 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from tinker import types
 
 from nat_plugin_evsys.clients.futures import ClientFuture, ForwardBackwardFuture, ResultFuture, after, failed
+from nat_plugin_evsys.clients.handles import KEPT_SECONDS
 from nat_plugin_evsys.clients.methods import answers, awaits, refuses, submits
-from nat_plugin_evsys.clients.results import ForwardBackwardOutput
-from nat_plugin_evsys.clients.sampling import SamplingClient
-from nat_plugin_evsys.engine.checkpoints import Kind, load_checkpoint
+from nat_plugin_evsys.clients.results import ForwardBackwardOutput, OptimStepOutput
+from nat_plugin_evsys.clients.sampling import (
+    SamplingClient,
+    SamplingClientFuture,
+    SamplingHost,
+    SharedWeights,
+    Weights,
+)
+from nat_plugin_evsys.clients.wandb_stream import WandbStream
+from nat_plugin_evsys.engine.checkpoints import FrozenWeights, Kind, load_checkpoint
 from nat_plugin_evsys.engine.gradient.custom_loss import CustomLoss, checked_loss
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import ModelAction, TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.errors import ConfigError, EngineClosedError, EvsysError, UnsupportedError
+from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
+from nat_plugin_evsys.errors import ConfigError, DataError, EngineClosedError, EvsysError
 from nat_plugin_evsys.runtime.arguments import (
     check_data,
     check_flag,
     check_loss_fn,
     check_loss_fn_config,
     check_metadata,
+    check_retry_config,
     check_ttl,
     refuse_options,
 )
@@ -37,17 +48,18 @@ from nat_plugin_evsys.runtime.runs import RunRecord
 
 if TYPE_CHECKING:
     import tinker
+    from tinker.lib.retry_handler import RetryConfig
 
 F = TypeVar("F", bound=OperationFuture[Any])
 
 
-class TrainingHost(Protocol):
+class TrainingHost(SamplingHost, Protocol):
     """What a TrainingClient asks of the ServiceClient that made it."""
 
     store: CheckpointStore
 
     def create_sampling_client(
-        self, model_path: str, base_model: str, retry_config: None, record_stability_info: bool
+        self, model_path: str, base_model: str, retry_config: RetryConfig | None, record_stability_info: bool
     ) -> ClientFuture[SamplingClient]:
         """A future of a client that samples from saved weights."""
 
@@ -65,7 +77,14 @@ class TrainingClient:
         model_id: ``<session_id>:train:<n>``.
     """
 
-    def __init__(self, service: TrainingHost, record: RunRecord, shared: SharedBase, model: TrainableModel) -> None:
+    def __init__(
+        self,
+        service: TrainingHost,
+        record: RunRecord,
+        shared: SharedBase,
+        model: TrainableModel,
+        wandb: WandbStream | None = None,
+    ) -> None:
         self.model_id = record.model_id
         self.record = record
         self._service = service
@@ -73,10 +92,14 @@ class TrainingClient:
         self._shared = shared
         self._model = weakref.ref(model)
         self._queue = TrainingQueue(model)
+        self._inflight: SharedWeights | None = None
+        self._wandb = wandb
         self._tokenizer: Any = None
         self._tokenizer_lock = threading.Lock()
         # A client that nobody refers to any more, and that has nothing left to do, takes its thread and model along.
         weakref.finalize(self, self._queue.close, 0.0).atexit = False
+        if wandb is not None:
+            weakref.finalize(self, wandb.close)
 
     @property
     def policy_version(self) -> int:
@@ -99,23 +122,25 @@ class TrainingClient:
 
     def forward(
         self,
-        data: list[tinker.Datum],
-        loss_fn: types.LossFnType,
+        data: list[tinker.Datum] | None = None,
+        loss_fn: types.LossFnType | None = None,
         loss_fn_config: Mapping[str, float | str] | None = None,
         *,
+        datums: list[tinker.Datum] | None = None,
         wait: bool = False,
     ) -> ForwardBackwardFuture:
         """Loss, logprobs and metrics of ``data`` without a gradient; see ``forward_backward``."""
-        return self._loss(TrainableModel.forward, data, loss_fn, loss_fn_config, wait)
+        return self._loss(TrainableModel.forward, data, datums, loss_fn, loss_fn_config, wait)
 
     forward_async = submits(forward)
 
     def forward_backward(
         self,
-        data: list[tinker.Datum],
-        loss_fn: types.LossFnType,
+        data: list[tinker.Datum] | None = None,
+        loss_fn: types.LossFnType | None = None,
         loss_fn_config: Mapping[str, float | str] | None = None,
         *,
+        datums: list[tinker.Datum] | None = None,
         wait: bool = False,
     ) -> ForwardBackwardFuture:
         """Loss of ``data``, a *sum* over its tokens, and its gradient, which accumulates until ``optim_step``.
@@ -125,6 +150,7 @@ class TrainingClient:
             loss_fn: ``cross_entropy``, ``importance_sampling``, ``ppo``, ``cispo``, ``dro`` or ``gspo``; formulas,
                 inputs and config keys are in ``engine.gradient.losses``.
             loss_fn_config: the loss function's options.
+            datums: Weaver's name of ``data``.
             wait: return only when it is done, raising its error.
 
         Returns:
@@ -135,7 +161,7 @@ class TrainingClient:
             DataError: ``data`` or ``loss_fn`` is malformed (before any compute).
             ConfigError: ``loss_fn_config`` is wrong (before any compute).
         """
-        return self._loss(TrainableModel.forward_backward, data, loss_fn, loss_fn_config, wait)
+        return self._loss(TrainableModel.forward_backward, data, datums, loss_fn, loss_fn_config, wait)
 
     forward_backward_async = submits(forward_backward)
 
@@ -156,7 +182,13 @@ class TrainingClient:
         def prepare() -> ModelAction:
             refuse_options(loss_type_input=loss_type_input)
             rows, loss = check_data(data), checked_loss(loss_fn)
-            return lambda model, progress: ForwardBackwardOutput.of(model.forward_backward_custom(rows, loss, progress))
+
+            def run(model: TrainableModel, progress: Any) -> ForwardBackwardOutput:
+                output = ForwardBackwardOutput.of(model.forward_backward_custom(rows, loss, progress))
+                self._stream("forward_backward", output.metrics, model.step)
+                return output
+
+            return run
 
         return self._submit(prepare, ForwardBackwardFuture(), wait)
 
@@ -168,7 +200,7 @@ class TrainingClient:
         *,
         adam_params: types.AdamParams | None = None,
         wait: bool = False,
-    ) -> ResultFuture[types.OptimStepResponse]:
+    ) -> ResultFuture[OptimStepOutput]:
         """One AdamW step (== ``torch.optim.AdamW``) on the accumulated gradient, which it then clears.
 
         Args:
@@ -195,7 +227,13 @@ class TrainingClient:
                     f"optim_step takes tinker.AdamParams, got {type(given).__name__}; AdamW is the only optimizer"
                 )
             adam = given.model_copy()
-            return lambda model, _: model.optim_step(adam)
+
+            def run(model: TrainableModel, _: Any) -> OptimStepOutput:
+                output = OptimStepOutput.of(model.optim_step(adam))
+                self._stream("optim_step", output.metrics, model.step)
+                return output
+
+            return run
 
         return self._submit(prepare, ResultFuture(), wait)
 
@@ -260,6 +298,29 @@ class TrainingClient:
 
     save_weights_for_sampler_async = submits(save_weights_for_sampler)
 
+    def save_weights_external(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        age_encryption_recipients: None = None,
+        *,
+        wait: bool = False,
+    ) -> ResultFuture[types.SaveWeightsExternalResponse]:
+        """Save the weights as ``tinker://<model_id>/external_weights/<name>``; RestClient gives the files' URLs.
+
+        Arguments and errors are those of ``save_state``; ``age_encryption_recipients`` is refused.
+        """
+
+        def prepare() -> ModelAction:
+            refuse_options(age_encryption_recipients=age_encryption_recipients)
+            return self._saving(
+                "external", name, ttl_seconds, False, None, lambda path: types.SaveWeightsExternalResponse(path=path)
+            )
+
+        return self._submit(prepare, ResultFuture(), wait)
+
+    save_weights_external_async = submits(save_weights_external)
+
     def load_state(
         self, path: str, weights_access_token: str | None = None, *, wait: bool = False
     ) -> ResultFuture[types.LoadWeightsResponse]:
@@ -290,7 +351,7 @@ class TrainingClient:
     # -- sampling
 
     def create_sampling_client(
-        self, model_path: str, retry_config: None = None, record_stability_info: bool = False
+        self, model_path: str, retry_config: RetryConfig | None = None, record_stability_info: bool = False
     ) -> ClientFuture[SamplingClient]:
         """A client of saved weights over this client's base model; see ``ServiceClient.create_sampling_client``."""
         return self._service.create_sampling_client(
@@ -302,7 +363,7 @@ class TrainingClient:
     def save_weights_and_get_sampling_client(
         self,
         name: str | None = None,
-        retry_config: None = None,
+        retry_config: RetryConfig | None = None,
         record_stability_info: bool = False,
         kind: types.SamplingClientKind = "snapshot",
     ) -> ClientFuture[SamplingClient]:
@@ -311,36 +372,23 @@ class TrainingClient:
         The snapshot is in memory and goes with the client. With ``name`` the weights are also saved as by
         ``save_weights_for_sampler``, in place of any of that name. The future may be used as the client itself.
 
+        With ``kind="inflight"`` the weights also become those of every inflight client made before: what these sample
+        from then on is of the new version. No sequence mixes two versions.
+
         Raises, through the future:
-            UnsupportedError: ``kind="inflight"``, retry_config or record_stability_info.
+            UnsupportedError: record_stability_info.
+            ConfigError: another kind.
             CheckpointError: the name is refused, or the disk refused the write.
         """
 
         def prepare() -> ModelAction:
-            refuse_options(retry_config=retry_config, record_stability_info=record_stability_info)
-            if kind != "snapshot":
-                raise UnsupportedError(
-                    f"kind={kind!r} is not offered: no sequence mixes two policy versions here; take snapshots"
-                )
+            check_retry_config(retry_config)
+            refuse_options(record_stability_info=record_stability_info)
+            if kind not in ("snapshot", "inflight"):
+                raise ConfigError(f"kind must be 'snapshot' or 'inflight', got {kind!r}")
+            return lambda model, _: self._publish(model, name, kind == "inflight")
 
-            def snapshot(model: TrainableModel, _: Any) -> SamplingClient:
-                path = None
-                if name is not None:
-                    path = self._store.save(
-                        self.record,
-                        model,
-                        name,
-                        kind="sampler",
-                        overwrite=True,
-                        ttl_seconds=None,
-                        user_metadata={},
-                    )
-                client = self._shared.sampler.client(model.adapter, model.step)
-                return SamplingClient(client, self._shared.base, path)
-
-            return snapshot
-
-        return self._submit(prepare, ClientFuture(), False)
+        return self._submit(prepare, SamplingClientFuture(), False)
 
     save_weights_and_get_sampling_client_async = awaits(save_weights_and_get_sampling_client)
 
@@ -380,22 +428,58 @@ class TrainingClient:
         Its checkpoints, and sampling clients made from it, live on.
         """
         self._queue.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
-    save_weights_external = refuses(
-        "TrainingClient", "save_weights_external", "a sampler checkpoint is a PEFT directory: save_weights_for_sampler"
-    )
-    save_weights_external_async = save_weights_external
     get_console_url = refuses("TrainingClient", "get_console_url", "there is no console")
     get_telemetry = refuses("TrainingClient", "get_telemetry", "nothing is reported to anyone")
 
     def _loss(
-        self, method: Callable[..., types.ForwardBackwardOutput], data: Any, loss_fn: Any, config: Any, wait: bool
+        self,
+        method: Callable[..., types.ForwardBackwardOutput],
+        data: Any,
+        datums: Any,
+        loss_fn: Any,
+        config: Any,
+        wait: bool,
     ) -> ForwardBackwardFuture:
         def prepare() -> ModelAction:
-            rows, name, options = check_data(data), check_loss_fn(loss_fn), check_loss_fn_config(config)
-            return lambda model, progress: ForwardBackwardOutput.of(method(model, rows, name, options, progress))
+            if data is not None and datums is not None:
+                raise DataError("data and datums are two names of the same list; give one of them")
+            rows = check_data(data if datums is None else datums)
+            name, options = check_loss_fn(loss_fn), check_loss_fn_config(config)
+
+            def run(model: TrainableModel, progress: Any) -> ForwardBackwardOutput:
+                output = ForwardBackwardOutput.of(method(model, rows, name, options, progress))
+                self._stream(method.__name__, output.metrics, model.step)
+                return output
+
+            return run
 
         return self._submit(prepare, ForwardBackwardFuture(), wait)
+
+    def _stream(self, operation: str, metrics: Mapping[str, float] | None, step: int) -> None:
+        if self._wandb is not None and operation != "forward":
+            self._wandb.log(operation, metrics, step)
+
+    def _publish(self, model: TrainableModel, name: str | None, inflight: bool) -> SamplingClient:
+        base, store, record = self._shared.base, self._store, self.record
+        options: dict[str, Any] = {"kind": "sampler", "user_metadata": {}}
+
+        def keep(engine: LocalSamplingClient) -> str:
+            assert engine.adapter is not None
+            frozen = FrozenWeights(base, engine.adapter, engine.policy_version)
+            kept = f"kept-{engine.policy_version}-{uuid.uuid4().hex[:8]}"
+            return store.save(record, frozen, kept, overwrite=False, ttl_seconds=KEPT_SECONDS, **options)
+
+        path = None if name is None else store.save(record, model, name, overwrite=True, ttl_seconds=None, **options)
+        weights = Weights(self._shared.sampler.client(model.adapter, model.step), path, keep)
+        if not inflight:
+            return SamplingClient(weights, base, self._service)
+        if self._inflight is None:
+            self._inflight = SharedWeights(weights)
+        self._inflight.current = weights
+        return SamplingClient(self._inflight, base, self._service)
 
     def _saving(
         self, kind: Kind, name: str, ttl: Any, overwrite: Any, metadata: Any, respond: Callable[[str], Any]
@@ -435,3 +519,9 @@ class TrainingClient:
             return operation(model, progress)
 
         return after(self._queue.submit(run, future), wait)
+
+
+class TrainingClientFuture(ClientFuture[TrainingClient]):
+    """A future of a TrainingClient that may be used as one."""
+
+    KIND = TrainingClient

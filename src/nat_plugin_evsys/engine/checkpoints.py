@@ -74,10 +74,19 @@ class CheckpointInfo:
     request_id: str | None = None
 
 
+@dataclass(frozen=True)
+class FrozenWeights:
+    """Weights that are only sampled from, and the number of optimizer steps that made them."""
+
+    base: BaseModel
+    adapter: LoraAdapter
+    step: int
+
+
 def save_checkpoint(
     directory: Path,
     name: str,
-    model: TrainableModel,
+    model: TrainableModel | FrozenWeights,
     *,
     kind: Kind,
     user_metadata: Mapping[str, Any] | None = None,
@@ -102,6 +111,7 @@ def save_checkpoint(
             save_file(to_peft_names(adapter), work / ADAPTER, metadata={"format": "pt"})
             (work / ADAPTER_CONFIG).write_text(json.dumps(adapter_config(base, adapter), indent=2) + "\n")
             if kind == "training":
+                assert isinstance(model, TrainableModel)
                 state = {key: value.cpu().contiguous() for key, value in model.optimizer.state_tensors().items()}
                 save_file(state, work / OPTIMIZER)
             manifest = {

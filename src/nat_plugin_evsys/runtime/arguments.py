@@ -100,6 +100,20 @@ def check_optimizer(optimizer: Any) -> None:
         raise UnsupportedError(f"optimizer {kind!r} is not offered: AdamW is the only one; leave it out")
 
 
+def check_api_key(api_key: Any) -> None:
+    """None or text: programs of services give one. The engine in this process asks for none."""
+    if api_key is not None:
+        check_text("api_key", api_key)
+
+
+def check_retry_config(retry_config: Any) -> None:
+    """None or Tinker's RetryConfig. A call inside one process does not fail for want of a connection."""
+    from tinker.lib.retry_handler import RetryConfig
+
+    if retry_config is not None and not isinstance(retry_config, RetryConfig):
+        raise ConfigError(f"retry_config is a {type(retry_config).__name__}; give types.RetryConfig, or leave it out")
+
+
 def check_lora_config(given: Any) -> types.LoraConfig:
     """A LoraConfig, or a mapping of its fields, of which each may be left away."""
     if isinstance(given, types.LoraConfig):
@@ -116,15 +130,14 @@ def check_lora_config(given: Any) -> types.LoraConfig:
 
 _WHY_REFUSED = {
     "base_url": "this client is the engine in this process; for a server use tinker.ServiceClient(base_url=…)",
-    "api_key": "the engine in this process needs no key; for a server use tinker.ServiceClient(api_key=…)",
     "default_headers_overrides": "nothing is sent over HTTP",
     "project_id": "there are no projects here; use another store directory",
     "display_name": "there is no console to display it; use user_metadata",
-    "retry_config": "calls inside one process are not retried",
     "weights_access_token": "there are no accounts here; checkpoints are read from the store directory",
     "record_stability_info": "it serves the loss stable_reinforce, whose formula is not public",
     "target_prompt_logprobs": "not implemented; use include_prompt_logprobs or topk_prompt_logprobs",
     "prompt_alt_tokens_k": "not implemented; sample from the prompt's prefixes",
+    "age_encryption_recipients": "weights are exported as they are; encrypt the files",
     "loss_type_input": "the loss always receives logprobs; leave it out",
 }
 

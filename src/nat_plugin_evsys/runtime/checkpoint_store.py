@@ -14,6 +14,7 @@ from tinker import types
 
 from nat_plugin_evsys.engine.checkpoints import (
     CheckpointInfo,
+    FrozenWeights,
     Kind,
     checkpoint_path,
     delete_checkpoint,
@@ -51,7 +52,7 @@ class CheckpointStore:
     def save(
         self,
         record: RunRecord,
-        model: TrainableModel,
+        model: TrainableModel | FrozenWeights,
         name: str,
         *,
         kind: Kind,

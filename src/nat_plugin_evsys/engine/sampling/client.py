@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from tinker import types
 
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.decode_batch import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.params import given_params
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest, TokenCallback
@@ -39,6 +40,11 @@ class LocalSamplingClient:
         self._engine = engine
         self._policy = policy
         self.policy_version = policy.version
+
+    @property
+    def adapter(self) -> LoraAdapter | None:
+        """The frozen weights; None is the bare base model."""
+        return self._policy.adapter
 
     def sample(
         self,

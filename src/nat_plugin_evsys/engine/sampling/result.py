@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,10 +14,16 @@ from tinker.types.topk_logprobs import MASK_LOGPROB
 
 
 class FieldAccess:
-    """Lets a result's public attributes be read as a dict's items too: ``result["tokens"]``. *Extension.*"""
+    """Lets a result be read as a mapping too: ``result["tokens"]``, ``list(result)`` … *Extension.*
+
+    The keys are ``KEYS``; any other public attribute can be read by its name as well. A ``collections.abc.Mapping``,
+    though not by inheritance, which would bring another ``__eq__``.
+    """
+
+    KEYS: ClassVar[tuple[str, ...]] = ()
 
     def __getitem__(self, key: str) -> Any:
-        if not isinstance(key, str) or key.startswith("_") or callable(getattr(type(self), key, None)):
+        if not isinstance(key, str) or key.startswith("_") or key == "KEYS" or callable(getattr(type(self), key, None)):
             raise KeyError(key)
         try:
             return getattr(self, key)
@@ -31,10 +37,36 @@ class FieldAccess:
         except KeyError:
             return default
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.KEYS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.KEYS)
+
+    def __len__(self) -> int:
+        return len(self.KEYS)
+
+    def keys(self) -> KeysView[str]:
+        """The names in ``KEYS``."""
+        return dict.fromkeys(self.KEYS).keys()
+
+    def values(self) -> list[Any]:
+        """Their values."""
+        return [self[key] for key in self.KEYS]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Both."""
+        return [(key, self[key]) for key in self.KEYS]
+
+
+Mapping.register(FieldAccess)
+
 
 @dataclass(frozen=True)
 class SampledSequence(FieldAccess, types.SampledSequence):
     """Tinker's sampled sequence, and its text."""
+
+    KEYS: ClassVar[tuple[str, ...]] = ("tokens", "text", "logprobs", "stop_reason")
 
     decode: Callable[[list[int]], str] | None = field(default=None, repr=False, compare=False, kw_only=True)
 
@@ -47,6 +79,8 @@ class SampledSequence(FieldAccess, types.SampledSequence):
 @dataclass(frozen=True)
 class SampleResult(FieldAccess, types.SampleResponse):
     """Tinker's sample response, and the policy version that every sequence in it was sampled from. *Extension.*"""
+
+    KEYS: ClassVar[tuple[str, ...]] = ("sequences", "policy_version", "prompt_logprobs", "topk_prompt_logprobs")
 
     policy_version: int = field(kw_only=True)
 
