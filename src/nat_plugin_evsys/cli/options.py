@@ -1,4 +1,4 @@
-"""What the commands that look at a run share: how a run is named, and errors that are shown as they are."""
+"""Shared by the commands that read a run: naming a run, and showing errors without a traceback."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_OUTPUT_DIR = "./.tmp/nat/finetuning/"
 
 
 def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Show this package's errors as a line; their text says what to type."""
+    """Show this package's errors as one line; their text says what to type."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -37,13 +37,13 @@ def run_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def output_dir_option(command: Callable[..., None]) -> Callable[..., None]:
-    """The option that says where the runs lie."""
+    """The option for the directory of the runs."""
     return click.option(
         "--output_dir",
         type=click.Path(file_okay=False, path_type=Path),
         default=DEFAULT_OUTPUT_DIR,
         show_default=True,
-        help="Where the runs lie (finetuning.output_dir).",
+        help="Directory of the runs (finetuning.output_dir).",
     )(command)
 
 

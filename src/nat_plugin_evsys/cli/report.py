@@ -1,4 +1,4 @@
-"""``nat evsys report``: what a run came to, as one page."""
+"""``nat evsys report``: a run on one page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from nat_plugin_evsys.cli.options import find_run, output_dir_option, readable_e
 @click.command(name="report")
 @output_dir_option
 @click.argument("run", nargs=-1)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="HTML to write; default: in the run.")
-@click.option("--open", "open_browser", is_flag=True, help="Open it in the browser.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="HTML file to write; default: in the run directory.",
+)
+@click.option("--open", "open_browser", is_flag=True, help="Open the report in the browser.")
 @click.option(
     "--max-mb",
     type=click.FloatRange(min=0),
     default=8.0,
     show_default=True,
-    help="Room for the rollouts; what does not fit is left out, and the page says so.",
+    help="Size limit of the embedded rollouts; the page says what was left out.",
 )
 @readable_errors
 def report_command(

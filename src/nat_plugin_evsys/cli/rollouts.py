@@ -1,4 +1,4 @@
-"""``nat evsys rollouts``: what was said in a run."""
+"""``nat evsys rollouts``: print what was said in a run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Order = Literal["worst", "best"]
 
 @click.command(name="rollouts")
 @run_options
-@click.option("--epoch", type=click.IntRange(min=0), help="Epoch to show; default: the newest that was kept.")
+@click.option("--epoch", type=click.IntRange(min=0), help="Epoch to show; default: the newest one kept.")
 @click.option(
     "--kind",
     type=click.Choice(["epoch", "heldout", "train", "base"]),
     default="epoch",
     show_default=True,
-    help="Training rollouts of the epoch, the held-out or training rows as tried after that many epochs, or the "
-    "held-out rows as tried before the warm start.",
+    help="epoch: its training rollouts. heldout, train: those rows after that many epochs. base: the held-out rows "
+    "before the warm start.",
 )
-@click.option("--worst", "order", flag_value="worst", help="Lowest reward first; those without a reward lead.")
+@click.option("--worst", "order", flag_value="worst", help="Lowest reward first, after those without a reward.")
 @click.option("--best", "order", flag_value="best", help="Highest reward first.")
 @click.option("--row", help="Only the attempts at the dataset row with this id.")
-@click.option("--limit", type=click.IntRange(min=1), default=10, show_default=True, help="Rollouts to show at most.")
-@click.option("--json", "as_json", is_flag=True, help="Print ATIF trajectories, one JSON object a line.")
+@click.option("--limit", type=click.IntRange(min=1), default=10, show_default=True, help="Most rollouts to show.")
+@click.option("--json", "as_json", is_flag=True, help="Print ATIF trajectories, one JSON object per line.")
 @readable_errors
 def rollouts_command(
     output_dir: Path,

@@ -23,7 +23,7 @@ def evsys() -> None:
 
 @evsys.result_callback()
 def _end(*_: object, **__: object) -> None:
-    """End the process here: NAT would write an ANSI reset to stdout, which whoever reads our JSON does not expect."""
+    """End the process here: NAT would write an ANSI reset to stdout, after the JSON that a program may be reading."""
     click.get_current_context().exit()
 
 
@@ -37,7 +37,7 @@ evsys.add_command(status_command)
 @output_dir_option
 @readable_errors
 def runs_command(output_dir: Path) -> None:
-    """List the runs: epochs finished, rewards, and where the newest adapter lies."""
+    """List the runs: epochs finished, rewards, and the path of the newest adapter."""
     from nat_plugin_evsys.runs import RunDirectory
 
     found = RunDirectory.all(output_dir)
@@ -65,7 +65,9 @@ def show_command(output_dir: Path, run: str) -> None:
 
 @evsys.command(name="plot")
 @run_options
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="PNG to write; default: the run's own.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="PNG file to write; default: the run's own."
+)
 @readable_errors
 def plot_command(output_dir: Path, run: str, output: Path | None) -> None:
     """Draw the reward curve of RUN (a name, a path, or `latest`) from its metrics."""

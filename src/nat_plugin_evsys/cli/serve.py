@@ -29,46 +29,66 @@ _STATUS_SECONDS = 10.0
     help="Model to serve: a Hugging Face id, a local directory or .gguf file, or builtin/…. Repeatable.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; off loopback needs a key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option(
-    "--public-url", help="Where clients reach the server, behind a reverse proxy: downloads are offered there."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 takes a free one.",
+)
+@click.option(
+    "--public-url", help="Where clients reach the server behind a reverse proxy; download URLs start with it."
 )
 @click.option(
     "--store",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Directory of sessions, results and checkpoints; default $EVSYS_HOME/service, else ./.evsys/service.",
+    help="Directory of sessions, results and checkpoints; default: $EVSYS_HOME/service, else ./.evsys/service.",
 )
 @click.option(
     "--api-key",
     "api_keys",
     multiple=True,
-    help=f"Key of one user, tml-…; repeatable. Other users of the machine see it: better {KEYS_VARIABLE} or a file.",
+    help=f"Key of one user, tml-…. Repeatable. Other users can see it: prefer {KEYS_VARIABLE} or a file.",
 )
 @click.option(
     "--api-key-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File with a key in each line; # begins a comment.",
+    help="File with one key per line; # starts a comment.",
 )
 @click.option(
     "--policy", "policies", multiple=True, metavar="NAME=PATH", help="Serve a tinker:// path under a name. Repeatable."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
-@click.option("--context-length", type=int, help="Upper bound of tokens in a sequence; default the model's own.")
-@click.option("--max-batch-size", type=int, default=64, show_default=True, help="Sequences decoded together.")
+@click.option("--context-length", type=int, help="Limit of tokens in a sequence; default: the model's own.")
+@click.option("--max-batch-size", type=int, default=64, show_default=True, help="Largest sampling batch, in sequences.")
 @click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Where builtin models are kept.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run code shipped with the model.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-@click.option("--session-timeout", type=float, default=1800.0, show_default=True, help="Idle seconds until parked.")
-@click.option("--session-ttl", type=float, default=7 * 86400.0, show_default=True, help="Idle seconds until forgotten.")
 @click.option(
-    "--housekeeping-seconds", type=float, default=15.0, show_default=True, help="Between looks for idle ones."
+    "--session-timeout", type=float, default=1800.0, show_default=True, help="Seconds idle before a session is parked."
 )
-@click.option("--max-queued-per-owner", type=int, default=4096, show_default=True, help="Unfinished operations a key.")
-@click.option("--max-queued", type=int, default=16384, show_default=True, help="Unfinished operations in all.")
-@click.option("--shutdown-seconds", type=float, default=30.0, show_default=True, help="Time to park work at the end.")
-@click.option("--poll-seconds", type=float, default=25.0, show_default=True, help="Longest hold of a client's poll.")
-@click.option("--retain-operations", is_flag=True, help="Keep every operation's payload, to run the log again.")
+@click.option(
+    "--session-ttl", type=float, default=7 * 86400.0, show_default=True, help="Seconds idle before it is forgotten."
+)
+@click.option(
+    "--housekeeping-seconds",
+    type=float,
+    default=15.0,
+    show_default=True,
+    help="Seconds between checks for idle sessions.",
+)
+@click.option(
+    "--max-queued-per-owner", type=int, default=4096, show_default=True, help="Most unfinished operations per key."
+)
+@click.option("--max-queued", type=int, default=16384, show_default=True, help="Most unfinished operations overall.")
+@click.option(
+    "--shutdown-seconds", type=float, default=30.0, show_default=True, help="Seconds to park work at shutdown."
+)
+@click.option(
+    "--poll-seconds", type=float, default=25.0, show_default=True, help="Longest that a client's poll is held."
+)
+@click.option("--retain-operations", is_flag=True, help="Keep every operation's payload, to replay the log.")
 def serve_command(
     api_keys: tuple[str, ...], api_key_file: Path | None, policies: tuple[str, ...], store: Path | None, **settings: Any
 ) -> None:
@@ -85,9 +105,9 @@ def serve_command(
 
 
 @click.command(name="status")
-@click.option("--url", help="Of the server; default $TINKER_BASE_URL, else http://127.0.0.1:8000.")
-@click.option("--api-key", help="Default $TINKER_API_KEY.")
-@click.option("--json", "as_json", is_flag=True, help="Print what the server answers as it is.")
+@click.option("--url", help="URL of the server; default: $TINKER_BASE_URL, else http://127.0.0.1:8000.")
+@click.option("--api-key", help="Key for the server; default: $TINKER_API_KEY.")
+@click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
 def status_command(url: str | None, api_key: str | None, as_json: bool) -> None:
     """Show a server's models, queue, memory and speed."""
     import httpx

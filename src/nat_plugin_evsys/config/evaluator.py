@@ -13,24 +13,24 @@ class EvsysExactMatchConfig(StrictConfig, EvaluatorBaseConfig, name="evsys_exact
 
     mode: Literal["exact", "one_of", "contains", "regex"] = Field(
         default="exact",
-        description="`exact`: the output is the expected answer. `one_of`: the output names the expected answer and no "
-        "other of `choices`, in whatever sentence. `contains`: the expected answer lies within the output; as a reward "
-        "that is won by listing every answer. `regex`: the expected answer is a regular expression that matches "
-        "somewhere in the output.",
+        description="`exact`: the output is the expected answer. `one_of`: the output contains the expected answer and "
+        "none of the other `choices`. `contains`: the output contains the expected answer; as a reward, a policy can "
+        "win it by listing every answer. `regex`: the expected answer is a regular expression that matches somewhere "
+        "in the output.",
     )
     choices: list[str] = Field(
-        default=[], description="With `mode: one_of`, all answers that a row may expect, each a word or several."
+        default=[], description="With `mode: one_of`, all answers that a row may expect, each one or more words."
     )
-    ignore_case: bool = Field(default=True, description="Compare without regard to upper and lower case.")
+    ignore_case: bool = Field(default=True, description="Ignore upper and lower case.")
     ignore_whitespace: bool = Field(
-        default=True, description="Strip both ends and take every run of whitespace as one space before comparing."
+        default=True, description="Strip both ends and collapse runs of whitespace before comparing."
     )
 
     @field_validator("choices")
     @classmethod
     def _no_empty_choice(cls, value: list[str]) -> list[str]:
         if not all(choice.strip() for choice in value):
-            raise ValueError(f"choices has an empty text among {value}; remove it")
+            raise ValueError(f"choices has an empty string among {value}; remove it")
         return value
 
     @model_validator(mode="after")
@@ -43,11 +43,11 @@ class EvsysExactMatchConfig(StrictConfig, EvaluatorBaseConfig, name="evsys_exact
 
 
 class EvsysFunctionCallConfig(StrictConfig, EvaluatorBaseConfig, name="evsys_function_call"):
-    """Scores 1.0 when the workflow's output is the function calls that the row accepts, else 0.0.
+    """Scores 1.0 when the workflow's output is exactly the function calls that the row accepts, else 0.0.
 
-    The output is JSON: a list of `{"name": …, "arguments": {…}}` (or one of these). The row's expected answer is the
-    Berkeley Function Calling Leaderboard's: a list of `{name: {argument: [accepted values]}}`, where "" among the
+    The output is JSON: a list of `{"name": …, "arguments": {…}}`, or a single one. The row's expected answer has the
+    Berkeley Function Calling Leaderboard's form: a list of `{name: {argument: [accepted values]}}`, where "" among the
     values means that the argument may be omitted.
     """
 
-    ignore_order: bool = Field(default=True, description="Let several calls come in any order.")
+    ignore_order: bool = Field(default=True, description="Accept several calls in any order.")

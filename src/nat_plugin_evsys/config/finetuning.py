@@ -12,7 +12,7 @@ from nat_plugin_evsys.runtime import defaults
 
 
 class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys_trajectory_builder"):
-    """Rolls the workflow out over the dataset and turns the recorded calls into trajectories, one group per row."""
+    """Runs the workflow on the dataset and turns the recorded calls into trajectories, one group per row."""
 
     num_generations: int = Field(default=8, ge=1, description="Attempts at each dataset row (the group size).")
     max_concurrency: int | None = Field(
@@ -21,7 +21,7 @@ class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="
     rollout_timeout: float | None = Field(
         default=None,
         gt=0,
-        description="Seconds for one rollout; one that takes longer is cut off and counted as `rollout_timeout`.",
+        description="Time limit of one rollout in seconds; slower ones are cut off and counted as `rollout_timeout`.",
     )
 
 
@@ -31,7 +31,7 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     policy: LLMRef = Field(description="Name of the `evsys_policy` LLM to train.")
     loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = Field(
         default="importance_sampling",
-        description="Tinker's name of the loss of rewarded trajectories; preference pairs have DPO's.",
+        description="Loss of rewarded trajectories, by Tinker's name. Preference pairs use DPO's.",
     )
     loss_fn_config: dict[str, float] | None = Field(
         default=None, description="Settings of the loss, by Tinker's names (e.g. clip_low_threshold)."
@@ -40,7 +40,7 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         default=0.1,
         gt=0,
         allow_inf_nan=False,
-        description="DPO's beta, for preference pairs: how much a departure from the policy at the job's start costs.",
+        description="DPO's beta, for preference pairs: the cost of moving away from the policy at the job's start.",
     )
     dpo_batch_size: int = Field(
         default=8, ge=1, description="Preference pairs per optimizer step; `groups_per_step` is for rewarded groups."
@@ -51,25 +51,25 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     eps: float = Field(default=defaults.EPS, gt=0, description="AdamW epsilon.")
     weight_decay: float = Field(default=defaults.WEIGHT_DECAY, ge=0, description="AdamW decoupled weight decay.")
     grad_clip_norm: float = Field(
-        default=defaults.GRAD_CLIP_NORM, ge=0, description="Clip of the gradient's global norm; 0 is off."
+        default=defaults.GRAD_CLIP_NORM, ge=0, description="Clip the gradient's global norm to this; 0 is off."
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="How the learning rate falls over the run after the warm-up: not at all, or to zero at its end.",
     )
     lr_warmup: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the run over which the learning rate rises to its full value."
+        default=0.0, ge=0, lt=1, description="Share of the run over which the learning rate warms up."
     )
     normalization: Literal["full_step", "tokens", "sequences", "sum"] = Field(
         default="full_step",
-        description="What the loss is divided by. `full_step`: the tokens of an average full step, so that neither "
-        "dropped groups nor long replies change what a token weighs (Dr. GRPO). `tokens`: the step's own tokens "
-        "(DAPO). `sequences`: each trajectory's own tokens, then the number of trajectories (GRPO). `sum`: nothing "
-        "(Tinker's own sum). See training.md.",
+        description="Divisor of the loss. `full_step`: the tokens of an average full step, so that neither dropped "
+        "groups nor long replies change the weight of a token (Dr. GRPO). `tokens`: the step's own tokens (DAPO). "
+        "`sequences`: each trajectory's own tokens, then the number of trajectories (GRPO). `sum`: 1 (Tinker's own "
+        "sum). See training.md.",
     )
     advantage: Literal["group_mean", "group_mean_std", "leave_one_out", "reward"] = Field(
         default="group_mean",
-        description="`group_mean`: reward minus the group's mean. `group_mean_std`: that, divided by the group's "
+        description="`group_mean`: reward minus the group's mean. `group_mean_std`: the same, divided by the group's "
         "standard deviation. `leave_one_out`: reward minus the mean of the group's other rewards (RLOO). `reward`: the "
         "reward itself.",
     )
@@ -77,26 +77,26 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="Weight of the KL to the base model, which pulls the policy back to it. Costs a forward pass.",
+        description="Weight of the KL penalty that pulls the policy to the base model. Costs a forward pass.",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k1",
-        description="Estimator of that KL. `k1`: the log-ratio, as a part of the reward. `k2`: half its square. `k3`: "
-        "never negative (GRPO's). `k2` and `k3` cost a second forward pass.",
+        description="Estimator of that KL. `k1`: the log-ratio, as part of the reward. `k2`: half its square. `k3`: "
+        "GRPO's, never negative. `k2` and `k3` cost a second forward pass.",
     )
     target_kl: float | None = Field(
         default=defaults.TARGET_KL,
         gt=0,
-        description="How far an epoch may move the policy from the one that sampled: KL in nats a token. Above it the "
-        "epoch's steps end, and what was not trained on is counted as `moved_too_far`; above half of it the learning "
-        "rate of the next epochs falls, and below that it rises again to `learning_rate`. `null` bounds nothing.",
+        description="How far an epoch may move the policy from the one that sampled: KL in nats per token. Above it, "
+        "the epoch's remaining steps are skipped and their calls counted as `moved_too_far`. Above half of it, the "
+        "learning rate of the next epochs falls; below half, it rises again, up to `learning_rate`. `null`: no limit.",
     )
     discount: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="Weight of a reward one call before it was earned; below 1, late calls answer for it more. Step "
-        "rewards (`step_rewards` in the evaluator's reasoning, one a call) count from their own call on.",
+        description="Weight of a reward one call before it was earned; below 1, later calls get more of the credit. "
+        "A step reward (`step_rewards` in the evaluator's reasoning, one per call) credits its own and earlier calls.",
     )
     mask_truncated: bool = Field(
         default=False,
@@ -104,27 +104,24 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "group's mean.",
     )
     groups_per_step: int | None = Field(
-        default=None, ge=1, description="Trajectory groups per optimizer step; default: all of the epoch's in one."
+        default=None, ge=1, description="Trajectory groups per optimizer step; default: all of the epoch's groups."
     )
-    passes: int = Field(
-        default=1, ge=1, description="Times that an epoch's trajectories (or preference pairs) are trained on."
-    )
-    shuffle_seed: int = Field(default=0, description="Seed of the order of the groups or pairs.")
+    passes: int = Field(default=1, ge=1, description="Passes over an epoch's trajectories (or preference pairs).")
+    shuffle_seed: int = Field(default=0, description="Seed for shuffling the groups or pairs.")
     save_datums: bool = Field(
         default=False, description="Write every trained Datum (token ids, logprobs, advantages) to the run directory."
     )
     merge_calls: bool = Field(
         default=True,
-        description="Train calls whose tokens extend one another as one Datum (same gradient, less work); gspo never "
-        "does, since its ratio is one per Datum.",
+        description="Train calls whose tokens extend one another as one Datum (same gradient, less work). No effect "
+        "with gspo, which has one ratio per Datum.",
     )
-
     recompute_logprobs: bool = Field(
         default=False,
-        description="Take the old logprobs of the loss from the learner, by one more forward pass over an epoch's "
-        "Datums, in place of the sampler's. The two are equal but for rounding, and the sampler's rounding hangs on "
-        "how concurrent requests share a batch: with this, the same rollouts give the same weights, so a run can be "
-        "repeated.",
+        description="Recompute the old logprobs of the loss with the learner (one more forward pass over an epoch's "
+        "Datums) instead of taking the sampler's. They differ only in rounding, but the sampler's rounding depends on "
+        "how concurrent requests share a batch. With this setting the same rollouts give the same weights, so a run "
+        "can be repeated.",
     )
 
     @model_validator(mode="after")
@@ -132,7 +129,7 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         if self.loss_fn == "importance_sampling" and self.loss_fn_config:
             raise ValueError(
                 f"loss_fn `importance_sampling` takes no loss_fn_config, but got {sorted(self.loss_fn_config)}; "
-                "remove loss_fn_config or choose ppo or cispo"
+                "remove loss_fn_config, or choose ppo or cispo"
             )
         if self.kl_estimator != "k1" and not self.kl_beta:
             raise ValueError("kl_estimator has no effect without kl_beta; set kl_beta above 0, or remove kl_estimator")
@@ -145,12 +142,12 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
 
 
 class WarmStartConfig(StrictConfig):
-    """Training on demonstrations before the first epoch, so that a first reward can be found."""
+    """Training on demonstrations before the first epoch, so that rollouts start to earn rewards."""
 
     algorithm: Literal["sft", "sdft"] = Field(
         default="sft",
-        description="`sft`: learn every assistant message. `sdft`: self-distillation; the policy with the last "
-        "assistant message in its context teaches the policy without it (needs a model that follows its context).",
+        description="`sft`: learn every assistant message. `sdft`: self-distillation, in which the policy with the "
+        "last assistant message in its context teaches the policy without it (needs a model that follows its context).",
     )
     demonstrations: Path = Field(
         description="JSON or JSON-lines file of `{messages: [...], tools: [...]}` in OpenAI form."
@@ -158,12 +155,10 @@ class WarmStartConfig(StrictConfig):
     epochs: int = Field(default=1, ge=1, description="Passes over the demonstrations.")
     batch_size: int = Field(default=8, ge=1, description="Demonstrations per optimizer step.")
     learning_rate: float = Field(
-        default=defaults.LEARNING_RATE, gt=0, description="AdamW learning rate, linearly decayed to zero."
+        default=defaults.LEARNING_RATE, gt=0, description="AdamW learning rate; decays linearly to zero."
     )
-    seed: int = Field(default=0, description="Seed of the order of the demonstrations (and of sdft's samples).")
-    candidates: int = Field(
-        default=64, ge=1, description="`sdft`: tokens per position that the reverse KL is taken over."
-    )
+    seed: int = Field(default=0, description="Seed for shuffling the demonstrations (and for sdft's samples).")
+    candidates: int = Field(default=64, ge=1, description="`sdft`: tokens per position in the reverse KL.")
 
 
 class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
@@ -171,42 +166,42 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
 
     validation_dataset: Path | None = Field(
         default=None,
-        description="Held-out dataset, scored before, during and after (with a warm start before that too); "
-        "`--validation_dataset` wins.",
+        description="Held-out dataset, scored before, during and after training, and also before a warm start. "
+        "`--validation_dataset` overrides it.",
     )
     validation_interval: int | None = Field(
         default=None, ge=1, description="Validate every N epochs; default `--validation_interval` (5)."
     )
     warm_start: WarmStartConfig | None = Field(default=None, description="Supervised warm start; default none.")
-    resume: bool = Field(default=False, description="Go on from the last finished epoch of the newest run.")
+    resume: bool = Field(default=False, description="Continue the newest run from its last finished epoch.")
     overlap_rollouts: bool = Field(
         default=False,
-        description="Make the next epoch's rollouts while an epoch trains. A call is then up to an epoch's optimizer "
-        "steps old when it is trained on (`staleness` in metrics.jsonl counts them), and the loss is `ppo` unless the "
-        "adapter's `loss_fn` is set.",
+        description="Collect the next epoch's rollouts while an epoch trains. Calls are then up to one epoch's "
+        "optimizer steps old when they are trained on (`staleness` in metrics.jsonl counts the steps), and the loss is "
+        "`ppo` unless the adapter's `loss_fn` is set.",
     )
     on_collapse: Literal["continue", "stop", "reload_best"] = Field(
         default="continue",
-        description="What to do when the policy has lost what it had learned, which the console says in any case. "
+        description="What to do when the policy has lost what it had learned (the console says so in any case). "
         "`continue`: nothing. `stop`: end the run with an error that names the best checkpoint. `reload_best`: load "
-        "the best checkpoint that was measured (see `validation_interval`) and go on at half the learning rate.",
+        "the best measured checkpoint (see `validation_interval`) and continue at half the learning rate.",
     )
     keep_checkpoints: int = Field(
-        default=2, ge=1, description="Checkpoints of epochs to keep besides the last and the best."
+        default=2, ge=1, description="Epoch checkpoints to keep in addition to the last and the best."
     )
     keep_rollouts: int | None = Field(
         default=64,
         ge=0,
-        description="Dataset rows whose training rollouts are kept in `rollouts/`, of each epoch the first so many; "
-        "null keeps all. Held-out rows are always kept.",
+        description="Training rollouts to keep in `rollouts/`: those of the first N dataset rows of each epoch; null "
+        "keeps all. Held-out rows are always kept.",
     )
     seed: int = Field(default=0, description="Seed of curriculum subsampling.")
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default_factory=list,
-        description="Experiment trackers that get the metrics, the configuration and held-out samples; each is an "
-        "extra (`pip install 'nat_plugin_evsys[wandb]'`) and takes its own environment variables (WANDB_MODE, "
-        "MLFLOW_TRACKING_URI, …). By default tensorboard writes into the run directory and mlflow to `mlruns` beside "
-        "it. What a tracker cannot reach is counted, and never stops a run.",
+        description="Experiment trackers that get the metrics, the configuration and held-out samples. Each is an "
+        "extra (`pip install 'nat_plugin_evsys[wandb]'`) and reads its own environment variables (WANDB_MODE, "
+        "MLFLOW_TRACKING_URI, …). By default tensorboard writes to the run directory and mlflow to `mlruns` beside it. "
+        "Failures to reach a tracker are counted and never stop a run.",
     )
     progress: Literal["auto", "rich", "plain", "none"] = Field(
         default="auto", description="`auto`: a live display on a terminal, plain lines in a pipe."
@@ -216,7 +211,7 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     def _reloading_needs_fresh_rollouts(self) -> "EvsysTrainerConfig":
         if self.overlap_rollouts and self.on_collapse == "reload_best":
             raise ValueError(
-                "on_collapse `reload_best` does not go with overlap_rollouts: the next rollouts would be those of the "
+                "on_collapse `reload_best` does not go with overlap_rollouts: the next rollouts would come from the "
                 "collapsed policy; set overlap_rollouts: false, or on_collapse: stop"
             )
         return self

@@ -20,7 +20,7 @@ NOT_OVER_A_SERVICE = {
     "max_batch_size": "the service has its own",
     "trust_remote_code": "the service loads the model",
 }
-"""Settings of the embedded engine that cannot reach a service, and why; refused unless they have their defaults."""
+"""Settings of the embedded engine that do not apply to a service, and why; refused unless left at their defaults."""
 
 ONLY_OVER_A_SERVICE = ("api_key_env", "tokenizer")
 """Settings that mean nothing without ``base_url``."""
@@ -34,26 +34,26 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     """
 
     base_model: str = Field(
-        description="A Hugging Face id, a local directory or `.gguf` file of any causal LM that transformers loads, "
-        "`builtin/smollm2-135m` (SmolLM2-135M-Instruct, from the package index), or `builtin/tiny` (a toy for tests)."
+        description="Any causal LM that transformers loads, as a Hugging Face id, a local directory or a `.gguf` file; "
+        "`builtin/smollm2-135m` (SmolLM2-135M-Instruct, from the package index); or `builtin/tiny` (a toy for tests)."
     )
     base_url: str | None = Field(
         default=None,
         description="Train and sample on the Tinker service at this URL (`nat evsys serve` on another machine, or any "
-        "other) instead of in this process; `base_model` is then the service's name of the model.",
+        "other) instead of in this process; `base_model` is then the service's name for the model.",
     )
     api_key_env: str = Field(
         default="TINKER_API_KEY",
-        description="Environment variable that holds the service's key; it may be unset where base_url is on loopback.",
+        description="Environment variable that holds the service's key; not needed if base_url is on loopback.",
     )
     tokenizer: str | None = Field(
         default=None,
-        description="With base_url: local directory or Hugging Face id of the model's tokenizer, where the service's "
-        "name of the model leads to none on this machine.",
+        description="With base_url: local directory or Hugging Face id of the model's tokenizer, needed if the "
+        "service's model name does not lead to one on this machine.",
     )
     output_dir: Path = Field(
         default=DEFAULT_OUTPUT_DIR,
-        description="Where the runs lie; must equal `finetuning.output_dir`, where `checkpoint: latest` looks.",
+        description="Directory of the runs, where `checkpoint: latest` looks; must equal `finetuning.output_dir`.",
     )
     checkpoint: str = Field(
         default="latest",
@@ -71,8 +71,8 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     temperature: float = Field(
         default=1.0,
         ge=0.0,
-        description="Sampling temperature of training rollouts that do not state their own. The learner's distribution "
-        "has the temperature of each call, so that ratios begin at 1.",
+        description="Sampling temperature of training rollouts, unless the request sets one. The learner uses the "
+        "temperature of each call, so ratios start at 1.",
     )
     eval_temperature: float = Field(
         default=0.0,
@@ -85,9 +85,9 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         le=1.0,
         description="Nucleus sampling mass. `nat finetune` refuses less than 1: such calls cannot be trained on.",
     )
-    max_tokens: int = Field(default=512, ge=1, description="Sampled tokens per call where the request states none.")
+    max_tokens: int = Field(default=512, ge=1, description="Token limit of a reply, unless the request sets one.")
     context_length: int | None = Field(
-        default=None, ge=1, description="Upper bound of prompt + sampled tokens; default is the model's own limit."
+        default=None, ge=1, description="Limit of prompt + sampled tokens; default is the model's own limit."
     )
     seed: int = Field(default=0, description="Seed of the adapter's initialisation and of all sampling.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: CUDA when present, else CPU.")
@@ -95,7 +95,7 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         default="auto", description="`auto`: bfloat16 on CUDA, float32 on CPU."
     )
     max_batch_size: int = Field(
-        default=defaults.MAX_BATCH_SIZE, ge=1, description="Sequences that are sampled in one batch at the most."
+        default=defaults.MAX_BATCH_SIZE, ge=1, description="Largest sampling batch, in sequences."
     )
     chat_template: Path | None = Field(
         default=None, description="A Jinja chat template file that replaces the tokenizer's own."
@@ -108,7 +108,7 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     request_timeout: float = Field(default=600.0, gt=0, description="Seconds a client waits for one call.")
     disable_streaming: bool = Field(
         default=True,
-        description="Let LangChain agents make plain calls even where they ask for a stream (same tokens, less CPU).",
+        description="Make LangChain agents use plain calls even if they ask for a stream (same tokens, less CPU).",
     )
     trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")
 

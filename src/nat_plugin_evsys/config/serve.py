@@ -35,38 +35,37 @@ class ServeConfig(StrictConfig):
 
     base_models: list[str] = Field(
         min_length=1,
-        description="Each a Hugging Face id, a local directory or `.gguf` file, or a `builtin/…` model; loaded at the "
-        "start.",
+        description="Models to load at startup: Hugging Face ids, local directories, `.gguf` files, or `builtin/…`.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on; off loopback only with API keys.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     public_url: str | None = Field(
         default=None,
-        description="Where clients reach the server behind a reverse proxy, such as `https://tinker.example.org`: "
-        "downloads are offered there; default is the address that a client has connected to.",
+        description="Where clients reach the server behind a reverse proxy, such as `https://tinker.example.org`. "
+        "Download URLs start with it; default is the address that the client connected to.",
     )
     store: Path = Field(
         default_factory=default_service_store, description="Directory of sessions, futures, model states, checkpoints."
     )
     api_keys: list[SecretStr] = Field(
-        default=[], description="Who may use the server; each key's runs are invisible to the others'."
+        default=[], description="Keys that may use the server; each sees only its own runs."
     )
     policies: dict[str, str] = Field(
-        default={}, description="Names that the OpenAI endpoint serves beside paths: name -> tinker:// path."
+        default={}, description="Extra model names for the OpenAI endpoint: name -> tinker:// path."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: CUDA when present, else CPU.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="`auto`: bfloat16 on CUDA, float32 on CPU."
     )
     context_length: int | None = Field(
-        default=None, ge=2, description="Upper bound of tokens in a sequence; default is the model's own limit."
+        default=None, ge=2, description="Limit of tokens in a sequence; default is the model's own limit."
     )
     max_batch_size: int = Field(
         default=defaults.MAX_BATCH_SIZE, ge=1, description="Sequences of one policy that are decoded together."
     )
     cache_dir: Path | None = Field(default=None, description="Where `builtin/…` models are kept.")
     trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")
-    log_format: Literal["text", "json"] = Field(default="text", description="Of the log on stderr.")
+    log_format: Literal["text", "json"] = Field(default="text", description="Format of the log on stderr.")
     session_timeout: float = Field(
         default=1800.0, gt=0, description="Seconds without a request after which a session's models leave memory."
     )
@@ -77,11 +76,11 @@ class ServeConfig(StrictConfig):
     max_queued: int = Field(default=16384, ge=1, description="Unfinished operations of all keys.")
     max_request_bytes: int = Field(default=64 << 20, ge=1024, description="Largest request body as it is sent.")
     max_decompressed_bytes: int = Field(default=128 << 20, ge=1024, description="Largest request body decompressed.")
-    poll_seconds: float = Field(default=25.0, gt=0, le=40, description="How long a long poll is held at the most.")
-    housekeeping_seconds: float = Field(default=15.0, gt=0, description="Between two looks at idle sessions.")
+    poll_seconds: float = Field(default=25.0, gt=0, le=40, description="Longest that a long poll is held.")
+    housekeeping_seconds: float = Field(default=15.0, gt=0, description="Interval between checks for idle sessions.")
     shutdown_seconds: float = Field(default=30.0, gt=0, description="How long a shutdown waits for work to be parked.")
     retain_operations: bool = Field(
-        default=False, description="Keep the payloads of all operations, so that the whole log can be run again."
+        default=False, description="Keep the payloads of all operations, so that the whole log can be replayed."
     )
 
     @field_validator("api_keys")
@@ -89,7 +88,7 @@ class ServeConfig(StrictConfig):
     def _keys_suit_the_sdk(cls, keys: list[SecretStr]) -> list[SecretStr]:
         for key in keys:
             text = key.get_secret_value()
-            # What a header cannot carry would never match; 16 is the least that is not guessed at once.
+            # A key that a header cannot carry would never match; one shorter than 16 is too easy to guess.
             if not text.startswith(KEY_PREFIX) or len(text) < 16 or not text.isascii() or not text.isprintable():
                 raise ValueError(
                     f"an API key must start with `{KEY_PREFIX}` (the tinker SDK insists), have at least 16 printable "
