@@ -28,7 +28,7 @@ class DropReason(StrEnum):
     EVALUATOR_ERROR = "evaluator_error"
     """The evaluator failed or gave no finite score, so the rollout has no reward."""
     INFRASTRUCTURE_ERROR = "infrastructure_error"
-    """The policy endpoint failed or could not be reached, which is not the policy's doing, so the rollout has no
+    """The policy endpoint failed or could not be reached. That is not the policy's fault, so the rollout has no
     reward."""
     ROLLOUT_TIMEOUT = "rollout_timeout"
     """The rollout took longer than `rollout_timeout` and was cut off."""
@@ -41,13 +41,13 @@ class DropReason(StrEnum):
     CALL_FAILED = "call_failed"
     """The endpoint could not answer the call."""
     CLIENT_DISCONNECTED = "client_disconnected"
-    """The client went away before the call was answered."""
+    """The client disconnected before the call was answered."""
 
     # What the curriculum holds back.
     CURRICULUM_MIN_REWARD_DIFF = "curriculum_min_reward_diff"
     """The rewards of the group differ by less than the curriculum's `min_reward_diff`."""
     CURRICULUM_PERCENTILE = "curriculum_percentile"
-    """The group is not among the share of the groups that the curriculum trains on in this epoch."""
+    """The group is outside the share of groups that the curriculum trains on in this epoch."""
     CURRICULUM_SUBSAMPLE = "curriculum_subsample"
     """The curriculum's `random_subsample` left the trajectory out."""
 
@@ -59,9 +59,9 @@ class DropReason(StrEnum):
     NO_USABLE_CALLS = "no_usable_calls"
     """None of the trajectory's calls can be trained on; each call is counted under its own reason."""
     EMPTY_OUTPUT = "empty_output"
-    """The reply has no token."""
+    """The reply has no tokens."""
     EMPTY_PROMPT = "empty_prompt"
-    """The prompt has no token."""
+    """The prompt has no tokens."""
     NON_FINITE_LOGPROBS = "non_finite_logprobs"
     """A recorded log-probability is NaN or infinite."""
     TRUNCATED = "truncated"
@@ -69,7 +69,7 @@ class DropReason(StrEnum):
 
     # What the training job did not get to.
     MOVED_TOO_FAR = "moved_too_far"
-    """The policy had moved further from the one that sampled the call than `target_kl`, so the epoch's steps ended."""
+    """The policy had moved further than `target_kl` from the one that sampled the call, so the epoch's steps ended."""
     JOB_FAILED = "job_failed"
     """The training job failed before it trained on the call."""
     JOB_CANCELED = "job_canceled"
@@ -92,7 +92,7 @@ class Call:
         output_ids: sampled token ids, length T, including the stop token.
         logprobs: log-probability of each output id under the distribution that was sampled, length T.
         stop_reason: why sampling ended.
-        temperature, top_p, top_k: what was sampled with; top_k -1 is off.
+        temperature, top_p, top_k: the sampling parameters; top_k -1 is off.
         messages: the request's messages in OpenAI form.
         tools: the request's tools in OpenAI form.
         reply: the assistant message that was returned, in OpenAI form.
@@ -118,7 +118,7 @@ class Call:
 
     @property
     def key(self) -> CallKey:
-        """What names the call: several choices of one completion share its id."""
+        """Identifies the call; the id alone does not, since all choices of one completion share it."""
         return self.call_id, self.index
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,12 +127,12 @@ class Call:
 
 
 CallKey = tuple[str, int]
-"""``(call_id, index)``: names one call."""
+"""``(call_id, index)``: identifies one call."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallFate:
-    """What training made of one call.
+    """What training did with one call.
 
     Attributes:
         dropped: why it was not trained on, or None when it was.
@@ -148,7 +148,7 @@ class CallFate:
 
 @dataclass(slots=True)
 class CallTally:
-    """Where every call went: ``calls == trained + sum(dropped.values())`` once an epoch is done."""
+    """Counts of calls: ``calls == trained + sum(dropped.values())`` once an epoch is done."""
 
     calls: int = 0
     trained: int = 0
