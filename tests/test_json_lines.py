@@ -74,7 +74,7 @@ def test_every_log_removes_what_a_crash_left_of_a_line(
     path.write_bytes(whole + whole[:20])
     log(tmp_path, 2.0)
     assert [record["loss"] for record in read_json_lines(path)] == [1.0, 2.0]
-    assert f"{path}, line 2 is torn and removed" in caplog.text
+    assert f"{path}, line 2 is incomplete and was removed" in caplog.text
     assert path.read_bytes().startswith(whole)
 
 

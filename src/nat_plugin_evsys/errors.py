@@ -51,9 +51,9 @@ class CutDistributionError(DataError):
     def __init__(self, call: str, top_p: float, top_k: int) -> None:
         self.top_p, self.top_k = top_p, top_k
         super().__init__(
-            f"{call} was sampled with top_p {top_p:g} and top_k {top_k}: its probabilities are those of a distribution "
-            "without its unlikely tokens, and the ratios of the loss would be wrong from the first step; set top_p: 1 "
-            "(and no top_k) in the policy and in the workflow's requests. temperature may be what you like"
+            f"{call} was sampled with top_p {top_p:g} and top_k {top_k}: its probabilities come from a truncated "
+            "distribution, so the ratios of the loss would be wrong from the first step; set top_p: 1 (and no top_k) "
+            "in the policy and in the workflow's requests. Any temperature is fine"
         )
 
 

@@ -103,7 +103,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         if record is not None:
             records.append(record)
         elif number == len(lines) and line:
-            logger.warning("%s, line %d is torn and left out: %.80r", path, number, line)
+            logger.warning("%s, line %d is incomplete and was skipped: %.80r", path, number, line)
         elif line.strip():
             raise DataError(f"{path}:{number}: not a JSON object: {line[:80]!r}; remove the line, or the file")
     return records
@@ -122,7 +122,7 @@ def _mend(file: FileIO, path: Path) -> None:
     if _parse(torn) is not None:
         file.write(b"\n")
         return
-    logger.warning("%s, line %d is torn and removed: %.80r", path, len(whole) + 1, torn)
+    logger.warning("%s, line %d is incomplete and was removed: %.80r", path, len(whole) + 1, torn)
     file.truncate(size - len(torn))
 
 

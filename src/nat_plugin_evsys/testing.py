@@ -134,7 +134,7 @@ class ScriptedSamplingClient:
         else:
             with self._lock:
                 if self._used >= len(self._script):
-                    raise AssertionError(f"the script has {len(self._script)} replies, and one more was asked for")
+                    raise AssertionError(f"the script has {len(self._script)} replies, and one more was requested")
                 reply = self._script[self._used]
                 self._used += 1
         if isinstance(reply, Exception):

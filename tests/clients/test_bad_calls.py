@@ -110,7 +110,7 @@ CONSTRUCTOR: list[tuple[str, Call, type[Exception], str]] = [
         "metadata",
         lambda w: ServiceClient(user_metadata={"a": 1}),
         ConfigError,
-        "user_metadata must be a dict of strings",
+        "user_metadata must be a dict from strings",
     ),
     (
         "context 1",
@@ -146,7 +146,7 @@ CREATING: list[tuple[str, Call, type[Exception], str]] = [
     ("seed text", new(seed="x"), ConfigError, "seed must be an integer or None"),
     ("flag 1", new(train_mlp=1), ConfigError, "train_mlp must be True or False, got 1"),
     ("nothing", new(train_mlp=False, train_attn=False, train_unembed=False), ConfigError, "nothing to train: set at"),
-    ("run metadata", new(user_metadata=["a"]), ConfigError, "user_metadata must be a dict of strings by strings"),
+    ("run metadata", new(user_metadata=["a"]), ConfigError, "user_metadata must be a dict from strings to strings"),
     ("optimizer", new(optimizer=tinker.DimuonOptimizerConfig()), UnsupportedError, "optimizer 'dimuon' is not offered"),
     ("lora key", lambda w: w.service.create_model(w.model, {"rnk": 4}), ConfigError, "lora_config .*rnk: Extra inputs"),
     ("lora value", lambda w: w.service.create_model(w.model, {"rank": "x"}), ConfigError, "lora_config .*rank: "),
@@ -315,7 +315,7 @@ CUSTOM: list[tuple[str, Call, type[Exception], str]] = [
     ("detached", custom(lambda d, lp: (lp[0].sum().detach(), {})), DataError, "not detached"),
     ("infinite", custom(lambda d, lp: (lp[0].sum() * float("inf"), {})), DataError, "custom loss is inf or NaN"),
     ("metrics", custom(lambda d, lp: (lp[0].sum(), 3)), DataError, "metrics of type int; return a dict of numbers"),
-    ("metric", custom(lambda d, lp: (lp[0].sum(), {"a": "b"})), DataError, "metric 'a' is no number: 'b'"),
+    ("metric", custom(lambda d, lp: (lp[0].sum(), {"a": "b"})), DataError, "metric 'a' is not a number: 'b'"),
     (
         "one Datum ignored",
         custom(lambda d, lp: (lp[0].sum(), {}), [*ce(), *ce()]),
@@ -400,7 +400,7 @@ SAVING: list[tuple[str, Call, type[Exception], str]] = [
     ("ttl long", saving(ttl_seconds=10**12), ConfigError, "ttl_seconds must be None .* got 1000000000000"),
     ("ttl text", saving(ttl_seconds="1h"), ConfigError, "ttl_seconds must be None .* got '1h'"),
     ("overwrite text", saving(overwrite="yes"), ConfigError, "overwrite must be True or False, got 'yes'"),
-    ("metadata numbers", saving(user_metadata={"loss": 0.1}), ConfigError, "user_metadata must be a dict of strings"),
+    ("metadata numbers", saving(user_metadata={"loss": 0.1}), ConfigError, "user_metadata must be a dict from strings"),
     (
         "sampler name",
         lambda w: w.client.save_weights_for_sampler("a b"),

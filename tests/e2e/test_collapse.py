@@ -66,7 +66,9 @@ def test_reload_best_goes_on_from_the_best_checkpoint_at_half_the_rate_also_afte
 ) -> None:
     done = finetune("reload_best", 2)
     assert done.code == 0, done.text[-4000:]
-    assert "reload, epoch-0000, to go on at 0.5 times the learning rate" in " ".join(done.err.split()).replace(":", ",")
+    assert "reload, epoch-0000, continuing at 0.5 times the learning rate" in " ".join(done.err.split()).replace(
+        ":", ","
+    )
     run = newest_run(tmp_path)
     assert [row.get("reloaded") for row in epochs_of(run)] == [None, "epoch-0000"]
     weights = [run / "checkpoints" / name / "adapter_model.safetensors" for name in ("epoch-0000", "epoch-0002")]

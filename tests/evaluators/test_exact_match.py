@@ -63,13 +63,13 @@ async def test_a_row_without_an_answer_is_an_error_and_no_score(expected: Any) -
 async def test_a_broken_regular_expression_is_an_error_and_no_score() -> None:
     scored = await ExactMatchEvaluator(EvsysExactMatchConfig(mode="regex")).evaluate_item(item("x", "(x"))
     assert scored.score is None
-    assert "no regular expression" in (scored.error or "")
+    assert "not a regular expression" in (scored.error or "")
 
 
 async def test_an_answer_that_is_no_choice_is_an_error_and_no_score() -> None:
     scored = await ExactMatchEvaluator(EvsysExactMatchConfig(**TEAMS)).evaluate_item(item("x", "payroll"))
     assert scored.score is None
-    assert "'payroll' is none of the evaluator's choices ['network'" in (scored.error or "")
+    assert "'payroll' is not among the evaluator's choices ['network'" in (scored.error or "")
 
 
 async def test_the_reasoning_says_which_choices_were_named() -> None:
@@ -83,7 +83,7 @@ async def test_the_reasoning_says_which_choices_were_named() -> None:
     [
         ({"mode": "one_of"}, "needs `choices`"),
         ({"mode": "one_of", "choices": ["network"]}, "two or more"),
-        ({"mode": "one_of", "choices": ["network", " "]}, "empty text"),
+        ({"mode": "one_of", "choices": ["network", " "]}, "empty string"),
         ({"choices": ["network", "accounts"]}, "choices has no effect with mode: exact"),
     ],
 )

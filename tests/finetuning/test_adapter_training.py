@@ -271,7 +271,7 @@ async def test_replies_that_were_cut_off_may_be_left_out(policy: Fixture, make_a
 async def test_calls_of_a_cut_distribution_are_refused(policy: Fixture, make_adapter: Fixture, cut: Any) -> None:
     collection = await policy.collection(groups=1, size=2)
     collection.trajectories[0][0].metadata["calls"][0] |= cut
-    with pytest.raises(CutDistributionError, match="temperature may be what you like"):
+    with pytest.raises(CutDistributionError, match="Any temperature is fine"):
         await make_adapter(policy).submit(collection)
 
 
@@ -303,8 +303,8 @@ async def test_a_bad_collection_raises_before_anything_starts(policy: Fixture, m
         reward=1.0,
     )
     cases = [
-        ([], "holds no trajectory"),
-        ([[], []], "holds no trajectory"),
+        ([], "has no trajectories"),
+        ([[], []], "has no trajectories"),
         (
             [*collection.trajectories[:1], [last, backwards]],
             r"trajectory 1 of group 1 \(row .*\), item 0, role `assist",

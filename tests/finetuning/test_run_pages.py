@@ -26,5 +26,5 @@ def test_a_report_that_cannot_be_made_is_logged(tmp_path: Path, caplog: pytest.L
     made.train(1, [[made.attempt("r1", "x", float(number), number) for number in (0, 1)]])
     (made.run_dir.rollouts.directory / "epoch-0001.jsonl.gz").write_bytes(b"no gzip")
     RunPages(made.run_dir, made.metrics).write()
-    assert "write_report failed; the run goes on" in caplog.text
+    assert "write_report failed; the run continues" in caplog.text
     assert made.run_dir.plot_path.is_file()

@@ -86,7 +86,7 @@ async def test_an_exporter_that_cannot_start_is_told_once_and_the_others_go_on(
     assert traced(tmp_path / "trace.jsonl") == ["first", "first", "second", "second"]
     told = [record.message for record in caplog.records if "cannot start" in record.message]
     assert told == [
-        "telemetry exporter `gone` cannot start; the run goes on without it: no route to the collector",
+        "telemetry exporter `gone` cannot start; the run continues without it: no route to the collector",
     ]
 
 

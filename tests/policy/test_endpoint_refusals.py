@@ -81,7 +81,7 @@ async def until(condition: Any, seconds: float = 5.0) -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"stream_options": {"include_usage": True}}, None, "`stream: true`"),
         ({"chat_template_kwargs": {"colour": 1}}, "chat_template_kwargs.colour", "not honoured"),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, None, "does not know it"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, None, "does not use it"),
     ],
 )
 async def test_fields_are_refused_by_name(serve: Any, fields: dict[str, Any], param: str | None, words: str) -> None:

@@ -59,7 +59,7 @@ def test_the_first_call_of_a_run_is_told_once() -> None:
 def test_runs_are_opened_once_and_closed_once() -> None:
     recorder = Recorder()
     recorder.open_run("a", "rollout", None)
-    with pytest.raises(ValueError, match="open already"):
+    with pytest.raises(ValueError, match="already open"):
         recorder.open_run("a", "rollout", None)
     recorder.close_run("a")
     for method in (recorder.close_run, recorder.failures):

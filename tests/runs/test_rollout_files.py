@@ -43,5 +43,5 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_facts_of_a_later_version_are_read_and_those_of_another_producer_refused() -> None:
     facts = RolloutFacts.of({"collection": "epoch", "epoch": 1, "row_id": "r", "attempt": 0, "invented_later": 1})
     assert (facts.row_id, facts.reward) == ("r", None)
-    with pytest.raises(DataError, match="not a rollout that a run kept"):
+    with pytest.raises(DataError, match="not a run's rollout"):
         RolloutFacts.of({"ancestry": {}})

@@ -54,7 +54,7 @@ class WandbStream:
         try:
             self._run.log({**named, "optimizer_step": step})
         except Exception:  # whatever wandb raises, the training itself has succeeded
-            logger.warning("wandb did not take the metrics of optimizer step %d", step, exc_info=True)
+            logger.warning("wandb did not accept the metrics of optimizer step %d", step, exc_info=True)
 
     def close(self) -> None:
         """Finish the run. Idempotent."""

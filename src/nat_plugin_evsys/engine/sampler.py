@@ -214,7 +214,7 @@ class Sampler:
 
 
 def _closed_error() -> EngineClosedError:
-    return EngineClosedError("the sampler has been closed and takes no more requests; make a new one")
+    return EngineClosedError("the sampler has been closed and takes no more requests; create a new one")
 
 
 def _kv_budget(device: torch.device) -> int:

@@ -36,7 +36,7 @@ class ExactMatchEvaluator(BaseEvaluator):
         try:
             matched = matches(output, expected, self.config)
         except re.error as error:
-            return failure(item, f"the expected answer {expected!r} is no regular expression: {error}")
+            return failure(item, f"the expected answer {expected!r} is not a regular expression: {error}")
         except LookupError as error:
             return failure(item, str(error))
         return EvalOutputItem(id=item.id, score=float(matched), reasoning=reasoning)
@@ -53,7 +53,7 @@ def matches(output: str, expected: str, config: EvsysExactMatchConfig) -> bool:
         wanted = _normalise(expected, config)
         choices = [_normalise(choice, config) for choice in config.choices]
         if wanted not in choices:
-            raise LookupError(f"the expected answer {expected!r} is none of the evaluator's choices {config.choices}")
+            raise LookupError(f"the expected answer {expected!r} is not among the evaluator's choices {config.choices}")
         return named_choices(output, config) == {wanted}
     if config.mode == "regex":
         text = " ".join(output.split()) if config.ignore_whitespace else output

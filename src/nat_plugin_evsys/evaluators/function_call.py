@@ -52,7 +52,7 @@ def read_calls(output: Any) -> list[Call]:
     calls = _json(output)
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, list):
-        raise ValueError("is no list of function calls")
+        raise ValueError("is not a list of function calls")
     return [_call(call) for call in calls]
 
 
@@ -64,11 +64,11 @@ def read_accepted(expected: Any) -> list[AcceptedCall]:
     """
     rows = _json(expected)
     if not isinstance(rows, list):
-        raise ValueError("is no list of {name: {argument: [accepted values]}}")
+        raise ValueError("is not a list of {name: {argument: [accepted values]}}")
     accepted = []
     for row in rows:
         if not (isinstance(row, Mapping) and len(row) == 1 and _are_values(next(iter(row.values())))):
-            raise ValueError(f"has {row!r}, which is no {{name: {{argument: [accepted values]}}}}")
+            raise ValueError(f"has {row!r}, which is not {{name: {{argument: [accepted values]}}}}")
         ((name, arguments),) = row.items()
         accepted.append(AcceptedCall(name, arguments))
     return accepted
@@ -80,14 +80,14 @@ def _json(value: Any) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError("is no JSON") from error
+        raise ValueError("is not JSON") from error
 
 
 def _call(call: Any) -> Call:
     function = call.get("function", call) if isinstance(call, Mapping) else {}
     name, arguments = function.get("name"), _json(function.get("arguments", {}))
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
-        raise ValueError(f"has {call!r}, which is no function call")
+        raise ValueError(f"has {call!r}, which is not a function call")
     return Call(name, arguments)
 
 

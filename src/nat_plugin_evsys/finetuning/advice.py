@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def how_to_resume(trainer_name: str | None) -> str:
     """The option that goes on with a run that ended early."""
-    return f"To go on from the last finished epoch: -o trainers.{trainer_name}.resume true"
+    return f"To continue from the last finished epoch: -o trainers.{trainer_name}.resume true"
 
 
 def serve_command(policy_name: str, checkpoint: str) -> str:
@@ -50,7 +50,7 @@ def why_nothing_was_trained(summary: RunSummary) -> str:
         dropped = {reason: count for reason, count in summary.dropped.items() if reason != DropReason.VALIDATION}
         reasons = sorted((count, reason) for reason, count in dropped.items())
         counts = ", ".join(f"{reason} {count}" for count, reason in reversed(reasons))
-        why = f"Every call was dropped ({counts})." if counts else "The rollouts made no call of the policy."
+        why = f"Every call was dropped ({counts})." if counts else "The rollouts made no calls to the policy."
     return f"nothing was trained in {summary.epochs} epochs, so there is no adapter to serve. {why}"
 
 

@@ -223,7 +223,7 @@ def refuse_total_loss(attempts: list[Attempt]) -> None:
         first = attempts[0]
         raise EvsysError(
             f"none of the {len(attempts)} rollouts has a reward ({first.lost}); the first one: {first.error}. "
-            "Run `nat eval` on the same config to see it alone"
+            "Run `nat eval` on the same config to see the evaluator alone"
         )
 
 

@@ -74,7 +74,7 @@ def groups_of(rows: list[list[Trajectory]]) -> list[TrajectoryGroup]:
     groups = [group_of(row, index) for index, row in enumerate(rows) if row]
     if not groups:
         raise DataError(
-            "the collection holds no trajectory, so there is nothing to train on; look at the dropped rollouts of "
+            "the collection has no trajectories, so there is nothing to train on; look at the dropped rollouts of "
             "the trajectory builder"
         )
     return groups

@@ -45,7 +45,9 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
 def check_profiler() -> None:
     """NAT records LLM and tool steps only when its profiler package is installed."""
     if importlib.util.find_spec("nat.plugins.profiler") is None:
-        raise ConfigError("nvidia-nat-profiler is absent, so NAT records no LLM steps; pip install nvidia-nat-profiler")
+        raise ConfigError(
+            "nvidia-nat-profiler is not installed, so NAT records no LLM steps; pip install nvidia-nat-profiler"
+        )
 
 
 def check_reward(config: Config, finetuning: FinetuneConfig) -> None:
@@ -81,7 +83,7 @@ def check_policy(
     if policy.top_p < 1:
         raise ConfigError(
             f"llms.{adapter.policy}.top_p is {policy.top_p:g}, but calls that were sampled from a cut distribution "
-            "cannot be trained on; set top_p: 1 for `nat finetune` (temperature may be what you like)"
+            "cannot be trained on; set top_p: 1 for `nat finetune` (any temperature is fine)"
         )
     return adapter.policy, policy, adapter
 
@@ -92,7 +94,7 @@ def check_workflow_uses(config: Config, policy_name: str) -> None:
     if policy_name not in used:
         seen = f"uses {sorted(used)}" if used else "names no LLM"
         raise ConfigError(
-            f"the workflow {seen}, not the policy `{policy_name}`, so nothing of it would be trained; "
+            f"the workflow {seen}, not the policy `{policy_name}`, so nothing would be trained; "
             f"set `workflow.llm_name: {policy_name}`"
         )
 

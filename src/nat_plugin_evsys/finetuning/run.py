@@ -155,7 +155,7 @@ class RunSession:
             self._trainer.trainer_adapter.resume_after(trained[-1])
         done = books.state.epochs_done
         if done >= num_epochs:
-            logger.warning("the run has finished all of its %d epochs; raise finetuning.num_epochs to go on", done)
+            logger.warning("the run has finished all of its %d epochs; raise finetuning.num_epochs to continue", done)
         self._display.phase("resume", f"after epoch {done} of {num_epochs}, from {source}")
 
     async def _begin(self) -> None:
@@ -220,7 +220,7 @@ class RunSession:
             self._display.finding(finding)
         if best is not None:
             self._trainer.trainer_adapter.scale_rate(rate_after(self._books.metrics.rows()))
-            self._display.phase("reload", f"{best.name}, to go on at {RATE_FACTOR:g} times the learning rate")
+            self._display.phase("reload", f"{best.name}, continuing at {RATE_FACTOR:g} times the learning rate")
         self._pages.after_epoch()
         return collapse
 

@@ -22,7 +22,7 @@ _REPORT_SHARE = 0.1
 
 
 class RunPages:
-    """Writes both, in a thread while the run goes on. That one cannot be written is logged: it ends no run."""
+    """Writes both, in a thread while the run continues. That one cannot be written is logged: it ends no run."""
 
     def __init__(self, run_dir: RunDirectory, metrics: MetricsLog) -> None:
         self._run_dir = run_dir
@@ -65,4 +65,4 @@ def _all(writers: list[Callable[[], None]]) -> None:
         try:
             write()
         except Exception:  # a picture of the run must not end it; the log has the cause
-            logger.warning("%s failed; the run goes on", write.__name__.strip("_"), exc_info=True)
+            logger.warning("%s failed; the run continues", write.__name__.strip("_"), exc_info=True)

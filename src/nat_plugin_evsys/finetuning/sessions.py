@@ -153,7 +153,7 @@ class RecordedRunner:
             return output.model_dump_json(indent=2)
         found = _json_path(self._rollouts.result_json_path).find(output)
         if not found:
-            raise ValueError(f"the workflow's output has nothing at {self._rollouts.result_json_path}")
+            raise ValueError(f"the workflow's output has no value at {self._rollouts.result_json_path}")
         return found[0].value
 
     def _end_cancelled_run(self) -> None:

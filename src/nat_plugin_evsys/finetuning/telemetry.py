@@ -85,7 +85,7 @@ class RunExporters:
     def _tell(self, name: str, error: Exception) -> None:
         if name not in self._failed:
             self._failed.add(name)
-            logger.warning("telemetry exporter `%s` cannot start; the run goes on without it: %s", name, error)
+            logger.warning("telemetry exporter `%s` cannot start; the run continues without it: %s", name, error)
 
 
 def without_exporters(general: GeneralConfig) -> GeneralConfig:
@@ -110,6 +110,6 @@ def check_exporters(config: Config) -> None:
     for name, exporter in config.general.telemetry.tracing.items():
         if isinstance(exporter, FileTelemetryExporterConfig) and exporter.mode is FileMode.OVERWRITE:
             raise ConfigError(
-                f"general.telemetry.tracing.{name}: with `mode: overwrite` every rollout would begin the file anew and "
-                "only the last one's trace would be left; set `mode: append`"
+                f"general.telemetry.tracing.{name}: with `mode: overwrite` every rollout would overwrite the "
+                "file, and only the last trace would be left; set `mode: append`"
             )

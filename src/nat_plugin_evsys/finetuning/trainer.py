@@ -120,7 +120,7 @@ class EvsysTrainer(Trainer):
         self._books.count_rollouts(self.last_report)
         collection = self.apply_curriculum_learning(collection, epoch)
         if not collection.trajectories:
-            logger.warning("epoch %d: no trajectory is left to train on; the policy stays as it is", epoch + 1)
+            logger.warning("epoch %d: no trajectory is left to train on; the policy is unchanged", epoch + 1)
             return None
         self._display.phase("training", f"epoch {epoch + 1}")
         return await self.trainer_adapter.submit(collection, epoch=epoch)

@@ -86,13 +86,13 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """
         if self.config.recompute_logprobs:
             raise ConfigError(
-                "recompute_logprobs does not go with overlap_rollouts, since an older policy has sampled by the time "
-                "that an epoch trains; set one of them to false"
+                "recompute_logprobs does not go with overlap_rollouts, because an older policy sampled what "
+                "an epoch trains on; set one of them to false"
             )
         if "loss_fn" not in self.config.model_fields_set:
             self.config = self.config.model_copy(update={"loss_fn": "ppo"})
             self._work = JobWork(self.config, self.policy, self._num_epochs)
-            logger.info("trainer adapter: loss_fn is ppo, as rollouts overlap with training")
+            logger.info("trainer adapter: loss_fn is ppo, because rollouts overlap with training")
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate of all jobs to come by ``factor``, whatever it was multiplied by before."""

@@ -104,7 +104,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             ValueError: this run id is in use.
         """
         if run_id in self._runs:
-            raise ValueError(f"run `{run_id}` has been started already; finalize it first")
+            raise ValueError(f"run `{run_id}` has already been started; finalize it first")
         rollouts = self._rollouts(f"epoch-{int((meta or {}).get('epoch', 0)):04d}", "rollout")
         work = self._roll_out(rollouts, self.config.num_generations)
         self._runs[run_id] = asyncio.create_task(work, name=f"rollouts-{run_id}"), rollouts

@@ -111,9 +111,9 @@ class ChatRenderer:
         full = self._render_text([*context, message], tools, False, None)
         if not full.startswith(prompt):
             raise DataError(
-                "the chat template does not write this reply after its generation prompt: the prompt ends with "
-                f"{prompt[-60:]!r}, the conversation with the reply ends with {full[-60:]!r}; give a `chat_template` "
-                "whose two forms agree"
+                "the chat template does not render this reply directly after its generation prompt: the prompt ends "
+                f"with {prompt[-60:]!r}, the conversation with the reply ends with {full[-60:]!r}; give a "
+                "`chat_template` whose two forms agree"
             )
         end = self._end_of_turn
         if end is not None:
@@ -134,8 +134,8 @@ class ChatRenderer:
     ) -> str:
         if tools and not self.supports_tools:
             raise DataError(
-                "the model's chat template has no place for `tools`, or writes tool calls in a form that is not known "
-                "here (known: Hermes/Qwen <tool_call> blocks, Llama 3 JSON); set a `chat_template` or send no tools"
+                "the model's chat template does not take `tools`, or writes tool calls in an unknown form "
+                "(known: Hermes/Qwen <tool_call> blocks, Llama 3 JSON); set a `chat_template` or send no tools"
             )
         normal = normalize_messages(messages)
         if "reasoning_content" not in self._source:
@@ -278,7 +278,7 @@ class ChatRenderer:
 
     def _check_thinking(self, error: type[ConfigError] | type[DataError]) -> None:
         if "enable_thinking" not in self._source:
-            raise error("`enable_thinking` is set, but the model's chat template does not know it; remove it")
+            raise error("`enable_thinking` is set, but the model's chat template does not use it; remove it")
 
 
 def _byte_level_alphabet() -> dict[str, int]:

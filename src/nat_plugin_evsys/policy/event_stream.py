@@ -244,7 +244,9 @@ class _CompletionStream:
             reply = self._replies[index]
             sent = len(reply.ids)
             if sequence.tokens[:sent] != reply.ids:
-                raise EvsysError("the sampling client streamed other tokens than it returned; the call is not recorded")
+                raise EvsysError(
+                    "the sampling client streamed different tokens from those it returned; the call is not recorded"
+                )
             ids, top = sequence.tokens[sent:], getattr(sequence, "topk_logprobs", None)
             logprobs = self._completion.logprobs(
                 ids, (sequence.logprobs or [])[sent:], None if top is None else top[sent:]

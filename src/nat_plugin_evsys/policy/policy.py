@@ -160,7 +160,7 @@ class Policy:
             EvsysError: the model has been loaded for serving already.
         """
         if self._backend is not None and not self._training:
-            raise EvsysError("this process serves the policy already; run `nat finetune` in a process of its own")
+            raise EvsysError("this process already serves the policy; run `nat finetune` in its own process")
         self._training = True
         self._resuming = resuming
 

@@ -156,14 +156,14 @@ class ChatCompletionRequest(_Request):
     @classmethod
     def _no_penalty(cls, penalty: float | None) -> float | None:
         if penalty:
-            raise ValueError("only 0 is honoured: training needs the distribution that the model itself gives")
+            raise ValueError("only 0 is honoured: training needs the model's own distribution")
         return penalty
 
     @field_validator("repetition_penalty")
     @classmethod
     def _no_repetition_penalty(cls, penalty: float | None) -> float | None:
         if penalty not in (None, 1):
-            raise ValueError("only 1.0 is honoured: training needs the distribution that the model itself gives")
+            raise ValueError("only 1.0 is honoured: training needs the model's own distribution")
         return penalty
 
     @field_validator("logit_bias")

@@ -78,7 +78,7 @@ class Recorder:
         """
         with self._lock:
             if run_id in self._runs:
-                raise ValueError(f"run `{run_id}` is open already; close it first or use another run id")
+                raise ValueError(f"run `{run_id}` is already open; close it first or use another run id")
             self._runs[run_id] = _Run(kind, seed, on_first_call=on_first_call)
 
     def begin_call(self, run_id: str | None) -> None:

@@ -34,12 +34,10 @@ def refuse_powers(source: str) -> None:
     try:
         tokens = [(kind, value) for _, kind, value in Environment().lex(source) if kind not in ("whitespace", "data")]
     except TemplateError as error:
-        raise ModelError(f"the chat template is no Jinja template: {error}") from error
+        raise ModelError(f"the chat template is not a Jinja template: {error}") from error
     for (_, before), (kind, value) in itertools.pairwise(tokens):
         if kind == "operator" and value == "**" and before not in _BEFORE_A_VALUE:
-            raise ModelError(
-                "the chat template computes a power (`**`), which may take for ever; set a `chat_template`"
-            )
+            raise ModelError("the chat template computes a power (`**`), which may take forever; set a `chat_template`")
 
 
 def render_bounded(render: Callable[[], str]) -> str:

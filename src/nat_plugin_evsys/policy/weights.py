@@ -40,10 +40,10 @@ def check_place(checkpoint: Path | str, base_url: str | None) -> None:
         ConfigError: ``checkpoint`` is of the other kind.
     """
     if is_service_path(checkpoint) and base_url is None:
-        raise ConfigError(f"{checkpoint} lies on a Tinker service; set the policy's base_url to the one that has it")
+        raise ConfigError(f"{checkpoint} is on a Tinker service; set the policy's base_url to the one that has it")
     if not is_service_path(checkpoint) and base_url is not None:
         raise ConfigError(
-            f"{checkpoint} lies on this machine's disk, where the service at {base_url} cannot read it; remove "
+            f"{checkpoint} is on this machine's disk, where the service at {base_url} cannot read it; remove "
             "base_url, or set checkpoint: to a tinker:// path"
         )
 

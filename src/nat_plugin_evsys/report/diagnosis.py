@@ -213,7 +213,7 @@ def _several_answers(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None
         facts.epoch,
         f"{len(several)} of {len(rewarded)} rewarded replies of epoch {facts.epoch} also name an answer that another "
         "row wants.",
-        "The reward can be won by naming several answers: let the evaluator refuse that (evsys_exact_match has "
+        "Naming several answers wins the reward: make the evaluator refuse that (evsys_exact_match has "
         "`mode: one_of` with `choices`, and `mode: exact`).",
         _examples(several),
     )
@@ -222,11 +222,11 @@ def _several_answers(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None
 def _advice_on_one_answer(wins: bool, epoch: int) -> str:
     if wins:
         return (
-            "The reward can be won without reading the row: let the evaluator refuse an answer that fits every row "
+            "The reward can be won without reading the row: make the evaluator refuse an answer that fits every row "
             "(evsys_exact_match has `mode: exact`)."
         )
     if epoch == 1:
-        return "The untrained policy does not read the row: look at the prompt, or begin with a `warm_start`."
+        return "The untrained policy does not read the row: look at the prompt, or start with a `warm_start`."
     return f"The policy has collapsed. {START_AGAIN}."
 
 
@@ -244,7 +244,7 @@ def _shrunk(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         facts.epoch,
         f"The reward rose from {first.reward_mean:.3f} to {numbers.reward_mean:.3f} between epoch 1 and {facts.epoch} "
         f"while the replies shrank from {first.tokens_mean:.0f} to {numbers.tokens_mean:.0f} tokens{empty}.",
-        "See whether they still say what you want: the evaluator may reward shortness or silence.",
+        "Check that they still say what you want: the evaluator may reward short or empty replies.",
         _examples(sorted(facts.replies, key=lambda reply: (-(reply.reward or 0.0), reply.tokens))),
     )
 

@@ -154,7 +154,7 @@ FIGURES: tuple[Figure, ...] = (
         0,
         Threshold("above", 0.8),
         "Hardly any row teaches anything. Rows that are always solved can be replaced by harder ones; for rows that "
-        "never are, raise num_generations, begin with a warm_start, or reward partial success.",
+        "never are, raise num_generations, start with a warm_start, or reward partial success.",
     ),
     Figure(
         "Reply length",
@@ -164,7 +164,7 @@ FIGURES: tuple[Figure, ...] = (
         "tokens",
         1,
         Threshold("below", 0.2, of_first=True),
-        "The replies have shrunk to a fraction of what they were: see whether they still say what you want.",
+        "The replies have shrunk to a fraction of what they were: check that they still say what you want.",
     ),
     Figure(
         "Replies cut off",
@@ -188,7 +188,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "KL to the base model",
-        "How far the policy has moved from the model it began as, in nats per token.",
+        "How far the policy has moved from the model it started as, in nats per token.",
         ("kl_base:mean", "kl_ref:mean", "base_kl:mean"),
         threshold=Threshold("above", 0.5),
         crossed="The policy has moved far from the base model, and may have forgotten what it knew: lower "
@@ -208,7 +208,7 @@ FIGURES: tuple[Figure, ...] = (
         ("ratio:max",),
         digits=2,
         threshold=Threshold("above", 5.0),
-        crossed="Single tokens dominate the step: choose loss_fn ppo or cispo, which bound the ratio, or lower "
+        crossed="Single tokens dominate the step: choose loss_fn ppo or cispo, which limit the ratio, or lower "
         "learning_rate.",
     ),
     Figure(
@@ -218,11 +218,11 @@ FIGURES: tuple[Figure, ...] = (
         unit="%",
         digits=0,
         threshold=Threshold("above", 0.3),
-        crossed="Much of the batch no longer counts, since the policy moved too far in one epoch: lower learning_rate.",
+        crossed="Much of the batch no longer counts: the policy moved too far in one epoch. Lower learning_rate.",
     ),
     Figure(
         "Entropy",
-        "How undecided the policy is about its next token, in nats; at 0 it always says the same.",
+        "How undecided the policy is about its next token, in nats; at 0 it always says the same thing.",
         ("entropy:mean",),
         threshold=Threshold("below", 0.1, of_first=True),
         crossed="The policy has nearly stopped trying alternatives, so it can find nothing better: lower "
@@ -230,12 +230,12 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "Gradient norm",
-        "Length of the gradient before clipping; a sudden jump is a step to distrust.",
+        "Norm of the gradient before clipping; distrust a step with a sudden jump.",
         ("grad_norm", "grad_norm:mean"),
         digits=2,
         threshold=Threshold("above", 20.0, of_first=True),
         crossed="The gradient has grown by more than an order of magnitude: lower learning_rate, and "
-        "see that grad_clip_norm is not 0.",
+        "make sure that grad_clip_norm is not 0.",
     ),
     Figure(
         "Staleness",
@@ -248,12 +248,12 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure(
         "Training speed",
-        "Tokens that training got through in a second.",
+        "Tokens trained on per second.",
         ("tokens_per_second",),
         unit="tokens/s",
         digits=0,
         threshold=Threshold("below", 0.3, of_first=True),
-        crossed="Training is much slower than in the first epoch: look for other load, or for memory that runs short.",
+        crossed="Training is much slower than in the first epoch: look for other load, or for a shortage of memory.",
     ),
 )
 """In the order of the report: what a person should look at first comes first."""

@@ -142,17 +142,21 @@ def _sentence(
         )
     moved = f"from {before.mean:.3f} to {after.mean:.3f}"
     if change is None:
-        return f"The mean reward on the {what} went {moved}; the rows' own rewards were not kept, so how sure is open."
+        return (
+            f"The mean reward on the {what} went {moved}; the single rewards were not kept, so its uncertainty is open."
+        )
     on = f"On {change.count} {what}"
     sure = f"({_signed(change.mean)}; 95% interval {_signed(change.low)} to {_signed(change.high)})"
-    caution = "" if kind == "heldout" else " These are the rows it was trained on: set validation_dataset to know more."
+    caution = (
+        "" if kind == "heldout" else " These are the rows it was trained on: set validation_dataset for a fair test."
+    )
     match answer:
         case "yes":
             return f"Yes. {on} the mean reward rose {moved} {sure}.{caution}"
         case "no":
             return f"No, it got worse. {on} the mean reward fell {moved} {sure}.{caution}"
         case _:
-            return f"Not clearly. {on} the mean reward went {moved} {sure}, which includes no change at all.{caution}"
+            return f"Not clearly. {on} the mean reward went {moved} {sure}, which includes no change.{caution}"
 
 
 def _signed(value: float) -> str:

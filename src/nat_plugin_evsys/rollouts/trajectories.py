@@ -120,5 +120,5 @@ def _checked_call(entry: Any, name: str) -> Call:
     for what, ids in (("prompt_ids", call.prompt_ids), ("output_ids", call.output_ids)):
         wrong = next((token for token in ids if type(token) is not int or token < 0), None)
         if wrong is not None:
-            raise DataError(f"{name} ({call.call_id}): {what} holds {wrong!r}, which is no token id")
+            raise DataError(f"{name} ({call.call_id}): {what} holds {wrong!r}, which is not a token id")
     return call

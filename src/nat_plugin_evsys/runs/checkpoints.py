@@ -61,8 +61,8 @@ def _of_newest_run(output_dir: Path, word: str) -> Path | str:
 def _why_none(run: RunDirectory, word: str) -> str:
     if run.state.checkpoints and not run.state.has_trained:
         return (
-            f"the newest run, {run.path}, has trained nothing (it is {run.state.status}), so its adapter would be the "
-            "one that it started from; set checkpoint: none to serve the base model"
+            f"the newest run, {run.path}, has trained nothing (it is {run.state.status}), so its adapter is the one "
+            "that it started from; set checkpoint: none to serve the base model"
         )
     if run.state.checkpoints:
         return f"no checkpoint of run {run.path} has a reward; set checkpoint: latest"

@@ -84,7 +84,7 @@ class RolloutFacts:
         try:
             return cls(**{name: value for name, value in (extra or {}).items() if name in known})
         except TypeError as error:
-            raise DataError(f"not a rollout that a run kept: {error}") from error
+            raise DataError(f"not a run's rollout: {error}") from error
 
 
 class RolloutFiles:
@@ -131,7 +131,7 @@ class RolloutFiles:
             with gzip.open(path, "rt", encoding="utf-8") as file:
                 yield from (line for line in file if line.strip())
         except (OSError, EOFError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}; delete it to go on without these rollouts") from error
+            raise DataError(f"{path} cannot be read: {error}; delete it to continue without these rollouts") from error
 
     def discard_after(self, epoch: int) -> None:
         """Delete what an unfinished epoch left, so that a resumed run keeps each rollout once."""

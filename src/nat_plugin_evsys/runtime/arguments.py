@@ -54,7 +54,7 @@ def check_metadata(user_metadata: Any) -> dict[str, str]:
         isinstance(key, str) and isinstance(value, str) for key, value in user_metadata.items()
     )
     if not good:
-        raise ConfigError(f"user_metadata must be a dict of strings by strings, got {user_metadata!r}")
+        raise ConfigError(f"user_metadata must be a dict from strings to strings, got {user_metadata!r}")
     return dict(user_metadata)
 
 

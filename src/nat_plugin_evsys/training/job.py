@@ -140,7 +140,7 @@ class TrainingJob:
         if self.state is TrainingStatusEnum.CANCELED:
             return "canceled before its start" if self._started_at is None else f"canceled after {self._where()}"
         if self.cancel_requested and self.state is not TrainingStatusEnum.COMPLETED:
-            return "cancel requested; it takes effect at the border of the optimizer step"
+            return "cancel requested; it takes effect after the current optimizer step"
         return self.report.message
 
     def _where(self) -> str:

@@ -229,4 +229,4 @@ async def _watched(
 
 def _bad_loss(step: Step, loss: float | None, advice: str) -> str:
     seen = "the backend returned no `loss:sum`" if loss is None else f"the loss (`loss:sum`) is {loss}"
-    return f"step {step.number}/{step.total}: {seen}; the weights are as the step before left them. {advice}"
+    return f"step {step.number}/{step.total}: {seen}; the weights are those after the previous step. {advice}"

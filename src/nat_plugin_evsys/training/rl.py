@@ -93,7 +93,7 @@ async def sample_group(
     group = TrajectoryGroup(name=name, rewards_G=[], calls_G=[])
     for index, sequence in enumerate(response.sequences):
         if sequence.logprobs is None:
-            raise DataError(f"{name}: the backend's sampler gave no logprobs, which rl cannot do without")
+            raise DataError(f"{name}: the backend's sampler gave no logprobs, which rl needs")
         text = tokenizer.decode(sequence.tokens, skip_special_tokens=True)
         value = reward(text)
         value = float(await value if inspect.isawaitable(value) else value)
@@ -161,8 +161,8 @@ async def train_rl(
         )
     if sampling.top_p < 1 or sampling.top_k > 0 or getattr(sampling, "repetition_penalty", 1.0) != 1:
         raise ConfigError(
-            "rl cannot train on replies of a distribution that top_p, top_k or repetition_penalty have changed; leave "
-            "them alone (temperature may be what you like)"
+            "rl cannot train on replies sampled with top_p, top_k or repetition_penalty; leave them at their defaults "
+            "(any temperature is fine)"
         )
     if not rows:
         raise DataError("rl has no rows to sample from; give at least one")

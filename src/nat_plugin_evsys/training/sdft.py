@@ -231,7 +231,7 @@ async def _sample(
     response = await client.sample_async(prompt, 1, sampling, topk_sample_logprobs=candidates)
     sequence = response.sequences[0]
     if sequence.topk_logprobs_np is None:
-        raise DataError("the backend's sampler gave no topk_sample_logprobs, which sdft takes its candidates from")
+        raise DataError("the backend's sampler gave no topk_sample_logprobs, which sdft needs for its candidates")
     return CandidateSample(list(sequence.tokens), sequence.topk_logprobs_np.token_ids)
 
 

@@ -26,7 +26,7 @@ async def read_body(request: Request, sent: int, decompressed: int | None = None
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "zstd"):
-        raise Refusal(415, f"Content-Encoding {encoding[:40]!r} is not taken; send the body plain or as zstd")
+        raise Refusal(415, f"Content-Encoding {encoding[:40]!r} is not supported; send the body plain or as zstd")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > sent:
         raise _too_large("body", sent)

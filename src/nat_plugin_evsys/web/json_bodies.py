@@ -112,5 +112,5 @@ def _outside_strings(body: bytes) -> npt.NDArray[np.uint8]:
 def _said(body: bytes, error: orjson.JSONDecodeError) -> str:
     for name in _NO_NUMBERS:
         if body[error.pos :].startswith(name):
-            return f"{name.decode()} is no JSON number"
+            return f"{name.decode()} is not a JSON number"
     return str(error)[:200]

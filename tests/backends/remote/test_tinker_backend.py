@@ -277,7 +277,7 @@ async def test_checkpoints_that_are_not_there(remote: Any) -> None:
         await backend.sampling_client(path)
     with pytest.raises(ServiceCheckpointError, match=state):
         await backend.load_state(state, with_optimizer=True)
-    with pytest.raises(CheckpointError, match="no checkpoint of a service"):
+    with pytest.raises(CheckpointError, match="not a service's checkpoint"):
         await backend.load_state("/tmp/checkpoints/epoch-0001")
     other = await remote(rank=8)
     kept = await backend.save_full_state("rank-4")
@@ -308,7 +308,7 @@ async def test_a_restarted_server_a_wrong_key_and_a_tokenizer_elsewhere(tmp_path
     service = TinkerService(server.url, "tml-alice-0123456789")
     lora = {"service": service, "checkpoint_dir": tmp_path, "rank": 4}
     try:
-        with pytest.raises(ConfigError, match=r"refuses the key from \$BOB"):
+        with pytest.raises(ConfigError, match=r"rejects the key from \$BOB"):
             await TinkerBackend.create(
                 str(model), service=TinkerService(server.url, "tml-bob-0123456789", "$BOB"), checkpoint_dir=tmp_path
             )

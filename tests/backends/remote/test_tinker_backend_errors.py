@@ -241,7 +241,7 @@ def test_a_service_that_is_not_there(closed_port: int) -> None:
 
 
 def test_a_server_that_is_no_tinker_service(web_page: str) -> None:
-    with pytest.raises(ConfigError, match="is no Tinker service"):
+    with pytest.raises(ConfigError, match="is not a Tinker service"):
         TinkerService(web_page, "tml-x").check("builtin/tiny")
 
 

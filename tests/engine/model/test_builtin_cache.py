@@ -88,7 +88,7 @@ def test_what_was_damaged_is_made_again(
     copy = shutil.copytree(made, tmp_path / made.name)
     harm(copy)
     assert builtin.ensure_builtin(NAME, tmp_path) == copy
-    assert "damaged; making `builtin/copy` again" in caplog.text
+    assert "damaged; rebuilding `builtin/copy`" in caplog.text
     assert [path.name for path in copy.iterdir() if path.read_bytes() != (made / path.name).read_bytes()] == []
     assert [path.name for path in tmp_path.iterdir()] == [made.name]
 
@@ -118,5 +118,5 @@ def test_two_processes_that_make_it_at_once_both_end_with_a_whole_one(made: Path
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
-    with pytest.raises(ModelError, match=r"cannot make `builtin/copy` at .*; set EVSYS_CACHE to a directory"):
+    with pytest.raises(ModelError, match=r"cannot build `builtin/copy` at .*; set EVSYS_CACHE to a directory"):
         builtin.ensure_builtin(NAME, tmp_path / "file")

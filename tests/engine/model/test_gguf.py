@@ -61,7 +61,7 @@ def test_what_is_no_gguf_file_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(ModelError, match=r"no such file below .*a hub id such as"):
             load_base_model(name)
     Path("weights.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"'weights\.bin' is a file, but no \.gguf file"):
+    with pytest.raises(ModelError, match=r"'weights\.bin' is a file, but not a \.gguf file"):
         load_base_model("weights.bin")
     Path("torn.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"'torn\.gguf' cannot be loaded from torn\.gguf"):

@@ -39,7 +39,7 @@ def refused(answer: httpx.Response, status: int, said: str) -> None:
         (b'{"a":' * 100_000, "nested too deeply"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"session_id": "\\ud800"}', "not JSON"),
-        (b'{"session_id": NaN}', "NaN is no JSON number"),
+        (b'{"session_id": NaN}', "NaN is not a JSON number"),
         (b'{"session_id": ' + b"9" * 5000 + b"}", "not JSON"),
         (b'{"session_id": 3}', "`session_id`"),
         (b"{}", "`session_id`"),

@@ -27,7 +27,7 @@ _NOT_FINITE = re.compile(r"\b(not|non)[- ]?finite\b|\bnan\b|\binf\b", re.IGNOREC
 _TOO_LONG = re.compile(
     r"prompt has (?P<prompt>\d+) tokens and (?P<more>\d+) more .* context length is (?P<context>\d+)", re.DOTALL
 )
-_GO_ON = "go on from the last finished epoch with `resume: true` on the trainer"
+_GO_ON = "continue from the last finished epoch with `resume: true` on the trainer"
 
 
 _REFUSALS: dict[Purpose, type[ServiceError]] = {
@@ -79,7 +79,7 @@ def _failed(
 
 def _status(status: int, words: str, *, what: str, purpose: Purpose, where: str, key_from: str) -> EvsysError:
     if status == 401 or (status == 403 and purpose == "start"):
-        return ConfigError(f"{what}: the service at {where} refuses the key from {key_from}: {words}")
+        return ConfigError(f"{what}: the service at {where} rejects the key from {key_from}: {words}")
     if status in (403, 404) and purpose == "checkpoint":
         return ServiceCheckpointError(
             f"{what}: the service at {where} does not have it (any more): {words}; set `checkpoint:` to one it has",
@@ -87,8 +87,8 @@ def _status(status: int, words: str, *, what: str, purpose: Purpose, where: str,
         )
     if status in (404, 410):
         return ServiceLostError(
-            f"{what}: the service at {where} has lost what this run trains or samples ({words}): it was started on "
-            f"another store, or the session ended. It is not made again by itself; {_GO_ON}",
+            f"{what}: the service at {where} has lost this run's model or sampler ({words}): it was started on "
+            f"another store, or the session ended. It is not recreated automatically; {_GO_ON}",
             category="server",
         )
     category = "server" if status >= 500 or status in (408, 429) else "user"
@@ -117,7 +117,7 @@ def _raised_by_sdk(error: Exception, *, what: str, purpose: Purpose, where: str,
             category="server",
         )
     if isinstance(error, RuntimeError) and "poisoned" in text:
-        return ServiceError(f"{what}: an earlier custom loss failed, and the SDK takes nothing after it; {_GO_ON}")
+        return ServiceError(f"{what}: an earlier custom loss failed, and the SDK accepts nothing after it; {_GO_ON}")
     if isinstance(error, TypeError) and "unexpected keyword argument" in text:
         return UnsupportedError(f"{what}: the installed tinker SDK has no such option ({text}); upgrade tinker")
     if type(error).__name__ == "RetryableException":

@@ -118,7 +118,7 @@ class TinkerService:
                 return self.rest_client().get_server_capabilities().result(timeout=CHECK_SECONDS)
             return tinker.ServiceClient(base_url=self.url, api_key=self.key).get_server_capabilities()
         except tinker.NotFoundError as error:
-            raise ConfigError(f"base_url {self.url} is no Tinker service ({error}); correct base_url") from None
+            raise ConfigError(f"base_url {self.url} is not a Tinker service ({error}); correct base_url") from None
         except Exception as error:  # noqa: BLE001 - every failure of the SDK becomes one of this package's
             raise self.readable(error, "get_server_capabilities", "start") from None
 

@@ -222,6 +222,6 @@ def checked_uri(path: str) -> str:
     """
     if not _URI.fullmatch(path):
         raise CheckpointError(
-            f"{path} is no checkpoint of a service (tinker://<run>/weights/<name>); unset base_url to use a local one"
+            f"{path} is not a service's checkpoint (tinker://<run>/weights/<name>); unset base_url to use a local one"
         )
     return path

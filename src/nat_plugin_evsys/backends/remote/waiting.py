@@ -80,8 +80,8 @@ class ServiceWatch:
         down = self._down_since
         if down is not None and time.monotonic() - down > OUTAGE_SECONDS:
             raise ServiceUnavailableError(
-                f"{what}: the service at {self.service.url} has been out of reach for {OUTAGE_SECONDS:.0f} s; start it "
-                "again on the same store and go on from the last finished epoch with `resume: true` on the trainer",
+                f"{what}: the service at {self.service.url} has been unreachable for {OUTAGE_SECONDS:.0f} s; start it "
+                "again on the same store and continue from the last finished epoch with `resume: true` on the trainer",
                 category="server",
             )
 
@@ -99,8 +99,8 @@ class ServiceWatch:
             logger.info("waiting for %s for %.0f s; the service at %s answers", waiting, now - started, url)
         else:
             logger.warning(
-                "waiting for %s: the service at %s does not answer (%s); %.0f s of at most %.0f s. The run goes on by "
-                "itself once it is started again on the same store",
+                "waiting for %s: the service at %s does not answer (%s); %.0f s of at most %.0f s. The run continues "
+                "once it is started again on the same store",
                 *(waiting, url, problem, down, OUTAGE_SECONDS),
             )
 

@@ -90,5 +90,5 @@ def _numbers(metrics: Any) -> dict[str, float]:
         try:
             numbers[str(key)] = float(value)
         except (TypeError, ValueError) as exc:
-            raise DataError(f"the custom loss's metric {key!r} is no number: {value!r}") from exc
+            raise DataError(f"the custom loss's metric {key!r} is not a number: {value!r}") from exc
     return numbers

@@ -178,7 +178,7 @@ def fast_forward(base: BaseModel, head: OutputHead) -> tuple[FastForward | None,
     if base not in _VERDICTS:
         _VERDICTS[base] = _find_out(base, head)
         if _VERDICTS[base].refusal:
-            logger.warning("%s trains on padded batches, the slow way: %s", base.name, _VERDICTS[base].refusal)
+            logger.warning("%s trains on padded batches, which is slower: %s", base.name, _VERDICTS[base].refusal)
     verdict = _VERDICTS[base]
     return (None, verdict.refusal) if verdict.refusal else (FastForward(base, head, fuse=verdict.fuse), "")
 
@@ -212,10 +212,10 @@ def _mismatch(base: BaseModel, fast: FastForward) -> str:
     try:
         gap = _gap_on_probe(base, fast)
     except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; the plain path needs none of it
-        return f"it does not run over a token trie: {one_line(exc)}"
+        return f"it fails on a token trie: {one_line(exc)}"
     if gap <= (1e-4 if base.dtype == torch.float32 else 5e-2):
         return ""
-    return f"over a token trie its hidden states are off by {gap:.1e}, relative to the largest"
+    return f"its hidden states on a token trie are off by {gap:.1e}, relative to the largest"
 
 
 def _gap_on_probe(base: BaseModel, fast: FastForward) -> float:

@@ -40,5 +40,5 @@ def keep_memory() -> bool:
     }
     done = all(mallopt(option, value) == 1 for option, value in options.items())
     if not done:
-        logger.warning("glibc refused to keep freed memory; training steps will be slower")
+        logger.warning("glibc does not let this process keep freed memory; training steps will be slower")
     return done

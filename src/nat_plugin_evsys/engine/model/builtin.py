@@ -85,7 +85,7 @@ def ensure_builtin(name: str, cache_dir: Path) -> Path:
     if _is_whole(target):
         return target
     if target.exists():
-        logger.warning("%s is damaged; making `%s` again", target, name)
+        logger.warning("%s is damaged; rebuilding `%s`", target, name)
     try:
         with atomic_directory(target) as building:
             recipe.build(building)
@@ -94,7 +94,7 @@ def ensure_builtin(name: str, cache_dir: Path) -> Path:
         # Another process may have put its own (identical) copy into place first.
         if not _is_whole(target):
             raise ModelError(
-                f"cannot make `{name}` at {target}: {error}; set EVSYS_CACHE to a directory with space"
+                f"cannot build `{name}` at {target}: {error}; set EVSYS_CACHE to a directory with space"
             ) from error
     return target
 

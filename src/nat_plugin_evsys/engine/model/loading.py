@@ -183,8 +183,8 @@ def _load_from_hub(hub_id: str, **options: Any) -> tuple[Any, PreTrainedModel]:
     except Exception as exc:
         # Boundary: the hub client raises HTTP, DNS and validation errors alike.
         raise ModelError(
-            f"base_model {hub_id!r} is no directory here and the Hugging Face hub did not give it: {one_line(exc)}; "
-            f"{WHAT_TO_TYPE}"
+            f"base_model {hub_id!r} is not a directory here, and the Hugging Face hub did not provide it: "
+            f"{one_line(exc)}; {WHAT_TO_TYPE}"
         ) from exc
     return _load(hub_id, None, **options)
 

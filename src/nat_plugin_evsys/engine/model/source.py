@@ -58,7 +58,7 @@ def find_local(base_model: str, cache_dir: Path) -> LocalSource | None:
         gguf.check_reader(base_model)
         return LocalSource(path.parent, path)
     if path.exists():
-        raise ModelError(f"base_model {base_model!r} is a file, but no .gguf file; {WHAT_TO_TYPE}")
+        raise ModelError(f"base_model {base_model!r} is a file, but not a .gguf file; {WHAT_TO_TYPE}")
     if path.suffix == gguf.SUFFIX or not _HUB_ID.fullmatch(base_model):
         what = "file" if path.suffix == gguf.SUFFIX else "directory"
         raise ModelError(f"base_model {base_model!r}: no such {what} below {Path.cwd()}; {WHAT_TO_TYPE}")

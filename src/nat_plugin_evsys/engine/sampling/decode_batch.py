@@ -228,7 +228,7 @@ class DecodeBatch:
     def _not_finite(self) -> ModelError:
         return ModelError(
             f"policy version {self.policy.version} gives logits that are not finite; its weights are broken: "
-            "go back to an earlier checkpoint, or lower the learning rate"
+            "use an earlier checkpoint, or lower the learning rate"
         )
 
 

@@ -40,7 +40,7 @@ class KVLayout:
         if kinds or getattr(config, "attention_chunk_size", None) is not None:
             raise ModelError(
                 f"cannot sample from {config.model_type!r}: it has {sorted(kinds) or ['chunked_attention']} layers, "
-                "and the sampler knows full_attention and sliding_attention only; choose another base_model"
+                "and the sampler supports only full_attention and sliding_attention; choose another base_model"
             )
         cache = DynamicCache()
         token = torch.zeros((1, 1), dtype=torch.long, device=device)

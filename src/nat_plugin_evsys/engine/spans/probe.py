@@ -28,13 +28,13 @@ def rollout_model(base: BaseModel, layout: KVLayout) -> tuple[RolloutModel | Non
             model = RolloutModel(base)
             gap = _gap(base, model, layout)
         except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; the plain path needs none of it
-            reason = f"it does not run over spans: {one_line(exc)}"
+            reason = f"it fails on spans: {one_line(exc)}"
         else:
             if gap <= _TOLERANCE:
                 return model, ""
-            reason = f"over spans its logits are off by {gap:.1e}, relative to the largest"
+            reason = f"its logits on spans are off by {gap:.1e}, relative to the largest"
     if base.device.type == "cpu":
-        logger.warning("%s is sampled from in the plain, slower way: %s", base.name, reason)
+        logger.warning("%s is sampled with the plain, slower decoder: %s", base.name, reason)
     return None, reason
 
 
@@ -47,7 +47,7 @@ def _unfit(base: BaseModel, layout: KVLayout) -> str:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if window else [])
     if "sliding_attention" in kinds and (window or 0) < base.context_length:
-        return f"it has layers that see {window} tokens only, and its context is {base.context_length}"
+        return f"it has layers that attend to only {window} tokens only, and its context is {base.context_length}"
     rope = getattr(config, "rope_parameters", None) or {}
     types = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
     if types & _LENGTH_DEPENDENT_ROPE:

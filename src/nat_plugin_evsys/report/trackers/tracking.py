@@ -100,7 +100,7 @@ class Tracking:
                 self._told.add(worker.name)
                 self._tell(
                     f"! tracker {worker.name}: {worker.count.error}\n"
-                    "  The run goes on; what it does not take is counted as lost in summary.json."
+                    "  The run continues; summary.json counts the lost records."
                 )
 
 

@@ -28,9 +28,9 @@ class Housekeeping:
             try:
                 await asyncio.to_thread(self.once, time.time())
             except EvsysError as error:
-                logger.error("housekeeping failed, and is tried again: %s", error)
+                logger.error("housekeeping failed and will be retried: %s", error)
             except Exception:  # the boundary of a background task: logged, and tried again
-                logger.exception("housekeeping failed, and is tried again")
+                logger.exception("housekeeping failed and will be retried")
             await asyncio.sleep(self._context.config.housekeeping_seconds)
 
     def once(self, now: float) -> None:

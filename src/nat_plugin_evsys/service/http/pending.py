@@ -104,4 +104,4 @@ class Pending:
 
 def _log_failure(done: Future[None]) -> None:
     if not done.cancelled() and (error := done.exception()) is not None:
-        logger.warning("a delivery could not be noted (the result is kept longer): %s", error)
+        logger.warning("a delivery could not be recorded (the result is kept longer): %s", error)

@@ -38,7 +38,7 @@ class ServiceMetrics:
             registry=self.registry,
         )
         self._submitted = Counter(
-            "evsys_operations_submitted", "Operations taken into the queue.", ["kind"], registry=self.registry
+            "evsys_operations_submitted", "Operations accepted into the queue.", ["kind"], registry=self.registry
         )
         self._finished = Counter(
             "evsys_operations_finished", "Operations that ended.", ["kind", "result"], registry=self.registry
@@ -84,7 +84,7 @@ class _StateCollector(Collector):
         yield _gauge("evsys_models", "Training runs of live sessions.", "state", state["model_states"])
         yield _gauge("evsys_memory_bytes", "Memory of this process and its accelerator.", "kind", state["memory"])
         yield _gauge("evsys_sampling_sequences", "Sequences in the samplers.", "state", state["sampling"])
-        yield _gauge("evsys_sessions", "Sessions that are not forgotten.", None, {"": state["sessions"]})
+        yield _gauge("evsys_sessions", "Sessions not yet forgotten.", None, {"": state["sessions"]})
         yield _gauge("evsys_long_polls", "Clients that wait for a result.", None, {"": state["long_polls"]})
         yield _counter("evsys_engine_seconds", "Seconds of training and sampling work.", "kind", state["seconds"])
         yield _counter("evsys_tokens", "Tokens trained on and sampled.", "kind", state["tokens"])

@@ -87,7 +87,7 @@ class SamplerRoutes:
             return self._context.engine.sampling_client(asked.model_path, owner)[1].name
         client, base = self._context.engine.sampling_client(asked.base_model or "", owner)
         if client.policy_version != BASE_POLICY_VERSION:
-            raise bad_request(f"{asked.base_model!r} is no base model; give a checkpoint as `model_path`")
+            raise bad_request(f"{asked.base_model!r} is not a base model; give a checkpoint as `model_path`")
         return base.name
 
     async def _join(self, request: Request, owner: str) -> Response:

@@ -16,7 +16,10 @@ _BILLING = "nothing is billed"
 
 _UNOFFERED = {
     "auth/token": ("the exchange of tokens", "every request carries the API key itself"),
-    "create_custom_loss": ("a custom loss on the server", "forward_backward_custom runs it in the client, alike"),
+    "create_custom_loss": (
+        "a custom loss on the server",
+        "forward_backward_custom runs it in the client, with the same result",
+    ),
     "retrieve_futures": ("polling many futures at once", "poll each with retrieve_future"),
     "copy_weights": ("copying weights between accounts", _ACCOUNTS),
     "unload_model": ("unloading by hand", "finish the session, which frees its models"),
@@ -51,7 +54,7 @@ async def unknown_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     # Not request.url: a Host header that is no host has none.
     message = (
-        f"{request.method} {request.scope['path'][:200]} is not served here; the protocol lies under {API}/, chat "
+        f"{request.method} {request.scope['path'][:200]} is not served here; the protocol is under {API}/, chat "
         "completions under /v1/"
     )
     return response_of(Refusal(error.status_code, message, headers=dict(error.headers or {})))

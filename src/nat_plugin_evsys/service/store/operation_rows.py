@@ -100,7 +100,7 @@ def refuse_second_end(connection: Connection, request_id: str) -> None:
     known = connection.execute(select(operations.c.id).where(operations.c.request_id == request_id)).first()
     if known is None:
         raise StoreError(f"there is no request {request_id} to end")
-    logger.warning("request %s has ended already; its second outcome is dropped", request_id)
+    logger.warning("request %s has already ended; its second outcome is dropped", request_id)
 
 
 def trained(model_id: str) -> Any:

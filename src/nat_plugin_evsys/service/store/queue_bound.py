@@ -32,9 +32,9 @@ class QueueBound:
             rows = connection.execute(waiting.group_by(operations.c.owner))
             self.waiting = Counter({row.owner: row.n for row in rows})
         if self.waiting[owner] >= self._max_per_owner:
-            return f"{self.waiting[owner]} of your operations are waiting already; send this one again later"
+            return f"{self.waiting[owner]} of your operations are already waiting; send this one again later"
         if (total := self.waiting.total()) >= self._max_in_all:
-            return f"{total} operations are waiting on this server already; send this one again later"
+            return f"{total} operations are already waiting on this server; send this one again later"
         return None
 
     def count(self, owner: str, change: int) -> None:

@@ -49,7 +49,7 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardRequest:
     try:
         message = wire_pb2.ForwardBackwardRequest.FromString(body)
     except DecodeError as exc:
-        raise WireError(f"the body is no ForwardBackwardRequest: {exc}") from exc
+        raise WireError(f"the body is not a ForwardBackwardRequest: {exc}") from exc
     data = [_decode_datum(datum, f"data[{index}]") for index, datum in enumerate(message.data)]
     dense = sum(dense_elements(tensor) for datum in data for tensor in datum.loss_fn_inputs.values())
     if dense > MAX_DENSE:
@@ -94,7 +94,7 @@ def _decode_chunk(message: wire_pb2.Chunk, where: str) -> types.EncodedTextChunk
 def _decode_span(message: wire_pb2.ProvenanceSpan, where: str) -> PromptProvenanceSpan | SampledProvenanceSpan:
     kind = message.WhichOneof("span")
     if kind is None:
-        raise WireError(f"{where} is empty; it has to be prompt_tokens or sampled_tokens")
+        raise WireError(f"{where} is empty; it must be prompt_tokens or sampled_tokens")
     span = getattr(message, kind)
     made = SampledProvenanceSpan if kind == "sampled_tokens" else PromptProvenanceSpan
     try:

@@ -40,7 +40,7 @@ def numbers(raw: bytes, dtype: np.dtype[np.generic], where: str) -> Array:
         WireError: ``raw`` is not a whole number of them.
     """
     if len(raw) % dtype.itemsize:
-        raise WireError(f"{where} has {len(raw)} bytes, which is no multiple of {dtype.itemsize} ({dtype.name})")
+        raise WireError(f"{where} has {len(raw)} bytes, which is not a multiple of {dtype.itemsize} ({dtype.name})")
     return np.frombuffer(raw, dtype=dtype)
 
 
@@ -52,7 +52,7 @@ def decode_tensor(message: wire_pb2.Tensor, where: str) -> types.TensorData:
     """
     dtype = _DTYPES.get(message.dtype)
     if dtype is None:
-        raise WireError(f"{where}.dtype is {message.dtype}; it has to be one of {sorted(_DTYPES)}")
+        raise WireError(f"{where}.dtype is {message.dtype}; it must be one of {sorted(_DTYPES)}")
     if len(message.shape) > _MAX_DIMENSIONS:
         raise WireError(f"{where}.shape has {len(message.shape)} sizes; at most {_MAX_DIMENSIONS} are read")
     shape = list(message.shape)

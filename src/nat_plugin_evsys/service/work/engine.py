@@ -102,7 +102,7 @@ class Engine:
         self._remove_leftovers()
         unfinished = self._store.unfinished()
         if unfinished:
-            logger.info("taking up %d unfinished operations", len(unfinished))
+            logger.info("resuming %d unfinished operations", len(unfinished))
         for operation in unfinished:
             self.submit(operation)
 
@@ -183,4 +183,4 @@ class Engine:
                 if self._store.model(model_id) is None:
                     self._states.forget(model_id)
             except EvsysError as exc:
-                logger.error("leftovers of model %s stay: %s", model_id, exc)
+                logger.error("leftovers of model %s remain: %s", model_id, exc)

@@ -67,7 +67,7 @@ class Hosting:
                 gone = f"there is no model {operation.scope}"
                 late = (
                     f"operation {operation.seq_id} of model {operation.scope} came too late: operation "
-                    f"{hosted.buffer.next_seq} is next, and this one was given up"
+                    f"{hosted.buffer.next_seq} is next, and this one was abandoned"
                 )
                 self._refuse(operation, gone if hosted.gone else late)
         except Exception as exc:  # noqa: BLE001 - boundary: whatever is wrong belongs to the operation's future

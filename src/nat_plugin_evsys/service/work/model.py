@@ -159,7 +159,7 @@ class HostedModel:
         try:
             self._store.set_saved_state(self.model_id, name, seq, retain=self._retain).result()
         except EvsysError as exc:
-            logger.error("the saved state of model %s is not used: %s", self.model_id, exc)
+            logger.error("the saved state of model %s was not used: %s", self.model_id, exc)
             return
         self._states.keep_only(self.model_id, name)
         self._changed = False
@@ -176,4 +176,4 @@ class HostedModel:
         self.adopt(restored.model)
         self._settle(row.next_seq - 1)
         seconds = time.perf_counter() - started
-        logger.info("model %s restored: %d operations run again in %.2f s", self.model_id, restored.replayed, seconds)
+        logger.info("model %s restored: %d operations replayed in %.2f s", self.model_id, restored.replayed, seconds)

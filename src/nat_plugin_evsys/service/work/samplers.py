@@ -65,7 +65,7 @@ class Samplers:
         if row.dropped:
             raise CheckpointError(
                 f"sampling session {row.sampler_id} has ended: the newest {KEPT_EPHEMERAL} unnamed weights of a model "
-                "are kept; save weights that are to stay under a name"
+                "are kept; save weights under a name to keep them"
             )
         key = self._opened.get(row.sampler_id)
         client = None if key is None else self._clients.get(key)

@@ -98,7 +98,9 @@ class TrainingThread:
             try:
                 work()
             except Exception:  # boundary: a fault in one model's turn must not end the others'
-                logger.exception("a turn of model %s failed; its state is taken from the store again", hosted.model_id)
+                logger.exception(
+                    "a turn of model %s failed; its state will be reloaded from the store", hosted.model_id
+                )
                 hosted.evict()
                 time.sleep(_AFTER_FAULT_S)
             finally:
@@ -146,8 +148,8 @@ class TrainingThread:
             if since is not None and now - since >= self._gap_timeout:
                 waiting, missing = hosted.buffer.give_up()
                 why = (
-                    f"operation {missing} of model {hosted.model_id} has not come in {self._gap_timeout:g} s; it and "
-                    "the operations behind it are given up"
+                    f"operation {missing} of model {hosted.model_id} has not arrived within {self._gap_timeout:g} s; "
+                    "it and the operations behind it are abandoned"
                 )
                 return hosted, partial(self._execution.give_up, hosted, waiting, why)
         return None
