@@ -1,4 +1,4 @@
-"""The nouns that several rooms share. Standard library only.
+"""Types that several rooms share. Standard library only.
 
 A *call* is one LLM request with its exact tokens. Everything that is trained on comes from calls; text is never
 tokenised again.

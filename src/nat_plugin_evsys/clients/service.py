@@ -1,4 +1,4 @@
-"""The way in: makes training and sampling clients over base models that are loaded once."""
+"""The entry point: creates training and sampling clients over base models that are loaded once."""
 
 from __future__ import annotations
 

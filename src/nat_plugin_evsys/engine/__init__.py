@@ -1,1 +1,1 @@
-"""The LoRA engine: torch only; it knows nothing of NAT, HTTP or rewards."""
+"""The LoRA engine: torch only, independent of NAT, HTTP and rewards."""

@@ -1,4 +1,4 @@
-"""What to type next, and why: the texts that a run ends with."""
+"""The texts that a run ends with: what to type next, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def how_to_resume(trainer_name: str | None) -> str:
-    """The option that goes on with a run that ended early."""
+    """The option that continues a run that ended early."""
     return f"To continue from the last finished epoch: -o trainers.{trainer_name}.resume true"
 
 
@@ -25,7 +25,7 @@ def serve_command(policy_name: str, checkpoint: str) -> str:
 
     Args:
         policy_name: what the YAML calls the policy.
-        checkpoint: its ``checkpoint`` setting; where that is a path, it would be served instead of what was trained.
+        checkpoint: its ``checkpoint`` setting; a path there would be served instead of the trained adapter.
     """
     import click
 
@@ -55,7 +55,7 @@ def why_nothing_was_trained(summary: RunSummary) -> str:
 
 
 def _nat_command() -> str:
-    """What to type to run the `nat` of this process: its name where PATH finds it, else its path."""
+    """How to call this process's `nat`: its name if it is on PATH, else its path."""
     program = Path(sys.argv[0])
     found = shutil.which(program.name)
     if found is not None and Path(found).resolve() == program.resolve():

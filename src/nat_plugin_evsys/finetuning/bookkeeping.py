@@ -1,4 +1,4 @@
-"""The books of one run: where every call and trajectory went, the rewards, and what is committed to disk."""
+"""The records of one run: where every call and trajectory went, the rewards, and what is committed to disk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunBooks:
 
     @classmethod
     def open(cls, output_dir: Path, config: Mapping[str, Any], *, resume: bool) -> RunBooks:
-        """A new run directory, or the newest one again.
+        """A new run directory, or the newest one to resume.
 
         Raises:
             ConfigError: nothing to resume, the settings changed, or another process runs it.
@@ -56,7 +56,7 @@ class RunBooks:
 
     @property
     def state(self) -> RunState:
-        """What has been committed, plus what ``commit`` will."""
+        """What has been committed, plus what the next ``commit`` will add."""
         return self.run_dir.state
 
     @property
@@ -73,17 +73,17 @@ class RunBooks:
     # -- counting ---------------------------------------------------------------------------------------------------
 
     def count_rollouts(self, report: RolloutReport) -> None:
-        """Calls made, and those of rollouts that cannot be trained on."""
+        """Count calls made, and those of rollouts that cannot be trained on."""
         self._tally.add(report.tally)
         self._dropped_trajectories.update(report.lost)
 
     def count_dropped(self, calls: Mapping[DropReason, int], trajectories: Mapping[DropReason, int]) -> None:
-        """Calls and trajectories held back under a reason."""
+        """Count calls and trajectories held back, under their reasons."""
         self._tally.dropped.update(calls)
         self._dropped_trajectories.update(trajectories)
 
     def count_job(self, status: TrainingJobStatus) -> None:
-        """What the training job trained on and dropped, as its final status says."""
+        """Count what the training job trained on and dropped, from its final status."""
         metadata = status.metadata or {}
         self._tally.trained += int(metadata["trained"])
         self._tally.dropped.update(metadata["dropped"])
@@ -91,7 +91,7 @@ class RunBooks:
         self._dropped_trajectories.update(metadata["trajectories"]["dropped"])
 
     def count_stray_calls(self, totals: RecorderTotals) -> None:
-        """Calls that reached the endpoint but belong to no rollout, or got no answer."""
+        """Count calls that reached the endpoint but belong to no rollout, or got no answer."""
         strays = {
             DropReason.UNATTRIBUTED: totals.unattributed,
             DropReason.CALL_FAILED: totals.failures,
@@ -127,10 +127,10 @@ class RunBooks:
         curriculum: dict[str, Any],
         keep: int,
     ) -> list[str]:
-        """An epoch is finished: its checkpoint and metrics are written, now the state names them.
+        """Finish an epoch: its checkpoint and metrics are on disk, and now the state names them.
 
         Returns:
-            Checkpoints on a service that are not named any more; those on disk have been deleted.
+            Checkpoints on a service that nothing names any more; those on disk have been deleted.
         """
         state = self.state
         state.epochs_done = epochs_done
@@ -145,12 +145,12 @@ class RunBooks:
         return [path for path in before if path not in after]
 
     def stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
-        """Note why the run ended early. Counts since the last commit are forgotten: that epoch will be run again."""
+        """Record why the run ended early. Counts since the last commit are dropped: that epoch will run again."""
         self.state.status, self.state.error = status, why
         self.run_dir.save_state()
 
     def finish(self, serve_command: str, trackers: dict[str, dict[str, Any]]) -> RunSummary:
-        """Write ``summary.json``; the run is done. Where nothing was trained, no adapter is offered."""
+        """Write ``summary.json``; the run is done. If nothing was trained, it names no adapter."""
         state = self.state
         state.status = "finished"
         self._save_counts()
@@ -192,7 +192,7 @@ class RunBooks:
 
 
 def _reasons(dropped: Mapping[str, int], run_dir: RunDirectory) -> Counter[DropReason]:
-    """Counts that a run's state holds.
+    """The counts in a run's state.
 
     Raises:
         CheckpointError: another version of this package counted under a reason that this one does not know.

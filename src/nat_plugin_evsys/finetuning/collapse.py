@@ -1,4 +1,4 @@
-"""What a run does when an epoch shows that its policy has collapsed: what ``on_collapse`` says."""
+"""What a run does when its policy has collapsed, as ``on_collapse`` says."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ RATE_FACTOR = 0.5
 
 
 def collapse_of(row: Mapping[str, Any]) -> Finding | None:
-    """The finding of an epoch's row that says that the policy has collapsed, if one does."""
+    """The finding in an epoch's row that reports a collapse, or None."""
     found = (Finding.from_dict(data) for data in row.get(FINDINGS) or ())
     return next((finding for finding in found if finding.collapse), None)
 
 
 def rate_after(rows: Iterable[Mapping[str, Any]]) -> float:
-    """What the learning rate of a run is multiplied by after these rows of metrics.jsonl."""
+    """The factor on a run's learning rate after these rows of metrics.jsonl."""
     return float(RATE_FACTOR ** sum(RELOADED in row for row in rows))
 
 
 async def reload_best(checkpoints: EpochCheckpoints, state: RunState) -> CheckpointRecord | None:
-    """Load the best checkpoint that was measured, optimizer state included; None where none was measured."""
+    """Load the best measured checkpoint, optimizer state included; None if none was measured."""
     best = state.best_checkpoint()
     if best is not None:
         await checkpoints.load(best)

@@ -1,15 +1,15 @@
-"""Curriculum learning as NAT's ``CurriculumLearningConfig`` documents each of its fields.
+"""Curriculum learning, as the fields of NAT's ``CurriculumLearningConfig`` document it.
 
 Of an epoch's trajectory groups, in this order:
 
-1. groups whose rewards differ by less than ``min_reward_diff`` are left out (they carry no learning signal);
-2. of the others the easiest ``current_percentile`` stay, by mean reward (the hardest, with ``sort_ascending``);
-3. of each group that stays, ``random_subsample`` of its trajectories are kept, two at the least where it has two,
-   since a lone trajectory has nothing to be compared with.
+1. groups whose rewards differ by less than ``min_reward_diff`` are dropped (they carry no learning signal);
+2. of the others, the easiest ``current_percentile`` by mean reward stay (the hardest, with ``sort_ascending``);
+3. each remaining group keeps ``random_subsample`` of its trajectories, and at least two if it has two,
+   because a lone trajectory has nothing to be compared with.
 
 The percentile is a function of the epoch alone: ``initial_percentile`` plus ``increment_percentile`` for every
-``expansion_interval`` epochs that have passed, 1 at the most. The subsample is a function of seed, epoch and group.
-So a resumed run goes on exactly as one that never stopped.
+``expansion_interval`` epochs that have passed, at most 1. The subsample is a function of seed, epoch and group.
+So a resumed run continues exactly like one that never stopped.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _ROUNDING = 1e-9
 
 @dataclass(slots=True)
 class Selection:
-    """What the curriculum keeps of an epoch.
+    """The part of an epoch that the curriculum keeps.
 
     Attributes:
         collection: the trajectories to train on; groups keep their order, and so do the trajectories within one.
         dropped_calls: reason -> calls in the trajectories left out.
         dropped_trajectories: reason -> trajectories left out.
-        reasons: why each trajectory left out was, by its rollout id (``Trajectory.metadata["rollout_id"]``).
+        reasons: why each trajectory was left out, by its rollout id (``Trajectory.metadata["rollout_id"]``).
     """
 
     collection: TrajectoryCollection
@@ -118,7 +118,7 @@ class Curriculum:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state()`` gave. An empty state is that of a run that has not begun."""
+        """Continue from a ``state()``. A run that has not started has an empty one."""
         self._percentile = float(state.get("current_percentile", self.config.initial_percentile))
         self._last_expansion = int(state.get("last_expansion_epoch", -1))
         self._total_groups = int(state.get("total_groups", 0))
@@ -180,6 +180,6 @@ def _mean_reward(group: list[Trajectory]) -> float:
 
 
 def _row_id(group: list[Trajectory], default: Any) -> Any:
-    """The dataset row's id, or ``default`` for trajectories that do not say."""
+    """The dataset row's id, or ``default`` for trajectories without one."""
     value = (group[0].metadata or {}).get(ROW_ID_KEY)
     return default if value is None else value

@@ -1,4 +1,4 @@
-"""The checkpoint of each epoch: saved, committed, pruned, and loaded again by a run that is resumed."""
+"""Epoch checkpoints: saving, committing, pruning, and loading them in a resumed run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EpochCheckpoints:
     """Checkpoints of one run.
 
     Args:
-        keep: how many to keep besides the last and the best.
+        keep: how many to keep in addition to the last and the best.
     """
 
     def __init__(self, policy: Policy, books: RunBooks, keep: int) -> None:
@@ -39,11 +39,11 @@ class EpochCheckpoints:
             await self._delete(path)
 
     async def reload(self) -> str:
-        """Load the last epoch's weights and optimizer state and publish them; returns where they lie.
+        """Load the last epoch's weights and optimizer state and publish them; returns their location.
 
         Raises:
             CheckpointError: gone, torn, or another model's.
-            ConfigError: the run's checkpoints lie on a service and there is no base_url, or the other way round.
+            ConfigError: the run's checkpoints are on a service and there is no base_url, or vice versa.
         """
         record = self._books.state.last_checkpoint()
         assert record is not None

@@ -80,7 +80,7 @@ async def evaluate_policy(
 
 
 def evaluation_config(config: Config, reward_name: str, max_concurrency: int | None) -> Config:
-    """A copy of the configuration that one evaluation run needs, and no more.
+    """A copy of the configuration with only what one evaluation run needs.
 
     Without the finetuning components (NAT would build and close them each time), without ``run_configuration`` (it
     contains the configuration itself: NAT logs it and ends in a RecursionError), without NAT's own output directory
@@ -134,7 +134,7 @@ def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
 
 
 def _loss(run_id: str | None, score: Any, rollouts: Rollouts) -> tuple[DropReason | None, str | None]:
-    """Why a rollout has no reward, or None; and the error to show, which a rollout with a reward may have too."""
+    """Why a rollout has no reward, or None, and the error to show (which a rollout with a reward may also have)."""
     if run_id is None:
         return DropReason.INFRASTRUCTURE_ERROR, "NAT recorded no WORKFLOW_START step"
     infrastructure = rollouts.recorder.failures(run_id)
@@ -149,13 +149,13 @@ def _loss(run_id: str | None, score: Any, rollouts: Rollouts) -> tuple[DropReaso
 
 
 def _step_rewards(score: Any) -> Any:
-    """What the evaluator gives as the rewards of the single calls, if it does."""
+    """The evaluator's rewards of the single calls, if any."""
     reasoning = getattr(score, "reasoning", None)
     return reasoning.get(STEP_REWARDS) if isinstance(reasoning, dict) else None
 
 
 def _step_problem(steps: Any, calls: int) -> str | None:
-    """Why these are no rewards of single calls, or None."""
+    """Why these are not valid rewards of single calls, or None."""
     good = isinstance(steps, list) and all(
         isinstance(step, int | float) and not isinstance(step, bool) and math.isfinite(step) for step in steps
     )
@@ -189,7 +189,7 @@ def _run_id(item: EvalInputItem) -> str | None:
 
 
 def _is_connection_error(error: BaseException | None) -> bool:
-    """True when the cause chain says that the endpoint failed or could not be reached: not the policy's doing."""
+    """True if the cause chain shows that the endpoint failed or was unreachable, which is not the policy's fault."""
     from openai import APIConnectionError, InternalServerError
 
     while error is not None:
@@ -200,7 +200,7 @@ def _is_connection_error(error: BaseException | None) -> bool:
 
 
 def _evaluator_problem(score: Any) -> str | None:
-    """Why this is no score. NAT turns an evaluator's exception into score 0.0 with ``reasoning.error``."""
+    """Why this is not a score, or None. NAT turns an evaluator's exception into score 0.0 with ``reasoning.error``."""
     if score is None:
         return "the evaluator returned nothing for this item"
     if score.error:
@@ -214,7 +214,7 @@ def _evaluator_problem(score: Any) -> str | None:
 
 
 def refuse_total_loss(attempts: list[Attempt]) -> None:
-    """Refuse a collection of which nothing can be learned or reported.
+    """Refuse a collection without any reward: nothing can be learned from it or reported.
 
     Raises:
         EvsysError: not a single attempt could be scored; the message has the first cause.
@@ -229,7 +229,7 @@ def refuse_total_loss(attempts: list[Attempt]) -> None:
 
 @contextmanager
 def quiet_nat() -> Iterator[None]:
-    """Hold back the log lines that NAT and httpx write for every rollout; failures are counted and reported."""
+    """Suppress the log lines that NAT and httpx write for every rollout; failures are counted and reported."""
     levels = {
         "nat.plugins.eval": logging.WARNING,
         "httpx": logging.WARNING,

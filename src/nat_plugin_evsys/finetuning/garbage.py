@@ -1,4 +1,4 @@
-"""The one place where Python's garbage collector is told what to leave alone."""
+"""The one place that configures Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def gc_frozen() -> Iterator[None]:
-    """What exists now is not looked at by the garbage collector until the end.
+    """Within it, the garbage collector ignores the objects that exist now.
 
     NAT, LangChain, torch and transformers are over half a million objects that live as long as the process. A full
     collection visits all of them, which stops every thread for nearly half a second, and rollouts make enough objects

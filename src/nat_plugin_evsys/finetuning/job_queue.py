@@ -1,4 +1,4 @@
-"""The training jobs of one adapter: started one after another, found by NAT's refs, written into the ledger."""
+"""The training jobs of one adapter: run one after another, looked up by NAT's refs, recorded in the ledger."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class JobQueue:
         run_dir: Path | None,
         save_datums: bool,
     ) -> TrainingJob:
-        """Start a job and write it into the ledger of ``run_dir``.
+        """Start a job and record it in the ledger of ``run_dir``.
 
         Raises:
             ConfigError: ``save_datums`` without a run directory.
@@ -58,7 +58,7 @@ class JobQueue:
         return job
 
     def find(self, ref: TrainingJobRef) -> TrainingJob:
-        """The job of a ref, or the newest of its run where the ref names none.
+        """The job of a ref, or the newest of its run if the ref names none.
 
         Raises:
             ValueError: unknown job; the text lists what is known.
@@ -75,7 +75,7 @@ class JobQueue:
         )
 
     async def cancel_all(self) -> None:
-        """Cancel what is not finished and wait until nothing runs any more."""
+        """Cancel unfinished jobs and wait until nothing runs any more."""
         open_jobs = [job for job in self._jobs.values() if not job.ended]
         # Last first, so that no pending job gets its turn meanwhile.
         for job in reversed(open_jobs):

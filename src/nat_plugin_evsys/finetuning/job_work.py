@@ -40,7 +40,7 @@ NOT_FOR_PAIRS = (
 
 
 class PolicyUnderTraining(Protocol):
-    """What the adapter needs of the policy."""
+    """What the adapter needs from the policy."""
 
     @property
     def backend(self) -> Backend:
@@ -57,7 +57,7 @@ class PolicyUnderTraining(Protocol):
         ...
 
     async def publish(self, name: str | None = None) -> int:
-        """Make the present weights the next served policy version and return its number."""
+        """Serve the current weights as the next policy version and return its number."""
         ...
 
     async def is_healthy(self) -> bool:
@@ -84,11 +84,11 @@ class JobWork:
     """Makes the work of jobs on one policy with one adapter's settings.
 
     Args:
-        num_epochs: of the run that the jobs are part of; None where there is no run.
+        num_epochs: of the run that the jobs belong to; None without a run.
 
     Attributes:
-        rate_factor: what the learning rate is multiplied by; a run lowers it when its policy has collapsed.
-        step_size: what the jobs so far have found out about the learning rate.
+        rate_factor: factor on the learning rate; a run lowers it when its policy has collapsed.
+        step_size: what earlier jobs have measured about the learning rate.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class JobWork:
         """DPO steps on preference pairs, and their sizes for the ledger.
 
         Raises:
-            ConfigError: a setting that pairs have no use for.
+            ConfigError: a setting that has no effect on pairs.
             ValueError: rows that mix pairs with episodes, or an invalid trajectory.
         """
         from nat_plugin_evsys.training.pair_material import PairMaterial
@@ -177,7 +177,7 @@ class JobWork:
         )
 
     def _rate(self, epoch: int | None) -> LearningRate:
-        """The run's schedule, of which an epoch is one part; outside of a run the rate is constant."""
+        """The part of the run's schedule that this epoch covers; outside a run the rate is constant."""
         from nat_plugin_evsys.training.learning_rate import LearningRate
 
         config, epochs = self._config, self._num_epochs

@@ -1,4 +1,4 @@
-"""What must hold before a model is loaded or a token is sampled. Every failure is one line that says what to type."""
+"""Checks before a model is loaded or a token sampled. Every failure is one line that says what to type."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def check_run(config: Config, finetuning: FinetuneConfig) -> None:
-    """Check everything that can be checked without a model; a Tinker service is asked, where ``base_url`` names one.
+    """Check everything that can be checked without a model; with ``base_url``, this asks the Tinker service.
 
     Raises:
         ServiceUnavailableError: the service does not answer.
-        ConfigError: settings that cannot work together; the message names the setting and the change.
+        ConfigError: settings that cannot work together; the message names the setting and what to change.
         DataError: a dataset row that cannot be used.
     """
     run = finetuning.run_configuration
@@ -127,11 +127,11 @@ def check_output_dirs(policy_name: str, policy: EvsysPolicyConfig, output_dir: P
 
 
 def check_service(policy: EvsysPolicyConfig) -> None:
-    """With ``base_url``: the service must be there, take the key and serve the base model. Waits for seconds at most.
+    """With ``base_url``: the service must answer, accept the key and serve the base model. Waits a few seconds at most.
 
     Raises:
         ServiceUnavailableError: it does not answer.
-        ConfigError: there is no key, it refuses the key, or it does not serve ``base_model``.
+        ConfigError: there is no key, the service rejects it, or it does not serve ``base_model``.
     """
     if policy.base_url is None:
         return
@@ -156,7 +156,7 @@ def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysT
 
 
 def check_dataset(config: Config, dataset: str | Path | None, what: str = "dataset") -> None:
-    """Every row must have a unique id, a question and an answer (NAT skips or zeroes such rows without a word).
+    """Every row must have a unique id, a question and an answer (NAT silently skips or zeroes other rows).
 
     Args:
         dataset: overrides ``eval.general.dataset.file_path``, as `--dataset` does.

@@ -1,4 +1,4 @@
-"""Attempts as replies: what the report's diagnosis, tables and tracks show of them."""
+"""Attempts as replies, for the report's diagnosis and tables and for trackers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VERDICT_LENGTH = 200
 
 
 def reply_of(attempt: Attempt) -> Reply:
-    """What a person looks at of an attempt; it holds none of the attempt's tokens."""
+    """The readable part of an attempt, without its tokens."""
     text = _text(attempt.output) or _last_words(attempt.calls)
     expected = _text(attempt.expected) or None
     return Reply(

@@ -1,4 +1,4 @@
-"""Keeps what was said: every collection of rollouts of a run goes to its file once it is known what became of it."""
+"""Keeps the rollouts: writes every collection of a run to its file once its outcome is known."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RolloutKeeper:
 
     Args:
         token_bytes: the UTF-8 bytes that a token stands for, of the policy's tokenizer.
-        rows: the first so many rows of a collection are kept, in the dataset's order; None keeps all. Held-out rows are
+        rows: how many rows of a collection to keep, the first in the dataset's order; None keeps all. Held-out rows are
             all kept.
         session, agent, model: see ``atif_trajectory``.
     """
@@ -67,11 +67,11 @@ class RolloutKeeper:
         fates: Mapping[CallKey, CallFate],
         held_back: Mapping[str, DropReason],
     ) -> None:
-        """Write a collection. A file that cannot be written is logged: it is no reason to end a run.
+        """Write a collection. If the file cannot be written, that is logged and the run continues.
 
         Args:
-            fates: what training made of the calls.
-            held_back: rollout id -> why the rollout was not given to training.
+            fates: what training did with the calls.
+            held_back: rollout id -> why the rollout was held back from training.
         """
         kept = self._within_bound(collection, attempts)
         if not kept:
@@ -112,7 +112,7 @@ class RolloutKeeper:
 def rollout_facts(
     collection: Collection, attempt: Attempt, fates: Mapping[CallKey, CallFate], held_back: DropReason | None
 ) -> RolloutFacts:
-    """What is kept of an attempt beside its messages."""
+    """What is kept of an attempt in addition to its messages."""
     own = [fates[call.key] for call in attempt.calls if call.key in fates]
     advantages = [fate.advantage for fate in own if fate.advantage is not None]
     return RolloutFacts(
@@ -137,7 +137,7 @@ def rollout_facts(
 def _drop_reason(
     collection: Collection, attempt: Attempt, fates: Sequence[CallFate], held_back: DropReason | None
 ) -> DropReason | None:
-    """Why none of the attempt's calls was trained on; None where one was."""
+    """Why none of the attempt's calls was trained on; None if one was."""
     if attempt.lost is not None:
         return attempt.lost
     if collection.kind != "epoch":
@@ -179,7 +179,7 @@ def token_texts(token_bytes: Callable[[int], bytes]) -> TokenTexts:
 
 
 def plain(value: Any) -> Any:
-    """``value`` in JSON's types; what has none is shown as its text."""
+    """``value`` in JSON's types; anything else as text."""
     if isinstance(value, BaseModel):
         return plain(value.model_dump(mode="json"))
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""One session of a run: begin or resume it, run the epochs that are left, and finish."""
+"""One session of a run: start or resume it, run the remaining epochs, and finish."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _STATUS_INTERVAL = 0.5
 
 
 class SessionTrainer(Protocol):
-    """What a session asks of NAT's Trainer. Calls go through it so that a subclass's own hooks take effect."""
+    """What a session needs from NAT's Trainer. Calls go through it so that a subclass's hooks take effect."""
 
     config: EvsysTrainerConfig
     run_config: FinetuneConfig
@@ -64,7 +64,7 @@ class SessionTrainer(Protocol):
 
     @property
     def last_report(self) -> RolloutReport:
-        """What the rollouts of the last epoch came to."""
+        """The result of the last epoch's rollouts."""
 
     async def start_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         """Roll out and submit one training job; None when no trajectory is left to train on."""
@@ -80,7 +80,7 @@ class SessionTrainer(Protocol):
 
 
 class RunSession:
-    """What one process does of a run. Epochs are counted from 0 here and from 1 in what is shown."""
+    """One process's part of a run. Epochs count from 0 here and from 1 in anything shown."""
 
     def __init__(
         self,
@@ -114,11 +114,11 @@ class RunSession:
         """Run (or resume) all epochs.
 
         Returns:
-            One status for the whole run, whose message says what it came to.
+            One status for the whole run; its message is the result.
 
         Raises:
             JobError: a training job failed or was canceled; the run can be resumed from the epoch before.
-            NothingTrainedError: the run has come to its end without training anything.
+            NothingTrainedError: the run ended without training anything.
             CollapseError: the policy has collapsed, and ``on_collapse`` is ``stop``.
         """
         try:
@@ -178,7 +178,7 @@ class RunSession:
         self._books.state.warm_started = True
 
     async def _epoch(self, epoch: int, num_epochs: int) -> Finding | None:
-        """One epoch, from rollouts to checkpoint; what says that the policy has collapsed, if it has."""
+        """Run one epoch, from rollouts to checkpoint. Returns the finding of a collapse, if there is one."""
         started = time.monotonic()
         run_id = self._books.run_dir.path.name
         ref = await self._roll_out(epoch, run_id)
@@ -225,7 +225,7 @@ class RunSession:
         return collapse
 
     async def _roll_out(self, epoch: int, run_id: str) -> TrainingJobRef | None:
-        """Rollouts and a submitted job; where that fails, what was said is kept none the less."""
+        """Roll out and submit a job; if that fails, the rollouts are kept nonetheless."""
         try:
             return await self._trainer.start_epoch(epoch, run_id)
         except EvsysError:
@@ -266,7 +266,7 @@ class RunSession:
         return len(by_step)
 
     async def _finish(self) -> RunSummary:
-        """Measure the last policy, write the summary, and say it when the process ends.
+        """Measure the last policy, write the summary, and print it when the process ends.
 
         Raises:
             NothingTrainedError: nothing was trained, neither by an epoch nor by a warm start.

@@ -23,7 +23,7 @@ class RunInputs:
     Attributes:
         policy: the configuration of the policy under training.
         workflow: the workflow's type.
-        validation_dataset: held-out rows; `--validation_dataset` wins over the trainer's setting.
+        validation_dataset: held-out rows; `--validation_dataset` overrides the trainer's setting.
         validation_config: of `--validation_config_file`, or None for the run's own.
         validation_interval: epochs between two validations.
         general: NAT's ``general`` section.

@@ -1,4 +1,4 @@
-"""``rewards.png`` and ``report.html`` of a run, kept up to date while it goes on."""
+"""``rewards.png`` and ``report.html`` of a run, kept up to date during the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REPORT_SHARE = 0.1
 
 
 class RunPages:
-    """Writes both, in a thread while the run continues. That one cannot be written is logged: it ends no run."""
+    """Writes both in a thread, while the run continues. Failures are logged and do not end the run."""
 
     def __init__(self, run_dir: RunDirectory, metrics: MetricsLog) -> None:
         self._run_dir = run_dir
@@ -44,7 +44,7 @@ class RunPages:
         self._writing.start()
 
     def write(self) -> None:
-        """The run has ended, one way or another: both as they are now."""
+        """Write both a last time: the run has ended, one way or another."""
         if self._writing is not None:
             self._writing.join()
         _all([self._plot, self._write_report])

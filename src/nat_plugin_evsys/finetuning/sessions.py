@@ -1,6 +1,6 @@
 """NAT sessions that choose the run id of each rollout and turn a rollout's failure into data.
 
-NAT's EvaluationRun drops the steps of a workflow that raises and stops starting others. A failed rollout is exactly
+If a workflow raises, NAT's EvaluationRun drops its steps and starts no others. A failed rollout is exactly
 the negative sample that a group needs, so here it ends with an empty output and a recorded cause instead.
 """
 
@@ -41,7 +41,7 @@ class Rollouts:
         failures: run id -> the exception that ended the rollout.
         timeouts: ids of rollouts that were cut off.
         seconds: run id -> how long the workflow ran.
-        start_gate: lets the rollouts begin a few at a time.
+        start_gate: lets the rollouts start a few at a time.
         exporters: NAT's telemetry, which every rollout is exported to.
     """
 
@@ -71,7 +71,7 @@ class Rollouts:
         return run_id
 
     def close(self, run_id: str, error: Exception | None, seconds: float) -> None:
-        """Note how a rollout ended, and how long it took."""
+        """Record how a rollout ended, and how long it took."""
         self.seconds[run_id] = seconds
         if error is not None:
             self.failures[run_id] = error
@@ -115,7 +115,7 @@ class RecordedSession:
 
 
 class RecordedRunner:
-    """A Runner that never raises what the workflow raised: the output is then empty and the cause recorded."""
+    """A Runner that does not raise the workflow's errors: the output is then empty and the cause recorded."""
 
     def __init__(self, runner: Runner, rollouts: Rollouts, run_id: str) -> None:
         self._runner = runner
@@ -158,7 +158,7 @@ class RecordedRunner:
 
     def _end_cancelled_run(self) -> None:
         # NAT's Runner ends its event stream and sets its state for an Exception, but not when it is cancelled;
-        # whoever reads the stream would wait for ever.
+        # whoever reads the stream would wait forever.
         stream = ContextState.get().event_stream.get()
         if stream is not None:
             stream.on_complete()

@@ -14,7 +14,7 @@ from typing import Any
 def sigterm_cancels() -> Iterator[None]:
     """Within it, SIGTERM cancels the current task; the process then exits with 143, as an uncaught SIGTERM would.
 
-    NAT runs no cleanup on SIGTERM of its own. Outside the main thread, or where loops take no signal handlers, the
+    NAT runs no cleanup on SIGTERM of its own. Outside the main thread, or if the loop supports no signal handlers, the
     signal keeps its default effect.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()

@@ -1,4 +1,4 @@
-"""Rollouts begin a few at a time, so that the engine has work at once."""
+"""Rollouts start a few at a time, so that the engine gets work at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StartGate:
 
     Args:
         at_once: how many turns are taken at a time.
-        patience: seconds after which a turn ends by itself, as not every rollout begins with a call.
+        patience: seconds after which a turn ends anyway, because not every rollout begins with a call.
     """
 
     def __init__(self, at_once: int = _AT_ONCE, patience: float = _PATIENCE) -> None:

@@ -48,7 +48,7 @@ class RunExporters:
 
     @classmethod
     def of(cls, builder: Builder) -> RunExporters:
-        """Those that the YAML names, as ``builder`` has built them."""
+        """The exporters that the YAML names, as built by ``builder``."""
         parent = builder._workflow_builder if isinstance(builder, ChildBuilder) else builder
         if not isinstance(parent, WorkflowBuilder):
             return cls({})
@@ -57,7 +57,7 @@ class RunExporters:
 
     @asynccontextmanager
     async def exporting(self) -> AsyncIterator[None]:
-        """Within it, what the workflow run of this context does is exported. An exporter that fails ends no rollout."""
+        """Within it, this context's workflow run is exported. A failing exporter does not end a rollout."""
         async with AsyncExitStack() as stack:
             copies = self._manager.create_isolated_exporters(ContextState.get())
             for name, exporter in copies.items():
@@ -74,7 +74,7 @@ class RunExporters:
                 await asyncio.sleep(0)
 
     async def drain(self) -> None:
-        """Wait until everything is exported, but not for ever."""
+        """Wait until everything is exported, up to a time limit."""
         if self._exports:
             await asyncio.wait(self._exports, timeout=DRAIN_TIMEOUT)
 
@@ -102,7 +102,7 @@ async def run_logging(general: GeneralConfig) -> AsyncIterator[None]:
 
 
 def check_exporters(config: Config) -> None:
-    """A file must not begin anew with every rollout.
+    """Refuse a file exporter that starts over with every rollout.
 
     Raises:
         ConfigError: a file exporter with ``mode: overwrite``; NAT opens its file once for each workflow run.

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class EvsysTrainer(Trainer):
-    """NAT's Trainer for the evsys builder and adapter. Epochs are counted from 0 here and from 1 in what is shown.
+    """NAT's Trainer for the evsys builder and adapter. Epochs count from 0 here and from 1 in anything shown.
 
     Attributes:
         held_back: rollout id -> why the curriculum held it back in the last epoch.
@@ -80,11 +80,11 @@ class EvsysTrainer(Trainer):
         """Run (or resume) all epochs.
 
         Returns:
-            One status for the whole run: NAT prints a line for each that it gets.
+            One status for the whole run, since NAT prints a line per status.
 
         Raises:
             JobError: a training job failed or was canceled; the run can be resumed from the epoch before.
-            NothingTrainedError: the run has come to its end without training anything.
+            NothingTrainedError: the run ended without training anything.
         """
         async with run_logging(self._require_inputs.general):
             with self._display, sigterm_cancels():
@@ -128,7 +128,7 @@ class EvsysTrainer(Trainer):
     def apply_curriculum_learning(
         self, trajectory_collection: TrajectoryCollection, epoch: int
     ) -> TrajectoryCollection:
-        """Leave out what the curriculum holds back in this epoch; it is counted under the curriculum's reasons."""
+        """Drop what the curriculum holds back in this epoch and count it under the curriculum's reasons."""
         selection = self._require_curriculum.select(trajectory_collection, epoch)
         self.held_back = selection.reasons
         self._books.count_dropped(selection.dropped_calls, selection.dropped_trajectories)
@@ -156,7 +156,7 @@ class EvsysTrainer(Trainer):
         }
 
     async def evaluate(self, name: str, dataset: Path | None = None, config: Config | None = None) -> RolloutReport:
-        """Score the current policy once on each row, ``train`` on those of the run; its calls join the books."""
+        """Score the current policy once on each row (``train``: the run's own rows) and count its calls."""
         self._display.phase("evaluation", name)
         report = await self.trajectory_builder.evaluate(name, dataset, config)
         self._books.count_rollouts(report)
@@ -174,7 +174,7 @@ class EvsysTrainer(Trainer):
         log.append(EPOCH, epoch, **metrics)
 
     async def cleanup(self) -> None:
-        """Stop what is in flight; the run directory stays resumable."""
+        """Stop everything in flight; the run directory stays resumable."""
         self._display.close()
         if self._tracking is not None:
             interrupted = self._books.state.status == "interrupted"
@@ -189,7 +189,7 @@ class EvsysTrainer(Trainer):
 
     @property
     def last_report(self) -> RolloutReport:
-        """What the rollouts of the last epoch came to."""
+        """The result of the last epoch's rollouts."""
         if self.trajectory_builder.report is None:
             raise ConfigError("no rollouts yet; run_epoch makes them")
         return self.trajectory_builder.report

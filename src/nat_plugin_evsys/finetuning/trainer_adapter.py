@@ -79,7 +79,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
             )
 
     def expect_stale_calls(self) -> None:
-        """Calls may be older than the policy that trains on them: clip their ratios, unless a loss was chosen.
+        """Calls may be older than the policy that trains on them: clip their ratios, unless the user chose a loss.
 
         Raises:
             ConfigError: ``recompute_logprobs``, which only the policy that sampled can do.
@@ -95,11 +95,11 @@ class EvsysTrainerAdapter(TrainerAdapter):
             logger.info("trainer adapter: loss_fn is ppo, because rollouts overlap with training")
 
     def scale_rate(self, factor: float) -> None:
-        """Multiply the learning rate of all jobs to come by ``factor``, whatever it was multiplied by before."""
+        """Multiply the learning rate of all later jobs by ``factor``; this replaces any earlier factor."""
         self._work.rate_factor = factor
 
     def resume_after(self, job: Mapping[str, Any]) -> None:
-        """Go on as after a job of an earlier process, of which metrics.jsonl has the metadata."""
+        """Continue after a job of an earlier process, given its metadata from metrics.jsonl."""
         factor = (job.get("metrics") or {}).get("lr_factor")
         if factor is not None:
             self._work.step_size.factor = float(factor)
@@ -128,7 +128,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         Raises:
             ValueError: the collection is empty, mixes episodes with preference pairs, or a trajectory in it is
                 invalid; nothing was started.
-            ConfigError: ``save_datums`` without a run directory, or a setting that preference pairs have no use for.
+            ConfigError: ``save_datums`` without a run directory, or a setting that has no effect on preference pairs.
             EngineClosedError: the adapter has been closed.
         """
         if self._closed:
@@ -147,7 +147,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         return TrainingJobRef(run_id=trajectories.run_id, backend=BACKEND, metadata=metadata)
 
     async def status(self, ref: TrainingJobRef) -> TrainingJobStatus:
-        """The present state of a job; asking changes nothing, before and after the end.
+        """The current state of a job, during and after it; asking changes nothing.
 
         ``metadata`` holds job_id, phase, step, steps, loss, tokens_per_second and the metrics of the steps so far;
         while the job runs also seconds_since_heartbeat; once it has ended also seconds, policy_version and where every
@@ -183,7 +183,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         return job.status(BACKEND)
 
     def take_fates(self, ref: TrainingJobRef) -> dict[CallKey, CallFate]:
-        """What became of each call of an ended job, which then lets it go; empty for a job that has not ended.
+        """What became of each call of an ended job, which then forgets it; empty for a job that has not ended.
 
         Raises:
             ValueError: unknown job.
@@ -195,7 +195,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         return fates
 
     async def cancel(self, ref: TrainingJobRef) -> TrainingJobStatus:
-        """Cancel a job: at once while it is pending, else at the next border of an optimizer step.
+        """Cancel a job: at once if it is pending, else after the current optimizer step.
 
         Returns the status right afterwards; a job that has ended stays as it is.
 
@@ -213,7 +213,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """Log metrics of a job, and append them as a JSON line to ``trainer_adapter.jsonl``.
 
         Args:
-            output_dir: where the file lies; default ``run_dir``; without either there is only the log.
+            output_dir: directory of the file; default ``run_dir``; without either there is only the log.
         """
         record = {"run_id": ref.run_id, **(ref.metadata or {}), **metrics}
         logger.info("training job: %s", ", ".join(f"{key}={value}" for key, value in record.items()))
@@ -222,7 +222,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
             append_json_lines(directory / "trainer_adapter.jsonl", [record])
 
     async def close(self) -> None:
-        """Cancel what is not finished and wait until nothing runs any more. The policy is left to its owner."""
+        """Cancel unfinished jobs and wait until nothing runs any more. The owner of the policy closes it."""
         self._closed = True
         await self._jobs.cancel_all()
 
@@ -247,7 +247,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
     async def _construct_trajectory_groups(
         self, trajectory_lists: list[list[Trajectory]], kind: Literal["evsys", "art"] = "evsys"
     ) -> list[TrajectoryGroup] | list[art.TrajectoryGroup]:
-        """Validate every trajectory and group them; rows without a trajectory make no group.
+        """Validate every trajectory and group them; rows without a trajectory get no group.
 
         Args:
             trajectory_lists: one list per dataset row.

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class RolloutReport:
-    """What one evaluation run of the workflow came to.
+    """The result of one evaluation run of the workflow.
 
     Attributes:
         rewards: reward of every scored attempt.
@@ -88,13 +88,13 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
     @property
     def policy(self) -> Policy:
-        """The policy that the rollouts are made with."""
+        """The policy that makes the rollouts."""
         if self._policy_config is None:
             raise ConfigError("the trajectory builder is not initialized; await initialize() first")
         return Policy.of(self._policy_config)
 
     async def start_run(self, run_id: str, meta: dict[str, Any] | None = None) -> None:
-        """Start the rollouts of one epoch in the background; ``on_rollout`` hears of them once they are waited for.
+        """Start the rollouts of one epoch in the background. ``on_rollout`` is called for each once they are awaited.
 
         Args:
             run_id: unique id of this collection of rollouts.
@@ -155,12 +155,12 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         return report
 
     def take_attempts(self) -> list[Attempt]:
-        """The attempts of the last ``finalize`` or ``evaluate``, scored or not, which are then let go."""
+        """Return the attempts of the last ``finalize`` or ``evaluate``, scored or not, and forget them."""
         attempts, self._attempts = self._attempts, []
         return attempts
 
     async def cancel(self) -> None:
-        """Stop rollouts in flight, and let what the others did be exported."""
+        """Stop rollouts in flight, and wait until the others are exported."""
         tasks = [task for task, _ in self._runs.values()]
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""Looks at every finished epoch and says what is wrong with it."""
+"""Checks every finished epoch and reports what is wrong with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nat_plugin_evsys.report.replies import ReplyNumbers
 
 
 class Watch:
-    """What a run's epochs came to, by what they left in metrics.jsonl: so a resumed run says nothing twice."""
+    """A run's epochs as metrics.jsonl has them, so that a resumed run repeats no finding."""
 
     def __init__(self, metrics: MetricsLog) -> None:
         self._metrics = metrics
@@ -22,7 +22,7 @@ class Watch:
     def look(
         self, epoch: int, report: RolloutReport, trained: int, heldout: RolloutReport | None
     ) -> tuple[dict[str, Any], list[Finding]]:
-        """What the row of an epoch keeps of its replies, and the findings that have not been said yet.
+        """An epoch's figures of its replies, and the findings that are new.
 
         Args:
             epoch: counted from 1; the rows of the epochs before are in metrics.jsonl.

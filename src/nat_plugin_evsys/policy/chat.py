@@ -40,7 +40,7 @@ class ChatRenderer:
         enable_thinking: passed to the template when set.
 
     Raises:
-        ModelError: there is no chat template, or it is one that could take for ever.
+        ModelError: there is no chat template, or it could run forever.
         ConfigError: ``enable_thinking`` is set and the template does not know it.
     """
 

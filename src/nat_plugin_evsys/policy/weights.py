@@ -22,7 +22,7 @@ def starting_checkpoint(config: EvsysPolicyConfig, *, training: bool) -> Path | 
 
     Raises:
         CheckpointError: there is no such run or checkpoint.
-        ConfigError: it lies on a service and there is no ``base_url``, or the other way round.
+        ConfigError: it is on a service and there is no ``base_url``, or vice versa.
     """
     spec = config.checkpoint
     if training and spec in ("none", "latest", "best"):
@@ -86,7 +86,7 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
 
 
 async def first_client(backend: Backend, start: Path | str | None, *, training: bool) -> SamplingClient:
-    """Samples from ``start``, or from a fresh adapter. To train, the backend goes on from there too."""
+    """Samples from ``start``, or from a fresh adapter. Training starts from there too."""
     if start is None:
         return await backend.snapshot_sampling_client()
     logger.info("policy: %s %s", "training from" if training else "serving", start)

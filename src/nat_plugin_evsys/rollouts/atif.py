@@ -1,6 +1,6 @@
 """An attempt in ATIF, NAT's interchange format of trajectories, with the exact tokens of every sampled reply.
 
-What ATIF has no field for lies in its ``extra`` dicts: of the trajectory what the caller knows; of a sampled step
+What ATIF has no field for is in its ``extra`` dicts: of the trajectory what the caller knows; of a sampled step
 ``call_id``, ``choice``, ``conversation``, ``policy_version``, ``temperature``, ``top_p``, ``stop_reason`` and
 ``dropped``; of such a step's metrics ``token_texts``, ``advantage`` and ``learner_logprobs``, the latter from the
 start of the optimizer step that trained on it. Prompt ids are left out: a reply's context is the messages before it.

@@ -13,7 +13,7 @@
         checkpoints/     weights
         rollouts/        what was said (runs/rollouts.py)
 
-``state.json`` is the commit: what it does not name did not happen, whatever else lies in the directory.
+``state.json`` is the commit: what it does not name did not happen, whatever else is in the directory.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class RunDirectory:
         training_state: Path | str | None = None,
         trained: bool = True,
     ) -> CheckpointRecord:
-        """Note a checkpoint that lies on disk already. ``save_state`` makes it count.
+        """Record a checkpoint that is already on disk. ``save_state`` commits it.
 
         Args:
             name: the name it was saved under.

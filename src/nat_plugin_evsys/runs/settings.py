@@ -1,4 +1,4 @@
-"""A run's resolved config as it may lie on disk: without secrets, and comparable with the next one's."""
+"""A run's resolved config as it is stored: without secrets, and comparable with the next run's."""
 
 from __future__ import annotations
 

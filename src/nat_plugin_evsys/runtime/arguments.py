@@ -115,7 +115,7 @@ def check_retry_config(retry_config: Any) -> None:
 
 
 def check_lora_config(given: Any) -> types.LoraConfig:
-    """A LoraConfig, or a mapping of its fields, of which each may be left away."""
+    """A LoraConfig, or a mapping of its fields, all optional."""
     if isinstance(given, types.LoraConfig):
         return given
     if given is not None and not isinstance(given, Mapping):

@@ -149,7 +149,7 @@ async def train_dpo(
     seed: int = 0,
     on_step: Callable[[DpoStep], None] | None = None,
 ) -> list[DpoStep]:
-    """Train on ``pairs`` against the policy as it is now, shuffled anew each epoch by ``seed``.
+    """Train on ``pairs`` against the policy as it is now, reshuffled each epoch by ``seed``.
 
     The learning rate falls linearly, as in ``train_sft``. The gradient is that of the *sum* over the batch's pairs.
 

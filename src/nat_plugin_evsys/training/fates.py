@@ -1,4 +1,4 @@
-"""What a training job made of each call: the advantage it was given, and how likely the learner found its tokens."""
+"""What a training job did with each call: its advantage, and the learner's logprobs of its tokens."""
 
 from __future__ import annotations
 

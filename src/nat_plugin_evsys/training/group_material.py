@@ -1,4 +1,4 @@
-"""Trajectory groups as the material of a training job."""
+"""Trajectory groups as input of a training job."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class TrainingJob:
         return True
 
     def cancel(self) -> None:
-        """Ask the job to stop: at once before its start, at the next border of an optimizer step afterwards."""
+        """Ask the job to stop: at once if it has not started, else after the current optimizer step."""
         if not self.ended:
             self.cancel_requested = True
             self.task.cancel()

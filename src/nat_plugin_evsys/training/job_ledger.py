@@ -1,4 +1,4 @@
-"""``jobs.jsonl``: what became of every training job of a run."""
+"""``jobs.jsonl``: the outcome of every training job of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running job tells about itself, and what an ended one answers for."""
+"""What a running job reports, and what an ended one accounts for."""
 
 from __future__ import annotations
 

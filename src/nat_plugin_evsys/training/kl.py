@@ -1,4 +1,4 @@
-"""A pull to the base policy: ``beta`` times the KL of the learner to the base model, as a change of the advantages.
+"""The KL penalty that pulls the policy to the base model, as a change of the advantages: ``beta`` times the KL.
 
 With ``lp`` the learner's, ``q`` the sampler's and ``ref`` the base model's log-probability of a sampled token, and
 ``r = exp(lp - q)``, the estimators of the KL and their coefficient c, the derivative by lp (k1: the penalty itself):

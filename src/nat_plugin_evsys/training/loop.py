@@ -1,4 +1,4 @@
-"""The one training loop: forward_backward, a look at the loss, AdamW, and on to the next step.
+"""The one training loop: forward_backward, a check of the loss, AdamW, next step.
 
 An algorithm is an async generator of ``Step``s. It is asked for a step only when the one before has been taken, so what
 it samples or computes meanwhile sees the weights of that one; ``taken = yield step`` gives it what came of the step.

@@ -1,4 +1,4 @@
-"""How much a token of an optimizer step weighs.
+"""The weight of a token in an optimizer step.
 
 Tinker's losses are sums over tokens: ``L = sum_d sum_t l(d, t)``, with ``l`` linear in the advantage. Multiplying the
 advantages of Datum d by ``s_d`` therefore gives exactly ``sum_d s_d sum_t l(d, t)``: each normalisation below is one of

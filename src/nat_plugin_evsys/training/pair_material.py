@@ -1,4 +1,4 @@
-"""NAT's DPO trajectories as the material of a training job.
+"""NAT's DPO trajectories as input of a training job.
 
 The reference is the policy as it is when the job starts.
 """

@@ -24,7 +24,7 @@ def count_steps(rows: int, epochs: int, batch_size: int) -> int:
 
 
 def epoch_batches(rows: int, epochs: int, batch_size: int, seed: int | str) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """``(epoch from 1, positions)``: all rows once an epoch, shuffled anew by ``seed``; its last may be smaller."""
+    """``(epoch from 1, positions)``: all rows once per epoch, reshuffled by ``seed``; the last batch may be smaller."""
     shuffle = random.Random(seed)
     for epoch in range(1, epochs + 1):
         order = list(range(rows))

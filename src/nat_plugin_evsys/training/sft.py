@@ -136,7 +136,7 @@ async def train_sft(
     seed: int = 0,
     on_step: Callable[[SftStep], None] | None = None,
 ) -> list[SftStep]:
-    """Train on ``datums``, shuffled anew each epoch by ``seed``; the last batch of an epoch may be smaller.
+    """Train on ``datums``, reshuffled each epoch by ``seed``; the last batch of an epoch may be smaller.
 
     The learning rate falls linearly: step t of T (from 1) runs at ``learning_rate * (1 - (t - 1) / T)``. The gradient
     is that of the *sum* over the batch's tokens.

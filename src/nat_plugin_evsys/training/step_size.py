@@ -1,4 +1,4 @@
-"""How large a step may be: the learning rate falls while an epoch moves the policy further than it should.
+"""Limits the step size: the learning rate falls while epochs move the policy too far.
 
 Adam moves each weight by about the learning rate, whatever that does to the policy. The KL of the policy after an
 epoch's steps to the one that sampled grows with the square of the rate, so that

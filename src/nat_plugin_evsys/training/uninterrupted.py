@@ -1,4 +1,4 @@
-"""Work that a cancellation cannot stop halfway."""
+"""Runs work that a cancellation must not stop halfway."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Request bodies: read up to a bound, decompressed up to a bound."""
+"""Request bodies, read and decompressed up to a limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTTP/1.1 with an end to everything that a client may send before a route has seen its request."""
+"""HTTP/1.1 with limits on everything that a client may send before a route sees its request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON bodies: how large, how many and how deep is looked at before a single object is made of them."""
+"""JSON bodies: size, number of values and depth are checked before any object is created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One way to listen: the same socket, the same HTTP settings and the same end for every HTTP server."""
+"""How every HTTP server here listens: same socket and HTTP settings, same shutdown."""
 
 from __future__ import annotations
 

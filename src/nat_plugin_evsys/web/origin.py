@@ -1,4 +1,4 @@
-"""Where no key is asked for, loopback is the only wall: a page in a browser of this machine must not get through it."""
+"""Without keys, loopback is the only protection: a web page in a browser on this machine must not get through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Tinker service's failures become: a ``ServiceError``, or the error that the embedded engine would raise."""
+"""Maps failures of a Tinker service to a ``ServiceError``, or to the error that the embedded engine would raise."""
 
 from __future__ import annotations
 

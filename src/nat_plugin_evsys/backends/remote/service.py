@@ -1,4 +1,4 @@
-"""A Tinker service as seen from here: its address and key, and a look at it."""
+"""A Tinker service as seen from here: its address and key, and a check that it works."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _SHORT_URI = re.compile(r"^(tinker://[^/]+)/([^/]+)$")
 _URI = re.compile(r"tinker://[^/]+/(weights|sampler_weights)/[^/]+")
 
 CLOSE_SECONDS = 15.0
-"""Seconds that the end of the session may take; a service that is gone ends it by itself."""
+"""Seconds that the end of the session may take; a service that is gone ends it on its own."""
 
 
 class ServiceOperation(Generic[T]):

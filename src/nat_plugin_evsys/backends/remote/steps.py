@@ -1,4 +1,4 @@
-"""How many optimizer steps a service has taken for a backend, which the protocol does not say."""
+"""Counts the optimizer steps that a service has taken for a backend; the protocol does not say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a Tinker service, with words: nothing hangs without a log line that says what for."""
+"""Waiting for a Tinker service, with log lines that say what it is waiting for."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ServiceWatch:
     async def wait(self, future: Future[T], what: str, purpose: Purpose, *, cancel: bool = False) -> T:
         """Wait for a result of the SDK, saying every ``REPORT_SECONDS`` what is waited for.
 
-        The SDK goes on by itself when a restarted service is there again.
+        The SDK continues on its own once a restarted service is back.
 
         Args:
             cancel: cancelling the awaiting task also cancels ``future``. Never for operations on a model: one that is

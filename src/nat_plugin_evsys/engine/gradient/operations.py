@@ -55,7 +55,7 @@ class OperationFuture(APIFuture[T]):
         return self._future.result(timeout)
 
     async def result_async(self, timeout: float | None = None) -> T:  # noqa: ASYNC109 - tinker.APIFuture's signature
-        """Like ``await``, with a limit: ``TimeoutError`` after ``timeout`` seconds; the operation then goes on."""
+        """Like ``await``, with a limit: ``TimeoutError`` after ``timeout`` seconds; the operation keeps running."""
         if timeout is None:
             return await self
         try:

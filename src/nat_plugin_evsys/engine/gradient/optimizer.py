@@ -39,7 +39,7 @@ class AdamW:
         Raises:
             ConfigError: a value of ``adam`` is out of range.
             NonFiniteGradientError: the gradient has an inf or NaN, or an entry whose square is beyond float32 and would
-                leave an inf in the second moment for ever; weights and moments are as they were.
+                leave an inf in the second moment forever; weights and moments are as they were.
         """
         check_adam(adam)
         grad_norm = global_norm(gradient)

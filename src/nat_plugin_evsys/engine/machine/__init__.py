@@ -1,1 +1,1 @@
-"""What this computer has: memory, allocator, products."""
+"""This computer: memory, allocator, matrix products."""

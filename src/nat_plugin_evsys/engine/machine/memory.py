@@ -1,4 +1,4 @@
-"""How much memory a pack's forward pass leaves for the backward pass: measured, and predicted from two small probes."""
+"""How much memory a pack's forward pass keeps for the backward pass: measured, and predicted from two small probes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class MemoryModel:
         return cls(max(0.0, small[1] - slope * small[0]), slope)
 
     def predict(self, tokens: int) -> float:
-        """Bytes for a pack of so many rows."""
+        """Bytes for a pack of this many rows."""
         return self.fixed + self.per_token * tokens
 
     def limits(self, device: torch.device) -> TokenLimits:

@@ -1,6 +1,6 @@
 """``builtin/…`` base models, which need neither a download nor a hub.
 
-``builtin/tiny`` lies in this package: a Qwen3 of a million weights that was taught some made-up chats (see
+``builtin/tiny`` is in this package: a Qwen3 with a million weights, trained on some made-up chats (see
 ``scripts/make-builtin-tiny``), the same on every machine. It is there for tests and for a first try of a minute.
 
 The others are made on this machine from what a package brings along, and cached. The cache holds plain Hugging Face

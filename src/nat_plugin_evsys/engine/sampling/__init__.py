@@ -1,1 +1,1 @@
-"""A request until its last token."""
+"""The plain decoder: a sampling request until its last token."""

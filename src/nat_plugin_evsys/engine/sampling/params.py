@@ -1,4 +1,4 @@
-"""The two names that sampling parameters go by."""
+"""The two names of the sampling parameters argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sampling request answers with: Tinker's types and what this engine adds to them."""
+"""The answer to a sampling request: Tinker's types and this engine's additions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a base model can take the sampler's fast path: found out once, by comparing it with a plain forward pass."""
+"""Decides whether a base model can use the sampler's fast path, by comparing it once with a plain forward pass."""
 
 from __future__ import annotations
 

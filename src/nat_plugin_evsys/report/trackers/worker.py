@@ -60,7 +60,7 @@ class TrackerWorker:
         self._record(lambda: self._tracker.table(table))
 
     def close(self, ending: Ending, timeout: float) -> None:
-        """Wait (at most so many seconds) until everything is sent and the run has ended; what is left is lost."""
+        """Wait (at most ``timeout`` seconds) until everything is sent and the run has ended; the rest is lost."""
         self._jobs.put(lambda: self._end(ending))
         self._jobs.put(None)
         self._thread.join(timeout)

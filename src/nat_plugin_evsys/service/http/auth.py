@@ -1,4 +1,4 @@
-"""Who sends a request: API keys, and the identity that each of them is."""
+"""Who sends a request: API keys and their identities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds of single fields: numbers that a column holds, pages of a listing."""
+"""Limits of single fields: numbers that fit a column, pages of a listing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all routes share, and how a route is made of a handler."""
+"""What all routes share, and how a handler becomes a route."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The futures that operations are answered with: polled for, and cancelled."""
+"""Futures, the answers to operations: polling and cancelling them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FutureRoutes:
         return Response(stored.outcome.body, media_type=stored.outcome.content_type)
 
     async def _cancel(self, request: Request, owner: str) -> Response:
-        """Best effort: what is being sampled stops; what trains goes on."""
+        """Best effort: sampling stops; training continues."""
         _, value = await read_json(request)
         request_id = parse_as(_Future, value).request_id
         stored = await self._context.read(self._context.store.outcome, request_id)

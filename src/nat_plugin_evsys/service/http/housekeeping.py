@@ -1,4 +1,4 @@
-"""What the server does on its own: parks idle sessions, forgets old ones, deletes what has expired."""
+"""The server's background work: parks idle sessions, forgets old ones, deletes expired checkpoints."""
 
 from __future__ import annotations
 

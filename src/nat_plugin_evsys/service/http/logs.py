@@ -1,4 +1,4 @@
-"""The server's log: a line for each request, and what else happens, as text or JSON on stderr."""
+"""The server's log: one line per request and other events, as text or JSON on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long polls: who waits for which operation's outcome."""
+"""Long polls: which client waits for which operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When each session was last heard of, without a write for each request."""
+"""When each session was last active, without a write per request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests, operations, and the state of the engine at the moment of the scrape."""
+"""Metrics for Prometheus: requests, operations, and the engine's state at the time of the scrape."""
 
 from __future__ import annotations
 

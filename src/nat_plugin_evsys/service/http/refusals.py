@@ -1,4 +1,4 @@
-"""What the HTTP layer refuses, and how it says so: always a JSON body, never an empty one."""
+"""What the HTTP layer refuses, always with a JSON body that says why."""
 
 from __future__ import annotations
 

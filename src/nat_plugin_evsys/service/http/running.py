@@ -1,4 +1,4 @@
-"""Everything behind the routes of one server, opened in order and closed in order."""
+"""Everything behind the routes of one server, opened and closed in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling sessions: what samples are drawn from."""
+"""Routes of sampling sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server process: from the settings to a listening socket, and back to a clean end."""
+"""The server process: from the settings to a listening socket, and to a clean shutdown."""
 
 from __future__ import annotations
 

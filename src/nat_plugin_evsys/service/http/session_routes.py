@@ -1,4 +1,4 @@
-"""Sessions, and what a client asks before it has one."""
+"""Routes of sessions, and those a client calls before it has one."""
 
 from __future__ import annotations
 

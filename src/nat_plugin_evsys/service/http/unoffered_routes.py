@@ -1,4 +1,4 @@
-"""The parts of the protocol that are left out, each with its reason, and every other path."""
+"""Unsupported parts of the protocol, each with its reason, and all unknown paths."""
 
 from __future__ import annotations
 

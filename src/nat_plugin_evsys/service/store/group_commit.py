@@ -1,4 +1,4 @@
-"""One thread that writes to the database: what waits is committed together, each write's failure is its own."""
+"""One thread that writes to the database. Waiting writes are committed together; each fails on its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One operation that a client asked for, and how it ended. What the store keeps and the engine executes."""
+"""One operation that a client asked for, and how it ended: the store keeps it, the engine executes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model in memory is made again from: its ended operations, and the saved states that cover the older ones."""
+"""What a model is rebuilt from: its ended operations, and the saved states that cover the older ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server must not forget: sessions, models, samplers, operations and how they ended."""
+"""Everything the server must remember: sessions, models, samplers, operations and how they ended."""
 
 from __future__ import annotations
 

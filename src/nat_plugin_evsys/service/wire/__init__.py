@@ -1,1 +1,1 @@
-"""What stands on the wire."""
+"""The wire formats."""

@@ -1,4 +1,4 @@
-"""The payload of an operation -> the request that it is, by its kind."""
+"""Decodes the payload of an operation into a request, by its kind."""
 
 from __future__ import annotations
 

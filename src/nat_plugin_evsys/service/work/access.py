@@ -1,4 +1,4 @@
-"""Who may read which checkpoint. Another owner's answers exactly like one that does not exist."""
+"""Who may read which checkpoint. Another owner's checkpoint looks exactly like one that does not exist."""
 
 from __future__ import annotations
 

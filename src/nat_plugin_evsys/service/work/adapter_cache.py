@@ -1,4 +1,4 @@
-"""The adapters that are sampled from, the last used ones in memory."""
+"""The adapters that clients sample from; recently used ones stay in memory."""
 
 from __future__ import annotations
 

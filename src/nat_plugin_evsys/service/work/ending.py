@@ -1,4 +1,4 @@
-"""The end of an operation: stored, come what may."""
+"""Stores the end of an operation, retrying until it succeeds."""
 
 from __future__ import annotations
 

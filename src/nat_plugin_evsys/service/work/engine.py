@@ -117,7 +117,7 @@ class Engine:
                 self._intake.submit(self._hosting.take, operation)
 
     def cancel(self, request_id: str) -> None:
-        """Stop a sampling request, if it has not ended; what trains goes on."""
+        """Stop a sampling request, if it has not ended; training continues."""
         self._sampling.cancel(request_id)
 
     def park_session(self, session_id: str) -> None:

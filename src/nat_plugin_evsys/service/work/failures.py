@@ -1,4 +1,4 @@
-"""What a client's future is answered with: an answer, or the failure that an exception becomes."""
+"""The answer to a client's future: a result, or the failure made from an exception."""
 
 from __future__ import annotations
 

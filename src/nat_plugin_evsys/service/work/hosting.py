@@ -1,4 +1,4 @@
-"""The models that operations have come for, and the training threads that they run on."""
+"""The models that have operations, and the training threads they run on."""
 
 from __future__ import annotations
 

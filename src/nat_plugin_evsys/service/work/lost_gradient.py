@@ -1,4 +1,4 @@
-"""A forward_backward that failed: until the next optimizer step, the accumulated gradient lacks its part."""
+"""A failed forward_backward: until the next optimizer step, its part of the accumulated gradient is missing."""
 
 from __future__ import annotations
 

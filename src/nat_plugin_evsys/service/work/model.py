@@ -1,4 +1,4 @@
-"""One model of a client: the operations that wait for it, its weights while they are in memory, and the way back."""
+"""One model of a client: its waiting operations, its weights while in memory, and how it is restored."""
 
 from __future__ import annotations
 

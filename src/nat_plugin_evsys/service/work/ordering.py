@@ -1,4 +1,4 @@
-"""The operations of one model that have arrived and not run, by sequence number."""
+"""One model's operations that have arrived but not run, by sequence number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operations of a model read and write beside the model itself."""
+"""What a model's operations read and write besides the model itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that is not in memory is made again: from its last saved state, and by running the operations since."""
+"""Rebuilds a model that is not in memory: loads its last saved state and replays the operations since."""
 
 from __future__ import annotations
 

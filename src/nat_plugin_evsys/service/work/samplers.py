@@ -1,4 +1,4 @@
-"""What is sampled from: base models, checkpoints and ephemeral weights, the last used ones in memory."""
+"""What clients sample from: base models, checkpoints and ephemeral weights; recently used ones stay in memory."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Samplers:
         return sampler_id
 
     def close_session(self, session_id: str) -> None:
-        """Take what a session samples from out of memory; it comes back by itself."""
+        """Unload what a session samples from; it is reloaded on demand."""
         for sampler_id in [each for each in list(self._opened) if each.startswith(f"{session_id}:")]:
             if (key := self._opened.get(sampler_id)) is not None:
                 self._clients.drop(key)

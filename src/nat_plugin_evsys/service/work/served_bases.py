@@ -84,7 +84,7 @@ class ServedBases:
 
 
 def _place(name: str) -> str | None:
-    """Where a directory really is; None for what is none."""
+    """The real path of a directory, or None if it is not a directory."""
     try:
         return os.path.realpath(name, strict=True)
     except (OSError, ValueError):

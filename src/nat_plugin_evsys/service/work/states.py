@@ -1,4 +1,4 @@
-"""Saved states: what a model in memory can be made again from, below ``<store>/states/<model_id>/<seq>``."""
+"""Saved states, from which a model in memory can be rebuilt, below ``<store>/states/<model_id>/<seq>``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much was done, and how fast of late."""
+"""How much work was done, and how fast recently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose turn it is: the training thread of one base model, which its models share fairly."""
+"""The training thread of one base model, which its models share fairly."""
 
 from __future__ import annotations
 
