@@ -1,4 +1,4 @@
-"""What the clients' calls return: ``OperationFuture`` and what Weaver's and Tinker's examples do with it besides."""
+"""What the clients' calls return: ``OperationFuture``, and the forms that Weaver's and Tinker's examples use."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class ResultFuture(OperationFuture[T]):
 
 
 class ForwardBackwardFuture(ResultFuture[ForwardBackwardOutput]):
-    """What ``forward``, ``forward_backward`` and ``forward_backward_custom`` return (Loops' name)."""
+    """The future of ``forward``, ``forward_backward`` and ``forward_backward_custom`` (Loops' name)."""
 
 
 class ClientFuture(OperationFuture[C]):
-    """A future of a client that may be used as the client itself: an attribute of it waits until the client is there.
+    """A future of a client that may be used as the client itself: attribute access waits until the client is ready.
 
-    Tinker's examples leave ``.result()`` away, and its SDK allows it; as there, the future of a client passes
+    Tinker's examples omit ``.result()``, and its SDK allows that; as there, the future of a client passes
     ``isinstance`` for the client's class, and for its own.
 
     Attributes:

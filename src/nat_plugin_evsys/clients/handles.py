@@ -1,4 +1,4 @@
-"""A sampler as text: what another process needs to open the same weights."""
+"""A sampler as text, with everything that another process needs to open the same weights."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class SamplerHandle:
 
     @classmethod
     def decode(cls, text: str) -> SamplerHandle:
-        """What ``encode`` made.
+        """The handle in ``encode``'s text.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: it is not a handle.
         """
         try:
             return cls(**json.loads(base64.urlsafe_b64decode(text)))

@@ -1,4 +1,4 @@
-"""The types that Loops has beside Tinker's."""
+"""Types of Loops that Tinker does not have."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CheckpointFile(BaseModel):
     """One file of a checkpoint.
 
     Attributes:
-        url: ``file://…``: the file lies on this machine, so that nothing is signed and nothing expires.
+        url: ``file://…``: the file is on this machine, so the URL is unsigned and never expires.
         relative_file_name: its path below the checkpoint.
         node_rank: of the node that wrote it; there is one, 0.
         size_bytes: its size.
@@ -44,7 +44,7 @@ class CheckpointFilesResponse(BaseModel):
     """The files of a checkpoint, all of them on one page.
 
     Attributes:
-        presigned_urls: one entry a file, by name.
+        presigned_urls: one entry per file, by name.
         total_count: of files.
         next_page_token: always None.
     """

@@ -1,4 +1,4 @@
-"""Makes the ``_async`` twin of a method, and methods that refuse, so that neither is written out."""
+"""Generates the ``_async`` twin of a method, and methods that refuse."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def awaits(method: Callable[Concatenate[S, P], Awaitable[T]]) -> Callable[Concat
 
 
 def answers(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
-    """The coroutine of a method that answers at once."""
+    """The coroutine of a method that returns at once."""
 
     async def answer(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return method(self, *args, **kwargs)

@@ -23,7 +23,7 @@ _NO_SESSIONS = "sessions are not kept; see list_training_runs"
 
 
 class RestHost(Protocol):
-    """What a RestClient asks of the ServiceClient that made it."""
+    """What a RestClient needs from the ServiceClient that made it."""
 
     store: CheckpointStore
 
@@ -34,14 +34,14 @@ class RestHost(Protocol):
         """The records of the training clients that are open."""
 
     def run_in_background(self, call: Callable[[], Any]) -> ResultFuture[Any]:
-        """A future of what ``call`` returns, in a thread of the host's."""
+        """A future of what ``call`` returns, run in one of the host's threads."""
 
 
 class RestClient:
     """Tinker's RestClient over the store of a ServiceClient (``ServiceClient.create_rest_client``).
 
-    Every call returns a future; what is wrong with its arguments is raised through it. A checkpoint whose time is up is
-    deleted when it is next looked at.
+    Every call returns a future; invalid arguments are raised through it. An expired checkpoint is
+    deleted at its next use.
     """
 
     def __init__(self, service: RestHost) -> None:
@@ -53,7 +53,7 @@ class RestClient:
         return self._run(self._service.get_server_capabilities)
 
     def list_checkpoints(self, training_run_id: types.ModelID) -> ResultFuture[types.CheckpointsListResponse]:
-        """The whole checkpoints of a training run, oldest first; torn ones are left out.
+        """The complete checkpoints of a training run, oldest first.
 
         Raises, through the future:
             CheckpointError: there is no such training run.
@@ -85,7 +85,7 @@ class RestClient:
         """Delete ``weights/<name>`` or ``sampler_weights/<name>`` of a training run, for good.
 
         Raises, through the future:
-            CheckpointError: there is none.
+            CheckpointError: it does not exist.
         """
         return self._run(lambda: self._store.delete(f"{SCHEME}{training_run_id}/{checkpoint_id}"))
 
@@ -98,10 +98,10 @@ class RestClient:
     delete_checkpoint_from_tinker_path_async = awaits(delete_checkpoint_from_tinker_path)
 
     def set_checkpoint_ttl_from_tinker_path(self, tinker_path: str, ttl_seconds: int | None) -> ResultFuture[None]:
-        """Let a checkpoint expire that many seconds from now (one hour to ten years), or never.
+        """Let a checkpoint expire ``ttl_seconds`` from now (one hour to ten years), or never.
 
         Raises, through the future:
-            CheckpointError: there is none.
+            CheckpointError: it does not exist.
             ConfigError: ttl_seconds is out of range.
         """
         return self._run(lambda: self._store.set_ttl(tinker_path, check_ttl(ttl_seconds)))
@@ -163,7 +163,7 @@ class RestClient:
         """A training run that is open in this ServiceClient or has saved something in its store.
 
         Raises, through the future:
-            CheckpointError: there is none.
+            CheckpointError: it does not exist.
             ConfigError: access_scope is neither "owned" nor "accessible" (which are the same here).
         """
 

@@ -25,12 +25,12 @@ class ForwardBackwardOutput(FieldAccess, types.ForwardBackwardOutput):
 
     @property
     def loss(self) -> float:
-        """``metrics["loss:sum"]``, the sum that the gradient is of (Tinker's examples print it)."""
+        """``metrics["loss:sum"]``, whose gradient is taken (Tinker's examples print it)."""
         return self.metrics["loss:sum"]
 
     @property
     def average_loss(self) -> float:
-        """``loss:sum`` divided by the number of trained tokens, ``tokens:sum``; 0 where there are none."""
+        """``loss:sum`` divided by the number of trained tokens, ``tokens:sum``; 0 without any."""
         tokens = self.metrics.get("tokens:sum", 0.0)
         return self.loss / tokens if tokens else 0.0
 
@@ -41,7 +41,7 @@ class ForwardBackwardOutput(FieldAccess, types.ForwardBackwardOutput):
 
 
 class OptimStepOutput(FieldAccess, types.OptimStepResponse):  # type: ignore[misc] # iterates over keys, not pairs
-    """Tinker's response of ``optim_step``, which may be read as Weaver's mapping too. *Extension.*"""
+    """Tinker's response of ``optim_step``, readable as Weaver's mapping too. *Extension.*"""
 
     KEYS: ClassVar[tuple[str, ...]] = ("result", "metrics")
 

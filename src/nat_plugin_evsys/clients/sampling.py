@@ -26,7 +26,7 @@ SERVICE = "nat_plugin_evsys.clients.service"
 
 
 class SamplingHost(Protocol):
-    """What a SamplingClient asks of the ServiceClient that made it."""
+    """What a SamplingClient needs from the ServiceClient that made it."""
 
     def handle_of(self, base_model: str, model_path: str | None) -> SamplerHandle:
         """How another process opens the same weights."""
@@ -36,9 +36,9 @@ class Weights:
     """What a SamplingClient samples from.
 
     Args:
-        engine: the engine's client of them.
+        engine: the engine's client for the weights.
         path: where they are saved, or None.
-        save: saves those that are not, and returns where.
+        save: saves weights that are not saved, and returns their path.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Weights:
         self._lock = threading.Lock()
 
     def saved(self) -> str | None:
-        """Where they are saved, from now on at the latest; None for the bare base model."""
+        """The path of the weights, which are saved now if they were not; None for the bare base model."""
         with self._lock:
             if self.path is None and self._save is not None:
                 self.path = self._save(self.engine)
@@ -71,7 +71,7 @@ class SamplingClient:
     several threads and event loops at once.
 
     It can be pickled: the copy, in this process or another, samples from the same weights. Weights that were only in
-    memory are saved for that, and can be opened for a day.
+    memory are saved for this, and can be opened for a day.
 
     Attributes:
         model_path: the checkpoint that it was created from, or None.
@@ -125,7 +125,7 @@ class SamplingClient:
             topk_sample_logprobs: the k likeliest tokens of each sampled position.
             target_prompt_logprobs, prompt_alt_tokens_k: refused.
             prompt_logprobs_last_n: give only the last n prompt tokens' logprobs.
-            params: evsys's name of sampling_params. *Extension.*
+            params: evsys's name for sampling_params. *Extension.*
             on_tokens: called from the sampler's thread as tokens arrive. *Extension.*
             wait: return only when it is done, raising its error. *Extension* (Weaver).
 
@@ -197,10 +197,10 @@ class SamplingClient:
 
     @staticmethod
     def from_sampler_handle(handle: str, *, api_key: str | None = None) -> SamplingClient:
-        """A client of the sampler behind ``handle``, over the base model that this process has, or loads now.
+        """A client of the sampler behind ``handle``. Loads the base model unless this process has it.
 
         Raises:
-            ConfigError: it is no handle.
+            ConfigError: it is not a handle.
             CheckpointError: the weights are gone or have expired.
             ModelError: the base model cannot be loaded.
         """

@@ -65,14 +65,14 @@ class ServiceClient:
 
     Args:
         user_metadata: put into the metadata of each training run.
-        api_key: taken, as programs of services give one; the engine in this process asks for none.
+        api_key: accepted and ignored, since programs for services pass one.
         project_id, display_name, base_url, default_headers_overrides: refused, as there is no server.
         store: directory of the checkpoints; default ``$EVSYS_HOME/checkpoints``, else ``./.evsys/checkpoints``.
             *Extension*, as are all below.
         device, dtype: see ``engine.model.loading.load_base_model``.
         context_length: most tokens of a sequence, if fewer than the model's own.
         max_batch_size: most sequences of one policy version that are decoded together.
-        trust_remote_code: let a model run code of its own.
+        trust_remote_code: let a model run its own code.
         cache_dir: where ``builtin/…`` models are kept.
 
     Raises:
@@ -154,7 +154,7 @@ class ServiceClient:
             rank: r of the LoRA matrices.
             seed: of A; None draws one.
             train_mlp, train_attn, train_unembed: which layers get matrices; at least one.
-            user_metadata: strings by strings, of the training run.
+            user_metadata: of the training run, from strings to strings.
             optimizer: AdamW, the only one.
             wandb_config: a run of Weights & Biases that the client's metrics are streamed to. *Extension* (Loops).
 
@@ -255,8 +255,8 @@ class ServiceClient:
 
         Args:
             model_path: ``tinker://…`` of this store, or a checkpoint's directory.
-            base_model: alone, the base model to sample from; beside model_path, where the checkpoint's base model is.
-            retry_config: taken; a call inside one process does not fail for want of a connection.
+            base_model: alone, the base model to sample from; with model_path, where the checkpoint's base model is.
+            retry_config: accepted and ignored; a call inside one process has no connection to lose.
             record_stability_info: refused.
 
         Raises:
@@ -293,7 +293,7 @@ class ServiceClient:
     # -- the rest
 
     def get_server_capabilities(self) -> types.GetServerCapabilitiesResponse:
-        """The builtin models that can be made here, and those in memory. Any other directory and hub id will do, too.
+        """The builtin models that this machine can build, and those in memory. Any other directory or hub id works too.
 
         Raises:
             EngineClosedError: the ServiceClient has been closed.
@@ -328,7 +328,7 @@ class ServiceClient:
         """Where the files of a checkpoint are: ``file://`` URLs, one each. *Extension* (Loops).
 
         Args:
-            checkpoint: one that ``list_checkpoints`` gave, or a tinker:// path.
+            checkpoint: one from ``list_checkpoints``, or a tinker:// path.
 
         Raises:
             CheckpointError: missing, torn or expired.
@@ -347,7 +347,7 @@ class ServiceClient:
         return self._closed
 
     def close(self, status: str = "success", detail: str | None = None) -> ResultFuture[None]:
-        """Close all training clients, fail what is being sampled, let go of the base models. Idempotent.
+        """Close all training clients, fail running samples, release the base models. Idempotent.
 
         ``status`` and ``detail`` are Tinker's; there is no session to mark with them, so they change nothing.
 
@@ -378,7 +378,7 @@ class ServiceClient:
             return [client.record for client in self._clients.values()]
 
     def run_in_background(self, call: Callable[[], Any]) -> ResultFuture[Any]:
-        """A future of what ``call`` returns, in a thread of the service's.
+        """A future of what ``call`` returns, run in one of the service's threads.
 
         Raises:
             EngineClosedError: the ServiceClient has been closed.
@@ -458,7 +458,7 @@ _OPENING = Lock()
 
 
 def open_sampler(handle: SamplerHandle) -> SamplingClient:
-    """A client of the weights that a handle names, in the ServiceClient that it came from or in one for its like.
+    """A client of the weights that a handle names, in the handle's ServiceClient or an equivalent one.
 
     Raises:
         CheckpointError: the weights are gone or have expired.

@@ -54,7 +54,7 @@ F = TypeVar("F", bound=OperationFuture[Any])
 
 
 class TrainingHost(SamplingHost, Protocol):
-    """What a TrainingClient asks of the ServiceClient that made it."""
+    """What a TrainingClient needs from the ServiceClient that made it."""
 
     store: CheckpointStore
 
@@ -67,9 +67,9 @@ class TrainingHost(SamplingHost, Protocol):
 class TrainingClient:
     """One adapter under training. Get one from a ServiceClient.
 
-    Every call submits at once and returns a future (``.result(timeout)``, or ``await``); what is wrong with a call's
-    arguments is raised through its future too. Operations of one client run in submission order in a thread of its
-    own; those of several clients run side by side. An operation that fails, fails its own future and changes nothing.
+    Every call submits at once and returns a future (``.result(timeout)``, or ``await``); invalid arguments
+    are raised through the future too. Operations of one client run in submission order in a thread of its
+    own; those of several clients run side by side. A failed operation fails its own future and changes nothing.
     A call on a closed client raises EngineClosedError at once. With ``wait=True`` (*extension*, Weaver) a call returns
     only when it is done, and raises its error itself. Safe to use from several threads and event loops at once.
 
@@ -103,7 +103,7 @@ class TrainingClient:
 
     @property
     def policy_version(self) -> int:
-        """Optimizer steps that made the current weights; what a sampling client made now would report. *Extension*.
+        """Optimizer steps that made the current weights, as a sampling client made now would report. *Extension*.
 
         Raises:
             EngineClosedError: the client has been closed.
@@ -150,7 +150,7 @@ class TrainingClient:
             loss_fn: ``cross_entropy``, ``importance_sampling``, ``ppo``, ``cispo``, ``dro`` or ``gspo``; formulas,
                 inputs and config keys are in ``engine.gradient.losses``.
             loss_fn_config: the loss function's options.
-            datums: Weaver's name of ``data``.
+            datums: Weaver's name for ``data``.
             wait: return only when it is done, raising its error.
 
         Returns:
@@ -174,7 +174,7 @@ class TrainingClient:
         metrics are the loss's own, ``loss:sum`` and ``surrogate_loss:sum``.
 
         Raises, through the future:
-            DataError: ``data`` is malformed, or the loss returned something else than it should.
+            DataError: ``data`` is malformed, or the loss returned the wrong thing.
             UnsupportedError: loss_type_input was given.
             whatever ``loss_fn`` raised.
         """
@@ -204,7 +204,7 @@ class TrainingClient:
         """One AdamW step (== ``torch.optim.AdamW``) on the accumulated gradient, which it then clears.
 
         Args:
-            optim_params: ``types.AdamParams``: the learning rate and the other values are of this step.
+            optim_params: ``types.AdamParams``: the learning rate and the other values of this step.
             adam_params: the same under its older name.
             wait: return only when it is done, raising its error.
 
@@ -254,9 +254,9 @@ class TrainingClient:
 
         Args:
             name: letters, digits and ``. _ = + -``.
-            ttl_seconds: after how long it may be deleted, one hour to ten years; None is never.
-            overwrite: replace the one of that name, with its metadata and expiry.
-            user_metadata: strings by strings.
+            ttl_seconds: lifetime, from one hour to ten years; None never expires.
+            overwrite: replace an existing one of that name, with its metadata and expiry.
+            user_metadata: from strings to strings.
             wait: return only when it is done, raising its error.
 
         Raises, through the future:
@@ -324,7 +324,7 @@ class TrainingClient:
     def load_state(
         self, path: str, weights_access_token: str | None = None, *, wait: bool = False
     ) -> ResultFuture[types.LoadWeightsResponse]:
-        """Put a checkpoint's weights in place of the current ones; the optimizer starts afresh, the gradient is gone.
+        """Replace the weights by a checkpoint's; the optimizer starts afresh and the gradient is cleared.
 
         It may be called at any time (Tinker: as the first call only).
 
@@ -343,7 +343,7 @@ class TrainingClient:
     def load_state_with_optimizer(
         self, path: str, weights_access_token: str | None = None, *, wait: bool = False
     ) -> ResultFuture[types.LoadWeightsResponse]:
-        """``load_state``, and the optimizer's moments with it: training goes on bit for bit (on the CPU)."""
+        """``load_state`` with the optimizer's moments: training continues bit for bit (on the CPU)."""
         return self._load(path, weights_access_token, True, wait)
 
     load_state_with_optimizer_async = submits(load_state_with_optimizer)
@@ -370,7 +370,7 @@ class TrainingClient:
         """Freeze the weights as they are after the operations submitted so far; returns a future of a client of them.
 
         The snapshot is in memory and goes with the client. With ``name`` the weights are also saved as by
-        ``save_weights_for_sampler``, in place of any of that name. The future may be used as the client itself.
+        ``save_weights_for_sampler``, replacing any of that name. The future may be used as the client itself.
 
         With ``kind="inflight"`` the weights also become those of every inflight client made before: what these sample
         from then on is of the new version. No sequence mixes two versions.
@@ -395,7 +395,7 @@ class TrainingClient:
     # -- facts
 
     def get_info(self) -> types.GetInfoResponse:
-        """The model's id, base model and LoRA rank. Answers at once."""
+        """The model's id, base model and LoRA rank. Returns at once."""
         base, rank = self._shared.base, self.record.lora_rank
         data = ModelData(
             arch=base.model.config.model_type,

@@ -31,8 +31,8 @@ def check_wandb_config(given: Any) -> WandbConfig | None:
 class WandbStream:
     """One run of wandb: the metrics of every forward_backward and optimizer step, over the optimizer steps.
 
-    wandb's environment variables (``WANDB_MODE``, ``WANDB_DIR``, …) hold. What it cannot take is logged, and stops no
-    training.
+    wandb's environment variables (``WANDB_MODE``, ``WANDB_DIR``, …) apply. If it refuses metrics, that is logged and
+    training continues.
 
     Args:
         facts: the run's configuration, as wandb shows it.

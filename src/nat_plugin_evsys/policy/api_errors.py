@@ -1,6 +1,6 @@
 """Errors in OpenAI's shape, with statuses chosen for what its clients do.
 
-OpenAI's clients retry 408, 409, 429 and 5xx, unless ``x-should-retry: false`` says that it is of no use.
+OpenAI's clients retry 408, 409, 429 and 5xx, unless ``x-should-retry: false`` says not to.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _REFUSALS = {
 
 
 def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """A 400: the request itself is wrong, so it is not tried again."""
+    """A 400: the request itself is wrong, so clients do not retry it."""
     return ApiError(400, message, param=param, code=code)
 
 
 def shutting_down() -> ApiError:
-    """A 503 for requests that come, or are in flight, while the endpoint closes."""
+    """A 503 for requests that arrive or are in flight while the endpoint closes."""
     return ApiError(503, "the policy endpoint is shutting down", type="server_error", code="shutting_down")
 
 
@@ -59,7 +59,7 @@ def api_error_of(error: Exception) -> ApiError:
 
 
 def is_infrastructure(error: ApiError) -> bool:
-    """True when it says nothing about what the client or the policy did."""
+    """True if neither the client nor the policy caused it."""
     return error.status >= 500
 
 
@@ -69,5 +69,5 @@ def body_of(error: ApiError) -> dict[str, Any]:
 
 
 def headers_of(error: ApiError) -> dict[str, str]:
-    """The headers that go with it."""
+    """Its headers."""
     return {} if error.retry else {"x-should-retry": "false"}

@@ -31,9 +31,9 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 class ChatRenderer:
     """Renders messages with a Hugging Face tokenizer's chat template and parses replies.
 
-    ``<think>`` blocks stay in the content as they were sampled: templates that want the reasoning of earlier turns
-    taken out (Qwen 3 and kin) split it off themselves when the message comes back in the history. No tool call is
-    looked for inside a ``<think>`` block.
+    ``<think>`` blocks stay in the content as they were sampled: templates that drop the reasoning of earlier turns
+    (Qwen 3 and similar) do so themselves when the message comes back in the history. Tool calls inside a ``<think>``
+    block are ignored.
 
     Args:
         chat_template: a Jinja template that replaces the tokenizer's own.
@@ -41,7 +41,7 @@ class ChatRenderer:
 
     Raises:
         ModelError: there is no chat template, or it could run forever.
-        ConfigError: ``enable_thinking`` is set and the template does not know it.
+        ConfigError: ``enable_thinking`` is set and the template does not use it.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ChatRenderer:
             tools: the conversation's tools.
 
         Raises:
-            DataError: it is no assistant message, or the template does not write it after its generation prompt.
+            DataError: it is not an assistant message, or the template does not render it after its generation prompt.
         """
         if message.get("role") != "assistant":
             raise DataError(f"a reply must have role `assistant`, not {message.get('role')!r}")
@@ -190,7 +190,7 @@ class ChatRenderer:
         return assemble(parser.feed(text) + parser.finish())
 
     def create_parser(self, *, tools: bool = True, reply_id: str = "") -> ReplyParser:
-        """A parser that takes a reply's text piece by piece."""
+        """A parser that reads a reply's text piece by piece."""
         tool_format = self.tool_format if tools else None
         return create_parser(tool_format, reply_id=reply_id, thinking=self._prompt_opens_thinking)
 
@@ -202,7 +202,7 @@ class ChatRenderer:
     def without_stop(self, ids: Sequence[int]) -> list[int]:
         """The ids without the control token that ended the sequence.
 
-        That is any special token, not the template's own alone: models end a text with one of several.
+        That may be any special token, not only the template's: models end a text with one of several.
         """
         return list(ids[:-1]) if ids and self.may_end(ids[-1]) else list(ids)
 
@@ -211,7 +211,7 @@ class ChatRenderer:
         return token_id in self._special_ids or token_id in self.stop_token_ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The UTF-8 bytes that a token stands for; a token may hold a part of a character only."""
+        """The UTF-8 bytes that a token stands for; a token may be only part of a character."""
         piece: str | None = self.tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
@@ -235,7 +235,7 @@ class ChatRenderer:
 
     @cached_property
     def tool_format(self) -> ToolCallFormat | None:
-        """How the model writes tool calls, read from the template; None when it is no form that is known here."""
+        """How the model writes tool calls, read from the template; None if the form is unknown."""
         source = self._tools_source
         if "<tool_call>" in source and "<function=" not in source:
             return "hermes"

@@ -37,7 +37,7 @@ class ChatModels(Protocol):
         """Who sends the request.
 
         Raises:
-            ApiError, Refusal: nobody who may.
+            ApiError, Refusal: the sender is not allowed.
         """
         ...
 
@@ -46,7 +46,7 @@ class ChatModels(Protocol):
         ...
 
     async def source(self, name: str, caller: str) -> PolicySource:
-        """What answers a request for a model.
+        """The model that answers a request.
 
         Raises:
             ApiError: 404 ``model_not_found``.
@@ -59,9 +59,9 @@ class ChatRoutes:
 
     Args:
         models: finds the model of a request.
-        recorder: counts what fails and keeps the calls.
+        recorder: counts failures and keeps the calls.
         closing: gives the event that is set when the server shuts down; requests in flight are then answered 503.
-        note: told each request, the template of its route and its caller (none yet when it is refused).
+        note: called with each request, its route's template and its caller (None if it was refused).
     """
 
     def __init__(

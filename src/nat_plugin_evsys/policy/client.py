@@ -22,10 +22,10 @@ _ROOT_SPAN = "root"
 
 
 def attribution_headers() -> dict[str, str]:
-    """The headers of a call made now: NAT's workflow run id and the UUID of the step that makes it, if there are any.
+    """The headers of a call made now: NAT's workflow run id and the UUID of the calling step, if any.
 
     Inside a LangChain model's call the innermost active span is the LLM_START step; in a function that calls the
-    endpoint with a client of its own it is the function's step.
+    endpoint with its own client it is the function's step.
     """
     from nat.builder.context import ContextState
 
@@ -38,7 +38,7 @@ def attribution_headers() -> dict[str, str]:
 def attribution_client(timeout: float) -> openai.DefaultAsyncHttpxClient:
     """An async HTTP client for OpenAI clients (``http_client=``) that adds the attribution headers.
 
-    It is of the HTTP library that the installed ``openai`` uses. Proxies of the environment are not used: the endpoint
+    It uses the same HTTP library as the installed ``openai``. It ignores proxies of the environment, since the endpoint
     listens on this machine.
 
     Args:
@@ -53,7 +53,7 @@ def attribution_client(timeout: float) -> openai.DefaultAsyncHttpxClient:
 
 
 def sync_attribution_client(timeout: float) -> openai.DefaultHttpxClient:
-    """The same as ``attribution_client``, for synchronous calls."""
+    """Like ``attribution_client``, for synchronous calls."""
     import openai
 
     def attribute(request: Any) -> None:
@@ -73,10 +73,10 @@ def langchain_chat_model(
     http_async_client: openai.DefaultAsyncHttpxClient | None = None,
     **options: Any,
 ) -> ChatOpenAI:
-    """An ordinary ``ChatOpenAI`` bound to the policy endpoint. It sends no sampling setting of its own.
+    """An ordinary ``ChatOpenAI`` bound to the policy endpoint. It sends no sampling settings.
 
     Args:
-        disable_streaming: plain calls also where a stream is asked for (same tokens, less CPU).
+        disable_streaming: make plain calls even if a stream is requested (same tokens, less CPU).
         http_client: default is ``sync_attribution_client(timeout)``.
         http_async_client: default is ``attribution_client(timeout)``.
         options: further settings of ChatOpenAI, e.g. ``temperature``.

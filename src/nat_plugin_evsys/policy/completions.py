@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a request that does not say is sampled with."""
+    """Sampling settings of requests that do not set them."""
 
     temperature: float
     top_p: float
@@ -43,7 +43,7 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class PolicySource:
-    """Where requests find the policy of the moment; see ``PolicyEndpoint``."""
+    """Where requests find the current policy; see ``PolicyEndpoint``."""
 
     renderer: Callable[[], ChatRenderer | Awaitable[ChatRenderer]]
     sampling_client: Callable[[], SamplingClient | Awaitable[SamplingClient]]
@@ -71,7 +71,7 @@ class Completion:
     async def prepare(
         cls, request: ChatCompletionRequest, headers: Mapping[str, str], source: PolicySource
     ) -> Completion:
-        """Render the prompt and fix the policy version. Loads the model where that has not happened yet.
+        """Render the prompt and fix the policy version. Loads the model if necessary.
 
         Raises:
             EvsysError: the messages cannot be rendered, or the policy cannot be loaded.
@@ -104,7 +104,7 @@ class Completion:
         return f"policy-{self.client.policy_version}"
 
     def reply_id(self, index: int) -> str:
-        """What the ids of a choice's tool calls are derived from."""
+        """The id from which those of a choice's tool calls are derived."""
         return f"{self.id}:{index}"
 
     async def sample(self, on_tokens: TokenCallback | None = None) -> Sequence[types.SampledSequence]:
@@ -132,7 +132,7 @@ class Completion:
         return text_ids(self.renderer, sequence.tokens, sequence.stop_reason, self.request.stops)
 
     def record(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
-        """Record a sampled sequence as a Call and make the choice that the client gets of it."""
+        """Record a sampled sequence as a Call and build the client's choice from it."""
         text = ReplyText(self.renderer, stops=self.request.stops, tools=bool(self.tools), reply_id=self.reply_id(index))
         pieces = text.feed(self.renderer.decode(self.text_ids(sequence))) + text.finish()
         reply = assemble(pieces)
@@ -171,7 +171,7 @@ class Completion:
         logprobs: Sequence[float],
         top: Sequence[list[tuple[int, float]] | None] | None = None,
     ) -> ChoiceLogprobs | None:
-        """OpenAI's ``logprobs`` of sampled tokens, or None where the request asks for none."""
+        """OpenAI's ``logprobs`` of sampled tokens, or None if the request does not ask for them."""
         if not self.request.logprobs:
             return None
         tops = top if top is not None else [None] * len(ids)
@@ -227,7 +227,7 @@ def _stop(stops: list[str], renderer: ChatRenderer) -> list[str] | list[int] | N
 
 
 async def _resolve(source: Callable[[], Any]) -> Any:
-    """Call a source of the policy; an ordinary function may take long (loading), so it runs in a thread."""
+    """Call a source of the policy. A plain function may take long (loading), so it runs in a thread."""
     if inspect.iscoroutinefunction(source):
         return await source()
     value = await asyncio.to_thread(source)

@@ -43,7 +43,7 @@ class PolicyEndpoint:
         sampling_client: gives the client of the policy version to sample from; called for each request, so a new
             version takes effect at the next one while calls in flight finish on theirs.
         recorder: keeps the calls.
-        defaults: what is sampled with where a request does not say, by the kind of its run.
+        defaults: sampling settings of requests that do not set them, by the kind of their run.
         model_names: the names that requests may ask for.
         port: 0 takes a free one.
         api_key: default is a generated one.
@@ -85,10 +85,10 @@ class PolicyEndpoint:
         return self._url
 
     def start(self) -> None:
-        """Listen; returns when requests are answered. Does nothing when it runs already.
+        """Listen; returns once requests are answered. Does nothing if it is already running.
 
         Raises:
-            ConfigError: the address cannot be listened on.
+            ConfigError: it cannot listen on the address.
             EvsysError: the server did not come up.
         """
         if self._thread is not None:

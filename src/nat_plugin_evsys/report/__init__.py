@@ -1,1 +1,1 @@
-"""What a run shows: metrics, reward plot, progress display and summary."""
+"""A run's output: metrics, reward plot, progress display, report and summary."""

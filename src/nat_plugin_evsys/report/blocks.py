@@ -1,4 +1,4 @@
-"""Rollouts as the report's page holds them: one compressed block for each collection, decoded when it is looked at.
+"""Rollouts as the report's page embeds them: one compressed block per collection, decoded on demand.
 
 A block is the base64 of gzip of JSON ``{"rows": [row, …]}``. A row has ``id``, ``question``, ``expected`` and its
 ``attempts``; an attempt its facts and ``steps``; a step what was said and, where it was sampled, its ``tokens``: texts
@@ -31,7 +31,7 @@ class Block:
     Attributes:
         data: base64.
         rewards: mean reward of each row, of its scored attempts.
-        rows, rollouts: how many it has.
+        rows, rollouts: their numbers.
     """
 
     collection: Collection
@@ -135,7 +135,7 @@ def _calls(step: Step) -> Iterator[dict[str, Any]]:
 
 
 def _loose_results(step: Step) -> Iterator[Any]:
-    """What tools said that belongs to no call of the step."""
+    """Tool outputs that belong to no call of the step."""
     for result in step.observation.results if step.observation else ():
         if result.source_call_id is None:
             yield result.content

@@ -12,7 +12,7 @@ from nat_plugin_evsys.runs.state import RunState
 
 
 def cost(rows: Sequence[Row], state: RunState) -> dict[str, Any]:
-    """Counts of the training rollouts, and the run's seconds by what they were spent on.
+    """Counts of the training rollouts, and what the run's seconds were spent on.
 
     Returns:
         ``rollouts``, ``calls``, ``trained_calls``, ``sampled_tokens`` (None where no epoch counted them) and

@@ -1,4 +1,4 @@
-"""What is wrong with a run: facts of an epoch in, findings out. Pure functions."""
+"""Finds what is wrong with a run: facts of an epoch in, findings out. Pure functions."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ EMPTY_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class EpochFacts:
-    """What is known of an epoch when it has ended.
+    """The facts about an epoch that has ended.
 
     Attributes:
         epoch: counted from 1.
         replies: of the training rollouts.
         trained: calls that were trained on.
-        heldout: replies of the validation after the epoch; empty where there was none.
+        heldout: replies of the validation after the epoch; empty if there was none.
         before: the numbers of the epochs before, oldest first.
         last_trained: the last epoch before this one that trained anything; 0 for none.
     """
@@ -72,7 +72,7 @@ class EpochFacts:
 
 
 def diagnose(facts: EpochFacts) -> list[Finding]:
-    """Everything that is wrong with the epoch, the most telling first."""
+    """Everything that is wrong with the epoch, most important first."""
     checks: tuple[Callable[[EpochFacts, ReplyNumbers], Finding | None], ...] = (
         _same_reward,
         _one_answer,
@@ -87,13 +87,13 @@ def diagnose(facts: EpochFacts) -> list[Finding]:
 
 
 def one_answer(replies: Sequence[Reply]) -> tuple[str, list[Reply]] | None:
-    """The answer that nearly all ``replies`` give although their rows want different ones, and who gives it.
+    """The answer that nearly all ``replies`` give although their rows want different ones, and those replies.
 
-    Two texts are the same answer if they are made of the same words: a list of all teams is one in any order. The text
-    returned is the most frequent of them.
+    Two texts are the same answer if they consist of the same words, in any order. The text returned is the most
+    frequent of them.
 
     Returns:
-        None where the replies differ, where there are too few rows to tell, or where all rows want the same.
+        None if the replies differ, there are too few rows to tell, or all rows want the same answer.
     """
     scored = [reply for reply in replies if reply.reward is not None]
     wanted = {reply.expected for reply in scored}
@@ -282,7 +282,7 @@ def _variety(replies: Sequence[Reply]) -> str:
 
 
 def _examples(replies: Sequence[Reply]) -> list[Reply]:
-    """The first replies, as different from one another as can be had: other texts first, then other rows."""
+    """The first replies, as different as possible: other texts first, then other rows."""
     by_text: dict[str, Reply] = {}
     by_row: dict[str, Reply] = {}
     for reply in replies:

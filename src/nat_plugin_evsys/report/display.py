@@ -1,6 +1,6 @@
-"""What a run shows while it runs: a live display on a terminal, plain lines in a pipe, or nothing.
+"""The progress display: live on a terminal, plain lines in a pipe, or nothing.
 
-Everything goes to stderr, so that stdout ends with the summary alone.
+Everything goes to stderr, so that stdout has only the summary.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Mode = Literal["auto", "rich", "plain", "none"]
 
 
 class Display:
-    """The display's contract; this one shows nothing. Cheap to call often: a display decides itself what it draws."""
+    """The display's contract; this one shows nothing. Cheap to call often: a display decides what to draw."""
 
     def phase(self, name: str, detail: str = "") -> None:
-        """A new phase begins, e.g. ``phase("rollouts", "epoch 2/4")``."""
+        """A new phase starts, e.g. ``phase("rollouts", "epoch 2/4")``."""
 
     def rollouts(self, done: int, total: int) -> None:
         """How many rollouts of this phase have ended."""
@@ -33,7 +33,7 @@ class Display:
         """How many optimizer steps of this phase are done."""
 
     def job(self, status: TrainingJobStatus) -> None:
-        """How far the training job is."""
+        """The progress of the training job."""
 
     def epoch_done(self, epoch: int, epochs: int, row: Mapping[str, Any]) -> None:
         """An epoch has ended.
@@ -45,10 +45,10 @@ class Display:
         """
 
     def validation(self, epoch: int, reward: float, when: str | None = None) -> None:
-        """The held-out reward after ``epoch`` epochs (0: before training), or as ``when`` says it."""
+        """The held-out reward after ``epoch`` epochs (0: before training), or at the time that ``when`` names."""
 
     def notice(self, text: str) -> None:
-        """Something that a person should look at. It is never kept back: without a display it is a warning."""
+        """Something that a person should look at. Always shown: without a display it is logged as a warning."""
         logger.warning(text)
 
     def finding(self, finding: Finding) -> None:

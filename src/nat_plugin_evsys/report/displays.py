@@ -19,7 +19,7 @@ class PlainDisplay(Display):
 
     Args:
         stream: where the lines go.
-        interval: seconds between two lines of one phase; its last line always comes.
+        interval: seconds between two lines of one phase; its last line is always shown.
     """
 
     def __init__(self, stream: TextIO, interval: float = 10.0) -> None:

@@ -1,4 +1,4 @@
-"""What each DropReason means, in its own words: the docstring of the enum's member."""
+"""The meaning of each DropReason: the docstring of the enum's member."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finding: something of a run that a person should look at, said in a sentence and shown by an example.
+"""A finding: something about a run that a person should look at, as a sentence with examples.
 
 The console says each finding once, when it first holds; metrics.jsonl keeps it in the row of every epoch in which it
 holds; summary.json and the text that ends a run name it again.
@@ -23,7 +23,7 @@ WIDTH = 100
 
 
 class FindingId(StrEnum):
-    """What can be found, by a name that stays the same."""
+    """The kinds of findings, with stable names."""
 
     SAME_REWARD = "same_reward"
     """Every reward of the run so far is the same."""
@@ -48,7 +48,7 @@ class Finding:
     Attributes:
         epoch: the epoch in which it was found, counted from 1.
         sentence: what was seen.
-        advice: what may be done about it.
+        advice: what to do about it.
         examples: replies that show it, the first ones of the epoch.
         collapse: whether it means that the policy has lost what it had learned.
     """
@@ -88,7 +88,7 @@ def findings_of(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Finding, list[i
 
 
 def quoted(text: str, limit: int = 160) -> str:
-    """``text`` on one line in quotes; what is longer than ``limit`` characters is shortened in the middle."""
+    """``text`` on one line in quotes, shortened in the middle if longer than ``limit`` characters."""
     if len(text) > limit:
         half = (limit - 3) // 2
         text = f"{text[:half]} … {text[-half:]}"
@@ -96,13 +96,13 @@ def quoted(text: str, limit: int = 160) -> str:
 
 
 def finding_text(finding: Finding, examples: int | None = None) -> str:
-    """The finding in lines: what was seen, what may be done, and its examples.
+    """The finding as lines: what was seen, what to do, and its examples.
 
     ``! Every reward of epoch 1 is 0.000 …`` / ``  Compare the replies …`` / ``  row 3 asks "…" and wants "…"`` /
     ``    reply "…": reward 0.000, mode: exact``
 
     Args:
-        examples: how many to show at most; all by default.
+        examples: most examples to show; all by default.
     """
     lines = [
         *wrap(finding.sentence, WIDTH, initial_indent="! ", subsequent_indent="  "),

@@ -1,6 +1,6 @@
 """Is the training healthy? Each figure of a run over its epochs, with its threshold and what crossing it means.
 
-The figures are read from the rows of metrics.jsonl by their names there. One that a run did not measure is not guessed.
+The figures come from the rows of metrics.jsonl, by their names there. A figure that was not measured is not guessed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Threshold:
     of_first: bool = False
 
     def bound(self, points: Points) -> float | None:
-        """The bound for a run, or None where the first value gives none."""
+        """The bound for a run, or None if the first value gives none."""
         if not self.of_first:
             return self.value
         first = points[0][1] if points else 0.0
         return self.value * first if first > 0 else None
 
     def is_crossed_by(self, value: float, bound: float) -> bool:
-        """Whether ``value`` lies beyond the bound."""
+        """Whether ``value`` is beyond the bound."""
         return value > bound if self.side == "above" else value < bound
 
 
@@ -46,12 +46,12 @@ class Figure:
     """One figure of health.
 
     Attributes:
-        title: what a person calls it; ``meaning`` says what it is in a sentence.
-        names: its names in a job's metrics, the first that is there counts; they are shown where it is not measured.
-        read: the value of an epoch's row, for a figure that is no metric of a job.
+        title: its readable name; ``meaning`` says in a sentence what it is.
+        names: its names in a job's metrics, of which the first one present counts; shown if it was not measured.
+        read: the value in an epoch's row, for a figure that is not a metric of a job.
         digits: decimals that are shown.
         unit: shown after the value; ``%`` is for shares, which are stored as fractions.
-        crossed: what it means when the threshold is crossed, and what may be done.
+        crossed: what crossing the threshold means, and what to do.
     """
 
     title: str
@@ -88,7 +88,7 @@ class Health:
 
     @property
     def state(self) -> State:
-        """``crossed`` where the threshold was crossed in the last epoch that was measured."""
+        """``crossed`` if the last measured epoch crossed the threshold."""
         if not self.points:
             return "not_measured"
         return "crossed" if self.points[-1][0] in self.crossed_in else "ok"

@@ -1,4 +1,4 @@
-"""How sure one can be of a mean reward, from the rewards of the rows themselves."""
+"""Confidence intervals of mean rewards, from the rewards of the rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Interval:
     """A mean and the bounds of its 95 % interval.
 
     Attributes:
-        low, high: both equal ``mean`` where a single value leaves nothing to estimate from.
-        count: values that the mean is over.
+        low, high: both equal ``mean`` if there is only a single value.
+        count: number of values.
     """
 
     mean: float
@@ -32,7 +32,7 @@ class Interval:
 
 
 def mean_interval(rewards: Sequence[float]) -> Interval | None:
-    """The mean of rewards with its interval; None without a reward.
+    """The mean of rewards with its interval; None without rewards.
 
     Rewards that are all 0 or 1 get Wilson's score interval (Wilson 1927), which stays honest at 0 of 16; others a
     percentile bootstrap over the rows.
@@ -45,10 +45,10 @@ def mean_interval(rewards: Sequence[float]) -> Interval | None:
 
 
 def change_interval(before: Sequence[float], after: Sequence[float]) -> Interval | None:
-    """The mean change of rewards of the same rows with its interval; None without a row.
+    """The mean change of rewards of the same rows with its interval; None without rows.
 
     Rewards that are all 0 or 1 get Agresti and Min's adjusted interval for paired proportions (Statistics in Medicine
-    24, 2005), which stays honest where all rows change alike; others a percentile bootstrap over the rows.
+    24, 2005), which stays honest if all rows change alike; others a percentile bootstrap over the rows.
 
     Args:
         before, after: reward of each row, in the same order.

@@ -1,4 +1,4 @@
-"""The live display on a terminal: one moving status line; what has ended scrolls away above it."""
+"""The live display on a terminal: one moving status line; finished items scroll away above it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class LiveDisplay(Display):
-    """Spinner, phase, bar, what is happening, elapsed time. Log lines appear above it, never through it.
+    """Spinner, phase, bar, current activity, elapsed time. Log lines appear above it, never through it.
 
-    It starts with the first phase, so that what is printed before (an error in the config, say) needs no care.
+    It starts with the first phase, so that earlier output (such as a config error) is unaffected.
     """
 
     def __init__(self, stream: TextIO) -> None:

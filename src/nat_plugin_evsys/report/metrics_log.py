@@ -31,7 +31,7 @@ class MetricsLog:
         """Write one row.
 
         Returns:
-            The row as it was given (numbers that are not finite included).
+            The row as given (including numbers that are not finite).
 
         Raises:
             TypeError: a value has no JSON form; nothing is written.
@@ -41,7 +41,7 @@ class MetricsLog:
         return row
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, oldest first. A last line that a crash cut short is left out.
+        """All rows, oldest first, without a last line that a crash cut short.
 
         Raises:
             DataError: another line is not a JSON object.

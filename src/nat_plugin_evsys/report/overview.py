@@ -1,4 +1,4 @@
-"""Everything that the report's page shows of a run at once, JSON-ready; what is looked at in detail are its blocks."""
+"""Everything about a run that the report's page shows at once, JSON-ready; the details are in its blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nat_plugin_evsys.runs.settings import flat_settings
 
 
 def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
-    """What is known of a run.
+    """All facts about a run.
 
     Raises:
         DataError: metrics.jsonl cannot be read.
@@ -53,7 +53,7 @@ def collection_entry(collection: Collection, block: Block, element: str | None) 
     """A collection in the page's list.
 
     Args:
-        element: id of the element that holds the block, or None where it was left out for want of room.
+        element: id of the element that holds the block, or None if there was no room for it.
     """
     return {
         "kind": collection.kind,
@@ -96,7 +96,7 @@ def _health(each: Health) -> dict[str, Any]:
 
 
 def _setup(run: RunDirectory) -> dict[str, Any]:
-    """With what the run was made."""
+    """The settings, versions, seeds and command of the run."""
     text = run.config_path.read_text(encoding="utf-8") if run.config_path.is_file() else ""
     config: dict[str, Any] = yaml.safe_load(text) or {}
     settings = flat_settings(config)
@@ -117,7 +117,7 @@ def _setup(run: RunDirectory) -> dict[str, Any]:
 
 
 def _created(run: RunDirectory) -> str:
-    """When the run began, by the name of its directory."""
+    """When the run started, from the name of its directory."""
     parts = run.path.name.split("-")
     try:
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.strptime("".join(parts[1:3]), "%Y%m%d%H%M%S"))

@@ -1,7 +1,7 @@
 """``report.html``: one file that shows one run, or two side by side, in any browser, from disk, without a network.
 
-What a model said never becomes part of the page's code: it stands in JSON and in compressed blocks, which the page's
-scripts put on the screen as text. A content security policy names those scripts by their hashes and forbids everything
+Model output never becomes part of the page's code: it is in JSON and in compressed blocks, which the page's
+scripts show as text. A content security policy names those scripts by their hashes and forbids everything
 else, every connection included.
 """
 
@@ -40,7 +40,7 @@ class Report:
     """The report of one run or of two. Writing it again reads only what is new.
 
     Args:
-        megabytes: room for the rollouts; those that do not fit are left out, and the page says so.
+        megabytes: size limit of the rollouts; the page says which were left out.
     """
 
     def __init__(self, runs: Sequence[Path], *, megabytes: float = DEFAULT_MEGABYTES) -> None:
@@ -92,14 +92,14 @@ def _compared(one: Sequence[Block], other: Sequence[Block]) -> str:
 
 
 def _last_measured(blocks: Sequence[Block]) -> tuple[CollectionKind, RowRewards]:
-    """On what a run was measured last, and what each row earned."""
+    """The last measurement of a run, and what each row earned."""
     heldout = [block for block in blocks if block.collection.kind == "heldout"]
     measured = heldout or [block for block in blocks if block.collection.kind == "train"]
     return ("heldout" if heldout else "train", measured[-1].rewards if measured else {})
 
 
 def _choose(found: Sequence[Sequence[Block]], room: int) -> set[tuple[int, Collection]]:
-    """The blocks that fit into ``room`` bytes: of each run by how much a person wants to see them."""
+    """The blocks that fit into ``room`` bytes, the most interesting of each run first."""
     ranked = sorted(
         (rank, number, block) for number, blocks in enumerate(found) for rank, block in enumerate(_by_worth(blocks))
     )
@@ -112,7 +112,7 @@ def _choose(found: Sequence[Sequence[Block]], room: int) -> set[tuple[int, Colle
 
 
 def _by_worth(blocks: Sequence[Block]) -> list[Block]:
-    """What shows the change (first and last measurement), the last and first epoch, then the others, new ones first."""
+    """First and last measurement, last and first epoch, then the others, newest first."""
     kinds: dict[str, list[Block]] = {"heldout": [], "epoch": [], "base": [], "train": []}
     for block in blocks:
         kinds[block.collection.kind].append(block)
@@ -162,5 +162,5 @@ def _digests(scripts: Sequence[str]) -> Iterator[str]:
 
 
 def _inert(text: str) -> str:
-    """JSON that cannot end the element in which it stands, whatever its strings say."""
+    """JSON whose strings cannot close the HTML element that contains it."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

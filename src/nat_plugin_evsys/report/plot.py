@@ -100,7 +100,7 @@ def _label(axes: Axes, title: str) -> None:
 
 
 def _clipped(row: Row, sign: int) -> float:
-    """One standard deviation from the mean, but not beyond what was really seen."""
+    """One standard deviation from the mean, limited to the observed range."""
     edge: float = row["reward_mean"] + sign * row["reward_std"]
     low, high = row.get("reward_min"), row.get("reward_max")
     if _number(low):

@@ -1,6 +1,6 @@
-"""What was said in an epoch: its replies as a person looks at them, and the few numbers that sum them up.
+"""The replies of an epoch in readable form, and the numbers that sum them up.
 
-A *reply* is what one attempt at a dataset row came to: the workflow's output, or the policy's last words where the
+A *reply* is the result of one attempt at a dataset row: the workflow's output, or the policy's last words if the
 workflow returned none.
 """
 
@@ -26,10 +26,10 @@ class Reply:
     Attributes:
         row: id of the dataset row.
         question: what was asked.
-        expected: the answer that the row wants, or None where it names none.
+        expected: the answer that the row wants, or None.
         text: what was answered.
-        reward: the evaluator's score, or None where there is none.
-        verdict: what the evaluator said of it, or why there is no reward.
+        reward: the evaluator's score, or None.
+        verdict: what the evaluator said about it, or why there is no reward.
         tokens: tokens that the policy sampled, over all calls of the attempt.
         calls: calls that the attempt made.
         cut: those of them that ended at the token limit.
@@ -47,7 +47,7 @@ class Reply:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was said at all."""
+        """Whether the reply is empty."""
         return not self.text.strip()
 
 
@@ -76,7 +76,7 @@ class ReplyNumbers:
 
     @classmethod
     def of(cls, replies: Sequence[Reply]) -> ReplyNumbers:
-        """Count ``replies``; those without a reward count for nothing but their calls."""
+        """Count ``replies``; of those without a reward, only the calls count."""
         scored = [reply for reply in replies if reply.reward is not None]
         rewards = [reply.reward for reply in scored if reply.reward is not None]
         by_row: dict[str, list[float]] = defaultdict(list)

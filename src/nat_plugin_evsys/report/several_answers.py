@@ -12,10 +12,10 @@ MOST_ANSWERS = 20
 
 
 def naming_several(replies: Sequence[Reply]) -> list[Reply]:
-    """Those of ``replies`` that have as whole words what their row wants and what another row wants.
+    """The replies that contain, as whole words, both their own row's answer and another row's.
 
     Returns:
-        nothing where the rows want fewer than two or more than ``MOST_ANSWERS`` different answers, or name none.
+        none if the rows want fewer than two or more than ``MOST_ANSWERS`` different answers, or name no answers.
     """
     wanted = {reply.expected for reply in replies}
     answers = {answer.casefold().strip() for answer in wanted if answer is not None and re.search(r"\w", answer)}

@@ -1,4 +1,4 @@
-"""The result of a run: ``summary.json`` and the text that ends it."""
+"""The result of a run: ``summary.json`` and the closing text."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from nat_plugin_evsys.report.findings import Finding, finding_text
 
 @dataclass(slots=True)
 class RunSummary:
-    """What a run did. Rewards are means; None where nothing was measured.
+    """What a run did. Rewards are means, or None if nothing was measured.
 
     Attributes:
-        heldout_reward_base: of the base model, where ``heldout_reward_before`` is that after a warm start.
+        heldout_reward_base: of the base model, if ``heldout_reward_before`` is the one after a warm start.
         seconds: time of the run, over all of its sessions.
         calls: LLM calls that the training rollouts made.
         trained: calls that were trained on.
         dropped: reason -> calls that were not; ``trained + sum(dropped.values()) == calls``.
-        adapter: where the adapter lies.
+        adapter: location of the adapter.
         trajectories: ``{"trained": n, "dropped": {reason: n}}``.
         epochs: epochs finished.
         serve_command: what to type to serve the adapter.
         run_dir: the run directory.
-        trackers: name -> where it shows the run, how many records it took and lost, and why it lost the first.
+        trackers: name -> where it shows the run, how many records it received and lost, and why it lost the first.
         findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.
     """
 
@@ -53,7 +53,7 @@ class RunSummary:
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Write ``summary.json``, whole or not at all."""
+        """Write ``summary.json`` atomically."""
         atomic_write(path, to_json(asdict(self), indent=2) + "\n")
 
     @classmethod
@@ -107,7 +107,7 @@ class RunSummary:
 
 
 def print_at_exit(text: str) -> None:
-    """Print ``text`` to stdout when the process ends: after every line that NAT still logs once a run is over."""
+    """Print ``text`` to stdout when the process ends, after everything that NAT logs once a run is over."""
 
     def write() -> None:
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a run says of itself while it runs, one line at a time."""
+"""One-line progress texts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def steps_text(done: int, total: int, note: str) -> str:
 
 
 def job_text(status: TrainingJobStatus) -> str:
-    """``training 40%, step 2/5, loss -0.1234, 950 tokens/s``, as far as the status tells."""
+    """``training 40%, step 2/5, loss -0.1234, 950 tokens/s``, as far as the status has these."""
     known = status.metadata or {}
     parts = [str(known["phase"])] if known.get("phase") else [status.status.value]
     if status.progress is not None:
@@ -39,7 +39,7 @@ def job_text(status: TrainingJobStatus) -> str:
 def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
     """``epoch 2/4 done: reward 0.500 (0.000 to 1.000), loss …, 48 calls trained, 16 dropped, 12.3 s``.
 
-    What the row does not say itself is looked up in its ``job``, the metadata of the training job's last status.
+    What the row lacks is looked up in its ``job``, the metadata of the training job's last status.
     """
     facts = {**(row.get("job") or {}), **row}
     parts = []

@@ -1,7 +1,7 @@
 """Rollouts in a terminal.
 
-What a model said is data: it is shown as text, never read as markup, and its control characters are made visible, so
-that no reply can repaint a terminal.
+Model output is shown as text, never as markup, and its control characters are made visible, so that no reply can
+repaint the terminal.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def transcript(trajectory: Trajectory) -> RenderableType:
 
 
 def visible(text: str) -> str:
-    """``text`` with every control character but newline and tab replaced by a sign that stands for it."""
+    """``text`` with every control character except newline and tab replaced by a visible symbol."""
     return text.translate(_VISIBLE)
 
 

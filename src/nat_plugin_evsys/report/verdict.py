@@ -1,4 +1,4 @@
-"""Did it get better? The rewards before and after, how sure one can be of the change, and the answer in a sentence."""
+"""Did it get better? The rewards before and after, the uncertainty of the change, and the answer in a sentence."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Answer = Literal["yes", "no", "unclear", "unmeasured"]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a run came to.
+    """The verdict on a run.
 
     Attributes:
-        answer: ``yes`` or ``no`` where the interval of the change excludes 0; ``unclear`` where it does not.
-            ``no`` also where training has clearly lowered what a warm start had given.
+        answer: ``yes`` or ``no`` if the interval of the change excludes 0, else ``unclear``.
+            Also ``no`` if training has clearly lowered what a warm start had gained.
         sentence: the answer in words.
-        kind: the rows it is about: held-out ones, or the training rows where there are no others.
+        kind: the rows it is about: the held-out rows, or the training rows if there are none.
         before, after: mean rewards, of the base model and of what it became; None where nothing was measured.
-        change: of the same rows; None where their rewards were not kept.
+        change: of the same rows; None if their rewards were not kept.
         rows: how many got ``better``, ``worse`` or stayed the ``same``.
-        warm_start: mean reward on the held-out rows after a warm start; None where there was none.
+        warm_start: mean reward on the held-out rows after a warm start; None without one.
     """
 
     answer: Answer
@@ -47,7 +47,7 @@ def verdict(state: RunState, collections: Sequence[Collection], rewards: Callabl
     """Whether a run made the policy better.
 
     Args:
-        collections: those that were kept.
+        collections: the kept ones.
         rewards: the rewards of one of them by row.
     """
     kind: CollectionKind = "train" if state.heldout_reward_before is None else "heldout"
@@ -109,7 +109,7 @@ def comparison(kinds: tuple[CollectionKind, CollectionKind], rewards: tuple[RowR
     """Which of two runs, A and B, came out better, in a sentence.
 
     Args:
-        kinds: on what each was measured last; ``rewards`` are what it earned there, by row.
+        kinds: the rows that each was last measured on; ``rewards``: its rewards there, by row.
     """
     rows = [row for row in rewards[0] if row in rewards[1]]
     difference = change_interval([rewards[0][row] for row in rows], [rewards[1][row] for row in rows])

@@ -36,7 +36,7 @@ def group_advantages(rewards_G: list[float], method: AdvantageMethod) -> list[fl
     ``group_mean``: ``A_g = r_g - mean(r)``, as Dr. GRPO (arXiv 2503.20783). ``group_mean_std``: that over the
     population standard deviation, as GRPO (arXiv 2402.03300, eq. 3). ``leave_one_out``: ``r_g`` minus the mean of the
     *other* rewards, ``G / (G - 1)`` times ``group_mean``, as RLOO (arXiv 2402.14740, eq. 8): that baseline does not
-    depend on the trajectory, so the gradient has no bias. ``reward``: ``A_g = r_g``.
+    depend on the trajectory, so the gradient is unbiased. ``reward``: ``A_g = r_g``.
 
     Args:
         rewards_G: rewards, length G.
@@ -78,10 +78,10 @@ def call_advantages(
         discount: g, above 0 and up to 1.
 
     Returns:
-        one list a trajectory, in the length of its calls.
+        one list per trajectory, one value per call.
 
     Raises:
-        DataError: no rewards, an unknown method, or step rewards that are not one a call.
+        DataError: no rewards, an unknown method, or not one step reward per call.
     """
     if discount == 1.0 and not any(step_rewards_G or ()):
         whole = group_advantages(list(rewards_G), method)
@@ -106,10 +106,10 @@ def call_advantages(
 
 
 def call_returns(reward: float, calls: int, step_rewards: Sequence[float] | None, discount: float) -> list[float]:
-    """``R_k`` of each call, by the formula of the module.
+    """``R_k`` of each call, by the module's formula.
 
     Raises:
-        DataError: the step rewards are not one a call, or one is not finite.
+        DataError: there is not one step reward per call, or one is not finite.
     """
     steps = [0.0] * calls if step_rewards is None else list(step_rewards)
     if len(steps) != calls or not all(math.isfinite(value) for value in steps):

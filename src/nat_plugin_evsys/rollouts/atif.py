@@ -51,7 +51,7 @@ def atif_trajectory(
     the tool. Assistant messages that were not sampled here (few-shot examples, history) are marked as copied context.
 
     Args:
-        fates: what training made of the calls; those without one were not trained on.
+        fates: what training did with the calls; those without one were not trained on.
         session: the run's name; ``name`` is the trajectory's own.
         agent: the workflow's type; its version is that of the policy that ended the attempt.
         model: the base model.
@@ -180,7 +180,7 @@ def _tool_calls(message: Message) -> list[ToolCall] | None:
 
 
 def _arguments(written: Any) -> tuple[dict[str, Any], str | None]:
-    """The arguments of a tool call, or, where they are no JSON object, none and what was written."""
+    """The arguments of a tool call; if they are not a JSON object, none and the text as written."""
     try:
         arguments = json.loads(written) if isinstance(written, str) else written
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""One rollout, as it is scored, trained on and kept."""
+"""One rollout: scored, trained on and kept."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Attempt:
         error: what the workflow raised, or what went wrong, or None.
         question, expected, output: the row's input, the answer it wants, and what the workflow returned ("" where it
             raised).
-        reasoning: what the evaluator said of it, or None.
+        reasoning: what the evaluator said about it, or None.
         entry: the whole dataset row.
         number: which of the attempts at its row it is, from 0.
         seconds: how long the workflow ran.
-        step_rewards: a reward of each call, where the evaluator gives them; see ``advantages``.
+        step_rewards: one reward per call, if the evaluator gives them; see ``advantages``.
     """
 
     row_id: str

@@ -58,8 +58,8 @@ class DatumSet:
         provenance: of each Datum, length D.
         calls: recorded calls that came in.
         dropped: calls left out, by reason.
-        dropped_trajectories: trajectories without a single Datum, by reason.
-        reasons: why each call that was left out was.
+        dropped_trajectories: trajectories without any Datum, by reason.
+        reasons: why each dropped call was left out.
     """
 
     datums: list[Datum] = field(default_factory=list)
@@ -70,7 +70,7 @@ class DatumSet:
     reasons: dict[CallKey, DropReason] = field(default_factory=dict)
 
     def drop(self, reason: DropReason, calls: Iterable[Call]) -> None:
-        """Leave calls out under a named reason."""
+        """Drop calls under a named reason."""
         for call in calls:
             self.dropped[reason] += 1
             self.reasons[call.key] = reason
@@ -107,8 +107,8 @@ def group_datums(
 ) -> DatumSet:
     """The Datums of one group.
 
-    A group of which no call has an advantage under the group methods is left out (``zero_variance_group``;
-    ``single_trajectory_group`` if it has but one trajectory).
+    A group without any advantage under the group methods is left out (``zero_variance_group``, or
+    ``single_trajectory_group`` if it has only one trajectory).
 
     Args:
         advantage: see ``group_advantages``.
@@ -119,7 +119,7 @@ def group_datums(
             (arXiv 2503.14476, section 3.4). Their trajectory's reward stays in the group's mean.
 
     Raises:
-        DataError: unknown loss, or step rewards that are not one a call.
+        DataError: unknown loss, or not one step reward per call.
     """
     if loss_fn not in LOSSES:
         raise DataError(f"no Datums for loss_fn `{loss_fn}`; it must be one of {', '.join(LOSSES)}")
@@ -153,7 +153,7 @@ def group_datums(
 def token_chains(calls: list[Call]) -> list[list[Call]]:
     """Group calls so that in each chain a call's prompt starts with all tokens (prompt and output) of the one before.
 
-    A call extends the longest chain that it can; a chain grows only at its end. Each call is in exactly one chain.
+    A call extends the longest chain possible; chains grow only at their ends. Each call is in exactly one chain.
     """
     chains: list[list[Call]] = []
     tokens: list[list[int]] = []
@@ -217,7 +217,7 @@ def with_prompt_logprobs(datum: Datum, origin: Provenance, learner: TensorData) 
     """A copy of ``datum`` whose prompt rows carry the learner's own logprobs; sampled rows keep the sampler's.
 
     ``dro`` has no mask: ``-(lp A - beta/2 (lp - q)^2)`` would pull every prompt token towards its q of 0. With q the
-    learner's present lp, both that term and its gradient ``beta (lp - q)`` vanish, exactly as if the row were masked.
+    learner's current lp, both that term and its gradient ``beta (lp - q)`` vanish, exactly as if the row were masked.
 
     Args:
         learner: logprobs of target_tokens under the weights that the gradient is taken at, shape (n-1,).

@@ -24,8 +24,8 @@ _KEPT_FIELDS = ("tool_calls", "tool_call_id", "name")
 def message_chains(calls: list[Call]) -> list[list[Call]]:
     """Group calls into conversations: a call joins the chain whose messages and last reply its own messages extend.
 
-    Chains keep the order of their first calls. A chain grows only at its end, so a retry or a parallel call opens a
-    chain of its own.
+    Chains keep the order of their first calls. A chain grows only at its end, so a retry or a parallel call starts a
+    new chain.
     """
     chains: list[list[Call]] = []
     for call in calls:
@@ -46,10 +46,10 @@ def episode_of(calls: list[Call]) -> list[EpisodeItem]:
     """The messages of one attempt as episode items that satisfy ``validate_episode_order``.
 
     Chains follow one another. Replies carry their token logprobs; assistant messages that were not sampled here
-    (few-shot examples, history) carry an empty list. Where the messages themselves break the role order, the view is
-    mended: neighbours of the same role are joined, an unknown role or an observation that answers no assistant turn is
-    shown as user (its own role in the item's metadata), and an empty system item goes before an episode that opens
-    otherwise.
+    (few-shot examples, history) carry an empty list. If the messages themselves break the role order, the view is
+    repaired: neighbours of the same role are joined, an unknown role or an observation without an assistant turn is
+    shown as user (its own role in the item's metadata), and an empty system item is put before an episode that opens
+    differently.
     """
     items: list[EpisodeItem] = []
     for chain in message_chains(calls):
@@ -78,7 +78,7 @@ def _extends(call: Call, parent: Call) -> bool:
 
 
 def _key(message: Message) -> str:
-    """What makes two messages the same one: clients rewrite None contents, argument spacing and extra fields."""
+    """A key by which equal messages compare equal: clients rewrite None contents, argument spacing and extra fields."""
     calls = [
         (tool_call.get("id"), (function := tool_call.get("function") or {}).get("name"), _json(function))
         for tool_call in message.get("tool_calls") or []

@@ -20,7 +20,7 @@ class PreferenceTrajectory:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return _name(self.group, self.position)
 
 
@@ -33,7 +33,7 @@ def preference_trajectories(rows: Sequence[Sequence[Trajectory]]) -> list[Prefer
     """The preference items of every trajectory of a collection, in its order.
 
     Raises:
-        DataError: a trajectory is empty or has an item that is no preference pair; names it.
+        DataError: a trajectory is empty or has an item that is not a preference pair; names it.
     """
     found = []
     for group, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The order that the roles of an episode must keep."""
+"""The rules for the order of roles in an episode."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ class TrajectoryGroup:
     """All attempts at one dataset row.
 
     Attributes:
-        name: what messages call the group.
+        name: the group's name in messages.
         rewards_G: reward of each trajectory.
         calls_G: recorded calls of each trajectory.
-        step_rewards_G: a reward of each call besides the trajectory's own; None for a trajectory (or all) without.
+        step_rewards_G: one reward per call besides the trajectory's own; None for a trajectory (or all) without.
     """
 
     name: str

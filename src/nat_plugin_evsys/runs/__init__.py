@@ -1,6 +1,6 @@
 """Runs on disk: the run directory, its state, and the checkpoints that it names.
 
-Standard library and PyYAML only, so that serving a checkpoint can ask where it lies without importing the trainer.
+Standard library and PyYAML only, so that serving a checkpoint can locate it without importing the trainer.
 """
 
 from nat_plugin_evsys.runs.checkpoints import is_service_path, resolve_checkpoint

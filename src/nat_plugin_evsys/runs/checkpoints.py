@@ -1,7 +1,7 @@
-"""Where a checkpoint lies: from what the YAML says to a directory, or to a path on a Tinker service.
+"""Locates a checkpoint: from the YAML's setting to a directory, or to a path on a Tinker service.
 
 On disk a checkpoint is a directory with a ``manifest.json``. Whoever writes one renames it into place when it is whole,
-so a half-written one is never seen here. A ``tinker://`` path is the service's own affair.
+so a half-written one is never seen here. A ``tinker://`` path is left to the service.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | str | None:
     """The checkpoint that ``spec`` means: an absolute path, a tinker:// path, or None for ``none`` (the base model).
 
     Args:
-        output_dir: where the runs lie (``finetuning.output_dir``).
+        output_dir: directory of the runs (``finetuning.output_dir``).
         spec: ``none``, ``latest`` or ``best`` (of the newest run), or the path of a checkpoint.
 
     Raises:

@@ -11,7 +11,7 @@
         environment.json versions and commands (runs/environment.py)
         summary.json     the result
         checkpoints/     weights
-        rollouts/        what was said (runs/rollouts.py)
+        rollouts/        the rollouts (runs/rollouts.py)
 
 ``state.json`` is the commit: what it does not name did not happen, whatever else is in the directory.
 """
@@ -151,7 +151,7 @@ class RunDirectory:
             self._lock = None
 
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Refuse to go on with settings that would make this another run.
+        """Refuse settings that would make this a different run.
 
         Raises:
             ConfigError: lists each setting that changed, with both values.
@@ -182,10 +182,10 @@ class RunDirectory:
         Args:
             name: the name it was saved under.
             epoch: epochs finished.
-            reward: what `best` compares; None when it was not measured.
-            adapter: where the weights for sampling lie (path or URI); default ``checkpoints/<name>``.
-            training_state: where the weights with optimizer state lie, if anywhere.
-            trained: False for what a run starts from; `latest` and `best` lead to no run without a trained one.
+            reward: what `best` compares; None if not measured.
+            adapter: path or URI of the weights for sampling; default ``checkpoints/<name>``.
+            training_state: path or URI of the weights with optimizer state, if any.
+            trained: False for what a run starts from; `latest` and `best` ignore runs without a trained one.
         """
         record = CheckpointRecord(
             name=name,
@@ -224,7 +224,7 @@ class RunDirectory:
         return [record.name for record in stale]
 
     def discard_unrecorded(self) -> list[Path]:
-        """Delete checkpoints that no finished epoch names: what an interrupted epoch left. For a run being resumed."""
+        """Delete checkpoints that no finished epoch names, left by an interrupted epoch. For a run being resumed."""
         kept = self._named_paths()
         found = [path.parent for path in sorted(self.checkpoints_dir.rglob("manifest.json"))]
         stray = [path for path in found if path not in kept]
@@ -233,7 +233,7 @@ class RunDirectory:
         return stray
 
     def locate(self, where: str) -> Path | str:
-        """The absolute path of a recorded place, or the URI that it is."""
+        """The absolute path of a recorded location, or the location itself if it is a URI."""
         return where if "://" in where else Path(os.path.abspath(self.path / where))
 
     def _stored(self, where: Path | str) -> str:
@@ -268,7 +268,7 @@ def _age(path: Path) -> tuple[str, int]:
 
 
 def _delete(path: Path, run: Path) -> None:
-    """Take the checkpoint out of sight in one step, then delete it; never anything outside of the run."""
+    """Hide the checkpoint in one step, then delete it; never touches anything outside the run."""
     if not path.is_relative_to(run) or not path.is_dir():
         return
     hidden = path.with_name(f".deleted-{path.name}")

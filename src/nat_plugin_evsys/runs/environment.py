@@ -1,4 +1,4 @@
-"""``environment.json``: with what a run was made, one entry for each process that worked on it."""
+"""``environment.json``: versions and command of each process that worked on the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def describe_environment() -> dict[str, Any]:
-    """This process: when it began, the command that started it without its secrets, versions and machine."""
+    """This process: start time, command without secrets, versions and machine."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(_without_secrets([Path(sys.argv[0]).name, *sys.argv[1:]])),
@@ -46,7 +46,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def add_environment(run_dir: Path) -> None:
-    """Note that this process works on the run."""
+    """Record that this process works on the run."""
     sessions = [*read_environments(run_dir), describe_environment()]
     atomic_write(run_dir / FILE, to_json({"sessions": sessions}, indent=1) + "\n")
 
@@ -60,7 +60,7 @@ def read_environments(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _without_secrets(command: list[str]) -> list[str]:
-    """``-o llms.policy.api_key …`` names a secret as a setting of the YAML does."""
+    """``-o llms.policy.api_key …`` names a secret, like the setting in the YAML."""
     names = [word.rpartition(".")[2] for word in ["", *command[:-1]]]
     return [redact({name: word})[name] for name, word in zip(names, command, strict=True)]
 

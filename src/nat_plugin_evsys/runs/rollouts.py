@@ -1,9 +1,9 @@
-"""``rollouts/`` of a run directory: what was said, one gzip file of JSON lines for each collection of rollouts.
+"""``rollouts/`` of a run directory: one gzipped JSON-lines file for each collection of rollouts.
 
     rollouts/epoch-0003.jsonl.gz     the training rollouts of epoch 3
-    rollouts/heldout-0003.jsonl.gz   the held-out rows, tried by the policy that has 3 epochs behind it
-    rollouts/train-0000.jsonl.gz     the training rows, tried likewise, before the first epoch and after the last
-    rollouts/base-0000.jsonl.gz      the held-out rows, tried by the base model before a warm start
+    rollouts/heldout-0003.jsonl.gz   the held-out rows, attempted by the policy after 3 epochs
+    rollouts/train-0000.jsonl.gz     the training rows, attempted before the first epoch and after the last
+    rollouts/base-0000.jsonl.gz      the held-out rows, attempted by the base model before a warm start
 
 Every line is one rollout in ATIF, NAT's interchange format of trajectories (``nat.atif.Trajectory``); its ``extra``
 holds the fields of ``RolloutFacts``. ``zcat`` reads them, and so does every ATIF reader.
@@ -75,7 +75,7 @@ class RolloutFacts:
 
     @classmethod
     def of(cls, extra: Mapping[str, Any] | None) -> Self:
-        """The facts in a trajectory's ``extra``; what another version wrote beyond them is left out.
+        """The facts in a trajectory's ``extra``; fields of other versions are ignored.
 
         Raises:
             DataError: the trajectory was not written by a run of this package.
@@ -94,7 +94,7 @@ class RolloutFiles:
         self.directory = run_dir / "rollouts"
 
     def path(self, collection: Collection) -> Path:
-        """Where a collection lies, or would."""
+        """The path of a collection, whether it exists or not."""
         return self.directory / f"{collection}.jsonl.gz"
 
     def collections(self) -> list[Collection]:
@@ -119,7 +119,7 @@ class RolloutFiles:
         return len(data)
 
     def lines(self, collection: Collection) -> Iterator[str]:
-        """The lines of a collection; none where it was not kept.
+        """The lines of a collection; none if it was not kept.
 
         Raises:
             DataError: the file cannot be read.
@@ -134,7 +134,7 @@ class RolloutFiles:
             raise DataError(f"{path} cannot be read: {error}; delete it to continue without these rollouts") from error
 
     def discard_after(self, epoch: int) -> None:
-        """Delete what an unfinished epoch left, so that a resumed run keeps each rollout once."""
+        """Delete leftovers of an unfinished epoch, so that a resumed run keeps each rollout once."""
         for collection in self.collections():
             if collection.epoch > epoch:
                 self.path(collection).unlink()

@@ -1,4 +1,4 @@
-"""What a run knows about itself between two epochs: the content of ``state.json``."""
+"""The state of a run between two epochs: the content of ``state.json``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class CheckpointRecord:
         name: the name it was saved under.
         epoch: epochs finished when it was saved; 0 is before the first one.
         reward: the reward that `best` compares, or None when it was not measured.
-        adapter: where the weights for sampling lie: a path (relative to the run directory if inside it) or a URI.
-        training_state: where the weights with the optimizer state lie, or None.
+        adapter: the weights for sampling: a path (relative to the run directory if inside it) or a URI.
+        training_state: path or URI of the weights with the optimizer state, or None.
         trained: whether the run had trained anything when it was saved.
     """
 
@@ -42,7 +42,7 @@ class RunState:
         epochs_done: epochs whose training, checkpoint and metrics are all on disk.
         tally: calls, ``{"calls": n, "trained": n, "dropped": {reason: n}}``.
         trajectories: ``{"trained": n, "dropped": {reason: n}}``.
-        heldout_reward_base: of the base model, where a warm start comes before ``heldout_reward_before``.
+        heldout_reward_base: of the base model, if a warm start comes before ``heldout_reward_before``.
         seconds: time spent so far, over all of its sessions.
         curriculum: the curriculum's own state.
         config_hash: hash of the settings that decide what a run computes.
@@ -75,7 +75,7 @@ class RunState:
         """The state in ``data``.
 
         Raises:
-            CheckpointError: written by another version of this package, or not a run's state at all.
+            CheckpointError: written by another version of this package, or not a run's state.
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             seen = data.get("format") if isinstance(data, dict) else type(data).__name__

@@ -100,7 +100,7 @@ def build_dpo_pairs(items: Sequence[DPOItem], render: Render, render_reply: Rend
 
 
 async def with_reference(backend: Backend, pairs: Sequence[Pair]) -> list[Pair]:
-    """Copies of the pairs whose Datums carry the logprobs of the backend's present policy as ``REFERENCE``."""
+    """Copies of the pairs whose Datums carry the logprobs of the backend's current policy as ``REFERENCE``."""
     data = [datum for pair in pairs for datum in pair]
     outputs = (await backend.forward_async(data, loss_fn="cross_entropy")).loss_fn_outputs
     done = [
@@ -113,7 +113,7 @@ async def with_reference(backend: Backend, pairs: Sequence[Pair]) -> list[Pair]:
 def dpo_loss(beta: float) -> LossCallable:
     """The loss of the module's docstring, for ``forward_backward_custom_async``.
 
-    The data are chosen and rejected Datums by turns: chosen 0, rejected 0, chosen 1, … Each has ``target_tokens`` (N,),
+    The data alternates chosen and rejected Datums: chosen 0, rejected 0, chosen 1, … Each has ``target_tokens`` (N,),
     ``weights`` (N,) (1 on reply tokens, 0 elsewhere) and ``REFERENCE`` (N,). Metrics: ``loss:mean``, ``accuracy:mean``,
     ``margin:mean``, ``chosen_reward:mean``, ``rejected_reward:mean``, all over pairs.
     """
@@ -149,7 +149,7 @@ async def train_dpo(
     seed: int = 0,
     on_step: Callable[[DpoStep], None] | None = None,
 ) -> list[DpoStep]:
-    """Train on ``pairs`` against the policy as it is now, reshuffled each epoch by ``seed``.
+    """Train on ``pairs`` against the current policy, reshuffled each epoch by ``seed``.
 
     The learning rate falls linearly, as in ``train_sft``. The gradient is that of the *sum* over the batch's pairs.
 
@@ -189,8 +189,8 @@ class DpoSettings:
         rate: the learning rate.
         beta: how much a departure from the reference costs.
         batch_size: pairs of one optimizer step.
-        passes: times that the pairs are trained on.
-        seed: decides the order of the pairs in each pass.
+        passes: passes over the pairs.
+        seed: for the order of the pairs in each pass.
     """
 
     adam: types.AdamParams

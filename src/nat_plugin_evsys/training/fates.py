@@ -16,8 +16,8 @@ Learned = dict[CallKey, list[float]]
 def learner_logprobs(batch: Sequence[DatumSet], output: types.ForwardBackwardOutput) -> Learned:
     """The learner's logprobs of each call of an optimizer step, as its forward_backward returned them.
 
-    Nothing is computed for it. Calls with an advantage of 0 are left out: their tokens add nothing to the loss, so
-    the engine does not compute their logprobs. A service that returns none has none here.
+    This computes nothing. Calls with an advantage of 0 are left out: their tokens add nothing to the loss, so
+    the engine does not compute their logprobs. Nothing for a service that returns none.
 
     Args:
         batch: the groups of the step; ``output`` has their Datums in this order.
@@ -40,7 +40,7 @@ def call_fates(datums: DatumSet, learned: Learned, lost_reason: DropReason | Non
     """What became of each call of a group.
 
     Args:
-        lost_reason: why calls with a Datum were not trained on after all; None when they were.
+        lost_reason: why calls with a Datum were not trained on in the end; None if they were.
     """
     fates = {key: CallFate(dropped=reason) for key, reason in datums.reasons.items()}
     for datum, origin in zip(datums.datums, datums.provenance, strict=True):

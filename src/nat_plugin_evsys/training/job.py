@@ -29,7 +29,7 @@ class Work(Protocol):
     """What a job does."""
 
     async def run(self, report: JobReport) -> None:
-        """Do it all, telling ``report``. A cancellation takes effect where no half-done step is left behind."""
+        """Do the work, updating ``report``. A cancellation never leaves a half-done step behind."""
         ...
 
     def account(self, lost_reason: DropReason) -> Account:
@@ -38,7 +38,7 @@ class Work(Protocol):
 
 
 class TrainingJob:
-    """The life of one submit: PENDING until its turn comes, RUNNING, then COMPLETED, FAILED or CANCELED for good.
+    """The life of one submit: PENDING until its turn comes, RUNNING, then finally COMPLETED, FAILED or CANCELED.
 
     Must be created in a running event loop.
 
@@ -81,7 +81,7 @@ class TrainingJob:
         return self._ended.is_set()
 
     async def wait(self, at_most: float | None = None) -> bool:
-        """Wait for the end (at most that many seconds); wakes at once. True if the job has ended."""
+        """Wait for the end (at most ``at_most`` seconds); wakes at once. True if the job has ended."""
         try:
             await asyncio.wait_for(self._ended.wait(), at_most)
         except TimeoutError:
@@ -95,7 +95,7 @@ class TrainingJob:
             self.task.cancel()
 
     def status(self, backend: str) -> TrainingJobStatus:
-        """The present state in NAT's form. After the end every call returns the same."""
+        """The current state in NAT's form. After the end every call returns the same."""
         return TrainingJobStatus(
             run_id=self.run_id,
             backend=backend,
@@ -112,7 +112,7 @@ class TrainingJob:
             await work.run(self.report)
 
     def _end(self, task: asyncio.Task[None]) -> None:
-        """Runs for every way a task can end, also for one that was cancelled before its first step."""
+        """Runs however a task ends, even if it was cancelled before its first step."""
         if task.cancelled():
             self.state = TrainingStatusEnum.CANCELED
         elif (error := task.exception()) is not None:

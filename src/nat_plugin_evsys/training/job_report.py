@@ -17,8 +17,8 @@ class JobReport:
     """Written by the work of a job, read by its status.
 
     Attributes:
-        phase: what is being done, or was when the job ended early.
-        step: optimizer step at work (from 1), or the last one.
+        phase: what the job is doing, or was doing when it ended early.
+        step: current optimizer step (from 1), or the last one.
         steps: optimizer steps of the whole job; 0 until they are known.
         progress: 0 to 100, never falls.
         loss: ``loss:sum`` of the last finished forward_backward.
@@ -51,12 +51,12 @@ class JobReport:
         self._heartbeat = time.monotonic()
 
     def enter(self, phase: Phase) -> None:
-        """The next phase begins."""
+        """Start the next phase."""
         self.phase = phase
         self.beat()
 
     def advance(self, progress: float) -> None:
-        """Raise ``progress`` (0 to 100); a lower value than the present one changes nothing."""
+        """Raise ``progress`` (0 to 100); a lower value than the current one changes nothing."""
         self.progress = min(max(self.progress, progress), 100.0)
         self.beat()
 
@@ -70,7 +70,7 @@ class Account:
         trained_trajectories: trajectories with at least one trained call or preference pair.
         dropped_trajectories: the others, by reason.
         fates: what became of each call; empty for preference pairs, which are made of no calls.
-        figures: what the material as a whole came to, beside the metrics of its steps.
+        figures: about the whole input, besides the metrics of its steps.
     """
 
     calls: CallTally = field(default_factory=CallTally)

@@ -1,7 +1,7 @@
 """The one training loop: forward_backward, a check of the loss, AdamW, next step.
 
 An algorithm is an async generator of ``Step``s. It is asked for a step only when the one before has been taken, so what
-it samples or computes meanwhile sees the weights of that one; ``taken = yield step`` gives it what came of the step.
+it samples or computes meanwhile sees the weights of that one; ``taken = yield step`` gives it the result of the step.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Step:
         members: positions of what ``data`` was made from, in the algorithm's material.
         sampled_tokens: tokens of ``data`` that are trained on.
         mean_over: how many things the backend's means are over; see StepMetrics.
-        share: part of the whole training that this step is, 0 to 1.
+        share: this step's share of the whole training, 0 to 1.
         policy_version: the version that ``data`` was sampled from, if one did.
         normalized: whether ``data`` is scaled so that the loss is no plain sum over tokens.
-        most_kl: the step is refused where the loss's ``kl_v2:mean``, to the sampler, is above that; None never.
+        most_kl: the step is refused if the loss's ``kl_v2:mean``, to the sampler, is above this; None: never.
         measured: figures that were computed on the way to the step.
     """
 
@@ -83,7 +83,7 @@ class Step:
 class Taken:
     """A step that has been taken: its forward_backward's output, and the metrics of that and of the optimizer step.
 
-    Where ``refused``, there was no optimizer step: the policy had moved too far from the one that sampled.
+    If ``refused``, there was no optimizer step: the policy had moved too far from the one that sampled.
     """
 
     step: Step
@@ -105,7 +105,7 @@ async def run_steps(
 ) -> list[StepMetrics]:
     """Take every step that ``steps`` yields.
 
-    A cancellation lets the step at work and its ``on_step`` finish, so that no half-accumulated gradient is left in
+    A cancellation lets the current step and its ``on_step`` finish, so that no half-accumulated gradient is left in
     the backend.
 
     Args:
@@ -167,7 +167,7 @@ class _Watch:
         self.summarize()
 
     def summarize(self) -> None:
-        """Tell the job what its steps so far came to."""
+        """Report the results of the steps so far to the job."""
         if self._told and self.history:
             self.report.metrics = summarize(self.history)
             self.report.metrics_by_step[len(self.history) - 1 :] = [summarize(self.history[-1:])]
@@ -215,7 +215,7 @@ def _forward_backward(backend: Backend, step: Step) -> Awaitable[types.ForwardBa
 async def _watched(
     pending: Awaitable[types.ForwardBackwardOutput], backend: Backend, step: Step, watch: _Watch
 ) -> types.ForwardBackwardOutput:
-    """Await a forward_backward, asking the backend now and then how far it is."""
+    """Await a forward_backward, polling the backend for its progress."""
     future = asyncio.ensure_future(pending)
     seen = backend.progress
     while not future.done():

@@ -1,1 +1,1 @@
-"""Experiment trackers: each in a module of its own, which is imported when the YAML names it."""
+"""Experiment trackers, each in its own module, which is imported only if the YAML names it."""

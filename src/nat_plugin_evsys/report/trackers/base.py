@@ -1,4 +1,4 @@
-"""What a tracker is asked to do, and what it is told of a run."""
+"""The contract of a tracker, and what it receives about a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Ending = Literal["finished", "failed", "interrupted"]
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """The run that a tracker is told of.
+    """The run that a tracker shows.
 
     Attributes:
         name: the run directory's name; unique within ``project``, and the same when the run is resumed.
         project: what groups runs.
-        directory: the run directory, where a tracker may keep files of its own.
+        directory: the run directory, where a tracker may keep its own files.
         config: the resolved configuration, secrets redacted.
     """
 
@@ -46,10 +46,10 @@ class Table:
 
 
 class Tracker(Protocol):
-    """One experiment tracker. All calls come from one thread, one after another; any of them may raise anything."""
+    """One experiment tracker. All calls come from one thread; any of them may raise anything."""
 
     def check(self) -> None:
-        """Refuse what cannot work, before anything is loaded; asks no network.
+        """Refuse settings that cannot work, before anything is loaded and without the network.
 
         Raises:
             ConfigError: the library is absent or a setting of it is missing; the message says what to type.
@@ -57,7 +57,7 @@ class Tracker(Protocol):
         ...
 
     def open(self, run: TrackedRun) -> str:
-        """Begin the run, or go on with it. Returns where a person finds it: a URL, or a command to type."""
+        """Start or continue the run. Returns where to find it: a URL, or a command to type."""
         ...
 
     def metrics(self, values: Mapping[str, float], axis: Axis, at: int) -> None:
@@ -65,9 +65,9 @@ class Tracker(Protocol):
         ...
 
     def table(self, table: Table) -> None:
-        """A table, beside those of other epochs."""
+        """Add a table, next to those of other epochs."""
         ...
 
     def close(self, ending: Ending) -> None:
-        """Send what is left and end the run."""
+        """Send the rest and end the run."""
         ...

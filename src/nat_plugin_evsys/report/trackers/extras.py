@@ -8,7 +8,7 @@ from nat_plugin_evsys.errors import ConfigError
 
 
 def require_extra(module: str, extra: str) -> None:
-    """Refuse a tracker whose library is absent.
+    """Refuse a tracker whose library is not installed.
 
     Raises:
         ConfigError: names what to install.

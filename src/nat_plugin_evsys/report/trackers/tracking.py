@@ -1,4 +1,4 @@
-"""All trackers of one run: what they are given, what became of it, and where a person finds it."""
+"""All trackers of one run: what they receive, what arrived, and where to find it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GROUPS = {"job": None, "replies": "replies", "staleness": "staleness"}
 
 
 class Tracking:
-    """Gives every tracker the same, and says once what each of them cannot reach.
+    """Gives every tracker the same records, and reports the first failure of each once.
 
     Args:
         trackers: by name, checked.
@@ -39,7 +39,7 @@ class Tracking:
         self._closed = False
 
     def warm_start(self, metrics: Mapping[str, Any]) -> None:
-        """What the warm start came to."""
+        """The result of the warm start."""
         self._metrics(_named("warm_start", metrics), "epoch", 0)
 
     def step(self, number: int, metrics: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ class Tracking:
         self._metrics(values, "epoch", number)
 
     def validation(self, kind: str, epochs_done: int, reward: float, replies: Sequence[Reply]) -> None:
-        """The reward on the held-out rows, and what was said to them.
+        """The reward on the held-out rows, and the replies to them.
 
         Args:
             kind: ``heldout``, or ``base`` for the model before its warm start.
@@ -105,7 +105,7 @@ class Tracking:
 
 
 def _named(group: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """``{"loss:sum": 1}`` -> ``{"step/loss_sum": 1.0}``: finite numbers alone, under names that every tracker takes."""
+    """``{"loss:sum": 1}`` -> ``{"step/loss_sum": 1.0}``: finite numbers, under names that every tracker accepts."""
     return {f"{group}/{re.sub(r'[^A-Za-z0-9_./-]', '_', name)}": value for name, value in _numbers(values)}
 
 

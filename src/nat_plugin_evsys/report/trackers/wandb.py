@@ -1,4 +1,4 @@
-"""Weights & Biases, through its own client; its environment variables decide about project, mode and server."""
+"""Weights & Biases, through its own client; its environment variables set project, mode and server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ AXES: tuple[Axis, ...] = ("epoch", "optimizer_step")
 
 
 class WandbTracker:
-    """Metrics over their own axes, the configuration, and tables that can be looked through."""
+    """Metrics over their own axes, the configuration, and browsable tables."""
 
     def __init__(self) -> None:
         self._run: Any = None

@@ -1,4 +1,4 @@
-"""A tracker in a thread of its own: what it cannot reach holds up nothing, is counted, and ends no run."""
+"""A tracker in its own thread: its failures block nothing, are counted, and end no run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _Job = Callable[[], None]
 
 @dataclass(slots=True)
 class TrackerCount:
-    """What became of the records that a tracker was given: each is a table, or metrics at one place.
+    """What became of a tracker's records; each is a table, or metrics at one point.
 
     Attributes:
-        where: where a person finds the run, once it is open.
-        lost: records that the tracker did not take.
+        where: where to find the run, once it is open.
+        lost: records that the tracker did not accept.
         error: why the first of them was lost.
     """
 
@@ -32,7 +32,7 @@ class TrackerCount:
 
 
 class TrackerWorker:
-    """One tracker of one run. Any thread may call; the tracker itself is called from the worker's thread alone.
+    """One tracker of one run. Any thread may call; only the worker's thread calls the tracker itself.
 
     Args:
         name: what the YAML calls the tracker.
