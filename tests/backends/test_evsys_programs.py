@@ -195,6 +195,25 @@ async def test_the_parameters_go_by_either_name(make_backend: Any) -> None:
         await client.sample_async(PROMPT)
 
 
+SIGNATURES = {
+    "forward_backward_async": "(self, data, *, loss_fn, loss_fn_config=None)",
+    "forward_backward_custom_async": "(self, data, loss_fn)",
+    "optim_step_async": "(self, adam)",
+    "save_for_sampler": "(self, name)",
+    "save_full_state": "(self, name)",
+    "snapshot_sampling_client": "(self, name=None)",
+    "get_tokenizer": "(self)",
+}
+"""As evsys-sdk's page on ``Backend`` has them."""
+
+
+@pytest.mark.parametrize(("name", "written"), SIGNATURES.items())
+def test_the_signatures_are_those_of_the_page(name: str, written: str) -> None:
+    signature = inspect.signature(getattr(Backend, name))
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    assert str(inspect.Signature(bare)) == written
+
+
 def test_every_sampling_client_can_be_called_as_evsys_does() -> None:
     from nat_plugin_evsys import SamplingClient as TinkersSamplingClient
     from nat_plugin_evsys.backends.remote.sampling import TinkerSamplingClient
