@@ -1,4 +1,4 @@
-"""docs/api.md has a row for every name of the four APIs, and what a row points to exists."""
+"""docs/api.md has a row for every name of the five documents, and what a row points to exists."""
 
 from __future__ import annotations
 
@@ -59,7 +59,11 @@ EVSYS = """
     snapshot_sampling_client get_tokenizer LossCallable LossFnType SamplingClient ForwardBackwardResult
     OptimStepResult
 """
-SEEDS = {"Tinker": TINKER, "Loops": LOOPS, "Weaver": WEAVER, "evsys": EVSYS}
+NAT_ART = """
+    ARTTrainerAdapter adapter_config remote_backend model _model_internal_config _training_jobs training_jobs initialize
+    is_healthy _validate_episode_order _construct_trajectory_groups submit status wait_until_complete
+"""
+SEEDS = {"Tinker": TINKER, "Loops": LOOPS, "Weaver": WEAVER, "evsys": EVSYS, "NAT-ART": NAT_ART}
 NAMES = [(seed, name) for seed, names in SEEDS.items() for name in names.split()]
 
 

@@ -299,7 +299,7 @@ async def test_a_bad_collection_raises_before_anything_starts(policy: Fixture, m
     last = collection.trajectories[-1][-1]
     backwards = last.model_copy(update={"episode": last.episode[::-1]})
     textual = Trajectory(
-        episode=[EpisodeItem(role="user", content="q"), EpisodeItem(role="assistant", content="a", logprobs=[-1.0])],
+        episode=[EpisodeItem(role="user", content="q"), EpisodeItem(role="assistant", content="a", logprobs=[])],
         reward=1.0,
     )
     cases = [

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from tinker import types
 
     from nat_plugin_evsys.backends.base import Backend
+    from nat_plugin_evsys.rollouts.plain_episodes import Renderer
     from nat_plugin_evsys.training.dpo import DpoSettings
     from nat_plugin_evsys.training.learning_rate import LearningRate
-    from nat_plugin_evsys.training.pair_material import Renderer
     from nat_plugin_evsys.training.policy_gradient import TrainingSettings
     from nat_plugin_evsys.training.work import Material, TrainingWork
 

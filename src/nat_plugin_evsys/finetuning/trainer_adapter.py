@@ -24,6 +24,7 @@ from nat_plugin_evsys.errors import ConfigError, EngineClosedError, ModelError
 from nat_plugin_evsys.finetuning.job_queue import BACKEND, JobQueue, progress_of
 from nat_plugin_evsys.finetuning.job_work import JobWork, PolicyUnderTraining, groups_of
 from nat_plugin_evsys.json_lines import append_json_lines
+from nat_plugin_evsys.rollouts.plain_episodes import is_plain, with_calls
 from nat_plugin_evsys.rollouts.preferences import has_preferences
 from nat_plugin_evsys.rollouts.roles import validate_episode_order
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
@@ -31,6 +32,7 @@ from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 if TYPE_CHECKING:
     import art
 
+    from nat_plugin_evsys.backends.base import Backend
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,25 @@ class EvsysTrainerAdapter(TrainerAdapter):
         self._work = JobWork(adapter_config, policy)
         self._jobs = JobQueue()
         self._closed = False
+
+    @property
+    def remote_backend(self) -> Backend:
+        """What trains and serves the policy: NAT's ART adapter has an ``art.Backend`` here. After ``initialize``."""
+        return self.policy.backend
+
+    @property
+    def model(self) -> PolicyUnderTraining:
+        """The model under training: NAT's ART adapter has an ``art.TrainableModel`` here."""
+        return self.policy
+
+    @property
+    def _model_internal_config(self) -> dict[str, Any]:
+        """What the model is trained with: NAT's ART adapter has an ``art.dev.InternalModelConfig`` here."""
+        return self.config.model_dump()
+
+    @property
+    def _training_jobs(self) -> dict[str, asyncio.Task[None]]:
+        return self.training_jobs
 
     @property
     def training_jobs(self) -> dict[str, asyncio.Task[None]]:
@@ -119,7 +140,8 @@ class EvsysTrainerAdapter(TrainerAdapter):
 
         Args:
             trajectories: one list of trajectories per dataset row, as ``EvsysTrajectoryBuilder`` builds them; or
-                trajectories whose episodes are all preference pairs (``DPOItem``), which are trained with DPO.
+                others whose assistant items have logprobs (``rollouts.plain_episodes``); or trajectories whose
+                episodes are all preference pairs (``DPOItem``), which are trained with DPO.
             epoch: for the record, and part of the shuffle seed.
 
         Returns:
@@ -234,6 +256,24 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """
         validate_episode_order(traj, "trajectory")
 
+    async def _recorded(self, rows: list[list[Trajectory]]) -> list[list[Trajectory]]:
+        """The rows with a call for every sampled item of their plain trajectories, if there are any."""
+        if not any(is_plain(trajectory) for row in rows for trajectory in row):
+            return rows
+        await self.policy.ensure_loaded()
+        renderer = self.policy.renderer
+
+        def record() -> list[list[Trajectory]]:
+            return [
+                [
+                    with_calls(each, f"trajectory {at} of group {group}", renderer) if is_plain(each) else each
+                    for at, each in enumerate(row)
+                ]
+                for group, row in enumerate(rows)
+            ]
+
+        return await asyncio.to_thread(record)
+
     @overload
     async def _construct_trajectory_groups(
         self, trajectory_lists: list[list[Trajectory]], kind: Literal["evsys"] = "evsys"
@@ -258,7 +298,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
             ValueError: there is no trajectory at all, or one is invalid.
             ConfigError: ``art`` was asked for and is not installed.
         """
-        groups = groups_of(trajectory_lists)
+        groups = groups_of(await self._recorded(trajectory_lists))
         if kind == "evsys":
             return groups
         if kind != "art":

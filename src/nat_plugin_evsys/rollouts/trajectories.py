@@ -72,8 +72,8 @@ def calls_of(trajectory: Trajectory, name: str = "trajectory") -> list[Call]:
     recorded = (trajectory.metadata or {}).get(CALLS_KEY)
     if not isinstance(recorded, list):
         raise DataError(
-            f"{name}: no recorded calls in metadata['{CALLS_KEY}']; text is never tokenised again, so only "
-            "trajectories of the evsys_trajectory_builder can be trained on"
+            f"{name}: no recorded calls in metadata['{CALLS_KEY}'], and no assistant item with logprobs; text alone "
+            "cannot be trained on. Use evsys_trajectory_builder, or give each reply its logprobs"
         )
     return [_checked_call(entry, f"{name}, call {position}") for position, entry in enumerate(recorded)]
 

@@ -7,27 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.rollouts.plain_episodes import Renderer
 from nat_plugin_evsys.rollouts.preferences import PreferenceTrajectory
 from nat_plugin_evsys.training.dpo import DpoSettings, Pair, build_dpo_pairs, dpo_steps, with_reference
 from nat_plugin_evsys.training.job_report import Account
 from nat_plugin_evsys.training.loop import Steps, Taken
-
-
-class Renderer(Protocol):
-    """Messages -> token ids, by the model's chat template."""
-
-    def render(self, messages: Any, tools: Any) -> list[int]:
-        """Ids of a prompt, ending with the opening of an assistant turn."""
-        ...
-
-    def render_reply(self, message: Any) -> list[int]:
-        """Ids of an assistant reply, with the end-of-turn token."""
-        ...
 
 
 class PairMaterial:
