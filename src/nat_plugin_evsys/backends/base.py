@@ -76,7 +76,7 @@ class SamplingClient(Protocol):
 class Backend(Protocol):
     """A live training client plus a factory of sampling clients. Built once per run.
 
-    This is all that a user of a backend may know of it: nobody asks a backend which one it is. The ``*_async`` methods
+    Users of a backend may rely on this only; they never ask which backend it is. The ``*_async`` methods
     submit at once, in call order, and return an awaitable of the result. evsys-sdk's ``Backend`` is the part of it that
     is not marked *extension*.
 
@@ -90,7 +90,7 @@ class Backend(Protocol):
 
     @property
     def progress(self) -> tuple[int, int] | None:
-        """``(done, total)`` tokens of the forward_backward that runs or ran last; None if nobody says. *Extension.*"""
+        """``(done, total)`` tokens of the current or last forward_backward; None if unknown. *Extension.*"""
         ...
 
     def forward_backward_async(
@@ -138,7 +138,7 @@ class Backend(Protocol):
     async def save_for_sampler(self, name: str) -> str:
         """Save the current weights for inference (a PEFT directory for the embedded engine). Returns the URI.
 
-        The two kinds of checkpoint lie in two places, so that each has its own names.
+        The two kinds of checkpoint are stored separately, so that each has its own names.
 
         Raises:
             CheckpointError: the name is taken or refused.
@@ -165,7 +165,7 @@ class Backend(Protocol):
         """Delete a checkpoint saved by this backend. *Extension.*
 
         Raises:
-            CheckpointError: there is none at ``path``.
+            CheckpointError: there is no checkpoint at ``path``.
         """
         ...
 
@@ -178,9 +178,9 @@ class Backend(Protocol):
         ...
 
     async def sampling_client(self, path: str) -> SamplingClient:
-        """A client that samples from a checkpoint of either kind; what is being trained stays as it is. *Extension.*
+        """A client that samples from a checkpoint of either kind; the adapter in training is unchanged. *Extension.*
 
-        Its policy version is the number of optimizer steps that made the checkpoint, 0 where nobody knows.
+        Its policy version is the number of optimizer steps that made the checkpoint, 0 if unknown.
 
         Raises:
             CheckpointError: missing, torn, or made for another base model or LoRA shape.

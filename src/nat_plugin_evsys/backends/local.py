@@ -41,8 +41,8 @@ SAMPLER_WEIGHTS = SEGMENTS["sampler"]
 class LocalBackend:
     """A LoRA adapter over a base model in this process.
 
-    Operations run in submission order in a thread of the backend's own; the event loop is never blocked. A failed
-    operation fails its own awaitable and leaves the next ones be. A policy version is the number of optimizer steps
+    Operations run in submission order in the backend's own thread; the event loop is never blocked. A failed
+    operation fails its own awaitable and does not affect later ones. A policy version is the number of optimizer steps
     that made the weights.
 
     Attributes:
@@ -127,7 +127,7 @@ class LocalBackend:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """``(done tokens, total tokens)`` of the forward_backward that runs or ran last."""
+        """``(done tokens, total tokens)`` of the current or last forward_backward."""
         return self._queue.progress
 
     @property
@@ -161,7 +161,7 @@ class LocalBackend:
         """See ``Backend``. ``loss_fn`` runs in the training thread.
 
         Raises:
-            DataError: ``loss_fn`` is no function.
+            DataError: ``loss_fn`` is not a function.
         """
         loss = checked_loss(loss_fn, bare=True)
         return self._submit(lambda model, progress: model.forward_backward_custom(data, loss, progress))
@@ -193,11 +193,11 @@ class LocalBackend:
         return await self._submit(self._saving("training", name, user_metadata))
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
-        """Put a checkpoint's weights (and moments) in place of the current ones: ``checkpoints.load_checkpoint``."""
+        """Replace the current weights (and moments) by a checkpoint's: ``checkpoints.load_checkpoint``."""
         await self._submit(lambda model, _: load_checkpoint(path, model, with_optimizer=with_optimizer))
 
     async def delete_checkpoint(self, path: str) -> None:
-        """See ``Backend``. After what has been submitted, so a checkpoint that is being saved is saved first."""
+        """See ``Backend``. Runs after earlier operations, so a pending save finishes first."""
         await self._submit(lambda *_: delete_checkpoint(path))
 
     # -- sampling ---------------------------------------------------------------------------------------------------

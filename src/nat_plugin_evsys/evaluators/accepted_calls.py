@@ -27,18 +27,18 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class AcceptedCall:
-    """A call that is wanted: each argument with the values that are accepted for it."""
+    """A wanted call: each argument with its accepted values."""
 
     name: str
     arguments: Mapping[str, Sequence[Any]]
 
     def to_json(self) -> dict[str, Any]:
-        """As the data set writes it."""
+        """From the data set's form."""
         return {self.name: {name: list(values) for name, values in self.arguments.items()}}
 
 
 def why_calls_differ(calls: Sequence[Call], accepted: Sequence[AcceptedCall], *, ignore_order: bool) -> str | None:
-    """None where each call is accepted and none is missing, else the first difference in words.
+    """None if every call is accepted and none is missing, else the first difference in words.
 
     Args:
         ignore_order: the calls may come in any order; each is then taken for the first accepted one that it fits.
@@ -57,7 +57,7 @@ def why_calls_differ(calls: Sequence[Call], accepted: Sequence[AcceptedCall], *,
 
 
 def why_call_differs(call: Call, wanted: AcceptedCall) -> str | None:
-    """None where the call is accepted, else the first difference in words."""
+    """None if the call is accepted, else the first difference in words."""
     if call.name != wanted.name:
         return f"called `{call.name}`, expected `{wanted.name}`"
     for name, value in call.arguments.items():

@@ -23,8 +23,8 @@ class ExactMatchEvaluator(BaseEvaluator):
     async def evaluate_item(self, item: EvalInputItem) -> EvalOutputItem:
         """Score one row: 1.0 for a match, else 0.0.
 
-        A row without an expected answer (or, with ``mode: regex``, with one that is no regular expression, or, with
-        ``mode: one_of``, with one that is none of the choices) is no wrong answer of the workflow: its ``error`` and
+        A row without an expected answer (or, with ``mode: regex``, with an invalid regular expression, or, with
+        ``mode: one_of``, with one that is none of the choices) is not the workflow's fault: its ``error`` and
         ``reasoning["error"]`` say so and its score is None, which NAT leaves out of the average.
         """
         if is_missing(item.expected_output_obj):
@@ -46,8 +46,8 @@ def matches(output: str, expected: str, config: EvsysExactMatchConfig) -> bool:
     """Whether ``output`` matches ``expected`` as ``config`` says; a regular expression itself is not normalised.
 
     Raises:
-        re.error: ``mode: regex`` and ``expected`` is no regular expression.
-        LookupError: ``mode: one_of`` and ``expected`` is none of the choices.
+        re.error: ``mode: regex`` and ``expected`` is not a regular expression.
+        LookupError: ``mode: one_of`` and ``expected`` is not among the choices.
     """
     if config.mode == "one_of":
         wanted = _normalise(expected, config)
@@ -63,7 +63,7 @@ def matches(output: str, expected: str, config: EvsysExactMatchConfig) -> bool:
 
 
 def named_choices(output: str, config: EvsysExactMatchConfig) -> set[str]:
-    """The choices, normalised, that ``output`` names as whole words; of two that begin alike, the longer one."""
+    """The choices, normalised, that ``output`` names as whole words; of two with the same beginning, the longer one."""
     choices = sorted((_normalise(choice, config) for choice in config.choices), key=len, reverse=True)
     either = "|".join(map(re.escape, choices))
     return set(re.findall(rf"(?<!\w)(?:{either})(?!\w)", _normalise(output, config)))

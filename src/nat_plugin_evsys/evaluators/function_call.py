@@ -23,9 +23,9 @@ class FunctionCallEvaluator(BaseEvaluator):
         self.config = config
 
     async def evaluate_item(self, item: EvalInputItem) -> EvalOutputItem:
-        """Score one row: 1.0 where every call is accepted and none is missing, else 0.0; ``reasoning`` says why.
+        """Score one row: 1.0 if every call is accepted and none is missing, else 0.0; ``reasoning`` says why.
 
-        A row whose expected answer is missing or malformed is no wrong answer of the workflow: its ``error`` says so
+        A row whose expected answer is missing or malformed is not the workflow's fault: its ``error`` says so
         and its score is None, which NAT leaves out of the average.
         """
         if is_missing(item.expected_output_obj):
@@ -47,7 +47,7 @@ def read_calls(output: Any) -> list[Call]:
     """The calls in a workflow's output; arguments may be an object or, as OpenAI has them, JSON text.
 
     Raises:
-        ValueError: it is something else; the text says what, for a sentence that begins with "the output".
+        ValueError: it is something else; the text says what, to follow "the output".
     """
     calls = _json(output)
     calls = [calls] if isinstance(calls, Mapping) else calls

@@ -11,7 +11,7 @@ from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 def is_missing(expected: Any) -> bool:
     """Whether a row has no expected answer.
 
-    Where a row lacks the answer key, NAT's data frame gives NaN (other rows have it) or "" (no row has it).
+    If a row lacks the answer key, NAT's data frame has NaN (if other rows have it) or "" (if none has it).
     """
     return expected is None or expected != expected or (isinstance(expected, str) and not expected.strip())
 
@@ -22,5 +22,5 @@ def no_answer(item: EvalInputItem) -> EvalOutputItem:
 
 
 def failure(item: EvalInputItem, error: str) -> EvalOutputItem:
-    """A row that is wrong itself: no score, which NAT leaves out of the average, and ``error`` in both places."""
+    """The outcome of an invalid row: no score, which NAT leaves out of the average, and ``error`` in both places."""
     return EvalOutputItem(id=item.id, score=None, reasoning={"error": error}, error=error)

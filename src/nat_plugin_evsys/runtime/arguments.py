@@ -33,21 +33,21 @@ def check_seed(seed: Any) -> int | None:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """A bool, and nothing that merely counts as one."""
+    """A bool, not just something truthy."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def check_text(name: str, value: Any) -> str:
-    """A string that is not empty."""
+    """A non-empty string."""
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name} must be a non-empty string, got {value!r}")
     return value
 
 
 def check_metadata(user_metadata: Any) -> dict[str, str]:
-    """A copy; Tinker's metadata is text by text."""
+    """A copy; Tinker's metadata maps text to text."""
     if user_metadata is None:
         return {}
     good = isinstance(user_metadata, Mapping) and all(
@@ -101,13 +101,13 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_api_key(api_key: Any) -> None:
-    """None or text: programs of services give one. The engine in this process asks for none."""
+    """None or text: programs for services pass one. The engine in this process ignores it."""
     if api_key is not None:
         check_text("api_key", api_key)
 
 
 def check_retry_config(retry_config: Any) -> None:
-    """None or Tinker's RetryConfig. A call inside one process does not fail for want of a connection."""
+    """None or Tinker's RetryConfig. A call inside one process has no connection to lose."""
     from tinker.lib.retry_handler import RetryConfig
 
     if retry_config is not None and not isinstance(retry_config, RetryConfig):

@@ -19,7 +19,7 @@ from nat_plugin_evsys.runtime import defaults
 
 
 class SharedBase:
-    """A base model and the one sampler of all its adapters, made when first asked for."""
+    """A base model and the sampler that all its adapters share, created on first use."""
 
     def __init__(self, base: BaseModel, max_batch_size: int = defaults.MAX_BATCH_SIZE) -> None:
         self.base = base
@@ -119,7 +119,7 @@ class BaseModels:
         self._closed = False
 
     def get(self, base_model: str) -> SharedBase:
-        """The model of that name, loaded now if it was not. One that is loaded does not wait for another's loading.
+        """The model of that name, loaded if necessary. A loaded model does not wait while another one loads.
 
         Raises:
             ModelError: it cannot be loaded. The next call tries again.
@@ -143,7 +143,7 @@ class BaseModels:
             return [shared.base for shared in self._loaded.values()]
 
     def close(self) -> None:
-        """Close the samplers and let go of the models."""
+        """Close the samplers and release the models."""
         with self._lock:
             self._closed = True
             shared, self._loaded = list(self._loaded.values()), {}

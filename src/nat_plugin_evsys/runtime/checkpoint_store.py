@@ -43,7 +43,7 @@ class CheckpointStore:
     """Saves, finds, lists and deletes checkpoints below one directory. Safe to use from several threads.
 
     Args:
-        root: the directory; made when something is saved.
+        root: the directory; created at the first save.
     """
 
     def __init__(self, root: Path) -> None:
@@ -63,7 +63,7 @@ class CheckpointStore:
     ) -> str:
         """Save a checkpoint of a training run; returns its tinker:// path.
 
-        With ``request_id``, a checkpoint that the same request saved before is not in the way: it is saved again.
+        With ``request_id``, a checkpoint that the same request saved before is overwritten.
 
         Raises:
             CheckpointError: the name is refused or taken, or the disk refused the write.
@@ -109,7 +109,7 @@ class CheckpointStore:
         return directory
 
     def delete(self, path: str) -> None:
-        """Delete the checkpoint of a tinker:// path. Clients that sample from it go on: they hold its weights."""
+        """Delete the checkpoint of a tinker:// path. Clients that sample from it hold its weights and keep working."""
         delete_checkpoint(self._directory(path))
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> None:
@@ -118,7 +118,7 @@ class CheckpointStore:
         set_expiry(self._directory(path), None if ttl_seconds is None else time.time() + ttl_seconds)
 
     def checkpoints(self, model_id: str) -> list[types.Checkpoint]:
-        """The whole checkpoints of a training run, oldest first. Expired ones are deleted on the way."""
+        """The complete checkpoints of a training run, oldest first. Deletes expired ones."""
         found = []
         for kind, segment in SEGMENTS.items():
             for info in list_checkpoints(self._run_directory(model_id) / segment):

@@ -11,7 +11,7 @@ from tinker import types
 class SamplingParams(types.SamplingParams):
     """Tinker's sampling parameters, plus ``repetition_penalty``; an unknown field is an error, not ignored.
 
-    ``top_k`` is off at -1 and, as Weaver has it, at 0.
+    ``top_k`` is off at -1 and, as in Weaver, at 0.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -22,7 +22,7 @@ class SamplingParams(types.SamplingParams):
 
 
 class Datum(types.Datum):
-    """Tinker's Datum, whose ``loss_fn_inputs`` may also hold a ModelInput (as Tinker's own examples have it)."""
+    """Tinker's Datum, whose ``loss_fn_inputs`` may also hold a ModelInput (as in Tinker's own examples)."""
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {

@@ -14,7 +14,7 @@ _PIECE = 1 << 20
 
 
 async def read_body(request: Request, sent: int, decompressed: int | None = None) -> bytes:
-    """The request's body, decompressed where ``Content-Encoding`` is zstd.
+    """The request's body, decompressed if ``Content-Encoding`` is zstd.
 
     Args:
         sent: most bytes as they are sent.
@@ -22,7 +22,7 @@ async def read_body(request: Request, sent: int, decompressed: int | None = None
 
     Raises:
         Refusal: 413 too large, 415 another encoding, 400 broken zstd.
-        ClientGone: the client went away, or took too long (``BoundedProtocol`` has answered it).
+        ClientGone: the client disconnected, or took too long (``BoundedProtocol`` has answered it).
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "zstd"):
@@ -45,10 +45,10 @@ async def read_body(request: Request, sent: int, decompressed: int | None = None
 
 
 def decompress(data: bytes, limit: int) -> bytes:
-    """zstd frames -> at most ``limit`` bytes; what is beyond is never unpacked.
+    """Decompress zstd frames to at most ``limit`` bytes; the rest is never unpacked.
 
     Raises:
-        Refusal: 413 too large, 400 no zstd.
+        Refusal: 413 too large, 400 not zstd.
     """
     out = bytearray()
     try:

@@ -24,7 +24,7 @@ _READ_BYTES = 16 << 10  # read at once: what is parsed in one go, while everybod
 
 
 class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
-    """uvicorn's protocol, which answers 431 and 408 where a request exceeds the bounds, and closes the connection."""
+    """uvicorn's protocol, which answers 431 and 408 if a request exceeds the limits, and closes the connection."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,7 +87,7 @@ class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
     # -- bounds -----------------------------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
-        """The answer to what the parser did not take."""
+        """The answer to what the parser rejected."""
         if self._headers > MAX_HEADERS:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         else:
@@ -99,7 +99,7 @@ class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._end_in(seconds)
 
     def _end_in(self, seconds: float | None) -> None:
-        """Give the client that long for what it sends now; None: nothing is expected of it."""
+        """Set the time limit for what the client sends now; None if nothing is expected."""
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = None if seconds is None else self.loop.call_later(seconds, self._too_slow)

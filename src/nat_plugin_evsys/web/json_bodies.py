@@ -24,13 +24,13 @@ _NO_NUMBERS = (b"NaN", b"Infinity", b"-Infinity")
 
 @dataclass(frozen=True)
 class JsonLimits:
-    """The most that a JSON body may be.
+    """Limits of a JSON body.
 
     Attributes:
         bytes: of it, as sent and decompressed.
         values: items of arrays and members of objects, all together.
         containers: arrays and objects, which take far more memory and time than their two characters.
-        depth: of arrays and objects within each other.
+        depth: nesting of arrays and objects.
     """
 
     bytes: int
@@ -48,14 +48,14 @@ async def read_json(request: Request, limits: JsonLimits = SMALL) -> tuple[bytes
 
     Raises:
         Refusal: what ``read_body`` and ``parse_json`` raise.
-        ClientGone: the client went away.
+        ClientGone: the client disconnected.
     """
     body = await read_body(request, limits.bytes)
     return body, await beside_loop(len(body), parse_json, body, limits)
 
 
 async def beside_loop(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call it: in a thread where what it does with ``size`` bytes would hold up the other requests noticeably."""
+    """Call it, in a thread if handling ``size`` bytes would noticeably delay other requests."""
     if size < _OFF_LOOP_BYTES:
         return function(*args, **kwargs)
     return await asyncio.to_thread(function, *args, **kwargs)
@@ -65,7 +65,7 @@ def parse_json(body: bytes, limits: JsonLimits = SMALL) -> dict[str, Any]:
     """The JSON object in a body; an empty body is an empty object.
 
     Raises:
-        Refusal: 413 it has more than ``limits``; 400 it is no JSON object, or is nested too deeply.
+        Refusal: 413 it has more than ``limits``; 400 it is not a JSON object, or is nested too deeply.
     """
     check_shape(body, limits)
     try:
@@ -78,9 +78,9 @@ def parse_json(body: bytes, limits: JsonLimits = SMALL) -> dict[str, Any]:
 
 
 def check_shape(body: bytes, limits: JsonLimits) -> None:
-    """Count what a body would become, without making any of it.
+    """Count the objects that a body would become, without creating any.
 
-    Where it is no JSON, that holds for the part before the error, which is all that a parser makes anything of.
+    If it is not JSON, this covers the part before the error, which is all that a parser turns into objects.
 
     Raises:
         Refusal: 413 too many values or containers, 400 nested too deeply.

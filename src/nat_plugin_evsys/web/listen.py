@@ -25,7 +25,7 @@ def bind(host: str, port: int, *, advice: str) -> socket.socket:
         advice: what to change when the address is taken, for the end of the error's message.
 
     Raises:
-        ConfigError: it is taken, or is not of this machine.
+        ConfigError: it is taken, or does not belong to this machine.
     """
     address = host.strip("[]")
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
@@ -50,7 +50,7 @@ def listen(app: ASGIApp, listener: socket.socket, on_started: Callable[[], None]
         on_started: called in the event loop as soon as requests are answered.
 
     Raises:
-        ConfigError: another process has begun to listen there since ``bind``.
+        ConfigError: another process has started to listen there since ``bind``.
     """
     try:
         listener.listen(_BACKLOG)
@@ -82,11 +82,11 @@ class HttpServer:
         self._listener = listener
 
     async def run(self) -> None:
-        """Answer requests until ``stop``; then end those in flight and close the socket."""
+        """Answer requests until ``stop``; then finish those in flight and close the socket."""
         await self._server.serve(sockets=[self._listener])
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Take no more requests; call it from any thread, also before ``run``.
+        """Accept no more requests; may be called from any thread, even before ``run``.
 
         Args:
             at_once: do not wait for responses in flight.

@@ -10,7 +10,7 @@ from nat_plugin_evsys.errors import Refusal
 
 
 def refuse_web_pages(headers: Mapping[str, str]) -> None:
-    """Let no page of another site in: browsers say of their own accord for which page they ask.
+    """Reject pages of other sites: browsers say which page a request comes from.
 
     An ``Origin`` that is no address of this machine is refused, ``null`` among them, which is what sandboxed frames,
     files and redirects send; and what a browser calls ``cross-site`` is refused even without one.
@@ -26,7 +26,7 @@ def refuse_web_pages(headers: Mapping[str, str]) -> None:
 
 
 def refuse_foreign_hosts(headers: Mapping[str, str]) -> None:
-    """Let nobody in who takes this machine for another, as a page does whose name was rebound to its address.
+    """Reject requests for another host name, as from a page whose name was rebound to this address.
 
     Raises:
         Refusal: 403.

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 class TinkerBackend:
     """A LoRA adapter on a Tinker service, over the SDK's ``ServiceClient``.
 
-    Operations run in submission order. Cancelling stops the waiting only: what was submitted is done.
+    Operations run in submission order. Cancelling only stops the waiting; submitted operations still run.
 
     Attributes:
-        base_model: the service's name of it.
+        base_model: the service's name for it.
         checkpoint_dir: for the protocol alone; ``save_*`` save on the service and return a tinker:// path.
         policy_version: of the latest snapshot, -1 before the first.
-        context_length: most tokens of one sequence, or None where nobody says.
+        context_length: most tokens of one sequence, or None if unknown.
     """
 
     def __init__(self, session: TinkerSession, *, checkpoint_dir: Path, context_length: int | None = None) -> None:
@@ -65,9 +65,9 @@ class TinkerBackend:
 
         Args:
             context_length: enforced here; default is what the service says.
-            tokenizer: local directory or hub id of the tokenizer, where ``base_model`` leads to none.
-            train: make a fresh adapter at once. Otherwise it is made at the first operation that needs one, so that a
-                process that only samples makes none.
+            tokenizer: local directory or hub id of the tokenizer, if ``base_model`` does not lead to one.
+            train: create a fresh adapter at once. Otherwise the first operation that needs one creates it, so that a
+                process that only samples creates none.
 
         Raises:
             ServiceUnavailableError: the service cannot be reached.
@@ -127,7 +127,7 @@ class TinkerBackend:
     ) -> ServiceOperation[types.ForwardBackwardOutput]:
         """See ``Backend``. ``loss_fn`` runs here, between a forward and a backward on the service.
 
-        When it fails, the SDK takes nothing more for this adapter; ``load_state`` makes another.
+        If it fails, the SDK accepts nothing more for this adapter; ``load_state`` creates another.
         """
 
         from nat_plugin_evsys.engine.gradient.custom_loss import checked_loss
@@ -150,7 +150,7 @@ class TinkerBackend:
         return step
 
     def discard_gradient_async(self) -> Awaitable[None]:
-        """See ``Backend``. The protocol of a service has no call for it, so a step that moves no weight clears it.
+        """See ``Backend``. The protocol has no call for this, so a step that moves no weights clears the gradient.
 
         A gradient that is finite enters the optimizer's moments.
         """
@@ -186,10 +186,10 @@ class TinkerBackend:
         return str(saved.path)
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
-        """Go on from a checkpoint of the service, in a new training run.
+        """Continue from a checkpoint of the service, in a new training run.
 
         Raises:
-            CheckpointError: none of a service's, gone, or of another base model or rank.
+            CheckpointError: not a service's checkpoint, gone, or of another base model or rank.
         """
         await self._session.load(checked_uri(path), with_optimizer=with_optimizer)
         self._steps.restart_from(path)

@@ -17,8 +17,8 @@ class TinkerSamplingClient:
 
     Args:
         client: the SDK's.
-        policy_version: what its samples are recorded under.
-        context_length: most tokens of prompt and sample together, where it is known.
+        policy_version: recorded with its samples.
+        context_length: most tokens of prompt and sample together, if known.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TinkerSamplingClient:
         return self._client.get_tokenizer()
 
     def _room(self, prompt: types.ModelInput, max_tokens: int | None) -> int | None:
-        """``max_tokens``, or less where the context ends first."""
+        """``max_tokens``, or less if the context ends first."""
         if not prompt.length:
             raise DataError("the prompt is empty; give at least one token (for instance the BOS token)")
         if self._context_length is None:

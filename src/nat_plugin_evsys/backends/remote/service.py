@@ -27,7 +27,7 @@ class TinkerService:
 
     Attributes:
         url: without a slash at its end.
-        key: what it is asked with.
+        key: sent with each request.
         key_from: where the key comes from, for messages.
     """
 
@@ -41,7 +41,7 @@ class TinkerService:
         """The service that ``base_url`` names, with the key from the environment.
 
         Raises:
-            ConfigError: no key, or one that is none.
+            ConfigError: no key, or an invalid one.
         """
         assert config.base_url is not None
         name = config.api_key_env
@@ -69,14 +69,14 @@ class TinkerService:
         return f"HTTP {response.status_code}" if response.status_code >= 500 else None
 
     def check(self, base_model: str) -> int | None:
-        """Ask the service whether it is there, takes the key and serves the model. Blocks.
+        """Check that the service answers, accepts the key and serves the model. Blocks.
 
         Returns:
-            The longest context of ``base_model`` in tokens, or None where the service does not say.
+            The longest context of ``base_model`` in tokens, or None if the service does not say.
 
         Raises:
             ServiceUnavailableError: it cannot be reached.
-            ConfigError: it refuses the key, speaks no Tinker, or does not serve ``base_model``.
+            ConfigError: it rejects the key, is not a Tinker service, or does not serve ``base_model``.
         """
         problem = self.problem()
         if problem is not None:

@@ -31,7 +31,7 @@ CLOSE_SECONDS = 15.0
 
 
 class ServiceOperation(Generic[T]):
-    """An operation that has been submitted; ``await`` it in any event loop. Cancelling stops the waiting only.
+    """An operation that has been submitted; ``await`` it in any event loop. Cancelling only stops the waiting.
 
     Args:
         submitted: gives the SDK's future once the operation has been handed to it.
@@ -59,13 +59,13 @@ class ServiceOperation(Generic[T]):
 
 
 class TinkerSession:
-    """The SDK's ``ServiceClient`` with at most one training client, which is made at its first use.
+    """The SDK's ``ServiceClient`` with at most one training client, which is created at its first use.
 
-    Everything goes to the SDK from one thread of the session's own, in the order in which it came: the SDK's calls
-    that make clients block, and its numbers of operations must not be taken out of turn.
+    Everything goes to the SDK in order, from the session's own thread: the SDK's calls that create clients block, and
+    its operation numbers must be taken in order.
 
     Attributes:
-        watch: waits for what the service gives.
+        watch: waits for the service's results.
         training_client: the SDK's, or None before its first use.
     """
 
@@ -81,7 +81,7 @@ class TinkerSession:
 
     @classmethod
     async def open(cls, service: TinkerService, base_model: str, lora: dict[str, Any]) -> TinkerSession:
-        """Begin a session.
+        """Start a session.
 
         Args:
             lora: rank, seed, train_attn, train_mlp and train_unembed of the adapter.
@@ -123,7 +123,7 @@ class TinkerSession:
     async def open_sampler(self, path: str | None) -> Any:
         """The SDK's sampling client of a checkpoint, or of the base model.
 
-        A checkpoint with optimizer state has to be loaded for training first: into an adapter of its own.
+        A checkpoint with optimizer state is first loaded for training, into its own adapter.
 
         Raises:
             CheckpointError: the checkpoint is gone or another model's.
@@ -143,7 +143,7 @@ class TinkerSession:
         return client
 
     async def close(self) -> None:
-        """Finish the session. What the service has in its queue is its own; checkpoints stay."""
+        """Finish the session. The service handles what it has queued; checkpoints stay."""
         if self.closed:
             return
         await asyncio.to_thread(self._queue.close, CLOSE_SECONDS)
@@ -199,7 +199,7 @@ def _other_model(path: str, its_model: str, base_model: str) -> str:
 
 
 def add_missing_loss(output: Any) -> None:
-    """Add ``loss:sum`` where a service leaves it out but gives each token's loss, as SkyRL's does."""
+    """Add ``loss:sum`` if a service omits it but gives each token's loss, as SkyRL's does."""
     outputs = output.loss_fn_outputs
     if outputs and "loss:sum" not in output.metrics and all("elementwise_loss" in each for each in outputs):
         output.metrics["loss:sum"] = float(sum(sum(each["elementwise_loss"].tolist()) for each in outputs))
@@ -210,7 +210,7 @@ def _is_sampler_path(path: str) -> bool:
 
 
 def sampler_uri(path: str) -> str:
-    """What a service answered for saved sampler weights; SkyRL's answers tinker://<run>/<name> and takes both forms."""
+    """The full path of saved sampler weights. SkyRL answers tinker://<run>/<name> and accepts both forms."""
     return _SHORT_URI.sub(r"\1/sampler_weights/\2", path)
 
 

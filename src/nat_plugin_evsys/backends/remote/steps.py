@@ -21,11 +21,11 @@ class StepCount:
         self._saved: dict[str, int] = {}
 
     def submitted(self, step: Awaitable[Any]) -> None:
-        """An optim_step has been handed to the service."""
+        """Record that an optim_step was handed to the service."""
         self._open.append(step)
 
     async def settled(self) -> int:
-        """Steps taken, once everything submitted so far has ended; a step that was refused is none."""
+        """Steps taken, once everything submitted so far has ended; a refused step does not count."""
         steps, self._open = self._open, []
         for step in steps:
             try:
@@ -36,7 +36,7 @@ class StepCount:
         return self._taken
 
     async def saved(self, path: str) -> None:
-        """A checkpoint has been saved after everything submitted so far."""
+        """Record a checkpoint saved after everything submitted so far."""
         self._saved[path] = await self.settled()
 
     def of(self, path: str) -> int:
@@ -44,5 +44,5 @@ class StepCount:
         return self._saved.get(path, 0)
 
     def restart_from(self, path: str) -> None:
-        """The weights are now those of a checkpoint."""
+        """Record that the weights are now those of a checkpoint."""
         self._taken, self._open = self.of(path), []

@@ -27,7 +27,7 @@ OUTAGE_SECONDS = 300.0
 
 
 class ServiceWatch:
-    """Waits for results of one service. Shared by all who wait, in any thread or event loop: one log line for all."""
+    """Waits for results of one service. Shared by all waiters, in any thread or event loop: one log line for all."""
 
     def __init__(self, service: TinkerService) -> None:
         self.service = service
@@ -37,7 +37,7 @@ class ServiceWatch:
         self._down_since: float | None = None
 
     async def wait(self, future: Future[T], what: str, purpose: Purpose, *, cancel: bool = False) -> T:
-        """Wait for a result of the SDK, saying every ``REPORT_SECONDS`` what is waited for.
+        """Wait for a result of the SDK, logging every ``REPORT_SECONDS`` what it waits for.
 
         The SDK continues on its own once a restarted service is back.
 
@@ -46,7 +46,7 @@ class ServiceWatch:
                 taken back before it was sent leaves a gap in their order.
 
         Raises:
-            ServiceUnavailableError: the service was out of reach for ``OUTAGE_SECONDS``.
+            ServiceUnavailableError: the service was unreachable for ``OUTAGE_SECONDS``.
             EvsysError: what ``readable`` makes of the operation's own error.
         """
         waiter = asyncio.wrap_future(future)

@@ -19,10 +19,10 @@ def owner_of(key: str) -> str:
 
 
 class Keys:
-    """The configured API keys. Keeps their digests only, and never logs anything of them.
+    """The configured API keys. Keeps only their digests and never logs them.
 
     Args:
-        keys: none lets everybody in as ``local``, from this machine only.
+        keys: without any, everybody on this machine is let in as ``local``.
     """
 
     def __init__(self, keys: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ class Keys:
         return bool(self._digests)
 
     def owner(self, headers: Mapping[str, str]) -> str:
-        """The owner that a request's ``X-API-Key`` or ``Authorization: Bearer`` stands for.
+        """The owner that a request's ``X-API-Key`` or ``Authorization: Bearer`` identifies.
 
         Raises:
             Refusal: 401 without a known key; 403 for a request that a web page sends through a local browser.

@@ -15,7 +15,7 @@ MAX_PAGE = 1000
 
 
 def parse_as(model: type[M], value: dict[str, Any]) -> M:
-    """The fields of ``model`` in a JSON object; unknown ones (of a newer SDK) are left out.
+    """The fields of ``model`` in a JSON object; unknown ones (of a newer SDK) are ignored.
 
     Raises:
         Refusal: 400 that names the first wrong field.
@@ -32,7 +32,7 @@ def page_of(request: Request, default: int) -> tuple[int, int]:
     """``(limit, offset)`` of a listing.
 
     Raises:
-        Refusal: 400 for anything but whole numbers in range.
+        Refusal: 400 unless both are whole numbers in range.
     """
     limit = _whole(request, "limit", default)
     offset = _whole(request, "offset", 0)

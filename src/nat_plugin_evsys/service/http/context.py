@@ -71,10 +71,10 @@ class ServiceContext:
         return RunCatalog(self.store, self.checkpoints)
 
     def session(self, session_id: str, owner: str, *, for_work: bool = True) -> SessionRow:
-        """A session of this owner; it has just been seen. Reads the store.
+        """A session of this owner, which this marks as active. Reads the store.
 
         Raises:
-            Refusal: 404 there is none (or it is another key's); 400 it takes no more work, as it was finished.
+            Refusal: 404 there is none (or it is another key's); 400 it was finished and takes no more work.
         """
         row = self.store.session(session_id)
         if row is None or row.owner != owner:
@@ -96,7 +96,7 @@ class ServiceContext:
         return row
 
     async def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call what reads the store: never on the event loop, where a slow disk would hold up everybody."""
+        """Call something that reads the store, off the event loop, since a slow disk would block everybody."""
         return await asyncio.wrap_future(self.store.reading(function, *args, **kwargs))
 
     async def written(self, write: Future[T]) -> T:
@@ -104,7 +104,7 @@ class ServiceContext:
         return await asyncio.wrap_future(write)
 
     def park(self, session_id: str) -> None:
-        """Take the session's models out of memory, in the background."""
+        """Unload the session's models, in the background."""
         task = asyncio.create_task(asyncio.to_thread(self.engine.park_session, session_id))
         self._tasks.add(task)
         task.add_done_callback(self._ended)

@@ -70,7 +70,7 @@ class DownloadRoutes:
         return self._origin(request) + self._signer.sign(path, expires)
 
     def _origin(self, request: Request) -> str:
-        """Where the client reaches this server. Not what its Host header says, which anybody may have written."""
+        """Where clients reach this server. Not taken from the Host header, which anybody can forge."""
         return self._context.config.public_url or url_of(*request.scope["server"])
 
     async def _download(self, request: Request, owner: str) -> Response:

@@ -34,7 +34,7 @@ class FutureRoutes:
         ]
 
     async def _retrieve(self, request: Request, owner: str) -> Response:
-        """The outcome, held back until it is there; 408 tells the SDK to ask again at once, without a word."""
+        """The outcome, once it is there; 408 makes the SDK ask again at once, silently."""
         _, value = await read_json(request)
         request_id = parse_as(_Future, value).request_id
         stored = await self._context.pending.outcome(request_id, owner)

@@ -15,7 +15,7 @@ _EXPIRE_EVERY = 600.0  # seconds; a checkpoint whose time is up is also deleted 
 
 
 class Housekeeping:
-    """One look at everything, every ``housekeeping_seconds``."""
+    """Checks everything every ``housekeeping_seconds``."""
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context
@@ -23,7 +23,7 @@ class Housekeeping:
         self._expired_at = float("-inf")
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Run until cancelled."""
         while True:
             try:
                 await asyncio.to_thread(self.once, time.time())
@@ -34,7 +34,7 @@ class Housekeeping:
             await asyncio.sleep(self._context.config.housekeeping_seconds)
 
     def once(self, now: float) -> None:
-        """One look. Blocks: not for the event loop."""
+        """Check once. Blocks: not for the event loop."""
         context, config = self._context, self._context.config
         for session in context.store.sessions(unseen_since=now - config.session_timeout):
             if session.last_seen < now - config.session_ttl:

@@ -33,7 +33,7 @@ access = logging.getLogger("nat_plugin_evsys.service.work.access")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, the fields of ``extra={"fields": …}``, exception."""
+    """One JSON object per line: time, level, logger, message, the fields of ``extra={"fields": …}``, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -78,7 +78,7 @@ def setup_logging(log_format: Literal["text", "json"]) -> None:
 class AccessLog:
     """ASGI middleware: a request id in and out, a log line and the metrics of every request.
 
-    Neither headers nor bodies nor query strings (they hold signatures) are logged, nor what looks like a key in a path.
+    Never logs headers, bodies or query strings (they hold signatures), nor anything in a path that looks like a key.
     """
 
     def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
@@ -121,7 +121,7 @@ class AccessLog:
 
 
 def without_keys(text: str) -> str:
-    """The text without what looks like an API key: people write keys where they do not belong."""
+    """The text without anything that looks like an API key: people put keys where they do not belong."""
     return _KEY.sub(r"\1…", text)
 
 

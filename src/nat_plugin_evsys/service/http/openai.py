@@ -50,7 +50,7 @@ class CheckpointModels:
         ]
 
     async def source(self, name: str, caller: str) -> PolicySource:
-        """See ``ChatModels``. What loads here, stays loaded for the next request."""
+        """See ``ChatModels``. A model that loads here stays loaded for the next request."""
         return await asyncio.to_thread(self._find, name, caller)
 
     def _find(self, name: str, caller: str) -> PolicySource:
@@ -82,7 +82,7 @@ class CheckpointModels:
 
 
 class _TokenCount(Recorder):
-    """Counts the sampled tokens. No run is ever open, so that no call is kept."""
+    """Counts the sampled tokens. No run is ever open, so no calls are kept."""
 
     def __init__(self, count: Throughput) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _TokenCount(Recorder):
 
 
 def openai_routes(context: ServiceContext) -> list[Route]:
-    """``chat/completions`` and ``models`` at both places."""
+    """``chat/completions`` and ``models`` under both prefixes."""
     recorder = _TokenCount(context.metrics.chat_tokens)
 
     def note(request: Request, route: str, caller: str) -> None:

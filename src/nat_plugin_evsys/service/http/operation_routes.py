@@ -103,7 +103,7 @@ class OperationRoutes:
         return accepted(request_id=await self._store(sent, step.model_id, step.seq_id), model_id=step.model_id)
 
     def _check_model(self, model_id: str, owner: str) -> None:
-        """The model is there, or its creation is still under way (the SDK's ids are known before that)."""
+        """The model exists, or is still being created (the SDK knows ids in advance)."""
         store = self._context.store
         row = store.model(model_id)
         if row is None and store.unfinished(model_id):
@@ -133,7 +133,7 @@ class OperationRoutes:
     # -- the queue --------------------------------------------------------------------------------------------------
 
     async def _store(self, sent: _Sent, scope: str, seq_id: int) -> str:
-        """Store the operation, hand it to the engine, and give the id of its future: the earlier one for a repeat."""
+        """Store the operation, hand it to the engine, and return its future's id (for a repeat, the earlier one)."""
         operation = Operation(uuid.uuid4().hex, sent.owner, sent.kind, scope, seq_id, sent.body, value=sent.value)
         # Shielded: once it is stored the engine must hear of it, whether or not the client is still there.
         return await asyncio.shield(self._take(operation))
@@ -147,6 +147,6 @@ class OperationRoutes:
 
 
 def _address(body: bytes) -> ModelStep:
-    """What a protobuf ``ForwardBackwardRequest`` is for; the rest of it is not read here."""
+    """The address of a protobuf ``ForwardBackwardRequest``; the rest of it is not read here."""
     model_id, seq_id = forward_backward_address(body)
     return parse_as(ModelStep, {"model_id": model_id, "seq_id": seq_id})

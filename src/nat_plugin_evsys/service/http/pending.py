@@ -23,11 +23,11 @@ Waiter: TypeAlias = "asyncio.Future[StoredOutcome | None]"
 class Pending:
     """Wakes the long polls of an operation when its outcome has been stored.
 
-    Made, and awaited on, in one event loop.
+    Created and awaited in one event loop.
 
     Args:
-        store: where outcomes are; it says which operation has ended.
-        metrics: counts what has ended.
+        store: holds outcomes and reports which operation has ended.
+        metrics: counts ended operations.
         poll_seconds: how long a poll waits.
     """
 
@@ -52,7 +52,7 @@ class Pending:
                 waiter.set_result(stored)
 
     async def outcome(self, request_id: str, owner: str) -> StoredOutcome | None:
-        """The ended operation, or None when the poll's time is up or the server shuts down.
+        """The ended operation, or None if the poll times out or the server shuts down.
 
         Raises:
             Refusal: 404, there is no such request, or it is another key's.
@@ -94,7 +94,7 @@ class Pending:
         return sum(len(waiters) for waiters in self._waiters.values())
 
     def close(self) -> None:
-        """Answer every poll now, and hold none any more."""
+        """Answer every poll now, and hold no more."""
         self._closed = True
         for waiters in self._waiters.values():
             for waiter in waiters:

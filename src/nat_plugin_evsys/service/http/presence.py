@@ -24,7 +24,7 @@ class Presence:
         self._written: dict[str, float] = {}
 
     def seen(self, session_id: str) -> None:
-        """The session's client sent something."""
+        """Record that the session's client sent something."""
         now = time.monotonic()
         with self._lock:
             if now - self._written.get(session_id, float("-inf")) < _WRITE_EVERY:
@@ -33,6 +33,6 @@ class Presence:
         self._store.touch_session(session_id, time.time())
 
     def forget(self, session_id: str) -> None:
-        """The session is gone."""
+        """Forget the session."""
         with self._lock:
             self._written.pop(session_id, None)

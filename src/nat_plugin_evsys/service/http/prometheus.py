@@ -18,7 +18,7 @@ _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"
 
 
 class ServiceMetrics:
-    """Counters of one server, in a registry of its own. Methods are called from the event loop.
+    """Counters of one server, in their own registry. Methods are called from the event loop.
 
     Attributes:
         chat_tokens: tokens sampled for OpenAI's endpoint.
@@ -51,7 +51,7 @@ class ServiceMetrics:
         self._seconds.labels(route).observe(seconds)
 
     def operation_submitted(self, kind: str) -> None:
-        """Count an operation that was taken."""
+        """Count an accepted operation."""
         self._submitted.labels(str(kind)).inc()
 
     def operation_finished(self, kind: str, *, failed: bool) -> None:
@@ -78,7 +78,7 @@ class _StateCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics of this moment."""
+        """The current metrics."""
         state = self._state()
         yield _gauge("evsys_operations_queued", "Unfinished operations.", "kind", state["queued"])
         yield _gauge("evsys_models", "Training runs of live sessions.", "state", state["model_states"])

@@ -15,7 +15,7 @@ from nat_plugin_evsys.errors import (
 
 
 def refusal_of(error: EvsysError) -> Refusal:
-    """The answer to what the store or the engine refused."""
+    """The answer to a refusal of the store or the engine."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, QueueFullError):
@@ -40,10 +40,10 @@ def bad_request(message: str) -> Refusal:
 
 
 def not_found(what: str) -> Refusal:
-    """404, worded alike for what does not exist and for what is another key's."""
+    """404, with the same words for things that do not exist and things of another key."""
     return Refusal(404, f"there is no {what} here")
 
 
 def not_offered(what: str, why: str) -> Refusal:
-    """404 for a part of the protocol that this server leaves out."""
+    """404 for a part of the protocol that this server does not support."""
     return Refusal(404, f"{what} is not offered by this server: {why}")

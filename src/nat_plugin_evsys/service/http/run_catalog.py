@@ -65,7 +65,7 @@ class RunCatalog:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def checkpoints(self, run_id: str, owner: str) -> list[types.Checkpoint]:
-        """The whole checkpoints of a run, oldest first.
+        """The complete checkpoints of a run, oldest first.
 
         Raises:
             Refusal: 404 there is no such run, or it is another key's.
@@ -104,7 +104,7 @@ class RunCatalog:
         self._checkpoints.delete(path)
 
     def publish(self, path: str, owner: str, public: bool) -> None:
-        """Let every key sample from and load a checkpoint, or end that."""
+        """Let every key sample from and load a checkpoint, or stop that."""
         (self._store.publish(path, owner) if public else self._store.unpublish(path)).result()
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> None:
@@ -129,7 +129,7 @@ class RunCatalog:
         )
 
     def expire(self) -> None:
-        """Delete the checkpoints whose time is up."""
+        """Delete expired checkpoints."""
         for run in self._checkpoints.runs():
             self._checkpoints.checkpoints(run.model_id)
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @asynccontextmanager
 async def running(config: ServeConfig, closing: asyncio.Event) -> AsyncIterator[ServiceContext]:
-    """A store, an engine with its models loaded, and what the routes share of them.
+    """A store, an engine with its models loaded, and what the routes share.
 
     Args:
         closing: set when the server shuts down.

@@ -38,7 +38,7 @@ class _Join(BaseModel):
 
 
 class SamplerRoutes:
-    """``create_sampling_session`` and what a client asks of one."""
+    """``create_sampling_session`` and requests about sampling sessions."""
 
     def __init__(self, context: ServiceContext) -> None:
         self._context = context
@@ -91,7 +91,7 @@ class SamplerRoutes:
         return base.name
 
     async def _join(self, request: Request, owner: str) -> Response:
-        """A number for another client of a sampling session; 0 is the first one's. Random: none is kept track of."""
+        """A random number for another client of a sampling session; the first one has 0. None is recorded."""
         _, value = await read_json(request)
         await self._context.read(self._context.sampler, parse_as(_Join, value).sampling_session_id, owner)
         # The SDK makes 64-bit seq_ids of it: client_counter * 1e9 + n.

@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; what is not done by then stays in the store and is taken up at the next start.
+    """Serve until SIGTERM or SIGINT; unfinished work stays in the store and resumes at the next start.
 
     Args:
-        announce: told one line, with the URL, once requests are answered.
+        announce: called with one line, containing the URL, once requests are answered.
 
     Raises:
-        ConfigError: the address cannot be listened on, the store is another server's, or was written by a newer one.
+        ConfigError: it cannot listen on the address, the store is another server's, or was written by a newer one.
         ModelError: a base model cannot be loaded.
     """
     setup_logging(config.log_format)
@@ -57,7 +57,7 @@ async def _serve(config: ServeConfig, listener: socket.socket, announce: Callabl
 async def _answer_requests(
     context: ServiceContext, listener: socket.socket, signals: _Signals, announce: Callable[[str], None]
 ) -> None:
-    """Until a signal comes."""
+    """Run until a signal comes."""
     server = listen(create_app(context), listener, lambda: announce(_announcement(context, listener)))
     signals.stops(server)
     housekeeping = asyncio.create_task(Housekeeping(context).run())
@@ -97,7 +97,7 @@ class _Signals:
         self._closing.set()
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)
 

@@ -89,7 +89,7 @@ class SessionRoutes:
         return accepted(refresh_interval_sec=300, sample_cancel_enabled=True, sample_cancel_max_batch_size=64)
 
     async def _telemetry(self, request: Request, owner: str) -> Response:
-        """Read and dropped: nothing is reported to anyone."""
+        """Read and discarded: nothing is reported to anyone."""
         await read_body(request, _TELEMETRY_BYTES)
         return accepted(status="accepted")
 
@@ -133,7 +133,7 @@ class SessionRoutes:
         return accepted(type="session_heartbeat")
 
     async def _finish(self, request: Request, owner: str) -> Response:
-        """The first reason stays. The session's models leave memory; its checkpoints and results stay."""
+        """Keeps the first reason. The session's models leave memory; its checkpoints and results stay."""
         _, value = await read_json(request)
         asked = parse_as(_Finish, value)
         session_id = request.path_params["session_id"]
@@ -169,6 +169,6 @@ class SessionRoutes:
 
 
 def _texts(metadata: dict[str, Any]) -> dict[str, str] | None:
-    """Metadata as the protocol reads it back: text by text."""
+    """Metadata as the protocol reads it back: from text to text."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     return texts or None

@@ -14,7 +14,7 @@ VALID_SECONDS = 3600
 
 
 class UrlSigner:
-    """Signs paths with a secret that lives as long as the server: a restart ends what was handed out."""
+    """Signs paths with a secret that lives as long as the server: a restart invalidates all URLs."""
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)

@@ -12,7 +12,7 @@ _STARTED = time.monotonic()
 
 
 def server_status(context: ServiceContext, owner: str | None) -> dict[str, Any]:
-    """What runs now. Totals are those of all keys, ``models`` are the owner's only; newest first, the loaded ones
+    """The server's activity. Totals are over all keys, ``models`` only the owner's; newest first, the loaded ones
     before the parked.
 
     Args:

@@ -34,7 +34,7 @@ _METHODS = ("GET", "POST", "PUT")
 
 
 def unoffered_routes(context: ServiceContext) -> list[Route]:
-    """Routes that answer 404 with what is not offered, and why."""
+    """Routes that answer 404 and say what is not offered, and why."""
     return [
         context.route(method, f"{API}/{path}", _refuses(what, why))
         for path, (what, why) in _UNOFFERED.items()

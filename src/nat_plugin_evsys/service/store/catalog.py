@@ -18,7 +18,7 @@ RowT = TypeVar("RowT", SessionRow, ModelRow, SamplerRow)
 
 
 class Catalog(Database):
-    """The part of ``Store`` that keeps who and what there is."""
+    """The part of ``Store`` with sessions, models, samplers and owners."""
 
     # Sessions
 
@@ -40,18 +40,18 @@ class Catalog(Database):
         return [SessionRow(**row._mapping) for row in self._rows(statement)]
 
     def touch_session(self, session_id: str, at: float) -> Future[None]:
-        """The client was seen then. One that was forgotten meanwhile stays forgotten."""
+        """Record when the client was last active. A session forgotten meanwhile stays forgotten."""
         seen = func.max(sessions.c.last_seen, at)
         return self._execute(update(sessions).where(sessions.c.session_id == session_id).values(last_seen=seen))
 
     def finish_session(self, session_id: str, reason: str) -> Future[None]:
-        """The client said that it ended, and why."""
+        """Record that the client ended the session, and why."""
         return self._execute(update(sessions).where(sessions.c.session_id == session_id).values(finished=reason))
 
     # Models
 
     def add_model(self, row: ModelRow) -> Future[None]:
-        """Keep a new model of a known session, and whose run it is. One that is known stays as it is."""
+        """Keep a new model of a known session, and its run's owner. A known model is not changed."""
 
         def write(connection: Connection) -> None:
             owner = connection.execute(select(runs.c.owner).where(runs.c.model_id == row.model_id)).scalar()
@@ -72,14 +72,14 @@ class Catalog(Database):
         return self._many(ModelRow, models, owner=owner, session_id=session_id)
 
     def run_owner(self, model_id: str) -> str | None:
-        """Whose the checkpoints of a model are, also after its session was forgotten; None: never heard of it."""
+        """The owner of a model's checkpoints, even after its session was forgotten; None if unknown."""
         row = self._row(select(runs.c.owner).where(runs.c.model_id == model_id))
         return None if row is None else row.owner
 
     # Samplers
 
     def add_sampler(self, row: SamplerRow) -> Future[SamplerRow]:
-        """Keep a sampler of a known session; one that is known stays as it is. Gives what is kept."""
+        """Keep a sampler of a known session; a known sampler is not changed. Returns the kept one."""
 
         def write(connection: Connection) -> SamplerRow:
             connection.execute(insert(samplers).values(**asdict(row)).on_conflict_do_nothing())
@@ -99,17 +99,17 @@ class Catalog(Database):
         return self._many(SamplerRow, samplers, owner=owner, model_id=model_id, session_id=session_id)
 
     def drop_sampler(self, sampler_id: str) -> Future[None]:
-        """Its weights have been deleted."""
+        """Record that its weights have been deleted."""
         return self._execute(update(samplers).where(samplers.c.sampler_id == sampler_id).values(dropped=True))
 
     # Published checkpoints
 
     def publish(self, path: str, owner: str) -> Future[None]:
-        """Everybody may sample from and load the checkpoint at this ``tinker://`` path."""
+        """Let everybody sample from and load the checkpoint at this ``tinker://`` path."""
         return self._execute(insert(published).values(path=path, owner=owner).on_conflict_do_nothing())
 
     def unpublish(self, path: str) -> Future[None]:
-        """Only its owner may, from now on."""
+        """Let only its owner use it from now on."""
         return self._execute(delete(published).where(published.c.path == path))
 
     def is_published(self, path: str) -> bool:
@@ -133,7 +133,7 @@ class Catalog(Database):
 
 
 def _read(kind: type[RowT], table: Table, row: Row[Any]) -> RowT:
-    """A row by the names that its columns have here."""
+    """A row's values by field name."""
     return kind(**{column.key: row._mapping[column] for column in table.columns})
 
 

@@ -25,13 +25,13 @@ _MAX_FREED_PAGES = 16384
 
 
 class Database:
-    """Writes in groups on a thread of its own; reads at once on any thread, seeing what is committed.
+    """Writes in groups on its own thread; reads immediately on any thread, seeing committed data.
 
-    A commit survives the death of the process at any moment. After a power failure the last ones may be missing, and
-    the file is whole (``synchronous=NORMAL``).
+    A commit survives the death of the process at any moment. After a power failure the last ones may be missing, but
+    the file is intact (``synchronous=NORMAL``).
 
     Args:
-        root: directory of the store; made if missing.
+        root: directory of the store; created if missing.
 
     Raises:
         ConfigError: another process has it open, a newer version wrote it, or it cannot be used as a store.
@@ -65,7 +65,7 @@ class Database:
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="evsys-store-read")
 
     def close(self) -> None:
-        """Commit what was handed in and let another process open the store. More than once is fine."""
+        """Commit pending writes and let another process open the store. Idempotent."""
         self._writer.close()
         self._readers.shutdown(wait=True)
         self._reader.dispose()
@@ -73,7 +73,7 @@ class Database:
         self._lock.close()
 
     def reading(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Call something that reads, in a thread of the store's own: for event loops, which must not wait for a disk.
+        """Call a reading function in one of the store's threads: for event loops, which must not wait for a disk.
 
         Raises:
             StoreError: the store has been closed.
@@ -106,11 +106,11 @@ class Database:
         return rows[0] if rows else None
 
     def _rolled_back(self) -> None:
-        """A group of writes was undone: what is kept in memory about them has to be read again."""
+        """A group of writes was rolled back: what is cached about them must be read again."""
 
 
 def give_back_space(connection: Connection) -> None:
-    """Shorten the file by its free pages, 64 MiB at most."""
+    """Shrink the file by its free pages, at most 64 MiB."""
     free = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
     driver = connection.connection.driver_connection
     assert driver is not None

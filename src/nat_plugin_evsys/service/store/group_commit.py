@@ -21,7 +21,7 @@ _MAX_GROUP = 256
 class GroupCommit:
     """Runs functions on one connection, in the order given; their futures resolve after the commit.
 
-    A write that has been handed in happens even if its future is cancelled.
+    A submitted write happens even if its future is cancelled.
 
     Args:
         engine: of the database; ``close`` does not dispose of it.
@@ -51,7 +51,7 @@ class GroupCommit:
         return write.future
 
     def close(self) -> None:
-        """Commit what was handed in, then stop."""
+        """Commit pending writes, then stop."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -64,7 +64,7 @@ class GroupCommit:
                 self._commit(connection, group)
 
     def _groups(self) -> Iterator[list[_Write]]:
-        """What waits, up to ``_MAX_GROUP`` at a time, until the end mark."""
+        """Waiting writes, up to ``_MAX_GROUP`` at a time, until the end mark."""
         while (write := self._queue.get()) is not None:
             group = [write]
             last = False
@@ -97,7 +97,7 @@ class GroupCommit:
 
 
 class _Write:
-    """One function, and how it went."""
+    """One function and its result."""
 
     def __init__(self, function: Callable[[Connection], Any]) -> None:
         self.function = function
@@ -107,7 +107,7 @@ class _Write:
         self.error: EvsysError | None = None
 
     def run(self, connection: Connection) -> None:
-        """Within a savepoint: a failure undoes this write alone. Raises what made SQLite undo the whole group."""
+        """Run in a savepoint: a failure undoes only this write. Raises errors that made SQLite undo the group."""
         savepoint = connection.begin_nested()
         try:
             self.result = self.function(connection)

@@ -47,9 +47,9 @@ class OperationLog(Database):
         super().__init__(Path(root))
 
     def add_operation(self, operation: Operation) -> Future[tuple[str, bool]]:
-        """Keep a new operation: its request id and True. Of one that its scope and seq_id tell is known: (id, False).
+        """Keep a new operation; returns (request id, True), or (id, False) if its scope and seq_id are known.
 
-        The future fails with ``QueueFullError`` when as many wait as may, and with ``StoreError`` when the scope and
+        The future fails with ``QueueFullError`` if the queue is full, and with ``StoreError`` if the scope and
         seq_id are another owner's.
         """
 
@@ -106,7 +106,7 @@ class OperationLog(Database):
                 logger.exception("a watcher of the end of %s failed", stored.request_id)
 
     def outcome(self, request_id: str) -> StoredOutcome | None:
-        """What is known of a request; None when it is unknown, or its result has expired."""
+        """The state of a request; None if it is unknown or its result has expired."""
         row = self._row(
             select(operations, results.c.body)
             .outerjoin(results, results.c.operation == operations.c.id)
@@ -117,7 +117,7 @@ class OperationLog(Database):
         return stored_outcome(row, None if row.finished_at is None else to_outcome(row))
 
     def mark_delivered(self, request_id: str) -> Future[None]:
-        """The client has got the result: from the first time on it is kept ``DELIVERED_S`` longer."""
+        """Record that the client got the result: after the first time it is kept ``DELIVERED_S`` longer."""
         now = time.time()
 
         def write(connection: Connection) -> None:
@@ -147,7 +147,7 @@ class OperationLog(Database):
         return self._write(write)
 
     def prune(self, now: float) -> Future[int]:
-        """Delete results that have expired at ``now``; how many. What a replay may need of an operation stays."""
+        """Delete results that have expired at ``now``; returns how many. What a replay may need is kept."""
 
         def write(connection: Connection) -> int:
             expired = and_(

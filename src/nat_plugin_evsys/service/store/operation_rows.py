@@ -82,12 +82,12 @@ def end_operation(connection: Connection, request_id: str, outcome: Outcome) -> 
 
 
 def drop_payload(connection: Connection, number: int) -> None:
-    """Nobody will run the operation with this id again."""
+    """Record that nobody will run the operation with this id again."""
     connection.execute(_DROP_PAYLOAD, {"number": number})
 
 
 def move_on(connection: Connection, model_id: str, next_seq: int) -> None:
-    """All operations of a model before ``next_seq`` have ended."""
+    """Record that all operations of a model before ``next_seq`` have ended."""
     connection.execute(_MOVE_ON, {"model": model_id, "next": next_seq})
 
 
@@ -133,7 +133,7 @@ def to_outcome(row: Row[Any]) -> Outcome:
 
 
 def stored_outcome(row: Row[Any], outcome: Outcome | None) -> StoredOutcome:
-    """What is known of the request of a row of ``operations``."""
+    """The request's state from a row of ``operations``."""
     return StoredOutcome(
         request_id=row.request_id,
         owner=row.owner,

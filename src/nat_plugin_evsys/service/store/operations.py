@@ -16,7 +16,7 @@ PROTOBUF = "application/x-protobuf"
 
 
 class Effect(StrEnum):
-    """What an ended operation did to the model's weights, moments or gradient: what a replay has to do again."""
+    """What an ended operation did to the model's weights, moments or gradient, and a replay must repeat."""
 
     NONE = "none"
     APPLIED = "applied"
@@ -25,7 +25,7 @@ class Effect(StrEnum):
 
 
 class FailureCategory(StrEnum):
-    """Who can mend a failure; the SDK's ``RequestErrorCategory``."""
+    """Who can fix a failure; the SDK's ``RequestErrorCategory``."""
 
     USER = "user"
     SERVER = "server"
@@ -40,10 +40,10 @@ class Operation:
         owner: identity of the key that sent it.
         kind: what is asked for.
         scope: the model id (training) or the sampling session id (``asample``) that orders and de-duplicates it.
-        seq_id: within its scope; training operations of one model run in the order of it.
+        seq_id: within its scope; training operations of one model run in its order.
         payload: the request's body, decompressed: protobuf for ``forward_backward``, JSON for all others.
         created_at: seconds since the epoch.
-        value: the JSON object in the payload, where somebody has parsed it already; it is not stored.
+        value: the JSON object in the payload, if it is already parsed; not stored.
     """
 
     request_id: str
@@ -57,7 +57,7 @@ class Operation:
 
     @cached_property
     def request(self) -> Request:
-        """The payload, decoded: at the first use, and once.
+        """The payload, decoded once, at its first use.
 
         Raises:
             DataError: it is malformed.
@@ -67,7 +67,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an operation ended: the body that its future is answered with.
+    """How an operation ended: the body that answers its future.
 
     Attributes:
         body: JSON, or protobuf for results of ``forward_backward`` and ``asample``; a failure is always JSON,

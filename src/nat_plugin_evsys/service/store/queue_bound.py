@@ -26,7 +26,7 @@ class QueueBound:
         self.waiting: Counter[str] | None = None
 
     def full(self, connection: Connection, owner: str) -> str | None:
-        """Why no more may be queued, or None when there is room."""
+        """Why no more may be queued, or None if there is room."""
         if self.waiting is None:
             waiting = select(operations.c.owner, func.count().label("n")).where(operations.c.finished_at.is_(None))
             rows = connection.execute(waiting.group_by(operations.c.owner))
@@ -38,12 +38,12 @@ class QueueBound:
         return None
 
     def count(self, owner: str, change: int) -> None:
-        """Operations of ``owner`` have been queued, or (negative) have ended."""
+        """Count operations of ``owner`` that were queued or (negative) have ended."""
         if self.waiting is not None:
             self.waiting[owner] += change
             if not self.waiting[owner]:
                 del self.waiting[owner]
 
     def forget(self) -> None:
-        """Count again at the next use: the database has changed in another way."""
+        """Recount at the next use: the database has changed otherwise."""
         self.waiting = None

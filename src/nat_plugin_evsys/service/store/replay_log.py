@@ -14,7 +14,7 @@ from nat_plugin_evsys.service.store.tables import models, operations, payloads, 
 
 
 class ReplayLog(Database):
-    """The part of ``Store`` that a model comes back from."""
+    """The part of ``Store`` from which models are restored."""
 
     def to_replay(self, model_id: str, after_seq: int) -> list[tuple[Operation, Effect]]:
         """A model's ended operations with an effect, after ``after_seq``, in the order of seq_id.
@@ -56,7 +56,7 @@ class ReplayLog(Database):
         return [(to_operation(row), to_outcome(row), row.finished_at) for row in rows]
 
     def set_saved_state(self, model_id: str, directory: str, seq: int, *, retain: bool) -> Future[None]:
-        """The state in ``directory`` covers the model's operations up to ``seq``.
+        """Record that the state in ``directory`` covers the model's operations up to ``seq``.
 
         Their payloads are dropped, unless ``retain``. The future fails with ``StoreError`` for an unknown model.
         """

@@ -56,7 +56,7 @@ class ModelRow:
     saved_state_seq: int = -1
 
     def run_record(self) -> RunRecord:
-        """The training run that the model is, last heard of now."""
+        """The model's training run, last active now."""
         return RunRecord(
             model_id=self.model_id,
             base_model=self.base_model,
@@ -97,7 +97,7 @@ class SamplerRow:
 
 @dataclass(frozen=True)
 class StoredOutcome:
-    """What is known of one request; ``outcome`` is None until it has ended."""
+    """The state of one request; ``outcome`` is None until it has ended."""
 
     request_id: str
     owner: str

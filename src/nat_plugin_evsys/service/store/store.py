@@ -19,11 +19,11 @@ class Store(OperationLog, ReplayLog, Catalog):
     """The server's database. Safe to use from all threads of the one process that has it open.
 
     A writing method returns a ``concurrent.futures.Future`` that resolves once the write is committed, on the writer's
-    thread, and fails with a ``StoreError`` where a method names no other error. A reading method answers at once from
-    what is committed, and raises ``StoreError`` where the database cannot be read.
+    thread, and fails with a ``StoreError`` unless the method names another error. A reading method returns committed
+    data at once, and raises ``StoreError`` if the database cannot be read.
 
     Args:
-        root: directory of the store; made if missing.
+        root: directory of the store; created if missing.
         max_queued_per_owner: bound on one owner's operations that have not ended.
         max_queued: the same, for all owners together.
 

@@ -36,7 +36,7 @@ def decode(kind: OperationKind, payload: bytes, value: dict[str, Any] | None = N
     """The request in a payload.
 
     Args:
-        value: the JSON object in the payload, where somebody has parsed it already.
+        value: the JSON object in the payload, if it is already parsed.
 
     Raises:
         DataError: it is malformed; the first wrong field is named.

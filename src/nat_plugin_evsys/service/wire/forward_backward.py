@@ -40,10 +40,10 @@ class ForwardBackwardRequest:
 
 
 def decode_forward_backward(body: bytes) -> ForwardBackwardRequest:
-    """The request in a serialized ``ForwardBackwardRequest``. What the Datums mean is the engine's to check.
+    """The request in a serialized ``ForwardBackwardRequest``. The engine checks the contents of the Datums.
 
     Raises:
-        WireError: it is malformed, or has a chunk that is no text; names the part.
+        WireError: it is malformed, or has a chunk that is not text; names the part.
     """
     check_affordable(body)
     try:
@@ -104,7 +104,7 @@ def _decode_span(message: wire_pb2.ProvenanceSpan, where: str) -> PromptProvenan
 
 
 def _decode_config(message: wire_pb2.ForwardBackwardRequest) -> dict[str, float | str] | None:
-    """``loss_fn_config_v2`` where there is one: it repeats the numbers of the older map."""
+    """``loss_fn_config_v2`` if there is one: it repeats the numbers of the older map."""
     config: dict[str, float | str] = dict(message.loss_fn_config)
     if message.loss_fn_config_v2:
         config = {}

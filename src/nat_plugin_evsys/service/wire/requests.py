@@ -120,7 +120,7 @@ class Prompt(RequestBody):
         """The token ids.
 
         Raises:
-            UnsupportedError: a chunk that is no text.
+            UnsupportedError: a chunk that is not text.
         """
         for chunk in self.chunks:
             if chunk.type != "encoded_text" or chunk.tokens is None:
@@ -174,7 +174,7 @@ def check_adamw(kind: str) -> None:
 
 
 def metadata_of(given: dict[str, Any] | None) -> dict[str, str]:
-    """Metadata, text by text.
+    """Metadata, from text to text.
 
     Raises:
         ConfigError: it is something else.

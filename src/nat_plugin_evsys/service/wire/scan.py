@@ -65,7 +65,7 @@ def check_affordable(body: bytes) -> None:
 
 @dataclass
 class _Outline:
-    """What a request says before its Datums are looked into; ``data`` are where these lie."""
+    """The fields of a request except its Datums; ``data`` has their positions."""
 
     model_id: bytes = b""
     seq_id: int = 0
@@ -98,7 +98,7 @@ def _fields(body: bytes, start: int, end: int, where: str) -> Iterator[tuple[int
     """``(field number, wire type, start, end)`` of each field's value within ``body[start:end]``.
 
     Raises:
-        WireError: it is no sequence of fields.
+        WireError: it is not a sequence of fields.
     """
     while start < end:
         tag, start = _varint(body, start, end, where)
@@ -119,7 +119,7 @@ def _fields(body: bytes, start: int, end: int, where: str) -> Iterator[tuple[int
 
 
 def _varint(body: bytes, start: int, end: int, where: str) -> tuple[int, int]:
-    """The number at ``start``, and where the next thing begins."""
+    """The number at ``start``, and the position after it."""
     value = 0
     for shift in range(0, 70, 7):
         if start >= end:

@@ -75,7 +75,7 @@ def decode_tensor(message: wire_pb2.Tensor, where: str) -> types.TensorData:
 
 
 def dense_elements(tensor: types.TensorData) -> int:
-    """How many elements a sparse tensor has once it is dense; 0 for a dense one."""
+    """Number of elements of a sparse tensor once dense; 0 for a dense one."""
     return 0 if tensor.sparse_crow_indices is None else math.prod(tensor.shape or [])
 
 

@@ -36,7 +36,7 @@ class CheckpointAccess:
             raise self.public(exc) from exc
 
     def public(self, error: CheckpointError) -> CheckpointError:
-        """The same error without where the server keeps its files, which is nobody's business."""
+        """The same error without the server's file paths, which clients must not see."""
         root = str(self._checkpoints.root)
         shown = CheckpointError(str(error).replace(f"{root}/", SCHEME).replace(root, "the server's store"))
         shown.__cause__ = error.__cause__
@@ -49,7 +49,7 @@ class CheckpointAccess:
             raise _missing(path)
 
     def directory(self, path: str) -> Path:
-        """Where the checkpoint of a path is, if there is one.
+        """The directory of a path's checkpoint, if there is one.
 
         Raises:
             CheckpointError: the path is malformed.
@@ -58,7 +58,7 @@ class CheckpointAccess:
         return checkpoint_path(self._checkpoints.root / model_id / segment, name)
 
     def withdraw(self, path: str) -> None:
-        """Let nobody but its owner use a checkpoint any more."""
+        """Let only its owner use a checkpoint from now on."""
         self._store.unpublish(path).result()
 
     def newest_sampler(self, model_id: str, owner: str) -> str | None:
@@ -72,7 +72,7 @@ class CheckpointAccess:
 
 
 def manifest(directory: Path) -> dict[str, Any] | None:
-    """What a checkpoint's manifest says, with its ``name``, files unchecked; None if there is none to read."""
+    """What a checkpoint's manifest says, with its ``name``, files unchecked; None if it cannot be read."""
     try:
         facts = json.loads((directory / MANIFEST).read_text())
     except (OSError, ValueError):

@@ -37,7 +37,7 @@ class AdapterCache:
             return self._clients[key][0]
 
     def put(self, key: Key, client: LocalSamplingClient, adapter: LoraAdapter) -> None:
-        """Keep a client; those that were not used for longest go."""
+        """Keep a client; the least recently used ones are dropped."""
         size = sum(tensor.numel() * tensor.element_size() for _, tensor in adapter.named_tensors())
         with self._lock:
             self._clients[key] = (client, size)
@@ -46,7 +46,7 @@ class AdapterCache:
                 self._clients.popitem(last=False)
 
     def drop(self, key: Key) -> None:
-        """Let go of a client."""
+        """Drop a client."""
         with self._lock:
             self._clients.pop(key, None)
 

@@ -20,11 +20,11 @@ _RETRY_S = 2.0
 def end(
     store: Store, operation: Operation, outcome: Outcome, closing: threading.Event, *, next_seq: int | None = None
 ) -> bool:
-    """Store an outcome, waiting out a store that refuses (a full disk). Of a request that the store no longer knows,
-    nothing is kept.
+    """Store an outcome, waiting out a store that refuses (a full disk). Keeps nothing for a
+    request that the store no longer knows.
 
     Args:
-        closing: set when the engine closes; the store is not waited for any longer then.
+        closing: set when the engine closes; waiting for the store ends then.
         next_seq: see ``Store.finish_operation``.
 
     Returns:

@@ -39,14 +39,14 @@ class Engine:
     """Trains and samples for many clients. Safe to use from several threads.
 
     Args:
-        store: keeps operations and outcomes; whatever this engine knows of them comes from there.
+        store: keeps operations and outcomes, and is this engine's only source for them.
         checkpoints: keeps named checkpoints.
         base_models: ``builtin/…``, directories or hub ids.
         device, dtype, context_length, cache_dir, trust_remote_code: see ``load_base_model``.
         max_batch_size: see ``Sampler``.
         retain_operations: keep the payloads of operations that a saved state covers.
         state_policy: when the states of models are saved.
-        gap_timeout: seconds after which operations that wait for one that does not come are given up.
+        gap_timeout: seconds after which operations waiting for a missing one are abandoned.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Engine:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Load the base models, and take up what a former server left unfinished.
+        """Load the base models, and resume what a previous server left unfinished.
 
         Raises:
             ModelError: a base model cannot be loaded.
@@ -107,7 +107,7 @@ class Engine:
             self.submit(operation)
 
     def submit(self, operation: Operation) -> None:
-        """Take an operation that has been stored. Never blocks. Once the engine closes, it stays in the store."""
+        """Accept a stored operation. Never blocks. Once the engine closes, the operation stays in the store."""
         with self._lock:
             if self._closing.is_set():
                 return
@@ -121,7 +121,7 @@ class Engine:
         self._sampling.cancel(request_id)
 
     def park_session(self, session_id: str) -> None:
-        """Take a session's models out of memory as soon as what they can run has run; they come back by themselves."""
+        """Unload a session's models once they have nothing left to run; they are reloaded on demand."""
         self._hosting.park_session(session_id)
         self._samplers.close_session(session_id)
 
@@ -138,7 +138,7 @@ class Engine:
         return self._bases.models()
 
     def describe(self, model_id: str) -> dict[str, Any]:
-        """The body that ``get_info`` is answered with.
+        """The body of the answer to ``get_info``.
 
         Raises:
             CheckpointError: there is no such model.
@@ -157,13 +157,13 @@ class Engine:
         return self._samplers.find(model, owner)
 
     def status(self) -> dict[str, Any]:
-        """What runs: see ``engine_status``."""
+        """The engine's activity; see ``engine_status``."""
         return engine_status(self._store, self._hosting, self._sampling, self._samplers)
 
     def close(self, timeout: float = 30.0) -> None:
-        """Let what runs now end, or stop it after ``timeout`` seconds; write the models' state; free everything.
+        """Finish running operations, or stop them after ``timeout`` seconds; save the models' state; free everything.
 
-        What has not ended stays in the store, unfinished, and is run by the next server.
+        Unfinished operations stay in the store, and the next server runs them.
         """
         deadline = time.monotonic() + timeout
         with self._lock:
@@ -177,7 +177,7 @@ class Engine:
         self._sampling.shutdown()
 
     def _remove_leftovers(self) -> None:
-        """Delete what a killed server had not finished forgetting."""
+        """Finish deleting what a killed server was deleting."""
         for model_id in self._states.model_ids():
             try:
                 if self._store.model(model_id) is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def model_facts(row: ModelRow, base: BaseModel) -> dict[str, Any]:
-    """Tinker's ``GetInfoResponse``. ``tokenizer_id`` is an absolute path where the model is a directory."""
+    """Tinker's ``GetInfoResponse``. ``tokenizer_id`` is an absolute path if the model is a directory."""
     name = getattr(base.tokenizer, "name_or_path", None) or base.name
     tokenizer = str(Path(name).expanduser().absolute()) if os.path.isdir(os.path.expanduser(name)) else name
     return {
@@ -38,7 +38,7 @@ def model_facts(row: ModelRow, base: BaseModel) -> dict[str, Any]:
 
 
 def engine_status(store: Store, hosting: Hosting, sampling: SampleRunner, samplers: Samplers) -> dict[str, Any]:
-    """What runs now.
+    """The engine's activity.
 
     Returns:
         ``models``: by model id ``base_model``, ``state`` (loaded, parked), ``step`` (None where unknown, as it has not

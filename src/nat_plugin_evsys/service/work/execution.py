@@ -34,7 +34,7 @@ _CHANGES_WEIGHTS = (OperationKind.OPTIM_STEP, OperationKind.LOAD_WEIGHTS)
 
 
 class Execution:
-    """What a training thread does in a model's turn. Its methods run in the thread of the model's base.
+    """A model's turn on the training thread. Methods run in the thread of the model's base.
 
     Args:
         places: what operations read and write.
@@ -52,10 +52,10 @@ class Execution:
         self._closing = closing
 
     def run(self, hosted: HostedModel, operation: Operation, stop: threading.Event) -> bool:
-        """Run one operation to its stored outcome. False: it has not ended, as the engine closes.
+        """Run one operation to its stored outcome. False if it has not ended because the engine closes.
 
         Args:
-            stop: set when it has to stop in the middle.
+            stop: set to interrupt it.
         """
         started, tokens = time.perf_counter(), hosted.tokens_trained
         try:
@@ -75,7 +75,7 @@ class Execution:
         return True
 
     def give_up(self, hosted: HostedModel, operations: list[Operation], why: str) -> None:
-        """End operations that wait for one that does not come."""
+        """End operations that wait for a missing one."""
         for operation in operations:
             clears = operation.kind == OperationKind.OPTIM_STEP
             if clears and hosted.model is not None:
@@ -95,7 +95,7 @@ class Execution:
         return end(self._places.store, operation, outcome, self._closing, next_seq=operation.seq_id + 1)
 
     def _outcome(self, hosted: HostedModel, operation: Operation, stop: threading.Event) -> Outcome:
-        """What an operation raises becomes a failure; after one that nobody foresaw, the model is evicted, so that its
+        """Errors of an operation become failures. After an unforeseen one the model is evicted, so that its
         state is again what the store says."""
         try:
             return _HANDLERS[operation.kind](self._places, hosted, operation, stop)

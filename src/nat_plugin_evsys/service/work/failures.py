@@ -27,8 +27,8 @@ def failure(message: str, category: FailureCategory = FailureCategory.USER, effe
 def failure_of(operation: Operation, error: Exception, effect: Effect = Effect.NONE) -> Outcome:
     """The failed Outcome of an operation that raised ``error``.
 
-    What this package raises on purpose is the user's to mend, unless the disk or the machine is behind it. Anything
-    else is a fault of the server, which the log has in full.
+    The user can fix what this package raises on purpose, unless the disk or the machine caused it. Anything
+    else is a fault of the server; the log has all of it.
     """
     if not isinstance(error, EvsysError):
         logger.exception("%s %s of %s failed", operation.kind, operation.seq_id, operation.scope, exc_info=error)

@@ -19,11 +19,11 @@ from nat_plugin_evsys.service.work.turns import TrainingThread
 
 
 class Hosting:
-    """Brings each training operation to its model. Safe to use from several threads, ``take`` from one only.
+    """Dispatches training operations to models. Thread-safe, except that only one thread may call ``take``.
 
     Args:
         closing: set when the engine closes.
-        gap_timeout: seconds after which operations that wait for one that does not come are given up.
+        gap_timeout: seconds after which operations waiting for a missing one are abandoned.
         policy: when the states of models are saved.
         retain_operations: keep the payloads of operations that a saved state covers.
     """
@@ -58,7 +58,7 @@ class Hosting:
             thread.start()
 
     def take(self, operation: Operation) -> None:
-        """Bring an operation to its model."""
+        """Dispatch an operation to its model."""
         try:
             hosted = self._model_of(operation)
             if hosted is None:
@@ -74,18 +74,18 @@ class Hosting:
             end(self._places.store, operation, failure_of(operation, exc), self._closing)
 
     def park_session(self, session_id: str) -> None:
-        """Take a session's models out of memory once what they can run has run."""
+        """Unload a session's models once they have nothing left to run."""
         for hosted in self._of_session(session_id):
             self._thread_of(hosted).park(hosted)
 
     def forget_session(self, session_id: str) -> None:
-        """Drop a session's models and what waits for them."""
+        """Drop a session's models and their waiting operations."""
         for hosted in self._of_session(session_id):
             self._thread_of(hosted).forget(hosted)
             self._drop(hosted.model_id)
 
     def models(self) -> dict[str, HostedModel]:
-        """Those that are known here, in memory or parked, by id."""
+        """The known models, in memory or parked, by id."""
         with self._lock:
             return dict(self._models)
 
@@ -94,8 +94,8 @@ class Hosting:
         return self._thread_of(hosted).queued(hosted)
 
     def close(self, deadline: float) -> list[threading.Thread]:
-        """Let what runs now end, or stop it at ``deadline`` (``time.monotonic``), and park all models: in threads,
-        which are given back running."""
+        """Finish running operations, or stop them at ``deadline`` (``time.monotonic``), and park all models, in
+        threads, which are returned running."""
         closing = [
             threading.Thread(target=thread.close, args=(max(0.0, deadline - time.monotonic()),))
             for thread in self._threads.values()
@@ -122,7 +122,7 @@ class Hosting:
         return self._host(operation.scope, self._base_asked_for(operation), 0)
 
     def _base_asked_for(self, operation: Operation) -> SharedBase:
-        """The base model of a model that is to be made.
+        """The base model of a model to be created.
 
         Raises:
             EvsysError: the request is malformed, or names a base model or checkpoint that is not here.

@@ -31,7 +31,7 @@ class LostGradient:
 
 
 def loses_gradient(operation: Operation) -> bool:
-    """Whether a gradient lacks something when this operation fails: forward_backward, but not forward."""
+    """Whether the gradient is incomplete if this operation fails: forward_backward, but not forward."""
     if operation.kind != OperationKind.FORWARD_BACKWARD:
         return False
     try:
@@ -41,7 +41,7 @@ def loses_gradient(operation: Operation) -> bool:
 
 
 def recall_lost_gradient(store: Store, model_id: str, since: int) -> LostGradient | None:
-    """The last one of a model after operation ``since``, as the store remembers it."""
+    """The last one of a model after operation ``since``, from the store."""
     lost = None
     for operation, outcome, ended_at in store.failures(model_id, since):
         if loses_gradient(operation):

@@ -35,8 +35,8 @@ class HostedModel:
         shared: its base model.
         used: engine seconds, as the turns count them.
         busy: the thread runs something for it now.
-        park_wanted: leave memory once nothing is left to do.
-        gone: it was never made, or has been forgotten; takes no more operations.
+        park_wanted: unload once nothing is left to do.
+        gone: it was never created, or has been forgotten; accepts no more operations.
         model: its weights, moments and gradient; None while parked.
         lost: set while the accumulated gradient lacks a part.
         engine_seconds: spent on it since the server started.
@@ -78,10 +78,10 @@ class HostedModel:
         self._saving_took = 0.0
 
     def row(self) -> ModelRow:
-        """What the store knows of it.
+        """Its row in the store.
 
         Raises:
-            RestoreError: nothing, as its session was forgotten.
+            RestoreError: there is none, because its session was forgotten.
         """
         row = self._store.model(self.model_id)
         if row is None:
@@ -107,16 +107,16 @@ class HostedModel:
         return self.model
 
     def evict(self) -> None:
-        """Let go of weights that may not be what the journal says."""
+        """Drop weights that may differ from what the journal says."""
         self.model = None
 
     def adopt(self, model: TrainableModel) -> None:
-        """Take over a model that has just been made."""
+        """Take over a newly created model."""
         self.model = model
         self.step = model.step
 
     def ended(self, operation: Operation, outcome: Outcome, seconds: float) -> None:
-        """An operation's outcome has been stored: remember what it did, and save the state if that is due."""
+        """Record what an operation with a stored outcome did, and save the state if that is due."""
         self.engine_seconds += seconds
         self._seconds_since_saved += seconds
         if outcome.effect != Effect.NONE and operation.kind != OperationKind.FORWARD_BACKWARD:
@@ -149,12 +149,12 @@ class HostedModel:
         self._cover(name, self._settled_seq)
 
     def park(self) -> None:
-        """Write what is needed to come back, and leave memory."""
+        """Save what is needed to restore it, and unload it."""
         self.save_state()
         self.model = None
 
     def _cover(self, name: str, seq: int) -> None:
-        """From now on a restart begins at the state ``name``."""
+        """Make restarts begin at the state ``name`` from now on."""
         self._seconds_since_saved = 0.0
         try:
             self._store.set_saved_state(self.model_id, name, seq, retain=self._retain).result()

@@ -30,7 +30,7 @@ _SEED_BITS = 63
 
 
 def create(places: Places, hosted: HostedModel, operation: Operation, stop: threading.Event) -> Outcome:
-    """The first operation of a model: a fresh adapter. Run again after a kill it gives the same one, as its row was
+    """The first operation of a model: a fresh adapter. Repeated after a kill it gives the same one, because its row was
     stored first."""
     request = operation.request
     assert isinstance(request, CreateModel)
@@ -75,8 +75,7 @@ def load(places: Places, hosted: HostedModel, operation: Operation, stop: thread
 
 
 def _load_new(places: Places, operation: Operation, request: LoadWeights, shared: SharedBase) -> TrainableModel:
-    """Its state is written before anybody hears of it, so that it does not depend on the checkpoint's being there
-    still."""
+    """Its state is saved before the client hears of it, so that it no longer depends on the checkpoint."""
     known = places.store.model(operation.scope)
     if known is not None and known.saved_state is not None:
         return places.states.open(shared, known.model_id, known.saved_state)

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Restored:
-    """A model as it was.
+    """A restored model.
 
     Attributes:
         model: its weights, moments and gradient.
         settled_seq: the last operation after which no gradient was pending.
-        changed: its weights are not those of its last saved state any more.
+        changed: its weights differ from its last saved state.
         lost: what the gradient lacks.
-        replayed: how many operations were run again.
+        replayed: number of replayed operations.
     """
 
     model: TrainableModel

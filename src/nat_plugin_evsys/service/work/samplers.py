@@ -56,7 +56,7 @@ class Samplers:
         self._opened: dict[str, Key] = {}
 
     def open(self, row: SamplerRow) -> LocalSamplingClient:
-        """The client of a sampling session. It samples from what it sampled from first, or not at all.
+        """The client of a sampling session. It always samples from the same weights, or not at all.
 
         Raises:
             CheckpointError: its weights are gone, expired, or no longer what they were.
@@ -103,9 +103,9 @@ class Samplers:
         return client, shared.base
 
     def keep(self, row: ModelRow, model: TrainableModel, shared: SharedBase, number: int, seq: int) -> str:
-        """Keep the weights of a model as they are now as sampling session ``number``; returns its id.
+        """Keep a model's current weights as sampling session ``number``; returns its id.
 
-        Run again after a kill, for the same operation ``seq``, it writes the same weights in the same place.
+        Repeated after a kill for the same operation ``seq``, it writes the same weights in the same place.
 
         Raises:
             DataError: the number is another sampler's.
@@ -169,7 +169,7 @@ class Samplers:
         return *self._weights(directory, shared, path), shared
 
     def _weights(self, directory: Path, shared: SharedBase, name: str) -> tuple[Key, LocalSamplingClient]:
-        """The client of a directory's weights, loaded if they are not in memory; ``name`` is what errors call it."""
+        """The client of a directory's weights, loaded if they are not in memory; ``name``: for error messages."""
         with self._loading:
             key = _key(shared, directory)
             if key is None:

@@ -30,7 +30,7 @@ class SampleRunner:
     """Takes ``asample`` operations; ``submit`` never blocks.
 
     Args:
-        closing: set when the engine closes: nothing is taken any more, and what has not ended stays unfinished.
+        closing: set when the engine closes: no more operations are accepted, and running ones stay unfinished.
 
     Attributes:
         throughput: tokens sampled.
@@ -71,7 +71,7 @@ class SampleRunner:
             return len(self._running), sum(sequences for sequences, _ in self._running.values())
 
     def close(self, timeout: float) -> None:
-        """Wait for what is running; what has not ended by then stays unfinished."""
+        """Wait for running requests; those that do not end in time stay unfinished."""
         with self._lock:
             self._lock.wait_for(lambda: not self._running, timeout)
 

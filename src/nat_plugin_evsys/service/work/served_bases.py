@@ -39,7 +39,7 @@ class ServedBases:
         return list(self._shared.values())
 
     def all(self) -> list[SharedBase]:
-        """Those that are loaded."""
+        """The loaded models."""
         return list(self._shared.values())
 
     def models(self) -> list[BaseModel]:
@@ -65,7 +65,7 @@ class ServedBases:
         return shared
 
     def of_checkpoint(self, info: CheckpointInfo) -> SharedBase:
-        """The model that a checkpoint was made for, whatever it was called then.
+        """The model that a checkpoint was made for, whatever its name was then.
 
         Raises:
             CheckpointError: it is not served.
@@ -79,7 +79,7 @@ class ServedBases:
         )
 
     def close(self) -> None:
-        """Close the samplers and let go of the models."""
+        """Close the samplers and release the models."""
         self._models.close()
 
 

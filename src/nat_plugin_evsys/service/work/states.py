@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 class StatePolicy:
     """When a state is to be saved: after ``max(least_seconds, cost_factor x seconds of the last one)`` of engine time.
 
-    What a killed server has to do again is bounded by that, and so is the share of time that saving takes.
+    This limits how much a killed server must repeat, and the share of time spent on saving.
     """
 
     least_seconds: float = 10.0
     cost_factor: float = 20.0
 
     def due(self, engine_seconds: float, last_took: float) -> bool:
-        """Whether one is, given the engine seconds since the last one and what that took."""
+        """Whether to save, given the engine seconds since the last save and how long that took."""
         return engine_seconds >= max(self.least_seconds, self.cost_factor * last_took)
 
 
@@ -34,7 +34,7 @@ class SavedStates:
     """Weights and moments of models on disk, each named by the sequence number of the last operation in them.
 
     Args:
-        root: the directory; made when something is written.
+        root: the directory; created at the first write.
     """
 
     def __init__(self, root: Path) -> None:

@@ -22,7 +22,7 @@ class Throughput:
         self._recent: deque[tuple[float, int]] = deque()
 
     def add(self, tokens: int) -> None:
-        """So many more, now."""
+        """Count tokens as done now."""
         with self._lock:
             self.total += tokens
             self._recent.append((time.monotonic(), tokens))

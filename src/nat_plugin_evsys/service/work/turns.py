@@ -30,8 +30,8 @@ class TrainingThread:
     Args:
         name: of the thread.
         execution: runs a model's operations.
-        gap_timeout: seconds after which operations that wait for one that does not come are given up.
-        on_gone: told the id of a model that is gone, once nothing refers to it any more here.
+        gap_timeout: seconds after which operations waiting for a missing one are abandoned.
+        on_gone: called with the id of a model that is gone, once nothing here refers to it.
     """
 
     def __init__(self, name: str, execution: Execution, gap_timeout: float, on_gone: Callable[[str], None]) -> None:
@@ -63,13 +63,13 @@ class TrainingThread:
             return True
 
     def park(self, hosted: HostedModel) -> None:
-        """Take a model out of memory once what it can run has run, unless something new comes first."""
+        """Unload a model once it has nothing left to run, unless a new operation comes first."""
         with self._wake:
             hosted.park_wanted = True
             self._wake.notify()
 
     def forget(self, hosted: HostedModel) -> None:
-        """Drop a model and all that waits for it. What runs for it now runs to its end."""
+        """Drop a model and its waiting operations. A running operation is finished."""
         with self._wake:
             hosted.gone = True
             self._models.pop(hosted.model_id, None)
