@@ -514,8 +514,9 @@ SAMPLING: list[tuple[str, Call, type[Exception], str]] = [
         DataError,
         "prompt_logprobs_last_n must be .* got 0",
     ),
-    ("targets", sample(target_prompt_logprobs=ints(1, 1)), UnsupportedError, "target_prompt_logprobs is not offered"),
-    ("alternatives", sample(prompt_alt_tokens_k=2), UnsupportedError, "prompt_alt_tokens_k is not offered"),
+    ("targets", sample(target_prompt_logprobs=[[1]]), DataError, "target_prompt_logprobs is a list; give types.Tensor"),
+    ("alternatives", sample(prompt_alt_tokens_k=-2), DataError, "prompt_alt_tokens_k must be .* at least 0, got -2"),
+    ("one token", sample((1,), prompt_alt_tokens_k=1), DataError, "need a prompt of two tokens or more"),
     ("logprobs of nothing", lambda w: w.sampling.compute_logprobs([]), DataError, "the prompt is empty"),
     (
         "logprobs too long",

@@ -19,7 +19,7 @@ from nat_plugin_evsys.engine.sampling.params import given_params
 from nat_plugin_evsys.engine.sampling.request import TokenCallback
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import DataError, EvsysError
-from nat_plugin_evsys.runtime.arguments import check_api_key, check_int, refuse_options
+from nat_plugin_evsys.runtime.arguments import check_api_key, check_int
 
 SERVICE = "nat_plugin_evsys.clients.service"
 """Stands on this module, and so is imported only when a handle is opened."""
@@ -123,7 +123,10 @@ class SamplingClient:
             include_prompt_logprobs: give each prompt token's log-probability at temperature 1; None for the first.
             topk_prompt_logprobs: and those of the k likeliest tokens there.
             topk_sample_logprobs: the k likeliest tokens of each sampled position.
-            target_prompt_logprobs, prompt_alt_tokens_k: refused.
+            target_prompt_logprobs: token ids to score at each prompt position, int64 (P - 1, K), -1 for none; row i is
+                about position i + 1. The result has the same layout.
+            prompt_alt_tokens_k: tokens to draw at each prompt position, at the request's temperature; their logprobs
+                are those of temperature 1, as all of the prompt's.
             prompt_logprobs_last_n: give only the last n prompt tokens' logprobs.
             params: evsys's name for sampling_params. *Extension.*
             on_tokens: called from the sampler's thread as tokens arrive. *Extension.*
@@ -137,7 +140,6 @@ class SamplingClient:
             EngineClosedError: the ServiceClient has been closed.
         """
         try:
-            refuse_options(target_prompt_logprobs=target_prompt_logprobs, prompt_alt_tokens_k=prompt_alt_tokens_k)
             given = given_params(sampling_params, params)
             check_int("num_samples", num_samples, least=1, error=DataError)
             check_int("topk_prompt_logprobs", topk_prompt_logprobs, least=0, error=DataError)
@@ -153,6 +155,8 @@ class SamplingClient:
             topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
             prompt_logprobs_last_n=prompt_logprobs_last_n,
+            target_prompt_logprobs=target_prompt_logprobs,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
             on_tokens=on_tokens,
         )
         return after(ResultFuture(future), wait)

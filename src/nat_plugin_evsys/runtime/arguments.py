@@ -135,8 +135,6 @@ _WHY_REFUSED = {
     "display_name": "there is no console to display it; use user_metadata",
     "weights_access_token": "there are no accounts here; checkpoints are read from the store directory",
     "record_stability_info": "it serves the loss stable_reinforce, whose formula is not public",
-    "target_prompt_logprobs": "not implemented; use include_prompt_logprobs or topk_prompt_logprobs",
-    "prompt_alt_tokens_k": "not implemented; sample from the prompt's prefixes",
     "age_encryption_recipients": "weights are exported as they are; encrypt the files",
     "loss_type_input": "the loss always receives logprobs; leave it out",
 }

@@ -56,6 +56,8 @@ class LocalSamplingClient:
         *,
         topk_sample_logprobs: int = 0,
         prompt_logprobs_last_n: int | None = None,
+        target_prompt_logprobs: types.TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
         on_tokens: TokenCallback | None = None,
     ) -> Future[SampleResult]:
         """Sample ``num_samples`` sequences after ``prompt``.
@@ -83,6 +85,8 @@ class LocalSamplingClient:
             topk_prompt=topk_prompt_logprobs,
             topk_sample=topk_sample_logprobs,
             prompt_last_n=prompt_logprobs_last_n,
+            prompt_targets=target_prompt_logprobs,
+            prompt_draws=prompt_alt_tokens_k,
             on_tokens=on_tokens,
         )
 

@@ -103,7 +103,8 @@ class DecodeBatch:
         # A store of its own: one long prompt must not lengthen the slots of every row.
         store = SlotStore(self._runner.layout)
         prompts, topk = [r.prompt for r in batch], max(r.topk_prompt for r in batch)
-        scores = self._runner.score(self.policy.adapter, store, prompts, topk)
+        watchers = [r.prompt_scores for r in batch]
+        scores = self._runner.score(self.policy.adapter, store, prompts, topk, watchers)
         for slot, (request, (logprobs, topk_ids, topk_logprobs)) in enumerate(zip(batch, scores, strict=True)):
             if np.isnan(logprobs[1:]).any():
                 request.fail(self._not_finite())

@@ -12,6 +12,7 @@ from torch import Tensor
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.sampling.kv_cache import AttentionMasks, KVLayout, SlotCache, SlotStore
+from nat_plugin_evsys.engine.sampling.prompt_scores import PromptScores
 from nat_plugin_evsys.engine.sampling.result import top_columns
 
 Score = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
@@ -72,10 +73,18 @@ class ModelRunner:
             logits.append(out[:, -1])
         return torch.cat(logits)
 
-    def score(self, adapter: LoraAdapter | None, store: SlotStore, prompts: list[list[int]], topk: int) -> list[Score]:
+    def score(
+        self,
+        adapter: LoraAdapter | None,
+        store: SlotStore,
+        prompts: list[list[int]],
+        topk: int,
+        watchers: Sequence[PromptScores | None] = (),
+    ) -> list[Score]:
         """Prompt logprobs at temperature 1, computed from the whole prompts in slots 0, 1, ...
 
-        Only a bounded piece of the ``(rows, width, V)`` logits is in memory at a time.
+        Only a bounded piece of the ``(rows, width, V)`` logits is in memory at a time. ``watchers``, one a prompt or
+        none, see all of them.
         """
         feed = _Feed.build(prompts, [0] * len(prompts), self.device)
         logprobs = np.full((feed.rows, feed.width), np.nan, dtype=np.float32)
@@ -95,6 +104,12 @@ class ModelRunner:
                 flat_ids, flat_values = top_columns(out[:, :known].flatten(0, 1), topk)
                 ids[:, here] = flat_ids.reshape(feed.rows, known, topk)
                 values[:, here] = flat_values.reshape(feed.rows, known, topk)
+            for row, (prompt, watcher) in enumerate(zip(prompts, watchers, strict=False)):
+                # The row begins with padding; its first token has no context.
+                first = begin + 1 - (feed.width - len(prompt))
+                skipped = max(0, 1 - first)
+                if watcher is not None and skipped < known:
+                    watcher.see(first + skipped, out[row, skipped:known])
         return [_cut(logprobs[r], ids[r], values[r], len(p), topk) for r, p in enumerate(prompts)]
 
     def _batches(self, widths: Sequence[int]) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 
 from nat_plugin_evsys.calls import StopReason
 from nat_plugin_evsys.engine.sampling.decoding import stream_keys
+from nat_plugin_evsys.engine.sampling.prompt_scores import PromptScores
 from nat_plugin_evsys.engine.sampling.result import SampledSequence, SampleResult
 from nat_plugin_evsys.engine.sampling.stopping import StopRule, StopTextMatcher
 from nat_plugin_evsys.errors import DataError, PromptTooLongError
@@ -93,6 +94,7 @@ class SampleRequest:
             cut to the room that the context leaves.
         tokenizer: for stop strings and ``text``.
         prompt_last_n: give the logprobs of the last n prompt tokens only.
+        prompt_targets, prompt_draws: see ``PromptScores``.
 
     Raises:
         DataError: the prompt is empty, has tokens outside the vocabulary or chunks that are no text; a parameter is out
@@ -112,6 +114,8 @@ class SampleRequest:
         topk_prompt: int = 0,
         topk_sample: int = 0,
         prompt_last_n: int | None = None,
+        prompt_targets: types.TensorData | None = None,
+        prompt_draws: int = 0,
         on_tokens: TokenCallback | None = None,
     ) -> None:
         self.ident = uuid.uuid4().hex
@@ -134,14 +138,20 @@ class SampleRequest:
         self.prompt_logprobs: np.ndarray | None = None
         self.prompt_topk: TopkLogprobs | None = None
         self.cache_hit_tokens: int | None = None
-        keys = stream_keys(secrets.randbits(64) if params.seed is None else params.seed, num_samples)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.prompt_scores: PromptScores | None = None
+        if prompt_targets is not None or prompt_draws != 0:
+            asked = (prompt_targets, prompt_draws, self.temperature, seed)
+            self.prompt_scores = PromptScores(len(self.prompt), limits.vocab_size, *asked)
+        keys = stream_keys(seed, num_samples)
         self.sequences = [SampleSequence(self, i, key, self._matcher(tokenizer)) for i, key in enumerate(keys.tolist())]
         self.unfinished = num_samples
 
     @property
     def needs_scoring(self) -> bool:
         """True while logprobs of the prompt are wanted and not there."""
-        return (self.want_prompt_logprobs or self.topk_prompt > 0) and self.prompt_logprobs is None
+        wanted = self.want_prompt_logprobs or self.topk_prompt > 0 or self.prompt_scores is not None
+        return wanted and self.prompt_logprobs is None
 
     def score(self, logprobs: np.ndarray, topk_ids: np.ndarray | None, topk_logprobs: np.ndarray | None) -> None:
         """Set the prompt's logprobs: float32 (P,), NaN at 0; and the k likeliest tokens there, (P, >= k) each."""
@@ -191,6 +201,7 @@ class SampleRequest:
             prompt_logprobs_np=self.prompt_logprobs if self.want_prompt_logprobs else None,
             topk_prompt_logprobs_np=self.prompt_topk,
             prompt_cache_hit_tokens=self.cache_hit_tokens or 0,
+            **(self.prompt_scores.fields() if self.prompt_scores is not None else {}),
             policy_version=policy_version,
         )
 

@@ -5,12 +5,12 @@ Not the SDK's own request types: those refuse unknown fields and change with the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 from tinker import types
 
-from nat_plugin_evsys.errors import UnsupportedError
+from nat_plugin_evsys.errors import DataError, UnsupportedError
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.arguments import check_metadata
 
@@ -152,6 +152,27 @@ class Sampling(RequestBody):
         return types.SamplingParams(**self.model_dump())
 
 
+class TargetIds(RequestBody):
+    """``target_prompt_logprobs``: token ids, dense or sparse CSR."""
+
+    data: list[int]
+    dtype: Literal["int64"] = "int64"
+    shape: list[int] | None = None
+    sparse_crow_indices: list[int] | None = None
+    sparse_col_indices: list[int] | None = None
+
+    def tensor(self) -> types.TensorData:
+        """Tinker's type.
+
+        Raises:
+            DataError: shape and data do not fit.
+        """
+        try:
+            return types.TensorData(**self.model_dump())
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DataError(f"target_prompt_logprobs is malformed: {error}") from error
+
+
 class Sample(RequestBody):
     """``asample``."""
 
@@ -161,10 +182,18 @@ class Sample(RequestBody):
     prompt_logprobs: bool | None = None
     topk_prompt_logprobs: int = Field(default=0, ge=0)
     topk_sample_logprobs: int = Field(default=0, ge=0)
-    target_prompt_logprobs: dict[str, Any] | None = None
-    prompt_alt_tokens_k: int = 0
+    target_prompt_logprobs: TargetIds | None = None
+    prompt_alt_tokens_k: int = Field(default=0, ge=0)
     prompt_logprobs_last_n: int | None = None
     record_stability_info: bool | None = None
+
+    def targets(self) -> types.TensorData | None:
+        """``target_prompt_logprobs`` in Tinker's type.
+
+        Raises:
+            DataError: shape and data do not fit.
+        """
+        return None if self.target_prompt_logprobs is None else self.target_prompt_logprobs.tensor()
 
 
 def check_adamw(kind: str) -> None:

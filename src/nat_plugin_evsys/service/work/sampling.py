@@ -98,11 +98,7 @@ class SampleRunner:
         future.add_done_callback(lambda _: self._ended(operation, future))
 
     def _sample(self, operation: Operation, body: Sample) -> Future[Any]:
-        refuse_options(
-            target_prompt_logprobs=body.target_prompt_logprobs,
-            prompt_alt_tokens_k=body.prompt_alt_tokens_k,
-            record_stability_info=body.record_stability_info,
-        )
+        refuse_options(record_stability_info=body.record_stability_info)
         row = self._store.sampler(operation.scope)
         if row is None or row.owner != operation.owner:
             raise CheckpointError(f"there is no sampling session {operation.scope}; its session may have expired")
@@ -114,6 +110,10 @@ class SampleRunner:
             body.topk_prompt_logprobs,
             topk_sample_logprobs=body.topk_sample_logprobs,
             prompt_logprobs_last_n=body.prompt_logprobs_last_n,
+            target_prompt_logprobs=None
+            if body.target_prompt_logprobs is None
+            else body.target_prompt_logprobs.tensor(),
+            prompt_alt_tokens_k=body.prompt_alt_tokens_k,
         )
 
     def _ended(self, operation: Operation, future: Future[Any]) -> None:
