@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a manifest says.
+    """The contents of a manifest.
 
     Attributes:
         path: the directory.
@@ -56,7 +56,7 @@ class CheckpointInfo:
         files: file name -> {"sha256", "bytes"}.
         user_metadata: what the caller gave.
         expires_at: seconds since the epoch after which it may be deleted; None is never.
-        request_id: the request that saved it, where a caller gave one.
+        request_id: the request that saved it, if the caller gave one.
     """
 
     path: Path
@@ -76,7 +76,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class FrozenWeights:
-    """Weights that are only sampled from, and the number of optimizer steps that made them."""
+    """Weights for sampling only, and the number of optimizer steps that made them."""
 
     base: BaseModel
     adapter: LoraAdapter
@@ -93,12 +93,12 @@ def save_checkpoint(
     expires_at: float | None = None,
     request_id: str | None = None,
 ) -> Path:
-    """Write ``directory/name`` atomically, replacing one of that name; returns its path.
+    """Write ``directory/name`` atomically, replacing an existing one of that name; returns its path.
 
     A gradient that has accumulated but not been stepped on is not part of a checkpoint. Only its owner may read it.
 
     Raises:
-        CheckpointError: the name could leave the directory, the metadata is no JSON, or the disk refused the write.
+        CheckpointError: the name could leave the directory, the metadata is not JSON, or the disk refused the write.
     """
     try:
         json.dumps(user_metadata, allow_nan=False)
@@ -137,7 +137,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path | str, model: TrainableModel, *, with_optimizer: bool) -> CheckpointInfo:
-    """Put a checkpoint's weights into ``model`` (and its moments; without them the optimizer starts afresh).
+    """Load a checkpoint's weights (and moments; without them the optimizer starts afresh) into ``model``.
 
     Everything is checked before anything is changed. An accumulated gradient is dropped.
 
@@ -168,7 +168,7 @@ def load_checkpoint(path: Path | str, model: TrainableModel, *, with_optimizer: 
 
 
 def load_adapter(path: Path | str, base: BaseModel, *, like: LoraAdapter | None = None) -> LoraAdapter:
-    """A frozen adapter for sampling, of the LoRA shape of ``like``, or of any.
+    """A frozen adapter for sampling, with the LoRA shape of ``like``, or any shape.
 
     Raises:
         CheckpointError: missing, torn, or made for another base model or LoRA shape.
@@ -237,7 +237,7 @@ def delete_checkpoint(path: Path | str) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
-    """All whole checkpoints of a directory, oldest first; torn and half-written ones are left out."""
+    """All complete checkpoints in a directory, oldest first."""
     if not directory.is_dir():
         return []
     for aside in directory.glob(".*.old-*"):
@@ -257,7 +257,7 @@ def checkpoint_path(directory: Path, name: str) -> Path:
     """``directory/name``.
 
     Raises:
-        CheckpointError: the name is not a plain one and could leave the directory or hide in it.
+        CheckpointError: the name is not plain and could leave the directory or be hidden in it.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CheckpointError(

@@ -42,23 +42,23 @@ class Sampler:
     """Samples from many policy versions of one base model at once.
 
     Requests join and leave between decode steps. Versions are decoded in turns, one step each, so that a new version
-    does not wait for an old one to finish, nor the other way round; no sequence ever changes its version.
+    does not wait for an old one to finish, or vice versa; no sequence ever changes its version.
 
     Args:
         base: the frozen base model.
         max_batch_size: most sequences of one policy that are decoded together.
         prefix_cache_bytes: memory for prefixes kept between requests; 0 turns that off. None: 2 GiB, or a quarter of
             the memory that is free now if that is less.
-        kv_cache_bytes: memory, of each policy, for the sequences being decoded, roughly: fewer are decoded together if
+        kv_cache_bytes: approximate memory per policy for the sequences being decoded: fewer are decoded together if
             they are long. None: half of the GPU memory that is free now, or 4 GiB on the CPU.
 
-        path: ``"auto"`` is the fast path where the model can take it, ``"plain"`` the one it is tested against.
+        path: ``"auto"`` is the fast path if the model can use it, ``"plain"`` the one it is tested against.
 
     Attributes:
-        plain_because: why requests are decoded the plain way; empty if they take the fast path.
+        plain_because: why requests are decoded the plain way; empty on the fast path.
 
     Raises:
-        ModelError: the architecture is one that the sampler cannot decode.
+        ModelError: the sampler cannot decode this architecture.
         DataError: max_batch_size < 1.
     """
 
@@ -112,7 +112,7 @@ class Sampler:
 
     @property
     def fed_tokens(self) -> int:
-        """Tokens that the model has read so far; what the prefix cache knew is not in it."""
+        """Tokens that the model has read so far, without those from the prefix cache."""
         return self._runner.fed_tokens + (self._fast.fed_tokens if self._fast is not None else 0)
 
     def submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
@@ -128,7 +128,7 @@ class Sampler:
         request.fail(_closed_error())
 
     def close(self) -> None:
-        """Fail what is in flight with ``EngineClosedError``, end the thread and free the memory. Idempotent."""
+        """Fail requests in flight with ``EngineClosedError``, end the thread and free the memory. Idempotent."""
         with self._wake:
             self._closed = True
             self._wake.notify()

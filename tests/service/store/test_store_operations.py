@@ -104,7 +104,7 @@ def test_queues_are_bounded_for_each_owner_and_for_all(store: Store) -> None:
     assert store.add_operation(step("again", 3)).result(5) == ("a3", False)  # known ones are answered all the same
     for seq in range(2):
         store.add_operation(step(f"b{seq}", seq, scope="t:train:0", owner="bob")).result(5)
-    with pytest.raises(QueueFullError, match="6 operations are waiting on this server"):
+    with pytest.raises(QueueFullError, match="6 operations are already waiting on this server"):
         store.add_operation(step("b2", 2, scope="t:train:0", owner="bob")).result(5)
     store.finish_operation("a0", OK).result(5)
     assert store.add_operation(step("a4", 4)).result(5) == ("a4", True)

@@ -1,4 +1,4 @@
-"""Cutting a batch into micro-batches that fit memory."""
+"""Cuts a batch into micro-batches that fit in memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan_micro_batches(lengths: Sequence[int], token_budget: int) -> list[list[i
 def default_token_budget(base: BaseModel) -> int:
     """Padded tokens a micro-batch may have, from a rough figure of what autograd keeps for each token.
 
-    Aims at 1 GiB on the CPU, where bigger batches gain nothing, and at a quarter of the free memory of a GPU.
+    Aims for 1 GiB on the CPU, where bigger batches gain nothing, and for a quarter of a GPU's free memory.
     """
     config = base.model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers

@@ -26,7 +26,7 @@ def checked_loss(loss_fn: Any, *, bare: bool = False) -> CustomLoss:
     raises passes through.
 
     Args:
-        bare: the loss alone will do, as evsys has it.
+        bare: accept the loss alone, as in evsys.
     """
     if not callable(loss_fn):
         raise DataError(
@@ -53,14 +53,14 @@ def checked_loss(loss_fn: Any, *, bare: bool = False) -> CustomLoss:
 
 
 def surrogate_datum(datum: tinker.Datum, index: int) -> tinker.Datum:
-    """The Datum with nothing but its target_tokens: cross_entropy then gives the logprobs of all of them."""
+    """The Datum with only its target_tokens: cross_entropy then gives the logprobs of all of them."""
     if "target_tokens" not in getattr(datum, "loss_fn_inputs", {}):
         raise DataError(f"data[{index}]: loss_fn_inputs lacks 'target_tokens'; a custom loss needs them")
     return bare_datum(datum)
 
 
 def bare_datum(datum: tinker.Datum) -> tinker.Datum:
-    """The Datum with its target_tokens, and its temperature if it has one, alone."""
+    """The Datum with only its target_tokens and, if it has one, its temperature."""
     kept = {key: value for key, value in datum.loss_fn_inputs.items() if key in ("target_tokens", TEMPERATURE)}
     return types.Datum(datum.model_input, kept)
 

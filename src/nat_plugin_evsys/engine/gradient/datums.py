@@ -52,7 +52,7 @@ def check_loss_fn(loss_fn: str) -> None:
 
 
 def check_datums(data: Sequence[tinker.Datum], loss_fn: str, *, vocab_size: int, context_length: int) -> list[Example]:
-    """The Datums as tensors; ``weights`` absent from cross_entropy become 1.
+    """The Datums as tensors; missing ``weights`` of cross_entropy become 1.
 
     Raises:
         DataError: names the Datum's index, what was seen and what is expected.
@@ -175,7 +175,7 @@ def _check_gspo(inputs: Mapping[str, Tensor], where: str, loss_fn: str) -> None:
 
 
 def check_thresholds(examples: Sequence[Example], config: Mapping[str, float]) -> None:
-    """Per-token thresholds against each other, and against the config's where only one of the two is per token.
+    """Check per-token thresholds against each other, or against the config's if only one of the two is per token.
 
     Raises:
         DataError: a threshold is negative, or the low one is above the high one.

@@ -1,7 +1,7 @@
 """The fast forward pass: each distinct prefix of a step's Datums is computed once, without padding and without masks.
 
 ``FastForward`` gives what ``forward.hidden_rows`` and ``forward.target_logprobs`` give for padded batches. A model
-takes it only after a probe has shown that its hidden states are the same either way.
+uses it only after a probe has shown that its hidden states are the same either way.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class FastForward:
     """Forward passes of one base model over packs.
 
     Attributes:
-        longest: tokens of the longest sequence that it takes; None means any. A sliding-window layer attends to
+        longest: tokens of the longest sequence that it accepts; None means any. A sliding-window layer attends to
             everything only while a sequence is no longer than its window.
         fused: the decoder as ``fused_decoder`` computes it; None where it goes through transformers' classes.
     """
@@ -86,7 +86,7 @@ class FastForward:
         return hidden if len(read) == len(hidden) else hidden[read.to(device)]
 
     def memory_model(self, adapter: LoraAdapter, *, keep: bool = True) -> MemoryModel:
-        """What a pack's forward pass keeps for the backward pass with such an adapter."""
+        """What a pack's forward pass with this adapter keeps for the backward pass."""
         small, large = ((n, self._kept(adapter, np.arange(n) % self._base.vocab_size, keep)) for n in _PROBE_TOKENS)
         return MemoryModel.fit(small, large)
 
@@ -163,7 +163,7 @@ class FastForward:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Of a base model: why it cannot take the fast path, "" if it can, and whether its layers can be fused."""
+    """Of a base model: why it cannot use the fast path ("" if it can), and whether its layers can be fused."""
 
     refusal: str
     fuse: bool = True
@@ -174,7 +174,7 @@ _VERDICTS: WeakKeyDictionary[BaseModel, _Verdict] = WeakKeyDictionary()
 
 
 def fast_forward(base: BaseModel, head: OutputHead) -> tuple[FastForward | None, str]:
-    """``(the fast path, "")``, or ``(None, why this model cannot take it)``; found out once a base model."""
+    """``(the fast path, "")``, or ``(None, why this model cannot use it)``; determined once per base model."""
     if base not in _VERDICTS:
         _VERDICTS[base] = _find_out(base, head)
         if _VERDICTS[base].refusal:
@@ -184,7 +184,7 @@ def fast_forward(base: BaseModel, head: OutputHead) -> tuple[FastForward | None,
 
 
 def _find_out(base: BaseModel, head: OutputHead) -> _Verdict:
-    """Leaves trie attention installed in a model that can take the fast path."""
+    """Leaves trie attention installed in a model that can use the fast path."""
     config = base.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}

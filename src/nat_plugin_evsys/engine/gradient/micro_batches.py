@@ -1,4 +1,4 @@
-"""A step in parts that fit memory: planned, then run forward (and backward) one after the other."""
+"""Runs a step in parts that fit in memory: planned, then run forward (and backward) one after another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PASSES, _RECOMPUTED_PASSES = 3, 4
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function by name with its whole config.
+    """A loss function by name with its complete config.
 
     Attributes:
         all_logprobs: logprobs are wanted at positions that the loss does not read, too.
@@ -69,7 +69,7 @@ class MicroBatch:
 class MicroBatches:
     """Plans and runs the parts of steps of one adapter.
 
-    The fast path takes every Datum that it can; the others, or all with ``path="plain"``, go in padded batches.
+    The fast path takes every Datum it can; the others, or all with ``path="plain"``, run in padded batches.
     """
 
     def __init__(self, base: BaseModel, adapter: LoraAdapter, path: Literal["auto", "plain"]) -> None:
@@ -190,7 +190,7 @@ class MicroBatches:
         return list(zip(split_rows(logprobs, examples), entropies, strict=True))
 
     def metrics(self, batches: Sequence[MicroBatch], examples: Sequence[Example]) -> dict[str, float]:
-        """What ``TrainableModel.forward_backward`` says of the work done."""
+        """The work metrics of ``TrainableModel.forward_backward``."""
         plain = sum(b.computed for b in batches if b.trie is None)
         metrics = {
             "datum_tokens:sum": float(sum(len(e) for e in examples)),

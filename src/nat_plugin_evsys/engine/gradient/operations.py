@@ -25,7 +25,7 @@ class OperationFuture(APIFuture[T]):
     running one stops at its next ``check_cancelled``.
 
     Args:
-        future: what the operation's result arrives in, if there is something already.
+        future: where the operation's result arrives, if that exists already.
     """
 
     def __init__(self, future: Future[T] | None = None) -> None:
@@ -47,8 +47,7 @@ class OperationFuture(APIFuture[T]):
         """Block until done (``TimeoutError`` after ``timeout`` seconds) and return the result or raise its error.
 
         Raises:
-            RuntimeError: called by an operation that itself stands before this one in the queue, which would wait for
-                ever.
+            RuntimeError: called by an operation that is before this one in the queue, which would wait forever.
         """
         if self._worker is threading.current_thread() and not self._future.done():
             raise RuntimeError("an operation cannot wait for one that is queued behind it; wait outside of it")
@@ -79,7 +78,7 @@ class OperationFuture(APIFuture[T]):
         self._future.cancel()
 
     def check_cancelled(self) -> None:
-        """For the operation itself: raises ``OperationCancelled`` when nobody waits for it any more."""
+        """For the operation itself: raises ``OperationCancelled`` if nobody waits for it any more."""
         if self._cancel_requested.is_set():
             raise OperationCancelled
 
@@ -95,7 +94,7 @@ class OperationFuture(APIFuture[T]):
 
 
 class OperationQueue:
-    """Runs callables one after the other in a thread of its own. A failure reaches its own future only."""
+    """Runs callables one after another in its own thread. A failure only reaches its own future."""
 
     def __init__(self, name: str) -> None:
         self._queue: queue.Queue[tuple[OperationFuture[Any], Callable[[Any], Any]] | None]

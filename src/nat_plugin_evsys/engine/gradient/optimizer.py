@@ -39,7 +39,7 @@ class AdamW:
         Raises:
             ConfigError: a value of ``adam`` is out of range.
             NonFiniteGradientError: the gradient has an inf or NaN, or an entry whose square is beyond float32 and would
-                leave an inf in the second moment forever; weights and moments are as they were.
+                leave an inf in the second moment forever; weights and moments are unchanged.
         """
         check_adam(adam)
         grad_norm = global_norm(gradient)
@@ -80,7 +80,7 @@ class AdamW:
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``state_tensors`` gave; an empty mapping resets to a fresh optimizer."""
+        """Load what ``state_tensors`` returned; an empty mapping resets to a fresh optimizer."""
         self._optimizer.state.clear()
         for name, parameter in self._parameters.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in tensors]
@@ -90,7 +90,7 @@ class AdamW:
                 self._optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
     def reset(self) -> None:
-        """Forget the moments."""
+        """Clear the moments."""
         self.load_state_tensors({})
 
 

@@ -1,4 +1,4 @@
-"""Cutting a step's sequences into packs that fit memory, at the places where that repeats the fewest tokens."""
+"""Cuts a step's sequences into packs that fit in memory, where that repeats the fewest tokens."""
 
 from __future__ import annotations
 

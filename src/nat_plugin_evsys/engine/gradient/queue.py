@@ -16,10 +16,10 @@ ModelAction = Callable[[TrainableModel, Progress], Any]
 
 
 class TrainingQueue:
-    """Runs operations on a ``TrainableModel`` in submission order, in a thread of its own.
+    """Runs operations on a ``TrainableModel`` in submission order, in its own thread.
 
     Attributes:
-        progress: ``(done tokens, total tokens)`` of the operation that runs or ran last.
+        progress: ``(done tokens, total tokens)`` of the current or last operation.
     """
 
     def __init__(self, model: TrainableModel) -> None:
@@ -54,6 +54,6 @@ class TrainingQueue:
         return self._operations.submit(run, future)
 
     def close(self, timeout: float | None = None) -> None:
-        """Stop the running operation at its next micro-batch, fail the queued ones, let go of the model."""
+        """Stop the running operation at its next micro-batch, fail the queued ones, release the model."""
         self._operations.close(timeout)
         self._model = None

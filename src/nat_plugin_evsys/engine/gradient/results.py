@@ -1,4 +1,4 @@
-"""From loss results to Tinker's ForwardBackwardOutput."""
+"""Converts loss results to Tinker's ForwardBackwardOutput."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OUTPUT_TYPE = "TorchLossReturn"
 
 
 class DatumResult:
-    """What one Datum gave, detached and on the CPU."""
+    """The results of one Datum, detached and on the CPU."""
 
     def __init__(self, logprobs: Tensor, result: LossResult, entropy: Tensor) -> None:
         self.logprobs = logprobs.detach().cpu()

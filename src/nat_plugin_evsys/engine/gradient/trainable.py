@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 class TrainableModel:
     """An adapter over a shared base model, with its accumulated gradient and its optimizer.
 
-    Several of them may share one ``BaseModel``; none touches another. Not thread-safe: one thread operates it.
+    Several may share one ``BaseModel`` without affecting each other. Not thread-safe: one thread operates it.
 
     Attributes:
         base: the frozen base model.
@@ -45,7 +45,7 @@ class TrainableModel:
         optimizer: AdamW and its moments.
         step: optimizer steps that made the current weights.
         token_budget: most tokens computed together (padding included on the plain path); bounds memory, changes results
-            only by rounding. None: what fits the memory that is free.
+            only by rounding. None: what fits in free memory.
         untrained_logprobs: whether ``forward_backward`` returns the logprobs of positions that its loss does not read;
             if not, these are 0 and cost nothing. ``forward`` returns all.
     """
@@ -78,7 +78,7 @@ class TrainableModel:
         return self._gradient
 
     def discard_gradient(self) -> None:
-        """Forget what has accumulated."""
+        """Clear the accumulated gradient."""
         self._gradient = None
 
     def forward_backward(
@@ -88,9 +88,9 @@ class TrainableModel:
         loss_fn_config: Mapping[str, float | str] | None = None,
         progress: Progress | None = None,
     ) -> types.ForwardBackwardOutput:
-        """Loss and gradient of the *sum* over Datums; the gradient is added to what has accumulated.
+        """Loss and gradient of the *sum* over Datums; the gradient is added to the accumulated one.
 
-        All or nothing: when this raises, the accumulated gradient is as it was.
+        All or nothing: if this raises, the accumulated gradient is unchanged.
 
         Returns:
             per Datum ``logprobs`` and ``elementwise_loss`` in the shape of its target_tokens; metrics as
@@ -124,7 +124,7 @@ class TrainableModel:
     ) -> types.ForwardBackwardOutput:
         """``forward`` of cross_entropy without the adapter: logprobs of the target_tokens under the base model.
 
-        A Datum's own logprobs, advantages and the like play no part.
+        A Datum's own logprobs, advantages and so on are ignored.
         """
         return self._run(
             [bare_datum(datum) for datum in data], "cross_entropy", None, progress, backward=False, bare=True

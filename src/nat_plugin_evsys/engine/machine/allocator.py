@@ -1,4 +1,4 @@
-"""The one place where the process's memory allocator is changed.
+"""The one place that changes the process's memory allocator.
 
 glibc gives big buffers back to the kernel as soon as they are freed, and the kernel clears each page that is asked
 for again. An engine that makes and frees the same big tensors at every step spends up to half its time on that. So
@@ -24,7 +24,7 @@ _GROW_BYTES = 64 * 2**20
 
 @cache
 def keep_memory() -> bool:
-    """Tell glibc to keep freed memory, once a process; returns whether it does.
+    """Tell glibc to keep freed memory, once per process; returns whether it does.
 
     No buffer gets a mapping of its own (``M_MMAP_MAX=0``: the threshold itself cannot be raised above 32 MiB), the heap
     is never trimmed, and threads started later share the main heap, because the other heaps are trimmed regardless.

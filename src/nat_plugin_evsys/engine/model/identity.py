@@ -1,4 +1,4 @@
-"""What makes two loaded base models the same model, cheaply."""
+"""A cheap identity of a loaded base model."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def load_base_model(
 
 
 def load_tokenizer(base_model: str, *, cache_dir: Path | None = None) -> Any:
-    """The tokenizer alone of what ``load_base_model`` loads; no weights are read (a builtin model is not made).
+    """Only the tokenizer of what ``load_base_model`` loads; reads no weights (and builds no builtin model).
 
     Raises:
         ModelError: it cannot be found or loaded; the message says what to type.
@@ -165,7 +165,7 @@ def _resolve_context(name: str, model: PreTrainedModel, asked: int | None) -> in
 
 
 def _load_from_hub(hub_id: str, **options: Any) -> tuple[Any, PreTrainedModel]:
-    """Load from the Hugging Face cache if the model is whole there, else download it."""
+    """Load from the Hugging Face cache if the model is complete there, else download it."""
     import huggingface_hub
     from huggingface_hub import constants
 

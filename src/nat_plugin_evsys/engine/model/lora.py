@@ -1,9 +1,9 @@
-"""LoRA as plain tensors apart from the model, so that many adapters share one frozen base model at once.
+"""LoRA as plain tensors outside the model, so that many adapters can share one frozen base model.
 
 ``y = W x + (alpha / rank) * B A x`` (arXiv 2106.09685). The base model's linear layers add the delta of whichever
-adapter is *active in the current context*: a plain ``nn.Linear`` becomes a ``LoraLinear``, another kind of linear layer
-carries a forward hook. A training thread and a sampling thread can therefore run the same model with different
-adapters and never see each other.
+adapter is *active in the current context*: a plain ``nn.Linear`` becomes a ``LoraLinear``, other kinds of linear layers
+get a forward hook. A training thread and a sampling thread can therefore run the same model with different
+adapters without affecting each other.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def applied(adapter: LoraAdapter | None, *, fused: bool = True) -> Iterator[None
 
 
 class LoraLinear(nn.Linear):
-    """What ``install`` makes of a plain ``nn.Linear``, in place: the same layer plus the active adapter's delta."""
+    """A plain ``nn.Linear`` after ``install``, in place: the same layer plus the active adapter's delta."""
 
     lora_name: str
 
@@ -150,7 +150,7 @@ class LoraLinear(nn.Linear):
 
 
 def install(model: PreTrainedModel) -> None:
-    """Make every linear layer that can be adapted add the active adapter's delta. Calling it again changes nothing."""
+    """Make every linear layer that can be adapted add the active adapter's delta. Idempotent."""
     if getattr(model, "_evsys_lora_installed", False):
         return
     for name in linear_roles(model):

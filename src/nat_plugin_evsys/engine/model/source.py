@@ -1,4 +1,4 @@
-"""Where a base model's files are: what the user typed as ``base_model``, found on this machine."""
+"""Locates a base model's files on this machine, from what the user typed as ``base_model``."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class LocalSource:
         return str(self.gguf_file or self.directory)
 
     def tokenizer_options(self) -> dict[str, Any]:
-        """What ``AutoTokenizer.from_pretrained(directory, …)`` needs."""
+        """Arguments of ``AutoTokenizer.from_pretrained(directory, …)``."""
         return {"local_files_only": True} | ({"gguf_file": self.gguf_file.name} if self.gguf_file else {})
 
     def model_options(self) -> dict[str, Any]:
-        """What ``AutoModelForCausalLM.from_pretrained(directory, …)`` needs."""
+        """Arguments of ``AutoModelForCausalLM.from_pretrained(directory, …)``."""
         return {"local_files_only": True} | (gguf.loading_options(self.gguf_file) if self.gguf_file else {})
 
 
 def find_local(base_model: str, cache_dir: Path) -> LocalSource | None:
-    """The model's files, a builtin model being made if need be; None for what can only be a hub id.
+    """The model's files (a builtin model is built if necessary); None for what can only be a hub id.
 
     Raises:
         ModelError: it can be neither, a directory has no model or several GGUF files, or a builtin model cannot be
@@ -66,7 +66,7 @@ def find_local(base_model: str, cache_dir: Path) -> LocalSource | None:
 
 
 def local_key(base_model: str) -> str:
-    """One name for all spellings of a model on this machine; what is no file or directory here is its own name."""
+    """One name for all spellings of a model on this machine; a name without a file or directory is kept as it is."""
     path = Path(base_model).expanduser()
     if not path.exists():
         return base_model

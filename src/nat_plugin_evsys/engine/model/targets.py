@@ -55,7 +55,7 @@ def select_targets(model: PreTrainedModel, *, train_attn: bool, train_mlp: bool,
     shared experts, and the log says so once per adapter.
 
     Raises:
-        ModelError: a role was asked for that the model has no linear layer of, or no role was asked for.
+        ModelError: the model has no linear layer of a requested role, or no role was requested.
     """
     wanted: dict[Role, bool] = {"attn": train_attn, "mlp": train_mlp, "unembed": train_unembed}
     if not any(wanted.values()):

@@ -20,7 +20,7 @@ Prompt = types.ModelInput | Sequence[int]
 
 
 class RequestQueue(Protocol):
-    """What a client needs of the ``Sampler``."""
+    """What a client needs from the ``Sampler``."""
 
     limits: Limits
     tokenizer: Any
@@ -102,7 +102,7 @@ class LocalSamplingClient:
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
     ) -> SampleResult:
-        """Like ``sample``, with ``params`` as evsys's name of the parameters; raises what that one's future raises."""
+        """Like ``sample``, with ``params`` as evsys's name for the parameters; raises what its future raises."""
         future = self.sample(
             prompt,
             num_samples,
@@ -127,7 +127,7 @@ class LocalSamplingClient:
         return self._submit(prompt, 0, params, prompt_logprobs=True, prompt_last_n=prompt_logprobs_last_n)
 
     async def compute_logprobs_async(self, prompt: Prompt) -> list[float | None]:
-        """Like ``compute_logprobs``; raises what that one's future raises."""
+        """Like ``compute_logprobs``; raises what its future raises."""
         return await asyncio.wrap_future(self.compute_logprobs(prompt))
 
     def get_tokenizer(self) -> Any:

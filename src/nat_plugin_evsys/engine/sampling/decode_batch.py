@@ -1,4 +1,4 @@
-"""The sequences that one policy is decoding together, and the steps that move them on."""
+"""The sequences that one policy decodes together, and the decode steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SamplingPolicy:
 class DecodeBatch:
     """Continuous batching for one policy: row i of the decoder belongs to sequence i.
 
-    A step scores prompts, lets waiting sequences join (those that go on from the same tokens do so together), and feeds
+    A step scores prompts, lets waiting sequences join (those that continue the same tokens do so together), and feeds
     one token of every row and what a pass takes of the joining contexts. Sequences leave as they end. If the rows
     outgrow the KV memory, the last ones go back to waiting; as the random numbers are counter-based, that changes
     nothing they sample.
@@ -56,21 +56,21 @@ class DecodeBatch:
         return not (self._rows or self._joining or self._waiting or self._to_score)
 
     def submit(self, request: SampleRequest) -> None:
-        """Take a request on."""
+        """Accept a request."""
         if request.needs_scoring:
             self._to_score.append(request)
         else:
             self._waiting.extend(request.sequences)
 
     def requests(self) -> list[SampleRequest]:
-        """Every request that is not finished."""
+        """Every unfinished request."""
         return _requests([*self._in_decoder(), *self._waiting], self._to_score)
 
     def _in_decoder(self) -> list[SampleSequence]:
         return [*self._rows, *(s for sequences in self._joining.values() for s in sequences)]
 
     def step(self) -> None:
-        """Score, admit, decode one token. What fails, fails the requests it was done for."""
+        """Score, admit, decode one token. A failure fails the requests that it was for."""
         for stage in (self._retire, self._score, self._admit, self._decode):
             self._at_stake = []
             try:
@@ -123,7 +123,7 @@ class DecodeBatch:
     # -- joining
 
     def _admit(self) -> None:
-        """Hand waiting sequences to the decoder, as many as there is room for."""
+        """Hand as many waiting sequences to the decoder as there is room for."""
         contexts: dict[tuple[bytes, tuple[int, ...]], Context] = {}
         joining: dict[Context, list[SampleSequence]] = {}
         self._at_stake = _requests(self._waiting)

@@ -33,7 +33,7 @@ class KVLayout:
         """Read the layout off one forward pass over one token.
 
         Raises:
-            ModelError: the model keeps something else than keys and values of full or sliding-window attention.
+            ModelError: the model keeps something other than keys and values of full or sliding-window attention.
         """
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
@@ -118,7 +118,7 @@ class SlotStore:
         return self._data[:, :, slot, :, start:end].clone()
 
     def write(self, slot: int, pieces: list[Tensor]) -> int:
-        """Put pieces as ``read`` gives them at the start of a slot, one after the other. Returns their length."""
+        """Write pieces from ``read`` to the start of a slot, one after another. Returns their length."""
         at = 0
         for piece in pieces:
             self._data[:, :, slot, :, at : at + piece.shape[3]] = piece

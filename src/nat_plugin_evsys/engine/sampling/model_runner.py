@@ -29,7 +29,7 @@ class ModelRunner:
         prefill_tokens: most tokens (rows times width) in one forward pass; longer prompts are fed in pieces.
 
     Raises:
-        ModelError: the architecture is one that the sampler cannot decode.
+        ModelError: the sampler cannot decode this architecture.
     """
 
     def __init__(self, base: BaseModel, prefill_tokens: int = 4096) -> None:
@@ -43,7 +43,7 @@ class ModelRunner:
         self._masks = AttentionMasks(base.model.config.get_text_config(), base.dtype)
 
     def decode(self, adapter: LoraAdapter | None, store: SlotStore, tokens: list[int], positions: list[int]) -> Tensor:
-        """Feed one token a row into slots 0, 1, ...: logits (B, V) of the next one."""
+        """Feed one token per row into slots 0, 1, ...: logits (B, V) of the next one."""
         length = max(positions) + 1
         store.reserve(len(tokens), length)
         at = torch.tensor(positions, device=self.device).unsqueeze(1)

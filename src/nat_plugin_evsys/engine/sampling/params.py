@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def given_params(
     sampling_params: types.SamplingParams | None, params: types.SamplingParams | None
 ) -> types.SamplingParams:
-    """Whichever was given: ``sampling_params`` is Tinker's name, ``params`` evsys's.
+    """The argument that was given: ``sampling_params`` is Tinker's name, ``params`` evsys's.
 
     Raises:
         DataError: neither, both, or something else.

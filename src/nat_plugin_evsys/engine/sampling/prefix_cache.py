@@ -50,7 +50,7 @@ class PrefixCache:
         return store.write(slot, [block.kv for _, block in path])
 
     def add(self, policy: int, tokens: list[int], store: SlotStore, slot: int) -> None:
-        """Keep the whole blocks of ``tokens``, whose keys and values a slot holds."""
+        """Keep the complete blocks of ``tokens``, whose keys and values a slot holds."""
         whole = len(tokens) // BLOCK
         if self.max_bytes <= 0 or whole == 0:
             return

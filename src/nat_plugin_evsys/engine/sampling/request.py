@@ -30,7 +30,7 @@ TokenCallback = Callable[[int, list[int], list[float]], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What requests are checked against."""
+    """Limits that requests are checked against."""
 
     context_length: int
     vocab_size: int
@@ -97,7 +97,7 @@ class SampleRequest:
         prompt_targets, prompt_draws: see ``PromptScores``.
 
     Raises:
-        DataError: the prompt is empty, has tokens outside the vocabulary or chunks that are no text; a parameter is out
+        DataError: the prompt is empty, has tokens outside the vocabulary or non-text chunks; a parameter is out
             of range.
         PromptTooLongError: the prompt leaves no room for one token.
     """
@@ -149,7 +149,7 @@ class SampleRequest:
 
     @property
     def needs_scoring(self) -> bool:
-        """True while logprobs of the prompt are wanted and not there."""
+        """True while requested prompt logprobs are missing."""
         wanted = self.want_prompt_logprobs or self.topk_prompt > 0 or self.prompt_scores is not None
         return wanted and self.prompt_logprobs is None
 
@@ -281,7 +281,7 @@ def _check_params(
 
 
 def _room(prompt_tokens: int, num_samples: int, max_tokens: int | None, context_length: int) -> int:
-    """Tokens that may be sampled: ``max_tokens``, or less where the context ends first."""
+    """Tokens that may be sampled: ``max_tokens``, or less if the context ends first."""
     room = context_length - prompt_tokens
     if room < (1 if num_samples else 0):
         raise PromptTooLongError(prompt_tokens, max_tokens or (1 if num_samples else 0), context_length)

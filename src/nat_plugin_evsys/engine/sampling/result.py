@@ -14,7 +14,7 @@ from tinker.types.topk_logprobs import MASK_LOGPROB
 
 
 class FieldAccess:
-    """Lets a result be read as a mapping too: ``result["tokens"]``, ``list(result)`` … *Extension.*
+    """Makes a result readable as a mapping too: ``result["tokens"]``, ``list(result)`` … *Extension.*
 
     The keys are ``KEYS``; any other public attribute can be read by its name as well. A ``collections.abc.Mapping``,
     though not by inheritance, which would bring another ``__eq__``.
@@ -31,7 +31,7 @@ class FieldAccess:
             raise KeyError(key) from None
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The item, or ``default`` where there is none."""
+        """The item, or ``default`` if there is none."""
         try:
             return self[key]
         except KeyError:
@@ -88,7 +88,7 @@ class SampleResult(FieldAccess, types.SampleResponse):
 def top_columns(logprobs: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k largest of each row of ``logprobs`` (N, V): ids int32 and logprobs float32, (N, k) each, in falling order.
 
-    Where fewer than k tokens have any probability (top_k or top_p dropped the rest), Tinker's sentinels fill up.
+    If fewer than k tokens have any probability (top_k or top_p dropped the rest), Tinker's sentinels fill the rest.
     """
     values, ids = logprobs.topk(k, dim=-1)
     absent = values == float("-inf")

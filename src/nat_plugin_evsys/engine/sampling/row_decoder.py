@@ -1,4 +1,4 @@
-"""What a ``DecodeBatch`` needs of the memory and the forward passes of its rows."""
+"""What a ``DecodeBatch`` needs from the memory and forward passes of its rows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 
 @dataclass(eq=False)
 class Context:
-    """Tokens that new rows go on from.
+    """Tokens that new rows continue from.
 
     Attributes:
         tokens: all of them; at least one.
-        rows: how many rows go on from them.
+        rows: how many rows continue from them.
         known: how many of the tokens needed no computing; set when it joins.
     """
 
@@ -61,5 +61,5 @@ class RowDecoder(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
         ...

@@ -21,7 +21,7 @@ class SlotDecoder:
         runner: the model. prefixes: what earlier rows computed.
         policy: this one's ident in ``prefixes``. adapter: its adapter.
         kv_bytes: memory for the slots, roughly.
-        store: an unused store to go on with.
+        store: an unused store to reuse.
     """
 
     def __init__(

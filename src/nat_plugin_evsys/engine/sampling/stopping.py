@@ -67,8 +67,8 @@ class StopTextMatcher:
     """Finds stop strings in the text of a growing sequence, one token at a time.
 
     Tokens are decoded together with the few before them, since one token's text depends on its neighbours (byte-level
-    BPE splits characters; SentencePiece drops a leading space). Text behind an unfinished UTF-8 character is looked at
-    but not yet settled.
+    BPE splits characters; SentencePiece drops a leading space). Text after an unfinished UTF-8 character is checked
+    but not yet final.
     """
 
     def __init__(self, tokenizer: Any, strings: tuple[str, ...], prompt_ids: Sequence[int]) -> None:

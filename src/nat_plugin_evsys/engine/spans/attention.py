@@ -1,8 +1,8 @@
 """Attention of new tokens to spans of the tree, to their row's own tokens and to each other, on the CPU.
 
 Every part is one call of a kernel that also gives the log-sum-exp of its scores, and parts are merged exactly:
-``o = lerp(o1, o2, sigmoid(l2 - l1))``, ``l = logaddexp(l1, l2)``. The keys and values of a prompt are so read once for
-all rows that go on from it.
+``o = lerp(o1, o2, sigmoid(l2 - l1))``, ``l = logaddexp(l1, l2)``. So the keys and values of a prompt are read once for
+all rows that continue from it.
 """
 
 from __future__ import annotations

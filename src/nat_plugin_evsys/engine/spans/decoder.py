@@ -1,4 +1,4 @@
-"""Rows over spans of the tree: no padding, no prefix twice, prompts read in pieces beside the rows being decoded."""
+"""Rows over spans of the tree: no padding, shared prefixes once, prompts read in pieces beside the decoding rows."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SpanDecoder:
         policy: this one's ident in the tree and in the model. adapter: its adapter.
         pass_tokens: most tokens of waiting contexts in one pass.
         kv_bytes: memory for what the rows hold, roughly.
-        store: an unused store to go on with.
+        store: an unused store to reuse.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ _FREE_SHARE = 0.5
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that computes with ``packed`` if there is one, else as it always did (``plain``)."""
+    """A linear layer that computes with ``packed`` if there is one, else with ``plain``."""
 
     def __init__(self, name: str, plain: nn.Linear) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 
 
 def replace_linears(model: PreTrainedModel) -> list[PackedLinear]:
-    """Put a ``PackedLinear`` in the place of each linear layer that an adapter can adapt, and of the output head."""
+    """Replace each adaptable linear layer, and the output head, by a ``PackedLinear``."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
     found = []
     for name, module in layers:
@@ -65,8 +65,8 @@ def replace_linears(model: PreTrainedModel) -> list[PackedLinear]:
 class PackedVersions:
     """The reordered weights of the policy versions in flight, and of the last ones that were.
 
-    A version that memory has no room for computes with the base model's weights and its adapter beside them, and so
-    does every version of a model that is not fp32: a merged weight would be rounded.
+    A version that does not fit in memory computes with the base model's weights and a separate adapter. So does every
+    version of a model that is not fp32, where a merged weight would be rounded.
     """
 
     def __init__(self, layers: Iterable[PackedLinear], dtype: torch.dtype) -> None:
@@ -89,7 +89,7 @@ class PackedVersions:
         self._current = ident
 
     def done(self, ident: int) -> None:
-        """A version is no longer in flight; its weights are kept until two later ones are done."""
+        """End a version; its weights are kept until two later ones are done."""
         weights = self._in_flight.pop(ident, None)
         if weights is not None:
             self._idle[ident] = weights

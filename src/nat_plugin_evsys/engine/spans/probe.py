@@ -21,7 +21,7 @@ _TOLERANCE = 1e-4
 
 
 def rollout_model(base: BaseModel, layout: KVLayout) -> tuple[RolloutModel | None, str]:
-    """``(the model, "")``, or ``(None, why this one cannot take the fast path)``, which is also logged."""
+    """``(the model, "")``, or ``(None, why it cannot use the fast path)``, which is also logged."""
     reason = _unfit(base, layout)
     if not reason:
         try:
@@ -58,7 +58,7 @@ def _unfit(base: BaseModel, layout: KVLayout) -> str:
 
 
 def _gap(base: BaseModel, model: RolloutModel, layout: KVLayout) -> float:
-    """Largest difference of logits, relative to the largest logit, over two sequences that share their beginning."""
+    """Largest difference of logits, relative to the largest logit, over two sequences with a common prefix."""
     generator = torch.Generator().manual_seed(0)
     above, *below = (torch.randint(base.vocab_size, (n,), generator=generator) for n in (_ABOVE, _BELOW, _BELOW))
     with torch.inference_mode():

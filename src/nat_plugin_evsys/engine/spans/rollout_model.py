@@ -1,4 +1,4 @@
-"""The base model as the sampler runs it on a CPU: the same weights in a copy of the modules, made fast for few rows."""
+"""The base model as the sampler runs it on a CPU: the same weights in a copy of the modules, optimised for few rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RolloutModel:
         fed_tokens: tokens that decoders have fed so far.
 
     Raises:
-        ModelError: the model changes its logits after the output head in a way that is not known.
+        ModelError: the model changes its logits after the output head in an unknown way.
     """
 
     def __init__(self, base: BaseModel) -> None:

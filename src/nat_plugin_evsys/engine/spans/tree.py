@@ -1,7 +1,7 @@
 """Keys and values by token ids and policy: a radix tree of spans, shared by rows and kept after them.
 
 A span holds the keys and values of a run of tokens that follow those of its parents. Equal prefixes are one span,
-whoever asks for them and whenever; a span is split where two sequences part. Keys and values depend on the weights:
+whoever asks for them and when; a span is split where two sequences diverge. Keys and values depend on the weights:
 every policy has a tree of its own.
 """
 
@@ -49,14 +49,14 @@ class Span:
 
 
 class SpanTree:
-    """The trees of all policies. What nobody holds is kept within a bound, the least recently used leaves go first.
+    """The trees of all policies. Unheld spans are kept up to a limit; the least recently used leaves go first.
 
     Args:
         layout: of keys and values.
-        max_bytes: bound on the memory of what nobody holds; 0 keeps nothing.
+        max_bytes: limit on the memory of unheld spans; 0 keeps none.
 
     Attributes:
-        used_bytes: memory of what nobody holds. held_bytes: of the rest.
+        used_bytes: memory of unheld spans. held_bytes: of the rest.
     """
 
     def __init__(self, layout: KVLayout, max_bytes: int) -> None:
@@ -69,7 +69,7 @@ class SpanTree:
         self._idle: OrderedDict[Span, None] = OrderedDict()
 
     def hold(self, policy: int, tokens: Sequence[int]) -> tuple[Span, int]:
-        """The span that ends with the last of ``tokens``, made if there is none, and held until ``release``.
+        """The span that ends with the last of ``tokens``, created if missing, and held until ``release``.
 
         Returns it and how many of the tokens before the last had keys and values already.
         """
@@ -91,7 +91,7 @@ class SpanTree:
             each.holders += more
 
     def release(self, last: Span) -> None:
-        """Let go of a span once."""
+        """Release one hold of a span."""
         for span in reversed(last.path()):
             span.holders -= 1
             if span.holders == 0:
