@@ -32,10 +32,10 @@ help:
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make check        lint, format check, types, generated docs"
 ifneq ($(BENCHMARK),)
-	@echo "make bench        training steps and rollouts beside their peers' (benchmarks/README.md); BENCH_ARGS=--small tries it"
+	@echo "make bench        compare training steps and rollouts with those of peers (benchmarks/README.md); BENCH_ARGS=--small is a quick check"
 endif
 	@echo "make install      only install into $(VENV)"
-	@echo "make docs         write docs/settings.md and docs/cli.md anew from the sources"
+	@echo "make docs         regenerate docs/settings.md and docs/cli.md from the sources"
 	@echo "make format       rewrite the sources in the project's format"
 	@echo "make clean        delete caches and build output; distclean deletes $(VENV) too"
 

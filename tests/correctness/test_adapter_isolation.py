@@ -1,4 +1,4 @@
-"""Proof 4: training one adapter leaves another over the same base model bit-identical, with sampling beside it."""
+"""Training one adapter leaves another over the same base model bit-identical, with sampling beside it."""
 
 from __future__ import annotations
 

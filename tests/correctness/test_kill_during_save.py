@@ -1,4 +1,4 @@
-"""Proof 5: a process killed at any moment of a save leaves the previous checkpoint, or the new one, never a part."""
+"""A process killed at any moment of a save leaves the previous checkpoint, or the new one, never a part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof 1: every loss and its gradient equal an independent float64 computation, on random ragged batches."""
+"""Every loss and its gradient equal an independent float64 computation, on random ragged batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof 2, through the whole serving path: what the policy endpoint recorded is what ``forward`` computes.
+"""The whole serving path: what the policy endpoint recorded is what ``forward`` computes.
 
 An OpenAI client holds conversations with tools with a policy that has been trained away from zero on its own calls.
 """

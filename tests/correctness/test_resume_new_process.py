@@ -1,4 +1,4 @@
-"""Proof 3: resuming in a new process goes on bit for bit; without the optimizer state it does not."""
+"""Resuming in a new process continues bit for bit; without the optimizer state it does not."""
 
 from __future__ import annotations
 

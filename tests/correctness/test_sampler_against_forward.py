@@ -1,4 +1,4 @@
-"""Proof 2: the sampler's logprobs are the trainer's, for every family, with an adapter that is far from zero.
+"""The sampler's logprobs are the trainer's, for every family, with an adapter that is far from zero.
 
 Both sides are reached through the public ``Backend``; a third computation (transformers alone, float64, the adapter
 merged) stands for the temperatures that ``forward`` does not have.
