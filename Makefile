@@ -18,10 +18,10 @@ PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CP
 SELECTION := tests/packaging tests/rollouts tests/runs tests/report tests/e2e/test_life_of_a_run.py
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
-SOURCES := $(wildcard src tests examples benchmarks scripts)
+SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-all     the same on Python 3.11, 3.12 and 3.13, in .venv-3.11, …"
 	@echo "make test-processors  the same with the kernels of other processors, and on two threads"
 	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
+	@echo "make test-interop     others' programs against nat evsys serve, each in its own environment (docs/interop.md)"
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make check        lint, format check, types, generated docs"
 ifneq ($(BENCHMARK),)
@@ -80,6 +81,11 @@ test-wheel: $(BIN)/python
 REHEARSAL_PYTHON ?= $(BIN)/python
 test-gpu-rehearsal: $(BIN)/python
 	@benchmarks/gpu/rehearse $(REHEARSAL_PYTHON) $(PIP_ARGS)
+
+# Programs of others, unmodified: ART, and recipes of the Tinker cookbook. Not in CI: they install a lot of their own.
+test-interop: $(INSTALLED_DEV)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop
+	@PYTHON=$(CURDIR)/$(BIN)/python scripts/cookbook-acceptance
 
 check: $(INSTALLED_DEV)
 	@$(BIN)/ruff check $(SOURCES)
