@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.clients.sampling import SamplingClient as SamplingClient
     from nat_plugin_evsys.clients.service import ServiceClient as ServiceClient
     from nat_plugin_evsys.clients.training import TrainingClient as TrainingClient
+    from nat_plugin_evsys.policy.address import policy_endpoint as policy_endpoint
 
 __version__ = "0.1.0"
 
@@ -16,9 +17,18 @@ _MODULES = {
     "SamplingClient": "nat_plugin_evsys.clients.sampling",
     "ServiceClient": "nat_plugin_evsys.clients.service",
     "TrainingClient": "nat_plugin_evsys.clients.training",
+    "policy_endpoint": "nat_plugin_evsys.policy.address",
 }
 
-__all__ = ["RestClient", "SamplingClient", "ServiceClient", "TrainingClient", "__version__", "types"]
+__all__ = [
+    "RestClient",
+    "SamplingClient",
+    "ServiceClient",
+    "TrainingClient",
+    "__version__",
+    "policy_endpoint",
+    "types",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ Exception
 │   ├── CheckpointError              a checkpoint is missing, torn, or belongs to another model
 │   ├── NonFiniteGradientError       an optimizer step was refused; weights and moments are as they were
 │   ├── NothingTrainedError          a run ended, and nothing was trained in it
+│   ├── RolloutsFailedError          a batch of rollouts of which nothing can be learned; carries the first cause
 │   ├── CollapseError                a run was stopped because its policy had collapsed
 │   ├── JobError                     a training job failed; carries the first cause
 │   ├── EngineClosedError            an operation was sent to an engine that has been closed
@@ -88,6 +89,10 @@ class NonFiniteGradientError(EvsysError):
 
 class NothingTrainedError(EvsysError):
     """A run ended, and nothing was trained in it: there is no adapter to serve."""
+
+
+class RolloutsFailedError(EvsysError):
+    """Nothing can be learned or reported from a batch of rollouts; the message has the first cause."""
 
 
 class CollapseError(EvsysError):

@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
 
 @register_llm_provider(config_type=EvsysPolicyConfig)
-async def evsys_policy(config: EvsysPolicyConfig, _builder: Builder) -> AsyncIterator[LLMProviderInfo]:
+async def evsys_policy(config: EvsysPolicyConfig, builder: Builder) -> AsyncIterator[LLMProviderInfo]:
     """The LLM under training."""
+    from nat_plugin_evsys.policy.policy import Policy
+
+    Policy.of(config).configured_by(builder)
     yield LLMProviderInfo(config=config, description="A policy that `nat finetune` trains and `nat run` serves.")
 
 

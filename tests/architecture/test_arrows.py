@@ -69,7 +69,7 @@ ARROWS: dict[str, set[str]] = {
     "types": {"clients", "runtime", *DRIVERS},
     "testing": GROUND | {"calls", "backends", "policy"},
     "cli": GROUND | {"config", "report", "runs", "rollouts", "runtime", "service/http"} | DRIVERS,
-    "": {"clients", "types"},
+    "": {"clients", "types", "policy"},
 }
 
 STANDARD_LIBRARY_ONLY = ("errors", "files", "json_lines", "calls", "defaults")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,3 +28,14 @@ def make_config(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def agents(tmp_path: Path) -> dict[str, str]:
+    """Environment variables with which ``nat`` discovers the functions of ``tests/support/raw_agents.py``."""
+    installed = tmp_path / "plugins" / "raw_agents-0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: raw_agents\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text("[nat.plugins]\nraw_agents = raw_agents\n")
+    path = [str(installed.parent), str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(path)}

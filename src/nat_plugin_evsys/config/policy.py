@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from nat.data_models.common import OptionalSecretStr
 from nat.data_models.llm import LLMBaseConfig
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from nat_plugin_evsys.config.strict import StrictConfig
 from nat_plugin_evsys.runtime import defaults
@@ -105,12 +106,24 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     )
     host: str = Field(default="127.0.0.1", description="Address that the policy endpoint listens on.")
     port: int = Field(default=0, ge=0, le=65535, description="Port of the policy endpoint; 0 takes a free one.")
+    api_key: OptionalSecretStr = Field(
+        default=None,
+        description="Key of the policy endpoint (not of the service: that is `api_key_env`), for an agent that is "
+        "configured ahead of time; take it from the environment: `${POLICY_KEY}`. Default is a new one each time.",
+    )
     request_timeout: float = Field(default=600.0, gt=0, description="Seconds a client waits for one call.")
     disable_streaming: bool = Field(
         default=True,
         description="Make LangChain agents use plain calls even if they ask for a stream (same tokens, less CPU).",
     )
     trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")
+
+    @field_validator("api_key")
+    @classmethod
+    def _no_empty_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().strip():
+            raise ValueError("api_key is empty; set the environment variable that it is taken from, or remove api_key")
+        return value
 
     @field_validator("base_url")
     @classmethod

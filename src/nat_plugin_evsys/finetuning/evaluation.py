@@ -13,7 +13,6 @@ from nat.data_models.evaluate_runtime import EvaluationRunConfig
 from nat.plugins.eval.runtime.evaluate import EvaluationRun
 
 from nat_plugin_evsys.calls import DropReason
-from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.finetuning.sessions import RecordedSessions, Rollouts
 from nat_plugin_evsys.finetuning.telemetry import without_exporters
 from nat_plugin_evsys.report.quiet import quiet_tqdm
@@ -60,7 +59,7 @@ async def evaluate_policy(
         dataset: overrides the configured dataset's path.
 
     Returns:
-        Every attempt, scored or not; see ``refuse_total_loss``.
+        Every attempt, scored or not; see ``check_batch``.
     """
     run_config = EvaluationRunConfig(
         config_file=evaluation_config(config, reward_name, max_concurrency),
@@ -211,20 +210,6 @@ def _evaluator_problem(score: Any) -> str | None:
     if isinstance(score.score, bool) or not isinstance(score.score, int | float) or not math.isfinite(score.score):
         return f"the evaluator's score is {score.score!r}, not a finite number"
     return None
-
-
-def refuse_total_loss(attempts: list[Attempt]) -> None:
-    """Refuse a collection without any reward: nothing can be learned from it or reported.
-
-    Raises:
-        EvsysError: not a single attempt could be scored; the message has the first cause.
-    """
-    if attempts and all(attempt.lost for attempt in attempts):
-        first = attempts[0]
-        raise EvsysError(
-            f"none of the {len(attempts)} rollouts has a reward ({first.lost}); the first one: {first.error}. "
-            "Run `nat eval` on the same config to see the evaluator alone"
-        )
 
 
 @contextmanager

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING
 
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses
 from nat_plugin_evsys.finetuning.telemetry import check_exporters
 
 if TYPE_CHECKING:
@@ -86,35 +84,6 @@ def check_policy(
             "cannot be trained on; set top_p: 1 for `nat finetune` (any temperature is fine)"
         )
     return adapter.policy, policy, adapter
-
-
-def check_workflow_uses(config: Config, policy_name: str) -> None:
-    """The workflow, or a function that it can call, must use the policy as its LLM."""
-    used = {ref for part in (config.workflow, *config.functions.values()) for ref in _llm_refs(part)}
-    if policy_name not in used:
-        seen = f"uses {sorted(used)}" if used else "names no LLM"
-        raise ConfigError(
-            f"the workflow {seen}, not the policy `{policy_name}`, so nothing would be trained; "
-            f"set `workflow.llm_name: {policy_name}`"
-        )
-
-
-def _llm_refs(value: Any) -> Iterator[str]:
-    from nat.data_models.component_ref import LLMRef
-
-    if isinstance(value, LLMRef):
-        yield str(value)
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _llm_refs(getattr(value, name))
-        for extra in (value.model_extra or {}).values():
-            yield from _llm_refs(extra)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _llm_refs(item)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _llm_refs(item)
 
 
 def check_output_dirs(policy_name: str, policy: EvsysPolicyConfig, output_dir: Path) -> None:

@@ -43,6 +43,7 @@ class Rollouts:
         seconds: run id -> how long the workflow ran.
         start_gate: lets the rollouts start a few at a time.
         exporters: NAT's telemetry, which every rollout is exported to.
+        unattributed_before: calls of no rollout that the recorder had counted when these began.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Rollouts:
     exporters: RunExporters
     result_json_path: str = "$"
     timeout: float | None = None
+    unattributed_before: int = 0
     on_done: Callable[[int, int], None] | None = None
     failures: dict[str, Exception] = field(default_factory=dict)
     timeouts: set[str] = field(default_factory=set)

@@ -17,8 +17,9 @@ from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
 from nat_plugin_evsys.calls import CallTally, DropReason, RunKind
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.finetuning.checks.batch_check import check_batch
 from nat_plugin_evsys.finetuning.curriculum import ROLLOUT_ID_KEY, ROW_ID_KEY
-from nat_plugin_evsys.finetuning.evaluation import evaluate_policy, refuse_total_loss
+from nat_plugin_evsys.finetuning.evaluation import evaluate_policy
 from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, check_run, resolve_config
 from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.sessions import Rollouts
@@ -73,6 +74,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         self._attempts: list[Attempt] = []
         self._runs: dict[str, tuple[asyncio.Task[list[Attempt]], Rollouts]] = {}
         self._nat_config: Config | None = None
+        self._policy_name = ""
         self._policy_config: EvsysPolicyConfig | None = None
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
@@ -84,7 +86,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         await super().initialize(run_config)
         self._nat_config = resolve_config(run_config.run_configuration)
         check_run(self._nat_config, run_config)
-        self._policy_config = check_policy(self._nat_config, run_config)[1]
+        self._policy_name, self._policy_config, _ = check_policy(self._nat_config, run_config)
 
     @property
     def policy(self) -> Policy:
@@ -118,7 +120,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
         Raises:
             ValueError: unknown run id.
-            EvsysError: not a single rollout could be scored.
+            RolloutsFailedError: no rollout has both a reward and a call.
         """
         if run_id not in self._runs:
             raise ValueError(f"run `{run_id}` is unknown; known: {sorted(self._runs)}; call start_run first")
@@ -128,7 +130,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             self._attempts = await task
         finally:
             self._runs.pop(run_id, None)
-        refuse_total_loss(self._attempts)
+        self._check(rollouts)
         groups, self.report = self._build(self._attempts)
         return TrajectoryCollection(trajectories=groups, run_id=run_id)
 
@@ -141,13 +143,13 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             config: another NAT configuration, as `--validation_config_file` gives.
 
         Raises:
-            EvsysError: not a single rollout could be scored.
+            RolloutsFailedError: no rollout has both a reward and a call.
         """
         check_dataset(config or self._config, dataset, what=name)
         rollouts = self._rollouts(name, "evaluation")
         rollouts.on_done = self.on_rollout
         self._attempts = await self._roll_out(rollouts, 1, dataset=dataset, config=config)
-        refuse_total_loss(self._attempts)
+        self._check(rollouts)
         report = RolloutReport()
         for attempt in self._attempts:
             self._account(report, attempt)
@@ -173,6 +175,10 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         path = Path(output_dir or self.run_config.output_dir) / "trajectory_builder.jsonl"
         append_json_lines(path, [{"run_id": run_id, **metrics}])
 
+    def _check(self, rollouts: Rollouts) -> None:
+        strays = self.policy.recorder.totals.unattributed - rollouts.unattributed_before
+        check_batch(self._attempts, self._policy_name, unattributed=strays)
+
     @property
     def _config(self) -> Config:
         if self._nat_config is None:
@@ -189,6 +195,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             exporters=self._exporters,
             result_json_path=run.result_json_path,
             timeout=self.config.rollout_timeout,
+            unattributed_before=self.policy.recorder.totals.unattributed,
         )
 
     @property
@@ -204,6 +211,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         reward = self.run_config.reward_function
         if reward is None:
             raise ConfigError("finetuning.reward_function must be set; use `nat finetune`")
+        self.policy.endpoint.attribute_calls()
         source = dataset if dataset is not None else self._run_configuration.dataset
         return await evaluate_policy(
             config or self._config,

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from nat_plugin_evsys.calls import RUN_ID_HEADER
+from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER
 from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
 from nat_plugin_evsys.policy.api_errors import api_error_of, body_of, headers_of, is_infrastructure
 from nat_plugin_evsys.policy.completions import Completion, PolicySource
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHAT = replace(SMALL, bytes=8 << 20)
+
+ROLLOUT = "rollout"
+"""Name of the path parameter of a URL that carries the rollout which its calls belong to."""
 
 
 class ChatModels(Protocol):
@@ -102,7 +105,7 @@ class ChatRoutes:
                 self._recorder.disconnect()
                 return Response(status_code=499)  # nobody reads it
             except Exception as error:  # noqa: BLE001 - the boundary: answered, counted and logged
-                return error_response(self._fail(error, request.headers.get(RUN_ID_HEADER)))
+                return error_response(self._fail(error, _run_id(request)))
 
         return Route(path, guarded, methods=[method])
 
@@ -154,7 +157,12 @@ class ChatRoutes:
 
     async def _prepare(self, parsed: ChatCompletionRequest, request: Request, caller: str) -> Completion:
         source = await self._models.source(parsed.model, caller)
-        return await Completion.prepare(parsed, request.headers, source)
+        return await Completion.prepare(parsed, source, _run_id(request), request.headers.get(STEP_ID_HEADER))
+
+
+def _run_id(request: Request) -> str | None:
+    """The rollout that a call belongs to: of its context, else the one that its URL carries."""
+    return request.headers.get(RUN_ID_HEADER) or request.path_params.get(ROLLOUT)
 
 
 async def _sampled(

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER
+from nat_plugin_evsys.policy.attribution import attribution_headers
 
 if TYPE_CHECKING:
     import openai
@@ -18,21 +18,6 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = 10.0
 _MAX_RETRIES = 2
-_ROOT_SPAN = "root"
-
-
-def attribution_headers() -> dict[str, str]:
-    """The headers of a call made now: NAT's workflow run id and the UUID of the calling step, if any.
-
-    Inside a LangChain model's call the innermost active span is the LLM_START step; in a function that calls the
-    endpoint with its own client it is the function's step.
-    """
-    from nat.builder.context import ContextState
-
-    state = ContextState.get()
-    run_id, step_id = state.workflow_run_id.get(), state.active_span_id_stack.get()[-1]
-    headers = {} if run_id is None else {RUN_ID_HEADER: run_id}
-    return headers if step_id == _ROOT_SPAN else {**headers, STEP_ID_HEADER: step_id}
 
 
 def attribution_client(timeout: float) -> openai.DefaultAsyncHttpxClient:

@@ -6,11 +6,11 @@ import asyncio
 import inspect
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER, Call, RunKind
+from nat_plugin_evsys.calls import Call, RunKind
 from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.protocol import (
@@ -69,14 +69,16 @@ class Completion:
 
     @classmethod
     async def prepare(
-        cls, request: ChatCompletionRequest, headers: Mapping[str, str], source: PolicySource
+        cls, request: ChatCompletionRequest, source: PolicySource, run_id: str | None, step_id: str | None
     ) -> Completion:
         """Render the prompt and fix the policy version. Loads the model if necessary.
+
+        Args:
+            run_id, step_id: what the call belongs to, if anything.
 
         Raises:
             EvsysError: the messages cannot be rendered, or the policy cannot be loaded.
         """
-        run_id, step_id = headers.get(RUN_ID_HEADER), headers.get(STEP_ID_HEADER)
         renderer = await _resolve(source.renderer)
         messages, tools = request.message_dicts(), request.shown_tools
         thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None

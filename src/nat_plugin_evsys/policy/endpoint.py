@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,8 +20,9 @@ from starlette.routing import Route
 
 from nat_plugin_evsys.calls import RunKind
 from nat_plugin_evsys.errors import ApiError, EvsysError
+from nat_plugin_evsys.policy.attribution import CALL_ATTRIBUTION
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.chat_routes import ChatRoutes, error_response
+from nat_plugin_evsys.policy.chat_routes import ROLLOUT, ChatRoutes, error_response
 from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults, check_model
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.web.origin import refuse_web_pages
@@ -38,6 +40,8 @@ _CLOSE_SECONDS = 10.0
 class PolicyEndpoint:
     """``POST /v1/chat/completions``, ``GET /v1/models`` and ``GET /health`` for the policy.
 
+    ``/rollouts/ROLLOUT/v1/…`` is the same for the calls of one rollout (see ``url_of``).
+
     Args:
         renderer: gives the chat renderer; called for each request, may be async and may load the model.
         sampling_client: gives the client of the policy version to sample from; called for each request, so a new
@@ -45,6 +49,7 @@ class PolicyEndpoint:
         recorder: keeps the calls.
         defaults: sampling settings of requests that do not set them, by the kind of their run.
         model_names: the names that requests may ask for.
+        is_alias: tells other names by which it may be asked for.
         port: 0 takes a free one.
         api_key: default is a generated one.
     """
@@ -57,15 +62,18 @@ class PolicyEndpoint:
         recorder: Recorder,
         defaults: Callable[[RunKind | None], SamplingDefaults],
         model_names: list[str],
+        is_alias: Callable[[str], bool] = lambda name: False,
         host: str = "127.0.0.1",
         port: int = 0,
         api_key: str | None = None,
     ) -> None:
         self.api_key = api_key or f"sk-evsys-{secrets.token_urlsafe(24)}"
         source = PolicySource(renderer, sampling_client, recorder, defaults)
-        self._routes = ChatRoutes(_OnePolicy(source, list(model_names), self.api_key), recorder, self._is_closing)
+        models = _OnePolicy(source, list(model_names), is_alias, self.api_key)
+        self._routes = ChatRoutes(models, recorder, self._is_closing)
         self._host, self._port = host, port
         self._url: str | None = None
+        self._address: tuple[str, int] | None = None
         self._server: HttpServer | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -80,9 +88,17 @@ class PolicyEndpoint:
         Raises:
             EvsysError: the endpoint has not been started.
         """
+        return self.url_of(None)
+
+    def url_of(self, rollout: str | None) -> str:
+        """``base_url``, or one whose calls belong to a rollout where they do not say another: for any client at all.
+
+        Raises:
+            EvsysError: the endpoint has not been started.
+        """
         if self._url is None:
             raise EvsysError("the policy endpoint is not running; call start() first")
-        return self._url
+        return f"{self._url}/v1" if rollout is None else f"{self._url}/rollouts/{quote(rollout)}/v1"
 
     def start(self) -> None:
         """Listen; returns once requests are answered. Does nothing if it is already running.
@@ -107,11 +123,19 @@ class PolicyEndpoint:
                 listener.close()
                 raise EvsysError(f"the policy endpoint did not start on {self._host}:{port}; see the log")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
-        self._url = f"{url_of(host, port)}/v1"
+        self._url, self._address = url_of(host, port), (host, port)
+
+    def attribute_calls(self) -> None:
+        """Let calls that this process makes from now on say which rollout they belong to; see ``CallAttribution``."""
+        if self._address is not None:
+            CALL_ATTRIBUTION.add(self._address)
 
     def close(self) -> None:
         """Stop listening. Requests in flight are answered 503 and their sampling is cancelled."""
         thread, self._thread, self._url = self._thread, None, None
+        if self._address is not None:
+            CALL_ATTRIBUTION.remove(self._address)
+            self._address = None
         if thread is None or self._server is None or self._loop is None or self._closing is None:
             return
         self._server.stop()
@@ -130,7 +154,11 @@ class PolicyEndpoint:
 
     def _app(self) -> Starlette:
         return Starlette(
-            routes=[Route("/health", _health, methods=["GET"]), *self._routes.routes("/v1")],
+            routes=[
+                Route("/health", _health, methods=["GET"]),
+                *self._routes.routes("/v1"),
+                *self._routes.routes(f"/rollouts/{{{ROLLOUT}:path}}/v1"),
+            ],
             exception_handlers={HTTPException: _unknown_route},
         )
 
@@ -142,9 +170,10 @@ class PolicyEndpoint:
 class _OnePolicy:
     """The ``ChatModels`` of one policy under fixed names."""
 
-    def __init__(self, source: PolicySource, names: list[str], api_key: str) -> None:
+    def __init__(self, source: PolicySource, names: list[str], is_alias: Callable[[str], bool], api_key: str) -> None:
         self._source = source
         self._names = names
+        self._is_alias = is_alias
         self._api_key = api_key
 
     def authorize(self, headers: Mapping[str, str]) -> str:
@@ -162,7 +191,8 @@ class _OnePolicy:
         return self._names
 
     async def source(self, name: str, caller: str) -> PolicySource:
-        check_model(name, self._names)
+        if not self._is_alias(name):
+            check_model(name, self._names)
         return self._source
 
 

@@ -10,13 +10,13 @@ import asyncio
 import atexit
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from nat_plugin_evsys.calls import RunKind
+from nat_plugin_evsys.calls import RUN_ID_HEADER, RunKind
 from nat_plugin_evsys.errors import ConfigError, EvsysError
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint, SamplingDefaults
 from nat_plugin_evsys.policy.recorder import Recorder
@@ -50,6 +50,7 @@ class Policy:
         self._loading: Future[None] | None = None
         self._lock = threading.Lock()
         self._endpoint: PolicyEndpoint | None = None
+        self._builder: Builder | None = None
 
     @classmethod
     def of(cls, config: EvsysPolicyConfig) -> Policy:
@@ -59,6 +60,12 @@ class Policy:
             if key not in cls._instances:
                 cls._instances[key] = cls(config)
             return cls._instances[key]
+
+    @classmethod
+    def all(cls) -> list[Policy]:
+        """Every policy of this process."""
+        with cls._instances_lock:
+            return list(cls._instances.values())
 
     @classmethod
     def named(cls, name: str, builder: Builder) -> Policy:
@@ -81,6 +88,19 @@ class Policy:
             )
         return cls.of(config)
 
+    def configured_by(self, builder: Builder) -> None:
+        """Remember who built this policy last: NAT's builder knows by which names the YAML calls it."""
+        self._builder = builder
+
+    def answers_to(self, name: str) -> bool:
+        """Whether requests may ask for the policy by this name: its base model's, or one that the YAML gives it."""
+        if name == self.config.base_model:
+            return True
+        try:
+            return self._builder is not None and self._builder.get_llm_config(name) == self.config
+        except ValueError:  # no LLM of that name
+            return False
+
     # -- serving ----------------------------------------------------------------------------------------------------
 
     @property
@@ -88,18 +108,27 @@ class Policy:
         """The OpenAI-compatible endpoint, started at the first use."""
         with self._lock:
             if self._endpoint is None:
+                key = self.config.api_key
                 self._endpoint = PolicyEndpoint(
                     renderer=self._current_renderer,
                     sampling_client=self._current_client,
                     recorder=self.recorder,
                     defaults=self._sampling_defaults,
                     model_names=[self.config.base_model],
+                    is_alias=self.answers_to,
                     host=self.config.host,
                     port=self.config.port,
+                    api_key=None if key is None else key.get_secret_value(),
                 )
                 self._endpoint.start()
-                logger.info("policy endpoint: %s  key: %s", self._endpoint.base_url, self._endpoint.api_key)
+                shown = self._endpoint.api_key if key is None else "the configured one"
+                logger.info("policy endpoint: %s  key: %s", self._endpoint.base_url, shown)
             return self._endpoint
+
+    def open_run(self, headers: Mapping[str, str]) -> str | None:
+        """The rollout that these attribution headers name, if it is going on."""
+        run_id = headers.get(RUN_ID_HEADER)
+        return None if self.recorder.kind_of(run_id) is None else run_id
 
     @asynccontextmanager
     async def langchain_client(self) -> AsyncIterator[ChatOpenAI]:

@@ -42,6 +42,7 @@ NOT_COMPARED = (
     "llms.*.output_dir",
     "llms.*.host",
     "llms.*.port",
+    "llms.*.api_key",
     "llms.*.device",
     "llms.*.request_timeout",
     "llms.*.max_batch_size",

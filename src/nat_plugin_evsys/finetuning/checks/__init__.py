@@ -1,0 +1,1 @@
+"""Whether a run can train: by its configuration, and by what its rollouts came to."""

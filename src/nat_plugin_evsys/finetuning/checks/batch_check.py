@@ -1,0 +1,50 @@
+"""Whether anything can be learned or reported from a batch of rollouts; if not, why not, and what to type."""
+
+from __future__ import annotations
+
+from nat_plugin_evsys.errors import RolloutsFailedError
+from nat_plugin_evsys.rollouts.attempts import Attempt
+
+_OWN_CLIENT = (
+    "read `endpoint = policy_endpoint()` (`from nat_plugin_evsys import policy_endpoint`) inside the workflow's "
+    "function, and give its `base_url` and `api_key` to the client, or its `headers` to each request (docs/agents.md)"
+)
+
+
+def check_batch(attempts: list[Attempt], policy_name: str, *, unattributed: int = 0) -> None:
+    """Refuse rollouts of which not one has both a reward and a call.
+
+    Args:
+        policy_name: what ``llms:`` calls the policy.
+        unattributed: calls that reached the policy meanwhile and belong to no rollout.
+
+    Raises:
+        RolloutsFailedError: nothing can be learned from them; the message has the first cause and what to type.
+    """
+    if not attempts:
+        return
+    if all(attempt.lost for attempt in attempts):
+        first = attempts[0]
+        raise RolloutsFailedError(
+            f"none of the {len(attempts)} rollouts has a reward ({first.lost}); the first one: {first.error}. "
+            "Run `nat eval` on the same config to see the evaluator alone"
+        )
+    if any(attempt.calls for attempt in attempts):
+        return
+    count = len(attempts)
+    if unattributed:
+        raise RolloutsFailedError(
+            f"none of the {unattributed} calls that {count} rollouts made of the policy says which rollout it belongs "
+            "to (unattributed), so nothing can be trained. Another process made them, or a thread of its own: "
+            f"{_OWN_CLIENT}"
+        )
+    errors = [attempt.error for attempt in attempts if attempt.error is not None]
+    if errors:
+        raise RolloutsFailedError(
+            f"{len(errors)} of {count} rollouts failed, and none called the policy; the first one: {errors[0]}. "
+            "Run `nat eval` on the same config to see it alone"
+        )
+    raise RolloutsFailedError(
+        f"none of {count} rollouts called the policy `{policy_name}`, so nothing can be trained. Set "
+        f"`workflow.llm_name: {policy_name}`; for a client of your own, {_OWN_CLIENT}"
+    )

@@ -1,0 +1,52 @@
+"""Acceptance: the real NAT trains workflows whose LLM clients are none of NAT's, or says what to type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nat_process import Finished, newest_run, run_nat
+
+CLIENTS = ("openai", "requests", "langchain", "urllib")
+
+
+@pytest.fixture
+def finetune(tmp_path: Path, make_config: Callable[..., Path], agents: dict[str, str]) -> Callable[..., Finished]:
+    """``finetune(workflow, rows)``: `nat finetune` of configs/tiny.yml with another workflow, for an epoch."""
+
+    def run(workflow: dict[str, Any], rows: list[dict[str, Any]], *options: str, **changes: Any) -> Finished:
+        def change(settings: dict[str, Any]) -> None:
+            (tmp_path / "rows.json").write_text(json.dumps(rows))
+            settings["workflow"] = workflow
+            settings["eval"]["general"]["dataset"]["file_path"] = str(tmp_path / "rows.json")
+            settings["trainer_adapters"]["adapter"]["advantage"] = "reward"  # trains every call, whatever was said
+            settings["trainers"]["trainer"]["validation_dataset"] = None
+            settings["trajectory_builders"]["builder"]["num_generations"] = 4
+            settings["llms"]["policy"] |= changes
+
+        config = make_config("tiny", change)
+        return run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "1", *options, **agents)
+
+    return run
+
+
+def test_every_client_belongs_to_its_rollout(finetune: Callable[..., Finished], tmp_path: Path) -> None:
+    rows = [{"id": name, "question": f"{name}: is it on?", "answer": "yes"} for name in CLIENTS]
+    done = finetune({"_type": "raw_agent"}, rows)
+    assert done.code == 0, done.text[-4000:]
+    summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())
+    assert summary["trained"] == 4 * len(CLIENTS)
+    assert summary["dropped"] == {"validation": 2 * len(CLIENTS)}
+    assert summary["calls"] == 6 * len(CLIENTS)
+
+
+def test_calls_that_belong_to_no_rollout_end_the_run(finetune: Callable[..., Finished], tmp_path: Path) -> None:
+    rows = [{"id": str(number), "question": f"Is it {number}?", "answer": "yes"} for number in range(3)]
+    done = finetune({"_type": "raw_agent", "client": "thread"}, rows)
+    assert done.code == 1
+    last = done.err.rstrip().splitlines()[-1]
+    assert last.startswith("Error: none of the 3 calls that 3 rollouts made of the policy")
+    assert "policy_endpoint()" in last
