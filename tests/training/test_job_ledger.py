@@ -28,7 +28,7 @@ def test_a_torn_last_line_spoils_no_other(tmp_path: Path, caplog: pytest.LogCapt
         file.write('{"event": "fini')
     with caplog.at_level(logging.WARNING):
         assert [r["job_id"] for r in ledger.read()] == ["a"]
-    assert "line 2 is torn" in caplog.text
+    assert "line 2 is incomplete" in caplog.text
     ledger.submitted("b", "run")
     ledger.finished("b", "run")
     assert [r["job_id"] for r in ledger.read()] == ["a", "b", "b"]
