@@ -47,7 +47,9 @@ async def evsys_policy_langchain(config: EvsysPolicyConfig, _builder: Builder) -
     """An ordinary ChatOpenAI bound to the policy's endpoint."""
     from nat_plugin_evsys.policy.policy import Policy
 
-    async with Policy.of(config).langchain_client() as client:
+    policy = Policy.of(config)
+    policy.check_servable()
+    async with policy.langchain_client() as client:
         yield client
 
 

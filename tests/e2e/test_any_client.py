@@ -50,3 +50,16 @@ def test_calls_that_belong_to_no_rollout_end_the_run(finetune: Callable[..., Fin
     last = done.err.rstrip().splitlines()[-1]
     assert last.startswith("Error: none of the 3 calls that 3 rollouts made of the policy")
     assert "policy_endpoint()" in last
+
+
+@pytest.mark.parametrize("command", ["run", "eval"])
+@pytest.mark.parametrize("workflow", ["chat_completion", "raw_agent"])
+def test_nothing_to_serve_is_an_error_at_the_start(
+    command: str, workflow: str, make_config: Callable[..., Path], agents: dict[str, str]
+) -> None:
+    config = make_config("tiny", lambda settings: settings.update(workflow={"_type": workflow, "llm_name": "policy"}))
+    options = ["--input", "My wifi is broken."] if command == "run" else []
+    done = run_nat(command, "--config_file", str(config), *options, timeout=120, **agents)
+    assert done.code != 0, done.text[-3000:]
+    assert "run `nat finetune --config_file …` first, or set checkpoint: none to serve the base model" in done.text
+    assert "sorry" not in done.out.lower()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 from nat.data_models.evaluator import EvalInputItem
 from nat.data_models.intermediate_step import (
@@ -21,7 +23,7 @@ from nat_plugin_evsys.finetuning.sessions import Rollouts
 from nat_plugin_evsys.policy.recorder import Recorder
 
 
-def attempt(reasoning: Any, calls: int = 2) -> Any:
+def attempt(reasoning: Any, calls: int = 2, score: Any = 1.0) -> Any:
     """The attempt of a rollout with that many calls, of which an evaluator says this."""
     recorder = Recorder()
     recorder.open_run("run", "rollout", None)
@@ -55,8 +57,8 @@ def attempt(reasoning: Any, calls: int = 2) -> Any:
     item = EvalInputItem(
         id="row_rep1", input_obj="q", expected_output_obj="a", full_dataset_entry={"id": "row"}, trajectory=[step]
     )
-    score = EvalOutputItem(id=item.id, score=1.0, reasoning=reasoning)
-    return _attempt(item, score, Rollouts("run", "rollout", 0, recorder, exporters=None))  # type: ignore[arg-type]
+    scored = EvalOutputItem(id=item.id, score=score, reasoning=reasoning)
+    return _attempt(item, scored, Rollouts("run", "rollout", 0, recorder, exporters=None))  # type: ignore[arg-type]
 
 
 def test_an_evaluator_may_reward_each_call() -> None:
@@ -77,3 +79,30 @@ def test_what_is_not_a_number_for_each_call_is_no_reward(steps: Any) -> None:
     found = attempt({"step_rewards": steps})
     assert (found.reward, found.step_rewards, found.lost) == (None, None, DropReason.EVALUATOR_ERROR)
     assert "2 calls; give one number for each" in found.error
+
+
+@pytest.mark.parametrize(
+    ("score", "reward"),
+    [
+        (True, 1.0),
+        (False, 0.0),
+        (2, 2.0),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3.0),
+        (np.bool_(True), 1.0),
+        (Decimal("0.25"), 0.25),
+    ],
+)
+def test_every_kind_of_number_is_a_reward(score: Any, reward: float) -> None:
+    made = attempt(None, score=score)
+    assert made.lost is None
+    assert made.reward == reward
+    assert type(made.reward) is float
+
+
+@pytest.mark.parametrize("score", [None, "1.0", float("nan"), Decimal("Infinity"), [1.0], np.array([1.0, 2.0])])
+def test_what_is_no_finite_number_is_no_reward(score: Any) -> None:
+    made = attempt(None, score=score)
+    assert made.lost is DropReason.EVALUATOR_ERROR
+    assert made.reward is None
+    assert "not a finite number" in made.error

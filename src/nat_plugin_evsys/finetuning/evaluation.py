@@ -119,7 +119,7 @@ def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
         number=number,
         run_id=run_id or "",
         calls=calls,
-        reward=float(score.score) if lost is None else None,
+        reward=_number(score.score) if lost is None else None,
         lost=lost,
         error=error,
         question=item.input_obj,
@@ -145,6 +145,17 @@ def _loss(run_id: str | None, score: Any, rollouts: Rollouts) -> tuple[DropReaso
         return DropReason.INFRASTRUCTURE_ERROR, str(infrastructure[0]) if infrastructure else error
     problem = _evaluator_problem(score)
     return (None, error) if problem is None else (DropReason.EVALUATOR_ERROR, problem)
+
+
+def _number(score: Any) -> float | None:
+    """A finite score as a float: Python's numbers (True is 1), numpy's and Decimal; None for anything else."""
+    if isinstance(score, str | bytes) or not hasattr(score, "__float__"):
+        return None
+    try:
+        number = float(score)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _step_rewards(score: Any) -> Any:
@@ -207,7 +218,7 @@ def _evaluator_problem(score: Any) -> str | None:
     reasoning = score.reasoning
     if isinstance(reasoning, dict) and str(reasoning.get("error", "")).startswith("Evaluator error"):
         return str(reasoning["error"])
-    if isinstance(score.score, bool) or not isinstance(score.score, int | float) or not math.isfinite(score.score):
+    if _number(score.score) is None:
         return f"the evaluator's score is {score.score!r}, not a finite number"
     return None
 

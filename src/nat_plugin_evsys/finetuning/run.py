@@ -352,7 +352,7 @@ def _row(
         "reward_min": min(rewards),
         "reward_max": max(rewards),
         "reward_std": statistics.pstdev(rewards),
-        "rollouts": len(rewards) + sum(report.lost.values()),
+        "rollouts": len(report.replies),
         "failed_rollouts": report.failed_rollouts,
         "errors": report.errors,
         "calls": report.tally.calls,

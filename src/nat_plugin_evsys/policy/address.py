@@ -35,11 +35,13 @@ def policy_endpoint(name: str | None = None) -> PolicyAddress:
 
     Raises:
         ConfigError: there is no such policy in this process, or several and no name.
+        CheckpointError: a command that serves would find no checkpoint.
     """
     policies = Policy.all()
     found = policies if name is None else [policy for policy in policies if policy.answers_to(name)]
     if len(found) == 1:
         policy = found[0]
+        policy.check_servable()
         headers = attribution_headers()
         return PolicyAddress(
             policy.endpoint.url_of(policy.open_run(headers)), policy.endpoint.api_key, policy.config.base_model, headers

@@ -20,7 +20,13 @@ from nat_plugin_evsys.calls import RUN_ID_HEADER, RunKind
 from nat_plugin_evsys.errors import ConfigError, EvsysError
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint, SamplingDefaults
 from nat_plugin_evsys.policy.recorder import Recorder
-from nat_plugin_evsys.policy.weights import create_backend, create_renderer, first_client, starting_checkpoint
+from nat_plugin_evsys.policy.weights import (
+    create_backend,
+    create_renderer,
+    first_client,
+    is_serving,
+    starting_checkpoint,
+)
 
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
@@ -192,6 +198,18 @@ class Policy:
             raise EvsysError("this process already serves the policy; run `nat finetune` in its own process")
         self._training = True
         self._resuming = resuming
+
+    def check_servable(self) -> None:
+        """Fail where a serving command (`nat run`, `nat eval`, `nat serve`) would find no checkpoint at its first call.
+
+        NAT answers a failed call with an apology and exits 0. Nothing is checked in `nat finetune`, nor where no
+        command of `nat` is running: NAT builds the workflow before it says what for.
+
+        Raises:
+            CheckpointError, ConfigError: ``checkpoint`` leads to none.
+        """
+        if is_serving() and self._backend is None:
+            starting_checkpoint(self.config, training=self._training)
 
     async def ensure_loaded(self) -> None:
         """Load the base model and the starting checkpoint, once, whichever thread or event loop asks first."""

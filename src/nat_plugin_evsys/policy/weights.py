@@ -33,6 +33,17 @@ def starting_checkpoint(config: EvsysPolicyConfig, *, training: bool) -> Path | 
     return found
 
 
+def is_serving() -> bool:
+    """Whether this process runs a command of `nat` that serves a policy, not one that trains it."""
+    import click
+
+    context, names = click.get_current_context(silent=True), set()
+    while context is not None:
+        names.add(context.info_name)
+        context = context.parent
+    return bool(names) and "finetune" not in names
+
+
 def check_place(checkpoint: Path | str, base_url: str | None) -> None:
     """A service reads its own checkpoints alone, and the embedded engine those on disk.
 

@@ -27,7 +27,8 @@ def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | str | None:
 
     Args:
         output_dir: directory of the runs (``finetuning.output_dir``).
-        spec: ``none``, ``latest`` or ``best`` (of the newest run), or the path of a checkpoint.
+        spec: ``none``, ``latest`` or ``best`` (of the newest run that has trained something), or the path of a
+            checkpoint.
 
     Raises:
         ConfigError: ``spec`` is empty.
@@ -52,35 +53,33 @@ def _of_newest_run(output_dir: Path, word: str) -> Path | str:
             f"checkpoint: {word}: no run under {output_dir} yet: run `nat finetune --config_file …` first, "
             "or set checkpoint: none to serve the base model"
         )
-    record = run.state.last_checkpoint() if word == "latest" else run.state.best_checkpoint()
-    if record is None or not run.state.has_trained:
-        raise CheckpointError(f"checkpoint: {word}: {_why_none(run, word)}{_other_run(run)}")
-    return _existing(run, record)
+    for trained in _newest_first(run):
+        record = trained.state.last_checkpoint() if word == "latest" else trained.state.best_checkpoint()
+        if trained.state.has_trained:
+            if record is None:
+                raise CheckpointError(
+                    f"checkpoint: {word}: no checkpoint of run {trained.path} has a reward; set checkpoint: latest"
+                )
+            return _existing(trained, record)
+    raise CheckpointError(f"checkpoint: {word}: {_why_none(run)}")
 
 
-def _why_none(run: RunDirectory, word: str) -> str:
-    if run.state.checkpoints and not run.state.has_trained:
+def _newest_first(newest: RunDirectory) -> list[RunDirectory]:
+    """All runs: one that failed, was killed or goes on without a checkpoint must not hide an older one."""
+    others = [run for run in reversed(RunDirectory.all(newest.path.parent)) if run.path != newest.path]
+    return [newest, *others]
+
+
+def _why_none(run: RunDirectory) -> str:
+    if run.state.checkpoints:
         return (
             f"the newest run, {run.path}, has trained nothing (it is {run.state.status}), so its adapter is the one "
             "that it started from; set checkpoint: none to serve the base model"
         )
-    if run.state.checkpoints:
-        return f"no checkpoint of run {run.path} has a reward; set checkpoint: latest"
     return (
         f"the newest run, {run.path}, has no checkpoint yet (it is {run.state.status}); let it finish an epoch, "
         "or set checkpoint: none"
     )
-
-
-def _other_run(run: RunDirectory) -> str:
-    """Names the newest older run that has a checkpoint: a run that failed at its start must not hide it."""
-    if run.state.has_trained:
-        return ""
-    for other in reversed(RunDirectory.all(run.path.parent)):
-        record = other.state.last_checkpoint()
-        if other.path != run.path and record is not None and other.state.has_trained:
-            return f", or to an older run's: {other.locate(record.adapter)}"
-    return ""
 
 
 def _existing(run: RunDirectory, record: CheckpointRecord) -> Path | str:
