@@ -1,4 +1,4 @@
-"""OpenPipe ART, unmodified, in an environment of its own, trains on ``nat evsys serve``."""
+"""OpenPipe ART, unmodified, in an environment of its own: on ``nat evsys serve``, and on the engine in its process."""
 
 from __future__ import annotations
 
@@ -53,34 +53,36 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     process.stop()
 
 
-def run(python: Path, server: ServerProcess, model: Path, directory: Path, steps: int) -> list[dict[str, Any]]:
-    """The program's training steps."""
-    settings = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0"}
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(python), "-W", "ignore", str(ROOT / "interop" / "art_program.py"), str(model), str(directory)]
-    done = subprocess.run(
-        [*command, str(steps)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**kept, **settings, "HF_HUB_OFFLINE": "1"},
-    )
+def run(python: Path, program: str, *arguments: object, **settings: str) -> list[dict[str, Any]]:
+    """The training steps of a program, which are printed too."""
+    command = [str(python), "-W", "ignore", str(ROOT / "interop" / program), *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NAT_TELEMETRY_ENABLED": "false", **settings}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.timeout(1800)
-def test_art_learns_and_resumes(art_python: Path, server: ServerProcess, model: Path, tmp_path: Path) -> None:
-    """ART samples, groups, trains and saves; its tokens are ours, so that the first ratios are 1."""
-    steps = run(art_python, server, model, tmp_path / "art", STEPS)
-    resumed = run(art_python, server, model, tmp_path / "art", STEPS_RESUMED)
-    for step in (*steps, *resumed):
-        print(json.dumps(step))
+def check(steps: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
+    """It learned, on the tokens that were sampled, and went on from the checkpoint with what was learned."""
     assert len(steps) == STEPS
     assert all(step["rollouts"] == 32 for step in steps)
-    assert all(abs(step["ratio"] - 1) < 1e-3 for step in (*steps, *resumed) if step["ratio"] is not None)
+    ratios = [step["ratio"] for step in (*steps, *resumed) if step["ratio"] is not None]
+    assert all(abs(ratio - 1) < 1e-3 for ratio in ratios)
     assert steps[0]["ratio"] is not None
     assert max(step["reward"] for step in steps[-2:]) > steps[0]["reward"] + 0.15
-    # It goes on from the checkpoint: with what was learned, and with the numbers of its steps.
     assert resumed[0]["step"] >= steps[-1]["step"]
     assert resumed[0]["reward"] > steps[0]["reward"] + 0.15
+
+
+@pytest.mark.timeout(1800)
+def test_art_trains_on_the_server(art_python: Path, server: ServerProcess, model: Path, tmp_path: Path) -> None:
+    settings = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0"}
+    runs = [run(art_python, "art_program.py", model, tmp_path, count, **settings) for count in (STEPS, STEPS_RESUMED)]
+    check(*runs)
+
+
+@pytest.mark.timeout(1800)
+def test_art_trains_in_its_own_process(art_python: Path, tmp_path: Path) -> None:
+    runs = [run(art_python, "art_local.py", "builtin/tiny", tmp_path, count) for count in (STEPS, STEPS_RESUMED)]
+    check(*runs)

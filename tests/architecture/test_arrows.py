@@ -67,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
     | {"calls", "config", "policy", "runtime", "web", "service/store", "service/wire", "service/work"},
     # What people call.
     "types": {"clients", "runtime", *DRIVERS},
+    "art": GROUND | {"config", "finetuning", "policy", "rollouts"},
     "testing": GROUND | {"calls", "backends", "policy"},
     "cli": GROUND | {"config", "report", "runs", "rollouts", "runtime", "service/http"} | DRIVERS,
     "": {"clients", "types", "policy"},

@@ -8,7 +8,9 @@ belong to the logprobs.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nat.data_models.finetuning import EpisodeItem, EpisodeItemRole, Trajectory
@@ -42,7 +44,9 @@ def is_plain(trajectory: Trajectory) -> bool:
     return any(isinstance(item, EpisodeItem) and _sampled(item) for item in trajectory.episode)
 
 
-def with_calls(trajectory: Trajectory, name: str, renderer: Renderer) -> Trajectory:
+def with_calls(
+    trajectory: Trajectory, name: str, renderer: Renderer, *, tools: list[dict[str, Any]] | None = None
+) -> Trajectory:
     """A copy with a call for every assistant item that has logprobs; the others are context.
 
     An item's logprobs are numbers, or OpenAI's entries (``{"token", "logprob"}``, also below ``content``). Entries
@@ -51,6 +55,7 @@ def with_calls(trajectory: Trajectory, name: str, renderer: Renderer) -> Traject
 
     Args:
         name: what to call the trajectory in an error text.
+        tools: those that the replies were offered, in OpenAI form.
 
     Raises:
         DataError: role order, logprobs or text are wrong; names the item.
@@ -63,7 +68,8 @@ def with_calls(trajectory: Trajectory, name: str, renderer: Renderer) -> Traject
         message = _message(item)
         if _sampled(item):
             where = f"{name}, item {position}"
-            calls.append(_call(item, message, list(messages), where, len(calls), renderer).to_dict())
+            request = _Request(list(messages), tools or [], len(calls))
+            calls.append(_call(item, message, request, where, renderer).to_dict())
         messages.append(message)
     return trajectory.model_copy(update={"metadata": {**(trajectory.metadata or {}), CALLS_KEY: calls}})
 
@@ -86,31 +92,33 @@ def _message(item: EpisodeItem) -> Message:
     return {"role": role, "content": item.content, **kept}
 
 
-def _call(
-    item: EpisodeItem,
-    reply: dict[str, Any],
-    messages: list[dict[str, Any]],
-    where: str,
-    number: int,
-    renderer: Renderer,
-) -> Call:
+@dataclass(frozen=True)
+class _Request:
+    """What an item answers."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    number: int
+
+
+def _call(item: EpisodeItem, reply: Message, request: _Request, where: str, renderer: Renderer) -> Call:
     ids, logprobs, stop_reason = _tokens(item, reply, where, renderer)
     return Call(
-        call_id=f"episode-{number}",
+        call_id=f"episode-{uuid.uuid4().hex}",
         index=0,
         run_id=None,
         step_id=None,
         policy_version=0,
-        prompt_ids=renderer.render(messages, None),
+        prompt_ids=renderer.render(request.messages, request.tools or None),
         output_ids=ids,
         logprobs=logprobs,
         stop_reason=stop_reason,
         temperature=float((item.metadata or {}).get("temperature", 1.0)),
         top_p=1.0,
-        messages=messages,
-        tools=[],
+        messages=request.messages,
+        tools=request.tools,
         reply=reply,
-        sequence=number,
+        sequence=request.number,
     )
 
 
