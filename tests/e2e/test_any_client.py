@@ -52,6 +52,26 @@ def test_calls_that_belong_to_no_rollout_end_the_run(finetune: Callable[..., Fin
     assert "policy_endpoint()" in last
 
 
+def test_all_rollouts_fail_then_the_run_stops_after_the_first_batch(finetune: Callable[..., Finished]) -> None:
+    rows = [{"id": str(number), "question": "broken: why?", "answer": "yes"} for number in range(2)]
+    done = finetune({"_type": "raw_agent"}, rows)
+    assert done.code == 1
+    first = "the first one: ConnectionError: the ticket system is down"
+    assert f"WARNING: 2 of 2 rollouts failed (workflow_error); {first}" in " ".join(done.text.split())
+    last = done.err.rstrip().splitlines()[-1]
+    assert last.startswith("Error: all 8 rollouts failed with the same reward"), done.text[-3000:]
+    assert first in last
+
+
+def test_some_rollouts_fail_and_it_is_said(finetune: Callable[..., Finished], tmp_path: Path) -> None:
+    rows = [{"id": name, "question": f"{name}: is it on?", "answer": "yes"} for name in ("openai", "broken")]
+    done = finetune({"_type": "raw_agent"}, rows)
+    assert done.code == 0, done.text[-3000:]
+    assert "WARNING: 4 of 8 rollouts failed (workflow_error); the first one: Con" in " ".join(done.text.split())
+    summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())
+    assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())
+
+
 @pytest.mark.parametrize("command", ["run", "eval"])
 @pytest.mark.parametrize("workflow", ["chat_completion", "raw_agent"])
 def test_nothing_to_serve_is_an_error_at_the_start(

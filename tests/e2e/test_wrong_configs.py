@@ -62,7 +62,22 @@ def estimator_without_weight(config: Config, tmp_path: Path) -> None:
     config["trainer_adapters"]["adapter"]["kl_estimator"] = "k3"
 
 
+def targeted_functions(config: Config, tmp_path: Path) -> None:
+    config["finetuning"]["target_functions"] = ["planner"]
+
+
+def targeted_model(config: Config, tmp_path: Path) -> None:
+    config["finetuning"]["target_model"] = "judge"
+
+
+def filter_that_leaves_nothing(config: Config, tmp_path: Path) -> None:
+    config["eval"]["general"]["dataset"]["filter"] = {"allowlist": {"field": {"id": ["nowhere"]}}}
+
+
 CASES = [
+    (targeted_functions, ["finetuning.target_functions is ['planner']", "remove it"]),
+    (targeted_model, ["finetuning.target_model is `judge`", "name the policy"]),
+    (filter_that_leaves_nothing, ["filter leaves none of its", "change its allowlist"]),
     (cut_distribution, ["llms.policy.top_p is 0.8", "set top_p: 1"]),
     (estimator_without_weight, ["kl_estimator has no effect without kl_beta"]),
     (unknown_field, ["no setting `num_generatons`", "did you mean `num_generations`?"]),

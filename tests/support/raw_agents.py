@@ -35,6 +35,9 @@ async def raw_agent(config: RawAgentConfig, _builder: Builder) -> AsyncIterator[
         if name == "openai":
             reply = await client.chat.completions.create(model=config.llm_name, messages=messages)  # type: ignore[arg-type]
             return reply.choices[0].message.content or ""
+        if name == "broken":
+            await client.chat.completions.create(model=config.llm_name, messages=messages)  # type: ignore[arg-type]
+            raise ConnectionError("the ticket system is down")
         loop = asyncio.get_running_loop()
         if name == "thread":
             return await loop.run_in_executor(None, in_thread, by_urllib, kept.base_url, kept.api_key, messages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from nat.data_models.config import Config
     from nat.data_models.dataset_handler import EvalDatasetBaseConfig
     from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig
+
+logger = logging.getLogger(__name__)
 
 
 def check_run(config: Config, finetuning: FinetuneConfig) -> None:
@@ -33,6 +36,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_reward(config, finetuning)
     policy_name, policy, adapter = check_policy(config, finetuning)
     check_workflow_uses(config, policy_name)
+    check_targets(finetuning, policy_name, policy)
     check_output_dirs(policy_name, policy, finetuning.output_dir)
     check_group_size(config, finetuning, adapter)
     check_exporters(config)
@@ -86,6 +90,22 @@ def check_policy(
     return adapter.policy, policy, adapter
 
 
+def check_targets(finetuning: FinetuneConfig, policy_name: str, policy: EvsysPolicyConfig) -> None:
+    """Every call of the policy is trained on; NAT's settings that say otherwise are refused."""
+    default = type(finetuning).model_fields["target_functions"].get_default(call_default_factory=True)
+    if finetuning.target_functions != default:
+        raise ConfigError(
+            f"finetuning.target_functions is {finetuning.target_functions}, but the calls of all functions of the "
+            "workflow are trained on; remove it, and give the functions that shall not be trained another LLM "
+            "(an evsys_policy with `checkpoint: none` is the base model)"
+        )
+    if finetuning.target_model not in (None, policy_name, policy.base_model):
+        raise ConfigError(
+            f"finetuning.target_model is `{finetuning.target_model}`, but the policy `{policy_name}` "
+            f"({policy.base_model}) is what is trained; remove target_model, or name the policy"
+        )
+
+
 def check_output_dirs(policy_name: str, policy: EvsysPolicyConfig, output_dir: Path) -> None:
     """``checkpoint: latest`` looks where the runs are written."""
     if policy.output_dir.resolve() != output_dir.resolve():
@@ -127,6 +147,8 @@ def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysT
 def check_dataset(config: Config, dataset: str | Path | None, what: str = "dataset") -> None:
     """Every row must have a unique id, a question and an answer (NAT silently skips or zeroes other rows).
 
+    No row needs an answer where none has one: formats and games can be rewarded without.
+
     Args:
         dataset: overrides ``eval.general.dataset.file_path``, as `--dataset` does.
 
@@ -153,12 +175,25 @@ def check_dataset(config: Config, dataset: str | Path | None, what: str = "datas
 
 
 def _check_rows(frame: pd.DataFrame, dataset_config: EvalDatasetBaseConfig, name: str) -> None:
+    from nat.plugins.eval.dataset_handler.dataset_filter import DatasetFilter
+
     if frame.empty:
         raise DataError(f"{name}: has no rows")
+    rows = len(frame)
+    if dataset_config.filter is not None:
+        frame = DatasetFilter(dataset_config.filter).apply_filters(frame)
+    if frame.empty:
+        raise DataError(
+            f"{name}: eval.general.dataset.filter leaves none of its {rows} rows; change its allowlist or denylist"
+        )
     structure = dataset_config.structure
     keys = [dataset_config.id_key]
     if not structure.disable:
-        keys += [structure.question_key, structure.answer_key]
+        keys.append(structure.question_key)
+        if structure.answer_key in frame.columns:
+            keys.append(structure.answer_key)
+        else:
+            logger.warning("%s: no row has `%s`; evaluators are given an empty answer", name, structure.answer_key)
     for key in keys:
         missing = frame[key].isnull() if key in frame.columns else None
         if missing is None or missing.any():

@@ -16,6 +16,7 @@ from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.config import EvsysTrainerConfig
 from nat_plugin_evsys.errors import ConfigError, JobError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
+from nat_plugin_evsys.finetuning.checks.batch_check import failure_notices
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.run import RunSession
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
@@ -118,6 +119,7 @@ class EvsysTrainer(Trainer):
             await self.trajectory_builder.start_run(run_id, {"epoch": epoch})
         collection = await self.trajectory_builder.finalize(run_id, {"epoch": epoch})
         self._books.count_rollouts(self.last_report)
+        self._tell_failures(self.last_report)
         collection = self.apply_curriculum_learning(collection, epoch)
         if not collection.trajectories:
             logger.warning("epoch %d: no trajectory is left to train on; the policy is unchanged", epoch + 1)
@@ -160,6 +162,7 @@ class EvsysTrainer(Trainer):
         self._display.phase("evaluation", name)
         report = await self.trajectory_builder.evaluate(name, dataset, config)
         self._books.count_rollouts(report)
+        self._tell_failures(report)
         self.last_evaluation = report
         return report
 
@@ -193,6 +196,10 @@ class EvsysTrainer(Trainer):
         if self.trajectory_builder.report is None:
             raise ConfigError("no rollouts yet; run_epoch makes them")
         return self.trajectory_builder.report
+
+    def _tell_failures(self, report: RolloutReport) -> None:
+        for notice in failure_notices(report.failures, report.errors, len(report.replies)):
+            self._display.notice(f"WARNING: {notice}")
 
     def _open(self) -> None:
         self._open_books = RunBooks.open(

@@ -41,6 +41,7 @@ class RolloutReport:
         rewards: reward of every scored attempt.
         tally: calls made, and those already dropped; what is left is in the trajectories.
         lost: trajectories without a reward or without calls, by reason.
+        failures: rollouts that failed, by reason.
         errors: first error text seen for each kind of failed rollout.
         staleness: calls of the trajectories by how many optimizer steps old they were when these were built.
         replies: what was said in every attempt, scored or not.
@@ -50,6 +51,7 @@ class RolloutReport:
     tally: CallTally = field(default_factory=CallTally)
     lost: Counter[DropReason] = field(default_factory=Counter)
     failed_rollouts: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
     errors: dict[str, str] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
     replies: list[Reply] = field(default_factory=list)
@@ -72,6 +74,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         self.report: RolloutReport | None = None
         self.on_rollout: Callable[[int, int], None] | None = None
         self._attempts: list[Attempt] = []
+        self._any_succeeded = False
         self._runs: dict[str, tuple[asyncio.Task[list[Attempt]], Rollouts]] = {}
         self._nat_config: Config | None = None
         self._policy_name = ""
@@ -177,7 +180,9 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
     def _check(self, rollouts: Rollouts) -> None:
         strays = self.policy.recorder.totals.unattributed - rollouts.unattributed_before
-        check_batch(self._attempts, self._policy_name, unattributed=strays)
+        self._any_succeeded |= any(attempt.error is None for attempt in self._attempts)
+        all_may_fail = self._any_succeeded or rollouts.kind == "evaluation"
+        check_batch(self._attempts, self._policy_name, unattributed=strays, all_may_fail=all_may_fail)
 
     @property
     def _config(self) -> Config:
@@ -247,5 +252,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         if attempt.reward is not None:
             report.rewards.append(attempt.reward)
         if attempt.error is not None:
+            reason = attempt.lost or "workflow_error"
             report.failed_rollouts += 1
-            report.errors.setdefault(attempt.lost or "workflow_error", attempt.error)
+            report.failures[reason] += 1
+            report.errors.setdefault(reason, attempt.error)
