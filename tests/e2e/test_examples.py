@@ -39,18 +39,15 @@ def on_the_toy_model(settings: dict[str, Any], folder: Path) -> None:
     settings["finetuning"]["num_epochs"] = 1
 
 
-def tictactoe() -> Made:
-    """One game against two opponents who both answer 5 by 1 and 3 by 2."""
-    from nat_tictactoe.register import PROMPT
+def interview() -> Made:
+    """One caller, who tells what is wrong when asked a second time."""
+    from nat_helpdesk.register import INTERVIEW_PROMPT
 
-    told = ["1 2 3\n4 5 6\n7 8 9", "O takes 1.\nO 2 3\n4 X 6\n7 8 9", "O takes 2.\nO O X\n4 X 6\n7 8 9"]
-    messages = [{"role": "system", "content": PROMPT}]
-    for text, move in zip(told, "537", strict=True):
-        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": move}]
-    rows = [
-        {"id": f"row-{number}", "question": f"The opponent prefers 1 2 {rest}.", "answer": "win"}
-        for number, rest in enumerate(("3 4 5 6 7 8 9", "9 8 7 6 5 4 3"))
-    ]
+    lines = ["Hello?", "It worked yesterday.", "My wifi is broken."]
+    messages = [{"role": "system", "content": INTERVIEW_PROMPT}]
+    for line, reply in zip(lines, ["ask", "ask", "network"], strict=True):
+        messages += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
+    rows = [{"id": f"row-{number}", "question": " / ".join(lines), "answer": "network"} for number in range(ROWS)]
     return rows, [{"messages": messages}] * ROWS
 
 
@@ -67,7 +64,7 @@ def function_calling() -> Made:
     return [made.dataset_row(row) for row in questions], [made.demonstration(row) for row in questions]
 
 
-@pytest.mark.parametrize(("make", "turns"), [(tictactoe, 3), (function_calling, 1)])
+@pytest.mark.parametrize(("make", "turns"), [(interview, 3), (function_calling, 1)])
 def test_a_config_runs_from_the_base_model_to_a_trained_one(
     make: Callable[[], Made], turns: int, tmp_path: Path, make_config: Callable[..., Path]
 ) -> None:

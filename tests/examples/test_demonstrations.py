@@ -58,7 +58,7 @@ async def test_demonstrations_are_what_the_agent_sends(
 
 
 @pytest.mark.parametrize(
-    "config", ["quickstart.yml", "tiny.yml", "helpdesk_tools.yml", "react.yml", "qwen3-0.6b.yml", "tictactoe.yml"]
+    "config", ["quickstart.yml", "tiny.yml", "helpdesk_tools.yml", "react.yml", "qwen3-0.6b.yml", "interview.yml"]
 )
 def test_a_config_names_files_that_exist_and_one_output_directory(config: str) -> None:
     settings = yaml.safe_load((ROOT / "configs" / config).read_text(encoding="utf-8"))

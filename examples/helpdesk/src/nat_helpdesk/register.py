@@ -1,9 +1,9 @@
-"""What NAT discovers: the ``helpdesk_route_ticket`` tool."""
+"""What NAT discovers: the ``helpdesk_route_ticket`` tool and the ``helpdesk_interview`` workflow."""
 
 from collections.abc import AsyncIterator
 from typing import Literal, cast
 
-from nat.plugin_api import Builder, FunctionBaseConfig, FunctionInfo, register_function
+from nat.plugin_api import Builder, FunctionBaseConfig, FunctionInfo, LLMFrameworkEnum, LLMRef, register_function
 from pydantic import BaseModel, ConfigDict, Field
 
 Team = Literal["network", "printing", "accounts", "payroll"]
@@ -11,6 +11,11 @@ Team = Literal["network", "printing", "accounts", "payroll"]
 DESKS: dict[Team, int] = {"network": 12, "printing": 27, "accounts": 34, "payroll": 48}
 
 DESCRIPTION = "Route the ticket to a team. Returns its desk."
+
+INTERVIEW_PROMPT = (
+    "You answer the phone of a help desk. Reply with exactly one word in lower case: the team that should help the "
+    "caller, which is network, printing, accounts or payroll, or ask if you do not know yet."
+)
 
 
 class RouteTicketConfig(FunctionBaseConfig, name="helpdesk_route_ticket"):
@@ -36,3 +41,25 @@ async def route_ticket(config: RouteTicketConfig, builder: Builder) -> AsyncIter
         return f"desk {config.desks[cast(Team, team)]}"
 
     yield FunctionInfo.from_fn(_route_ticket, input_schema=RouteTicketInput, description=DESCRIPTION)
+
+
+class InterviewConfig(FunctionBaseConfig, name="helpdesk_interview"):
+    """Talks to a caller until it names a team. The input is what the caller has to say; the answer is that team."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    llm_name: LLMRef = Field(description="The LLM that answers the phone.")
+    system_prompt: str = Field(default=INTERVIEW_PROMPT, description="System prompt of every call.")
+
+
+@register_function(config_type=InterviewConfig, framework_wrappers=[LLMFrameworkEnum.LANGCHAIN])
+async def helpdesk_interview(config: InterviewConfig, builder: Builder) -> AsyncIterator[FunctionInfo]:
+    """Yield the workflow as NAT knows it."""
+    from nat_helpdesk.interview import interview
+
+    llm = await builder.get_llm(config.llm_name, wrapper_type=LLMFrameworkEnum.LANGCHAIN)
+
+    async def _interview(row: str) -> str:
+        return await interview(llm, row, config.system_prompt)
+
+    yield FunctionInfo.from_fn(_interview, description="Talks to a caller of the help desk and names a team.")
