@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from tinker import types
 
 from nat_plugin_evsys.config import EvsysPolicyConfig, WarmStartConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
@@ -37,6 +38,39 @@ async def test_warm_start_trains_and_publishes(algorithm: str, tmp_path: Path) -
         assert metrics["loss_last"] < metrics["loss_first"]
         assert policy.version > before
         assert policy.endpoint.base_url == served
+        assert list(policy.backend.checkpoint_dir.rglob("warm-start*")) == []
+    finally:
+        await policy.close()
+
+
+async def test_the_step_after_it_is_the_first_of_its_optimizer(tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.json"
+    path.write_text(json.dumps([demonstration("My wifi is late.", "network"), demonstration("My login?", "accounts")]))
+    policy = Policy.of(EvsysPolicyConfig(base_model="builtin/tiny", output_dir=tmp_path, lora_rank=4, max_tokens=4))
+    try:
+        policy.begin_training()
+        await policy.ensure_loaded()
+        tokens = policy.renderer.tokenizer.encode("My login? payroll", add_special_tokens=False)
+        punished = types.Datum(
+            types.ModelInput.from_ints(tokens[:-1]),
+            {
+                "target_tokens": tokens[1:],
+                "logprobs": [-1.0] * (len(tokens) - 1),
+                "advantages": [-1e-3] * (len(tokens) - 1),
+            },
+        )
+        config = WarmStartConfig(demonstrations=path, epochs=6, batch_size=2, learning_rate=5e-3)
+        await warm_start(policy, config, lambda step: None)
+        weights = await policy.backend.save_for_sampler("demonstrated")
+        moved = []
+        for start in (None, weights):
+            if start is not None:
+                await policy.backend.load_state(start)
+            await policy.backend.forward_backward_async([punished], loss_fn="importance_sampling")
+            await policy.backend.optim_step_async(types.AdamParams(learning_rate=1e-3))
+            after = await policy.backend.forward_async([punished], loss_fn="importance_sampling")
+            moved.append(after.loss_fn_outputs[0]["logprobs"].tolist())
+        assert moved[0] == pytest.approx(moved[1], abs=1e-5)
     finally:
         await policy.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from nat_plugin_evsys.training.sdft import SdftStep, build_lessons, train_sdft
 from nat_plugin_evsys.training.sft import SftStep, build_sft_datums, train_sft
 
 if TYPE_CHECKING:
+    from nat_plugin_evsys.backends.base import Backend
     from nat_plugin_evsys.config import WarmStartConfig
     from nat_plugin_evsys.policy.policy import Policy
 
@@ -46,7 +48,7 @@ def load_demonstrations(path: Path) -> list[dict[str, Any]]:
 async def warm_start(
     policy: Policy, config: WarmStartConfig, on_step: Callable[[SftStep | SdftStep], None]
 ) -> dict[str, float]:
-    """Train the policy's adapter on demonstrations and publish the result.
+    """Train the policy's adapter on demonstrations and publish the result; the optimizer starts anew after it.
 
     Args:
         on_step: called after each optimizer step.
@@ -57,6 +59,7 @@ async def warm_start(
     """
     rows = load_demonstrations(config.demonstrations)
     steps = await (_sft if config.algorithm == "sft" else _sdft)(policy, config, rows, on_step)
+    await _reset_optimizer(policy.backend)
     await policy.publish()
     return {
         "demonstrations": len(rows),
@@ -64,6 +67,17 @@ async def warm_start(
         "loss_first": steps[0].loss,
         "loss_last": steps[-1].loss,
     }
+
+
+async def _reset_optimizer(backend: Backend) -> None:
+    """Keep the weights and drop Adam's moments.
+
+    The moments of the demonstrations' gradients are much larger than RL's gradients. Kept, they go on moving the policy
+    their way for dozens of RL steps, whatever the rewards say.
+    """
+    state = await backend.save_full_state(f"warm-start-{uuid.uuid4().hex[:12]}")
+    await backend.load_state(state)
+    await backend.delete_checkpoint(state)
 
 
 async def _sft(

@@ -86,7 +86,7 @@ class CallAttribution:
         if (requests := _installed("requests")) is not None:
             self._wrap(requests.Session, "send", self._requests_send)
         if (aiohttp := _installed("aiohttp")) is not None:
-            self._wrap(aiohttp.ClientSession, "__init__", self._aiohttp_session)
+            self._wrap(aiohttp.ClientSession, "__init__", functools.partial(self._aiohttp_session, aiohttp))
 
     def _wrap(self, owner: type, name: str, wrap: Callable[[Any], Any]) -> None:
         original = getattr(owner, name)
@@ -115,9 +115,7 @@ class CallAttribution:
 
         return send
 
-    def _aiohttp_session(self, original: Any) -> Any:
-        import aiohttp
-
+    def _aiohttp_session(self, aiohttp: Any, original: Any) -> Any:
         async def on_request_start(session: Any, context: Any, params: Any) -> None:
             self.attribute(params.url.host or "", params.url.port, params.headers)
 
