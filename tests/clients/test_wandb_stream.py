@@ -12,12 +12,13 @@ from wandb_file import config, finished_file, history
 from nat_plugin_evsys import ServiceClient, types
 from nat_plugin_evsys.errors import ConfigError
 
-pytest.importorskip("wandb")
+wandb = pytest.importorskip("wandb")
 
 
 def test_every_operation_is_streamed(
     service: ServiceClient, tiny_model: str, train: Any, datums: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wandb.teardown()  # a process reads the environment once; another test may have made it do so
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     wandb_config = types.WandbConfig(project="loops", name="first")

@@ -27,9 +27,9 @@ from nat_plugin_evsys.errors import ModelError
 
 FAST = ["qwen3", "qwen2", "llama", "llama3_rope", "granite", "qwen3_moe"]
 PLAIN = {
-    "mistral": f"see {WINDOW} tokens only",
-    "gemma2": f"see {WINDOW} tokens only",
-    "gemma3": f"see {WINDOW} tokens only",
+    "mistral": f"attend to {WINDOW} tokens only",
+    "gemma2": f"attend to {WINDOW} tokens only",
+    "gemma3": f"attend to {WINDOW} tokens only",
     "dynamic_rope": "rotary embedding depends",
 }
 TIMEOUT = 60

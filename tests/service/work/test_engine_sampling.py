@@ -94,9 +94,8 @@ def test_only_the_last_prompt_logprobs(harness: EngineHarness, base: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k is not offered"),
         ({"record_stability_info": True}, "record_stability_info is not offered"),
-        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs is not offered"),
+        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs must be int64 of shape [11, K]"),
         ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "'image' is not offered"),
         ({"temperature": -1}, "temperature must be"),
         ({"stop": ""}, "empty string"),

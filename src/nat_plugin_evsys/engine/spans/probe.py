@@ -47,7 +47,7 @@ def _unfit(base: BaseModel, layout: KVLayout) -> str:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if window else [])
     if "sliding_attention" in kinds and (window or 0) < base.context_length:
-        return f"it has layers that attend to only {window} tokens only, and its context is {base.context_length}"
+        return f"it has layers that attend to {window} tokens only, and its context is {base.context_length}"
     rope = getattr(config, "rope_parameters", None) or {}
     types = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
     if types & _LENGTH_DEPENDENT_ROPE:
