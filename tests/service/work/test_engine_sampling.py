@@ -95,7 +95,10 @@ def test_only_the_last_prompt_logprobs(harness: EngineHarness, base: str) -> Non
     ("options", "message"),
     [
         ({"record_stability_info": True}, "record_stability_info is not offered"),
-        ({"target_prompt_logprobs": {"data": [1], "dtype": "int64"}}, "target_prompt_logprobs must be int64 of shape [11, K]"),
+        (
+            {"target_prompt_logprobs": {"data": [1], "dtype": "int64"}},
+            "must be int64 of shape [11, K]",
+        ),
         ({"prompt": {"chunks": [{"type": "image", "data": "", "format": "png"}]}}, "'image' is not offered"),
         ({"temperature": -1}, "temperature must be"),
         ({"stop": ""}, "empty string"),
