@@ -198,7 +198,7 @@ class EvsysTrainer(Trainer):
         return self.trajectory_builder.report
 
     def _tell_failures(self, report: RolloutReport) -> None:
-        for notice in failure_notices(report.failures, report.errors, len(report.replies)):
+        for notice in failure_notices(report.failures, report.errors, len(report.replies), len(report.rewards)):
             self._display.notice(f"WARNING: {notice}")
 
     def _open(self) -> None:

@@ -57,15 +57,19 @@ def check_batch(attempts: list[Attempt], policy_name: str, *, unattributed: int 
     )
 
 
-def failure_notices(failures: Mapping[str, int], errors: Mapping[str, str], rollouts: int) -> list[str]:
-    """A sentence for each reason why rollouts of a batch failed.
+def failure_notices(failures: Mapping[str, int], errors: Mapping[str, str], rollouts: int, scored: int) -> list[str]:
+    """A sentence for each reason why rollouts of a batch failed, and one if the batch's reward leaves some out.
 
     Args:
         failures: how many failed, by reason.
         errors: the first error text of each reason.
         rollouts: how many there were in all.
+        scored: how many of them have a reward.
     """
-    return [
+    notices = [
         f"{count} of {rollouts} rollouts failed ({reason}); the first one: {errors[reason]}"
         for reason, count in failures.items()
     ]
+    if 0 < scored < rollouts:
+        notices.append(f"the mean reward of these rollouts is that of {scored} of {rollouts}; the others have none")
+    return notices
