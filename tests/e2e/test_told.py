@@ -86,6 +86,7 @@ def test_a_reward_that_is_won_by_naming_all_teams(tmp_path: Path, make_config: C
         of_every_team(settings, tmp_path)
         settings["eval"]["evaluators"]["right_team"]["mode"] = "contains"
         settings["llms"]["policy"]["max_tokens"] = 24
+        settings["trainer_adapters"]["adapter"]["learning_rate"] = 1e-5  # RL keeps what the warm start taught
         settings["trainers"]["trainer"]["warm_start"] = {
             "demonstrations": str(tmp_path / "demonstrations.json"),
             "epochs": 40,
