@@ -25,7 +25,7 @@ from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, EvsysError, UnsupportedError
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.policy.policy import Policy
-from nat_plugin_evsys.rollouts.episodes import text_of
+from nat_plugin_evsys.rollouts.episodes import MESSAGE_FIELDS, text_of
 from nat_plugin_evsys.rollouts.plain_episodes import with_calls
 from nat_plugin_evsys.rollouts.trajectories import CALLS_KEY
 
@@ -209,7 +209,7 @@ def _item(entry: Any) -> EpisodeItem:
     """An episode's item of one of ART's messages, or of a choice that was sampled."""
     if isinstance(entry, Mapping):
         role = {"developer": "system"}.get(str(entry["role"]), str(entry["role"]))
-        metadata = {name: entry[name] for name in ("tool_calls", "tool_call_id", "name") if entry.get(name)}
+        metadata = {name: entry[name] for name in MESSAGE_FIELDS if entry.get(name)}
         return EpisodeItem(
             role=EpisodeItemRole(role),
             content=text_of(entry.get("content")),

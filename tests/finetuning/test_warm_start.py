@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -19,60 +20,62 @@ def demonstration(question: str, answer: str) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+@pytest.fixture
+def demonstrations(tmp_path: Path) -> Path:
+    path = tmp_path / "demonstrations.json"
+    path.write_text(json.dumps([demonstration("My wifi is late.", "network"), demonstration("My login?", "accounts")]))
+    return path
+
+
+@pytest.fixture
+async def policy(tmp_path: Path) -> AsyncIterator[Policy]:
+    policy = Policy.of(EvsysPolicyConfig(base_model="builtin/tiny", output_dir=tmp_path, lora_rank=4, max_tokens=4))
+    try:
+        policy.begin_training()
+        await policy.ensure_loaded()
+        yield policy
+    finally:
+        await policy.close()
+
+
 @pytest.mark.parametrize("algorithm", ["sft", "sdft"])
-async def test_warm_start_trains_and_publishes(algorithm: str, tmp_path: Path) -> None:
-    path = tmp_path / "demonstrations.json"
-    path.write_text(json.dumps([demonstration("My wifi is late.", "network"), demonstration("My login?", "accounts")]))
-    policy = Policy.of(EvsysPolicyConfig(base_model="builtin/tiny", output_dir=tmp_path, lora_rank=4, max_tokens=4))
-    try:
-        policy.begin_training()
-        await policy.ensure_loaded()
-        before, served = policy.version, policy.endpoint.base_url
-        seen = []
-        config = WarmStartConfig(
-            demonstrations=path, algorithm=algorithm, epochs=6, batch_size=2, learning_rate=5e-3, candidates=32
-        )
-        metrics = await warm_start(policy, config, seen.append)
-        assert metrics["steps"] == len(seen) == 6
-        assert math.isfinite(metrics["loss_first"])
-        assert metrics["loss_last"] < metrics["loss_first"]
-        assert policy.version > before
-        assert policy.endpoint.base_url == served
-        assert list(policy.backend.checkpoint_dir.rglob("warm-start*")) == []
-    finally:
-        await policy.close()
+async def test_warm_start_trains_and_publishes(algorithm: str, policy: Policy, demonstrations: Path) -> None:
+    before, served = policy.version, policy.endpoint.base_url
+    seen = []
+    config = WarmStartConfig(
+        demonstrations=demonstrations, algorithm=algorithm, epochs=6, batch_size=2, learning_rate=5e-3, candidates=32
+    )
+    metrics = await warm_start(policy, config, seen.append)
+    assert metrics["steps"] == len(seen) == 6
+    assert math.isfinite(metrics["loss_first"])
+    assert metrics["loss_last"] < metrics["loss_first"]
+    assert policy.version > before
+    assert policy.endpoint.base_url == served
+    assert list(policy.backend.checkpoint_dir.rglob("warm-start*")) == []
 
 
-async def test_the_step_after_it_is_the_first_of_its_optimizer(tmp_path: Path) -> None:
-    path = tmp_path / "demonstrations.json"
-    path.write_text(json.dumps([demonstration("My wifi is late.", "network"), demonstration("My login?", "accounts")]))
-    policy = Policy.of(EvsysPolicyConfig(base_model="builtin/tiny", output_dir=tmp_path, lora_rank=4, max_tokens=4))
-    try:
-        policy.begin_training()
-        await policy.ensure_loaded()
-        tokens = policy.renderer.tokenizer.encode("My login? payroll", add_special_tokens=False)
-        punished = types.Datum(
-            types.ModelInput.from_ints(tokens[:-1]),
-            {
-                "target_tokens": tokens[1:],
-                "logprobs": [-1.0] * (len(tokens) - 1),
-                "advantages": [-1e-3] * (len(tokens) - 1),
-            },
-        )
-        config = WarmStartConfig(demonstrations=path, epochs=6, batch_size=2, learning_rate=5e-3)
-        await warm_start(policy, config, lambda step: None)
-        weights = await policy.backend.save_for_sampler("demonstrated")
-        moved = []
-        for start in (None, weights):
-            if start is not None:
-                await policy.backend.load_state(start)
-            await policy.backend.forward_backward_async([punished], loss_fn="importance_sampling")
-            await policy.backend.optim_step_async(types.AdamParams(learning_rate=1e-3))
-            after = await policy.backend.forward_async([punished], loss_fn="importance_sampling")
-            moved.append(after.loss_fn_outputs[0]["logprobs"].tolist())
-        assert moved[0] == pytest.approx(moved[1], abs=1e-5)
-    finally:
-        await policy.close()
+async def test_the_step_after_it_is_the_first_of_its_optimizer(policy: Policy, demonstrations: Path) -> None:
+    tokens = policy.renderer.tokenizer.encode("My login? payroll", add_special_tokens=False)
+    punished = types.Datum(
+        types.ModelInput.from_ints(tokens[:-1]),
+        {
+            "target_tokens": tokens[1:],
+            "logprobs": [-1.0] * (len(tokens) - 1),
+            "advantages": [-1e-3] * (len(tokens) - 1),
+        },
+    )
+    config = WarmStartConfig(demonstrations=demonstrations, epochs=6, batch_size=2, learning_rate=5e-3)
+    await warm_start(policy, config, lambda step: None)
+    weights = await policy.backend.save_for_sampler("demonstrated")
+    moved = []
+    for start in (None, weights):
+        if start is not None:
+            await policy.backend.load_state(start)
+        await policy.backend.forward_backward_async([punished], loss_fn="importance_sampling")
+        await policy.backend.optim_step_async(types.AdamParams(learning_rate=1e-3))
+        after = await policy.backend.forward_async([punished], loss_fn="importance_sampling")
+        moved.append(after.loss_fn_outputs[0]["logprobs"].tolist())
+    assert moved[0] == pytest.approx(moved[1], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ Message = dict[str, Any]
 
 _ROLES = {role.value: role for role in EpisodeItemRole if role is not EpisodeItemRole.OTHER}
 _ROLES["developer"] = EpisodeItemRole.SYSTEM
-_KEPT_FIELDS = ("tool_calls", "tool_call_id", "name")
+MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name")
+"""What an item's metadata keeps of its message, beside role and content."""
 
 
 def message_chains(calls: list[Call]) -> list[list[Call]]:
@@ -97,7 +98,7 @@ def _json(function: Message) -> Any:
 
 def _message_item(message: Message) -> EpisodeItem:
     role = _ROLES.get(str(message.get("role")))
-    metadata = {name: message[name] for name in _KEPT_FIELDS if message.get(name)}
+    metadata = {name: message[name] for name in MESSAGE_FIELDS if message.get(name)}
     if role is None:
         role, metadata["role"] = EpisodeItemRole.USER, message.get("role")
     logprobs: list[float] | None = [] if role is EpisodeItemRole.ASSISTANT else None
@@ -106,7 +107,7 @@ def _message_item(message: Message) -> EpisodeItem:
 
 def _reply_item(call: Call) -> EpisodeItem:
     metadata: dict[str, Any] = {"call_ids": [call.call_id], "policy_version": call.policy_version}
-    metadata |= {name: call.reply[name] for name in _KEPT_FIELDS if call.reply.get(name)}
+    metadata |= {name: call.reply[name] for name in MESSAGE_FIELDS if call.reply.get(name)}
     return EpisodeItem(
         role=EpisodeItemRole.ASSISTANT,
         content=text_of(call.reply.get("content")),

@@ -17,12 +17,11 @@ from nat.data_models.finetuning import EpisodeItem, EpisodeItemRole, Trajectory
 
 from nat_plugin_evsys.calls import Call, StopReason
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.rollouts.episodes import Message
+from nat_plugin_evsys.rollouts.episodes import MESSAGE_FIELDS, Message
 from nat_plugin_evsys.rollouts.roles import OBSERVATIONS, validate_episode_order
 from nat_plugin_evsys.rollouts.trajectories import CALLS_KEY
 
 _TOKEN_ID = re.compile(r"token_id:(\d+)")
-_KEPT = ("tool_calls", "tool_call_id", "name")
 
 
 class Renderer(Protocol):
@@ -88,7 +87,7 @@ def _message(item: EpisodeItem) -> Message:
     role = item.role.value
     if item.role in OBSERVATIONS:
         role = "user" if item.role is EpisodeItemRole.ENVIRONMENT else "tool"
-    kept = {key: value for key, value in (item.metadata or {}).items() if key in _KEPT and value}
+    kept = {key: value for key, value in (item.metadata or {}).items() if key in MESSAGE_FIELDS and value}
     return {"role": role, "content": item.content, **kept}
 
 
