@@ -10,6 +10,7 @@ Exception
 │   ├── PromptTooLongError           prompt + max_tokens do not fit the context window (also a ValueError)
 │   ├── CheckpointError              a checkpoint is missing, torn, or belongs to another model
 │   ├── NonFiniteGradientError       an optimizer step was refused; weights and moments are as they were
+│   ├── RunLostError                 a run's directory was deleted or moved while it ran
 │   ├── NothingTrainedError          a run ended, and nothing was trained in it
 │   ├── RolloutsFailedError          a batch of rollouts of which nothing can be learned; carries the first cause
 │   ├── CollapseError                a run was stopped because its policy had collapsed
@@ -85,6 +86,10 @@ class CheckpointError(EvsysError):
 
 class NonFiniteGradientError(EvsysError):
     """The accumulated gradient is not finite; the step was refused and nothing changed."""
+
+
+class RunLostError(EvsysError):
+    """A run's directory was deleted, moved or replaced while the run was writing to it."""
 
 
 class NothingTrainedError(EvsysError):

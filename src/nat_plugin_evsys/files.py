@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -15,6 +16,7 @@ from pathlib import Path
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _LEFTOVER_AGE_S = 3600.0
+_TEMPORARY = re.compile(r"\..+\.(tmp|old)-[0-9a-f]{12}")
 _NO_SYNC_HERE = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP}
 """What systems and network disks say that cannot sync a directory."""
 
@@ -78,6 +80,15 @@ def remove_directory(target: Path) -> None:
     dying = _beside(target, "tmp")
     target.rename(dying)
     shutil.rmtree(dying, ignore_errors=True)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Delete what killed writers left in a directory tree that nobody writes to now."""
+    for path in [path for path in directory.rglob(".*") if _TEMPORARY.fullmatch(path.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def restore_set_aside(target: Path) -> None:

@@ -41,6 +41,15 @@ def test_runs_lists_epochs_rewards_and_adapter(output_dir: Path) -> None:
     assert second.endswith("checkpoints/epoch-2")
 
 
+def test_one_bad_run_hides_no_other(output_dir: Path) -> None:
+    bad = RunDirectory.create(output_dir)
+    bad.state_path.write_text("{")
+    first, second, third = call("runs", "--output_dir", output_dir).output.splitlines()
+    assert "running" in first
+    assert "finished" in second
+    assert third.startswith(f"{bad.path.name}  unreadable: {bad.state_path} cannot be read")
+
+
 def test_show_prints_the_summary_of_the_latest_run_or_a_named_one(output_dir: Path) -> None:
     newest, path = call("show", "--output_dir", output_dir), RunDirectory.newest(output_dir)
     assert path is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nat_plugin_evsys.errors import CheckpointError, ConfigError
+from nat_plugin_evsys.errors import CheckpointError, ConfigError, RunLostError
 from nat_plugin_evsys.runs import RunDirectory, changed_settings, redact
 
 CONFIG: dict[str, Any] = {
@@ -168,6 +169,67 @@ def test_resume_discards_what_an_interrupted_epoch_left(tmp_path: Path) -> None:
     assert state.is_dir()
     assert not stray.exists()
     assert [record.epoch for record in resumed.state.checkpoints] == [1]
+
+
+def test_resume_removes_temporaries_of_a_killed_writer_and_nothing_else(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, CONFIG)
+    kept = save_checkpoint(run, "epoch-1")
+    run.record_checkpoint("epoch-1", 1, None)
+    run.save_state()
+    for left in ("checkpoints/.epoch-2.tmp-0123456789ab", "checkpoints/sampler_weights/.x.old-0123456789ab"):
+        (run.path / left / "deep").mkdir(parents=True)
+    (run.path / ".state.json.tmp-0123456789ab").write_text("{")
+    (run.path / ".mine").write_text("a user's own")
+    before = {path for path in run.path.rglob("*") if "-0123456789ab" not in str(path)}
+    RunDirectory.open(run.path).discard_unrecorded()
+    assert set(run.path.rglob("*")) == before
+    assert kept.is_dir()
+
+
+def committed(tmp_path: Path, epochs: int) -> RunDirectory:
+    """A run with a checkpoint of each of these epochs."""
+    run = RunDirectory.create(tmp_path, CONFIG)
+    for epoch in range(epochs + 1):
+        save_checkpoint(run, f"epoch-{epoch}")
+        run.state.epochs_done = epoch
+        run.record_checkpoint(f"epoch-{epoch}", epoch, epoch / 10)
+        run.prune(2)
+    return run
+
+
+def test_a_torn_state_is_named_and_the_one_before_is_taken_when_asked(tmp_path: Path) -> None:
+    run = committed(tmp_path, 4)
+    assert run.history.epochs() == [4, 3, 2]
+    (run.path / "states" / "epoch-0004.json").write_text("")
+    run.state_path.write_text('{"format": 1, "epo')
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read.*of epoch 3;.*resume: previous"):
+        RunDirectory.newest(tmp_path)
+    older = RunDirectory.newest(tmp_path, previous=True)
+    assert older is not None
+    assert older.state.epochs_done == 3
+    assert [record.epoch for record in older.state.checkpoints] == [1, 2, 3]
+    assert older.forget_missing() == ["epoch-1"]
+    assert older.state.best_epoch == 3
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, torn, last = (RunDirectory.create(tmp_path) for _ in range(3))
+    torn.state_path.write_text("{")
+    assert [run.path for run in RunDirectory.all(tmp_path)] == [first.path, last.path]
+    assert f"{torn.state_path} cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_that_was_deleted_under_its_process_is_not_written_again(tmp_path: Path, replaced: bool) -> None:
+    run = RunDirectory.create(tmp_path, CONFIG)
+    run.save_state()
+    shutil.rmtree(run.path)
+    if replaced:
+        run.checkpoints_dir.mkdir(parents=True)
+        (run.path / ".lock").touch()
+    with pytest.raises(RunLostError, match="was deleted or moved"):
+        run.save_state()
+    assert not run.state_path.exists()
 
 
 def test_two_processes_never_write_to_one_run(tmp_path: Path) -> None:

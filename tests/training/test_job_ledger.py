@@ -34,6 +34,19 @@ def test_a_torn_last_line_spoils_no_other(tmp_path: Path, caplog: pytest.LogCapt
     assert [r["job_id"] for r in ledger.read()] == ["a", "b", "b"]
 
 
+def test_unfinished_epochs_leave_neither_jobs_nor_datums(tmp_path: Path) -> None:
+    ledger = JobLedger(tmp_path)
+    for epoch, job in enumerate("abc"):
+        ledger.submitted(job, "run", epoch=epoch)
+        ledger.finished(job, "run", status="completed")
+        (tmp_path / f"datums-{job}.jsonl").touch()
+    ledger.discard_after(2)
+    assert [record["job_id"] for record in ledger.read()] == ["a", "a", "b", "b"]
+    assert {path.name for path in tmp_path.glob("datums-*")} == {"datums-a.jsonl", "datums-b.jsonl"}
+    ledger.discard_after(-1)
+    assert ledger.read() == []
+
+
 def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     append_json_lines(path, [{"loss": float("nan"), "more": [float("inf"), 1.5], "deep": {"x": float("-inf")}}])

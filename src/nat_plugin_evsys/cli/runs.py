@@ -38,13 +38,17 @@ evsys.add_command(status_command)
 @readable_errors
 def runs_command(output_dir: Path) -> None:
     """List the runs: epochs finished, rewards, and the path of the newest adapter."""
+    from nat_plugin_evsys.errors import CheckpointError
     from nat_plugin_evsys.runs import RunDirectory
 
-    found = RunDirectory.all(output_dir)
+    found = RunDirectory.paths(output_dir)
     if not found:
         raise click.ClickException(f"no run under {output_dir}; run `nat finetune …` first, or give --output_dir")
-    for run in found:
-        click.echo(_line(run))
+    for path in found:
+        try:
+            click.echo(_line(RunDirectory.open(path)))
+        except CheckpointError as error:
+            click.echo(f"{path.name}  unreadable: {error}")
 
 
 @evsys.command(name="show")

@@ -173,7 +173,11 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
         default=None, ge=1, description="Validate every N epochs; default `--validation_interval` (5)."
     )
     warm_start: WarmStartConfig | None = Field(default=None, description="Supervised warm start; default none.")
-    resume: bool = Field(default=False, description="Continue the newest run from its last finished epoch.")
+    resume: bool | Literal["previous"] = Field(
+        default=False,
+        description="Continue the newest run from its last finished epoch. `previous`: if that epoch's checkpoint or "
+        "the run's state is damaged, continue from the newest one before it that is whole.",
+    )
     overlap_rollouts: bool = Field(
         default=False,
         description="Collect the next epoch's rollouts while an epoch trains. Calls are then up to one epoch's "

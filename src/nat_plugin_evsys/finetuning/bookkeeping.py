@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +21,12 @@ from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path
 from nat_plugin_evsys.runs.environment import add_environment
+from nat_plugin_evsys.training.job_ledger import JobLedger
+
+logger = logging.getLogger(__name__)
+
+Resume = bool | Literal["previous"]
+"""The trainer's ``resume`` setting."""
 
 
 class RunBooks:
@@ -27,30 +35,26 @@ class RunBooks:
     def __init__(self, run_dir: RunDirectory) -> None:
         self.run_dir = run_dir
         self.metrics = MetricsLog(run_dir.metrics_path)
-        tally = run_dir.state.tally
-        self._tally = CallTally(tally["calls"], tally["trained"], _reasons(tally["dropped"], run_dir))
-        self._trained_trajectories = int(run_dir.state.trajectories["trained"])
-        self._dropped_trajectories = _reasons(run_dir.state.trajectories["dropped"], run_dir)
-        self._seconds_before = run_dir.state.seconds
         self._started = time.monotonic()
+        self._load_counts()
 
     @classmethod
-    def open(cls, output_dir: Path, config: Mapping[str, Any], *, resume: bool) -> RunBooks:
+    def open(cls, output_dir: Path, config: Mapping[str, Any], *, resume: Resume) -> RunBooks:
         """A new run directory, or the newest one to resume.
 
         Raises:
             ConfigError: nothing to resume, the settings changed, or another process runs it.
+            CheckpointError: the run's state cannot be read, and ``resume`` is not ``previous``.
         """
         if not resume:
             run_dir = RunDirectory.create(output_dir, config)
             add_environment(run_dir.path)
             return cls(run_dir)
-        newest = RunDirectory.newest(output_dir)
+        newest = RunDirectory.newest(output_dir, previous=resume == "previous")
         if newest is None:
             raise ConfigError(f"resume: there is no run under {output_dir}; set resume: false to start one")
         newest.check_config(config)
         newest.lock()
-        newest.discard_unrecorded()
         add_environment(newest.path)
         return cls(newest)
 
@@ -64,11 +68,32 @@ class RunBooks:
         """Whether anything was trained so far: by an epoch, or by the warm start."""
         return self._tally.trained > 0 or self._trained_trajectories > 0 or self.state.warm_started
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended as planned, with its summary."""
+        return self.state.status == "finished" and self.run_dir.summary_path.is_file()
+
     def rewind(self) -> None:
-        """Forget the rows and the rollouts of an epoch that was not finished."""
-        self.metrics.truncate_after(self.state.epochs_done)
-        self.run_dir.rollouts.discard_after(self.state.epochs_done)
+        """Remove from the run directory whatever the committed state does not know, and commit that the run goes on."""
+        epoch = self.state.committed_epoch
+        self.metrics.truncate_after(epoch)
+        JobLedger(self.run_dir.path).discard_after(epoch)
+        self.run_dir.rollouts.discard_after(epoch)
+        self.run_dir.discard_unrecorded()
         self.state.status, self.state.error = "running", None
+        self.run_dir.save_state()
+        self._committed = copy.deepcopy(self.state)
+
+    def fall_back(self) -> bool:
+        """Go back to the newest committed state of an earlier epoch; False if there is none."""
+        older = self.run_dir.history.newest(before=self.state.epochs_done)
+        if older is None or older.last_checkpoint() is None:
+            return False
+        self.run_dir.state = older
+        self.run_dir.forget_missing()
+        self._load_counts()
+        self.rewind()
+        return True
 
     # -- counting ---------------------------------------------------------------------------------------------------
 
@@ -138,23 +163,38 @@ class RunBooks:
         self.run_dir.record_checkpoint(
             name, epochs_done, reward, adapter=adapter, training_state=training_state, trained=self.has_trained
         )
+        for missing in self.run_dir.forget_missing():
+            logger.warning("checkpoint %s is no longer in %s; the run goes on without it", missing, self.run_dir.path)
         self._save_counts()
         before = self._on_service()
         self.run_dir.prune(keep)
+        self._committed = copy.deepcopy(self.state)
         after = self._on_service()
         return [path for path in before if path not in after]
 
     def stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
-        """Record why the run ended early. Counts since the last commit are dropped: that epoch will run again."""
+        """Record why the run ended early. What happened since the last commit is dropped: that epoch will run again."""
+        self.run_dir.state = copy.deepcopy(self._committed)
         self.state.status, self.state.error = status, why
         self.run_dir.save_state()
 
     def finish(self, serve_command: str, trackers: dict[str, dict[str, Any]]) -> RunSummary:
-        """Write ``summary.json``; the run is done. If nothing was trained, it names no adapter."""
+        """Write ``summary.json``; the run is done. If nothing was trained, it names no adapter.
+
+        Raises:
+            CheckpointError: someone has deleted what the run has trained.
+        """
         state = self.state
+        last = state.last_checkpoint()
+        if last is not None and last.name in self.run_dir.forget_missing():
+            raise CheckpointError(
+                f"the checkpoint of the last epoch, {self.run_dir.locate(last.adapter)}, was deleted while the run "
+                "went on; resume the run to train that epoch again"
+            )
         state.status = "finished"
         self._save_counts()
         self.run_dir.save_state()
+        self._committed = copy.deepcopy(state)
         record = state.last_checkpoint() if self.has_trained else None
         summary = RunSummary(
             train_reward_before=state.train_reward_before,
@@ -180,6 +220,14 @@ class RunBooks:
     def _on_service(self) -> list[str]:
         places = [place for record in self.state.checkpoints for place in (record.adapter, record.training_state)]
         return [place for place in places if place is not None and is_service_path(place)]
+
+    def _load_counts(self) -> None:
+        tally, trajectories = self.state.tally, self.state.trajectories
+        self._tally = CallTally(tally["calls"], tally["trained"], _reasons(tally["dropped"], self.run_dir))
+        self._trained_trajectories = int(trajectories["trained"])
+        self._dropped_trajectories = _reasons(trajectories["dropped"], self.run_dir)
+        self._seconds_before = self.state.seconds
+        self._committed = copy.deepcopy(self.state)
 
     def _save_counts(self) -> None:
         tally, state = self._tally, self.state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.errors import CheckpointError, EvsysError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.policy.weights import check_place
@@ -29,6 +29,7 @@ class EpochCheckpoints:
 
     async def save(self, epochs_done: int, reward: float | None, curriculum: dict[str, Any]) -> None:
         """Save weights with optimizer state; they are written before the state file names them."""
+        self._books.run_dir.check_present()
         name = f"epoch-{epochs_done:04d}"
         backend = self._policy.backend
         state = await backend.save_full_state(name)
@@ -38,16 +39,42 @@ class EpochCheckpoints:
         for path in stale:
             await self._delete(path)
 
-    async def reload(self) -> str:
+    async def reload(self, *, previous: bool) -> str:
         """Load the last epoch's weights and optimizer state and publish them; returns their location.
 
+        Args:
+            previous: where they are gone or torn, go back to the newest epoch before whose are whole.
+
         Raises:
-            CheckpointError: gone, torn, or another model's.
+            CheckpointError: gone, torn, or another model's; says what to type.
             ConfigError: the run's checkpoints are on a service and there is no base_url, or vice versa.
         """
-        record = self._books.state.last_checkpoint()
-        assert record is not None
-        return await self.load(record)
+        while True:
+            epoch, record = self._books.state.epochs_done, self._books.state.last_checkpoint()
+            assert record is not None
+            try:
+                return await self.load(record)
+            except CheckpointError as error:
+                if not previous:
+                    raise CheckpointError(f"{error}. {self._what_previous_does(epoch)}") from error
+                if not self._books.fall_back():
+                    raise
+                lost = epoch - self._books.state.epochs_done
+                logger.warning(
+                    "%s. Continuing from the checkpoint before it: %d epoch%s will run again",
+                    error,
+                    lost,
+                    "" if lost == 1 else "s",
+                )
+
+    def _what_previous_does(self, epoch: int) -> str:
+        older = self._books.run_dir.history.newest(before=epoch)
+        if older is None:
+            return "The run has no earlier checkpoint; set resume: false to start again"
+        return (
+            f"To resume from the newest whole checkpoint before it (of epoch {older.epochs_done}; later epochs run "
+            "again), set the trainer's resume: previous"
+        )
 
     async def load(self, record: CheckpointRecord) -> str:
         """Load a checkpoint's weights and optimizer state and publish them; raises as ``reload``."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
 from nat_plugin_evsys.calls import DropReason
-from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError
+from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError, RunLostError
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.collapse import RATE_FACTOR, RELOADED, collapse_of, rate_after, reload_best, stopped
@@ -121,6 +121,8 @@ class RunSession:
             NothingTrainedError: the run ended without training anything.
             CollapseError: the policy has collapsed, and ``on_collapse`` is ``stop``.
         """
+        if self._books.is_finished and self._books.state.epochs_done >= num_epochs:
+            return [self._outcome(await self._already_finished())]
         try:
             await self._begin_or_reload(num_epochs)
             first = self._books.state.epochs_done
@@ -142,25 +144,33 @@ class RunSession:
 
     async def _begin_or_reload(self, num_epochs: int) -> None:
         books = self._books
+        books.rewind()
         if books.state.last_checkpoint() is None:
             await self._begin()
             return
-        books.rewind()
+        source = await self._checkpoints.reload(previous=self._trainer.config.resume == "previous")
         self._curriculum.load_state(books.state.curriculum)
-        source = await self._checkpoints.reload()
         rows = books.metrics.rows()
         self._trainer.trainer_adapter.scale_rate(rate_after(rows))
         trained = [row["job"] for row in rows if row["event"] == EPOCH and (row.get("job") or {}).get("steps")]
         if trained:
             self._trainer.trainer_adapter.resume_after(trained[-1])
-        done = books.state.epochs_done
-        if done >= num_epochs:
-            logger.warning("the run has finished all of its %d epochs; raise finetuning.num_epochs to continue", done)
-        self._display.phase("resume", f"after epoch {done} of {num_epochs}, from {source}")
+        self._display.phase("resume", f"after epoch {books.state.epochs_done} of {num_epochs}, from {source}")
+
+    async def _already_finished(self) -> RunSummary:
+        """The summary of a run that has no epoch left to do; nothing is evaluated or counted again."""
+        path = self._books.run_dir.summary_path
+        logger.warning(
+            "the run has finished all of its %d epochs; raise finetuning.num_epochs to continue",
+            self._books.state.epochs_done,
+        )
+        summary = RunSummary.read(path)
+        await asyncio.to_thread(self._tracking.close, "finished")
+        print_at_exit(summary.format(path))
+        return summary
 
     async def _begin(self) -> None:
         state, config = self._books.state, self._trainer.config.warm_start
-        self._books.metrics.truncate_after(-1)  # of a session that ended in here
         if config is not None:
             state.heldout_reward_base = await self._score_heldout_rows(BASE, Collection("base", 0), "of the base model")
             await self._warm_start(config)
@@ -179,6 +189,7 @@ class RunSession:
 
     async def _epoch(self, epoch: int, num_epochs: int) -> Finding | None:
         """Run one epoch, from rollouts to checkpoint. Returns the finding of a collapse, if there is one."""
+        self._books.run_dir.check_present()
         started = time.monotonic()
         run_id = self._books.run_dir.path.name
         ref = await self._roll_out(epoch, run_id)
@@ -272,11 +283,10 @@ class RunSession:
             NothingTrainedError: nothing was trained, neither by an epoch nor by a warm start.
         """
         books = self._books
-        if books.state.status != "finished":
-            reward = await self._score_training_rows(books.state.epochs_done)
-            books.state.train_reward_after = reward
-            if self._inputs.validation_dataset is None:
-                books.reward_of_last_checkpoint(reward)
+        reward = await self._score_training_rows(books.state.epochs_done)
+        books.state.train_reward_after = reward
+        if self._inputs.validation_dataset is None:
+            books.reward_of_last_checkpoint(reward)
         books.count_stray_calls(self._policy.recorder.totals)
         await asyncio.to_thread(self._tracking.close, "finished" if books.has_trained else "failed")
         adapter = self._trainer.trainer_adapter.config
@@ -331,7 +341,11 @@ class RunSession:
         return reward
 
     def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
-        self._books.stop(status, why)
+        try:
+            self._books.stop(status, why)
+        except (RunLostError, OSError) as error:  # what stopped the run is the error to show
+            logger.warning("the run directory does not say that the run %s: %s", status, error)
+            return
         self._pages.write()
 
     def _show_warm_start(self, step: SftStep | SdftStep) -> None:

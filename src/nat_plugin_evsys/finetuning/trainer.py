@@ -71,7 +71,7 @@ class EvsysTrainer(Trainer):
         self._curriculum = Curriculum(run_config.curriculum_learning, self.config.seed)
         self._inputs = RunInputs.check(run_config, self.config)
         self._trackers = {name: create_tracker(name) for name in self.config.trackers}
-        Policy.of(self._inputs.policy).begin_training(resuming=self.config.resume)
+        Policy.of(self._inputs.policy).begin_training(resuming=bool(self.config.resume))
         await super().initialize(run_config)
         self.trajectory_builder.on_rollout = self._display.rollouts
         if self.config.overlap_rollouts:

@@ -61,4 +61,5 @@ def _disabled(bar: type) -> type:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, *args, **{**kwargs, "disable": True})
 
-    return type("QuietTqdm", (bar,), {"__init__": init})
+    # Each class of tqdm's has a monitor thread of its own, which never ends.
+    return type("QuietTqdm", (bar,), {"__init__": init, "monitor_interval": 0})

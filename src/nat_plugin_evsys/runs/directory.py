@@ -4,6 +4,7 @@
     <output_dir>/run-YYYYmmdd-HHMMSS[-n]/
         config.yml       the resolved config, secrets redacted
         state.json       RunState: written whole at the end of each epoch
+        states/          the state of each saved epoch (runs/history.py)
         metrics.jsonl    one row per epoch, validation and warm start
         jobs.jsonl       the ledger of training jobs
         rewards.png      the reward curve
@@ -18,22 +19,24 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 import yaml
 
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
-from nat_plugin_evsys.files import atomic_write
-from nat_plugin_evsys.json_lines import to_json
+from nat_plugin_evsys.files import atomic_write, remove_directory, remove_temporaries, restore_set_aside
+from nat_plugin_evsys.runs.history import StateHistory, read_state, state_text
+from nat_plugin_evsys.runs.lock import RunLock
 from nat_plugin_evsys.runs.rollouts import RolloutFiles
 from nat_plugin_evsys.runs.settings import changed_settings, redact, settings_hash
 from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
+
+logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -53,7 +56,8 @@ class RunDirectory:
         self.summary_path = self.path / "summary.json"
         self.report_path = self.path / "report.html"
         self.rollouts = RolloutFiles(self.path)
-        self._lock: IO[str] | None = None
+        self.history = StateHistory(self.path)
+        self._lock = RunLock(self.path)
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -82,73 +86,81 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path | str) -> RunDirectory:
+    def open(cls, path: Path | str, *, previous: bool = False) -> RunDirectory:
         """An existing run.
 
+        Args:
+            previous: if its state cannot be read, take the newest one in ``states/`` that can.
+
         Raises:
-            CheckpointError: not a run, or its state cannot be read.
+            CheckpointError: not a run, or its state cannot be read; says what to type.
         """
         source = Path(path) / cls.STATE
         try:
-            data = json.loads(source.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is not a run: it has no {cls.STATE}") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{source} cannot be read: {error}") from error
-        return cls(Path(path), RunState.from_dict(data, source))
+            return cls(Path(path), read_state(source))
+        except CheckpointError as error:
+            older = StateHistory(Path(path)).newest()
+            if older is None:
+                raise
+            if not previous:
+                raise CheckpointError(
+                    f"{error}. The newest state that can be read is that of epoch {older.epochs_done}; to resume from "
+                    "it, set the trainer's resume: previous"
+                ) from error
+            logger.warning("%s; continuing after epoch %d, which is the newest whole state", error, older.epochs_done)
+            return cls(Path(path), older)
 
     @classmethod
-    def newest(cls, output_dir: Path | str) -> RunDirectory | None:
-        """The run that `latest` names; without that file, the run with the newest name. None when there is none."""
+    def newest(cls, output_dir: Path | str, *, previous: bool = False) -> RunDirectory | None:
+        """The run that `latest` names; without that file, the run with the newest name. None when there is none.
+
+        Raises:
+            CheckpointError: as ``open``.
+        """
         parent = Path(output_dir)
         try:
             name = (parent / cls.LATEST).read_text(encoding="utf-8").strip()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
             name = ""
         if name and (parent / name / cls.STATE).is_file():
-            return cls.open(parent / name)
-        runs = cls.all(parent)
-        return runs[-1] if runs else None
+            return cls.open(parent / name, previous=previous)
+        paths = cls.paths(parent)
+        return cls.open(paths[-1], previous=previous) if paths else None
 
     @classmethod
     def all(cls, output_dir: Path | str) -> list[RunDirectory]:
-        """All runs, oldest first."""
-        found = [path.parent for path in Path(output_dir).glob(f"run-*/{cls.STATE}")]
-        return [cls.open(path) for path in sorted(found, key=_age)]
+        """All runs whose state can be read, oldest first. The others are named in the log."""
+        found = []
+        for path in cls.paths(output_dir):
+            try:
+                found.append(cls.open(path))
+            except CheckpointError as error:
+                logger.warning("%s", error)
+        return found
+
+    @classmethod
+    def paths(cls, output_dir: Path | str) -> list[Path]:
+        """The directories of all runs, oldest first, whether their states can be read or not."""
+        return sorted((path.parent for path in Path(output_dir).glob(f"run-*/{cls.STATE}")), key=_age)
 
     # -- state ------------------------------------------------------------------------------------------------------
 
     def save_state(self) -> None:
         """Commit ``state``. Call it last: after the checkpoint and the metrics of the epoch are on disk."""
-        atomic_write(self.state_path, to_json(self.state.to_dict(), indent=1) + "\n")
+        self._lock.check()
+        atomic_write(self.state_path, state_text(self.state))
 
     def lock(self) -> None:
-        """Hold this run until ``unlock`` or the end of the process, so that two processes never write to it.
-
-        Raises:
-            ConfigError: another process holds it.
-        """
-        if self._lock is not None:
-            return
-        try:
-            import fcntl
-        except ImportError:  # a system without flock runs without this guard
-            return
-        handle = open(self.path / ".lock", "a", encoding="utf-8")  # noqa: SIM115 - held until unlock
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            raise ConfigError(
-                f"run {self.path} is in use by another process; wait for it to end, or set resume: false"
-            ) from error
-        self._lock = handle
+        """Hold this run until ``unlock`` or the end of the process; raises ConfigError if another process does."""
+        self._lock.hold()
 
     def unlock(self) -> None:
         """Let another process resume this run."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
+
+    def check_present(self) -> None:
+        """Raises RunLostError if the directory was deleted or replaced while this process held it."""
+        self._lock.check()
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Refuse settings that would make this a different run.
@@ -195,10 +207,7 @@ class RunDirectory:
             training_state=None if training_state is None else self._stored(training_state),
             trained=trained,
         )
-        self.state.checkpoints = [old for old in self.state.checkpoints if old.epoch != epoch] + [record]
-        best = self.state.best_checkpoint()
-        self.state.best_epoch = None if best is None else best.epoch
-        self.state.best_reward = None if best is None else best.reward
+        self.state.set_checkpoints([*(old for old in self.state.checkpoints if old.epoch != epoch), record])
         return record
 
     def prune(self, keep: int) -> list[str]:
@@ -213,23 +222,43 @@ class RunDirectory:
             key=lambda record: record.epoch,
         )
         stale = others[: max(0, len(others) - keep)]
-        self.state.checkpoints = [record for record in self.state.checkpoints if record not in stale]
+        self.state.set_checkpoints([record for record in self.state.checkpoints if record not in stale])
+        self.history.add(self.state)
         self.save_state()  # before deleting: what the state names must exist
+        self.history.keep_only({record.epoch for record in self.state.checkpoints})
         kept = self._named_paths()
         for record in stale:
             for where in (record.adapter, record.training_state):
                 path = None if where is None else self.locate(where)
-                if isinstance(path, Path) and path not in kept:
-                    _delete(path, self.path)
+                if isinstance(path, Path) and path not in kept and path.is_relative_to(self.path) and path.is_dir():
+                    remove_directory(path)
         return [record.name for record in stale]
 
+    def forget_missing(self) -> list[str]:
+        """Forget checkpoints that someone has deleted from the disk; returns their names."""
+        missing = [record for record in self.state.checkpoints if not self._is_there(record)]
+        self.state.set_checkpoints([record for record in self.state.checkpoints if record not in missing])
+        return [record.name for record in missing]
+
     def discard_unrecorded(self) -> list[Path]:
-        """Delete checkpoints that no finished epoch names, left by an interrupted epoch. For a run being resumed."""
+        """Delete what an interrupted epoch left behind: checkpoints that the state does not name, temporaries.
+
+        For a run being resumed, whose other files ``state`` decides about, too.
+
+        Returns:
+            The checkpoints that were deleted.
+        """
         kept = self._named_paths()
+        for path in kept:
+            if isinstance(path, Path):
+                restore_set_aside(path)
+        remove_temporaries(self.path)
         found = [path.parent for path in sorted(self.checkpoints_dir.rglob("manifest.json"))]
         stray = [path for path in found if path not in kept]
         for path in stray:
-            _delete(path, self.path)
+            remove_directory(path)
+        committed = [record.epoch for record in self.state.checkpoints]
+        self.history.keep_only(set(committed))
         return stray
 
     def locate(self, where: str) -> Path | str:
@@ -242,6 +271,10 @@ class RunDirectory:
         absolute = Path(os.path.abspath(where))
         inside = absolute.is_relative_to(self.path)
         return str(absolute.relative_to(self.path) if inside else absolute)
+
+    def _is_there(self, record: CheckpointRecord) -> bool:
+        places = [self.locate(place) for place in (record.adapter, record.training_state) if place is not None]
+        return all(place.is_dir() for place in places if isinstance(place, Path))
 
     def _named_paths(self) -> set[Path | str]:
         places = [place for record in self.state.checkpoints for place in (record.adapter, record.training_state)]
@@ -265,13 +298,3 @@ def _age(path: Path) -> tuple[str, int]:
     """Sorts ``run-…-10`` after ``run-…-2``."""
     parts = path.name.split("-")
     return "-".join(parts[:3]), int(parts[3]) if len(parts) > 3 and parts[3].isdigit() else 1
-
-
-def _delete(path: Path, run: Path) -> None:
-    """Hide the checkpoint in one step, then delete it; never touches anything outside the run."""
-    if not path.is_relative_to(run) or not path.is_dir():
-        return
-    hidden = path.with_name(f".deleted-{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)

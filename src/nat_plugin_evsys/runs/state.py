@@ -90,6 +90,18 @@ class RunState:
         values["checkpoints"] = [CheckpointRecord(**record) for record in values.get("checkpoints", [])]
         return cls(**values)
 
+    def set_checkpoints(self, records: list[CheckpointRecord]) -> None:
+        """Replace the checkpoints; ``best_epoch`` and ``best_reward`` follow."""
+        self.checkpoints = records
+        best = self.best_checkpoint()
+        self.best_epoch = None if best is None else best.epoch
+        self.best_reward = None if best is None else best.reward
+
+    @property
+    def committed_epoch(self) -> int:
+        """The newest epoch that is committed: 0 is what comes before the first, -1 means nothing at all."""
+        return -1 if self.last_checkpoint() is None else self.epochs_done
+
     @property
     def has_trained(self) -> bool:
         """Whether there is a checkpoint of weights that the run has trained."""

@@ -1,0 +1,114 @@
+"""The books of a run that was killed: what the committed state does not know is gone when it is resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
+from nat_plugin_evsys.runs.rollouts import Collection
+from nat_plugin_evsys.training.job_ledger import JobLedger
+
+CONFIG: dict[str, Any] = {"trainers": {"t": {"seed": 0}}}
+
+
+def begin(books: RunBooks) -> None:
+    """What a run does before its first checkpoint."""
+    books.metrics.append("base", 0, reward=0.0)
+    books.metrics.append("warm_start", 0, steps=1)
+    books.metrics.append("validation", 0, reward=0.1)
+    for kind in ("base", "heldout", "train"):
+        books.run_dir.rollouts.write(Collection(kind, 0), ["{}"])  # type: ignore[arg-type]
+    books.state.warm_started, books.state.heldout_reward_before = True, 0.1
+
+
+def save(books: RunBooks, epoch: int) -> None:
+    """What an epoch does before its commit."""
+    name = f"epoch-{epoch:04d}"
+    if epoch > 0:
+        books.run_dir.rollouts.write(Collection("epoch", epoch), ["{}"])
+        JobLedger(books.run_dir.path).submitted(f"job-{epoch}", "run", epoch=epoch - 1)
+        books.metrics.append("epoch", epoch, reward_mean=0.5)
+    (books.run_dir.checkpoints_dir / name).mkdir()
+    (books.run_dir.checkpoints_dir / name / "manifest.json").write_text("{}")
+
+
+def commit(books: RunBooks, epoch: int) -> None:
+    save(books, epoch)
+    path = str(books.run_dir.checkpoints_dir / f"epoch-{epoch:04d}")
+    books.commit(epoch, f"epoch-{epoch:04d}", path, path, None, curriculum={}, keep=2)
+
+
+def resumed(output_dir: Path, books: RunBooks, resume: Any = True) -> RunBooks:
+    """Another process's books on the same run."""
+    books.run_dir.unlock()
+    again = RunBooks.open(output_dir, CONFIG, resume=resume)
+    again.rewind()
+    return again
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_killed_before_the_first_commit_nothing_has_happened(tmp_path: Path, saved: bool) -> None:
+    killed = RunBooks.open(tmp_path, CONFIG, resume=False)
+    begin(killed)
+    if saved:
+        save(killed, 0)
+    books = resumed(tmp_path, killed)
+    assert books.metrics.rows() == []
+    assert books.run_dir.rollouts.collections() == []
+    assert list(books.run_dir.checkpoints_dir.iterdir()) == []
+    assert not books.has_trained
+    begin(books)
+    commit(books, 0)
+    assert [row["event"] for row in books.metrics.rows()] == ["base", "warm_start", "validation"]
+
+
+def test_killed_in_an_epoch_the_committed_one_stays(tmp_path: Path) -> None:
+    killed = RunBooks.open(tmp_path, CONFIG, resume=False)
+    begin(killed)
+    commit(killed, 0)
+    commit(killed, 1)
+    save(killed, 2)
+    books = resumed(tmp_path, killed)
+    assert [row["epoch"] for row in books.metrics.rows()] == [0, 0, 0, 1]
+    assert [record["job_id"] for record in JobLedger(books.run_dir.path).read()] == ["job-1"]
+    assert str(books.run_dir.rollouts.collections()[-1]) == "epoch-0001"
+    assert sorted(path.name for path in books.run_dir.checkpoints_dir.iterdir()) == ["epoch-0000", "epoch-0001"]
+
+
+def test_an_interrupted_run_keeps_what_was_committed_and_nothing_since(tmp_path: Path) -> None:
+    books = RunBooks.open(tmp_path, CONFIG, resume=False)
+    begin(books)
+    books.stop("interrupted", "SIGTERM")
+    again = resumed(tmp_path, books)
+    assert not again.state.warm_started
+    assert again.state.heldout_reward_before is None
+
+
+def test_falling_back_goes_one_committed_epoch_at_a_time(tmp_path: Path) -> None:
+    books = RunBooks.open(tmp_path, CONFIG, resume=False)
+    for epoch in range(3):
+        commit(books, epoch)
+    assert books.fall_back()
+    assert books.state.epochs_done == 1
+    assert [row["epoch"] for row in books.metrics.rows()] == [1]
+    assert sorted(path.name for path in books.run_dir.checkpoints_dir.iterdir()) == ["epoch-0000", "epoch-0001"]
+    assert books.fall_back()
+    assert not books.fall_back()
+    assert books.state.epochs_done == 0
+
+
+def test_a_checkpoint_that_someone_deletes_is_not_named_any_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    books = RunBooks.open(tmp_path, CONFIG, resume=False)
+    commit(books, 0)
+    commit(books, 1)
+    for path in (books.run_dir.checkpoints_dir / "epoch-0000").iterdir():
+        path.unlink()
+    (books.run_dir.checkpoints_dir / "epoch-0000").rmdir()
+    commit(books, 2)
+    assert [record.epoch for record in books.state.checkpoints] == [1, 2]
+    assert "checkpoint epoch-0000 is no longer in" in caplog.text
