@@ -21,6 +21,7 @@ from nat_plugin_evsys.engine.gradient.custom_loss import checked_loss
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
+from nat_plugin_evsys.engine.machine.fixed_order import compute_in_fixed_order
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import CheckpointError
@@ -59,12 +60,13 @@ class LocalBackend:
         checkpoint_dir: Path,
         max_batch_size: int = defaults.MAX_BATCH_SIZE,
         untrained_logprobs: bool = True,
+        deterministic: bool = False,
     ) -> None:
-        """``untrained_logprobs``: see ``TrainableModel``."""
+        """``untrained_logprobs``: see ``TrainableModel``; ``deterministic``: see ``SharedBase``."""
         self.base = base
         self.checkpoint_dir = Path(checkpoint_dir)
         self.policy_version = -1
-        self._shared = SharedBase(base, max_batch_size)
+        self._shared = SharedBase(base, max_batch_size, deterministic=deterministic)
         self._model = self._shared.train(adapter, untrained_logprobs=untrained_logprobs)
         self._queue = TrainingQueue(self._model)
 
@@ -87,8 +89,13 @@ class LocalBackend:
         trust_remote_code: bool = False,
         cache_dir: Path | None = None,
         untrained_logprobs: bool = True,
+        deterministic: bool = False,
     ) -> LocalBackend:
         """Load the base model and put a fresh adapter on it. To start from a checkpoint, ``load_state`` it next.
+
+        Args:
+            deterministic: the same operations give the same bits in every process; the process then computes on one
+                thread.
 
         Raises:
             ModelError: the model cannot be loaded or lacks a selected LoRA target.
@@ -96,6 +103,8 @@ class LocalBackend:
         """
 
         def build() -> LocalBackend:
+            if deterministic:
+                compute_in_fixed_order()
             base = load_base_model(
                 base_model,
                 device=device,
@@ -119,6 +128,7 @@ class LocalBackend:
                 checkpoint_dir=checkpoint_dir,
                 max_batch_size=max_batch_size,
                 untrained_logprobs=untrained_logprobs,
+                deterministic=deterministic,
             )
 
         return await asyncio.to_thread(build)

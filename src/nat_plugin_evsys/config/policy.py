@@ -19,6 +19,7 @@ NOT_OVER_A_SERVICE = {
     "device": "the service has its own",
     "dtype": "the service has its own",
     "max_batch_size": "the service has its own",
+    "deterministic": "the service computes",
     "trust_remote_code": "the service loads the model",
 }
 """Settings of the embedded engine that do not apply to a service, and why; refused unless left at their defaults."""
@@ -97,6 +98,11 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     )
     max_batch_size: int = Field(
         default=defaults.MAX_BATCH_SIZE, ge=1, description="Largest sampling batch, in sequences."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="The same run gives the same weights, bit for bit, also if it was killed and resumed: every "
+        "sequence is sampled alone, and the process computes on one thread. Slower; see training.md.",
     )
     chat_template: Path | None = Field(
         default=None, description="A Jinja chat template file that replaces the tokenizer's own."

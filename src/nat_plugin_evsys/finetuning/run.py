@@ -20,6 +20,7 @@ from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
 from nat_plugin_evsys.finetuning.garbage import gc_frozen
 from nat_plugin_evsys.finetuning.job_queue import BACKEND
+from nat_plugin_evsys.finetuning.overlap import hold_next_rollouts, hold_resumed_rollouts
 from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.run_pages import RunPages
@@ -149,6 +150,8 @@ class RunSession:
             await self._begin()
             return
         source = await self._checkpoints.reload(previous=self._trainer.config.resume == "previous")
+        if self._trainer.config.overlap_rollouts:
+            await hold_resumed_rollouts(self._policy, books.run_dir)
         self._curriculum.load_state(books.state.curriculum)
         rows = books.metrics.rows()
         self._trainer.trainer_adapter.scale_rate(rate_after(rows))
@@ -195,7 +198,9 @@ class RunSession:
         ref = await self._roll_out(epoch, run_id)
         report = self._trainer.last_report
         attempts, held_back = self._trainer.trajectory_builder.take_attempts(), self._trainer.held_back
+        self._policy.release_rollouts()
         if self._trainer.config.overlap_rollouts and epoch + 1 < num_epochs:
+            hold_next_rollouts(self._policy)
             await self._trainer.trajectory_builder.start_run(run_id, {"epoch": epoch + 1})
         rolled_out = time.monotonic()
         try:

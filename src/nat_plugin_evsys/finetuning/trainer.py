@@ -20,7 +20,7 @@ from nat_plugin_evsys.finetuning.checks.batch_check import failure_notices
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.run import RunSession
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
-from nat_plugin_evsys.finetuning.signals import sigterm_cancels
+from nat_plugin_evsys.finetuning.signals import signals_cancel
 from nat_plugin_evsys.finetuning.telemetry import run_logging
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
@@ -88,7 +88,7 @@ class EvsysTrainer(Trainer):
             NothingTrainedError: the run ended without training anything.
         """
         async with run_logging(self._require_inputs.general):
-            with self._display, sigterm_cancels():
+            with self._display, signals_cancel():
                 self._open()
                 self._tracking = self._track()
                 session = RunSession(

@@ -49,6 +49,7 @@ class PolicySource:
     sampling_client: Callable[[], SamplingClient | Awaitable[SamplingClient]]
     recorder: Recorder
     defaults: Callable[[RunKind | None], SamplingDefaults]
+    held_client: Callable[[], SamplingClient | None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Completion:
         messages, tools = request.message_dicts(), request.shown_tools
         thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
         prompt_ids = await asyncio.to_thread(renderer.render, messages, tools, enable_thinking=thinking)
-        client = await _resolve(source.sampling_client)
+        client = await _client(source, run_id)
         params = sampling_params(request, renderer, source, run_id)
         source.recorder.begin_call(run_id)
         return cls(
@@ -226,6 +227,12 @@ def _stop(stops: list[str], renderer: ChatRenderer) -> list[str] | list[int] | N
         return renderer.stop_token_ids or None
     eos = renderer.tokenizer.eos_token_id
     return [*stops, *(renderer.decode([token_id]) for token_id in renderer.stop_token_ids if token_id != eos)]
+
+
+async def _client(source: PolicySource, run_id: str | None) -> SamplingClient:
+    held = source.held_client() if source.recorder.kind_of(run_id) == "rollout" else None
+    client: SamplingClient = await _resolve(source.sampling_client) if held is None else held
+    return client
 
 
 async def _resolve(source: Callable[[], Any]) -> Any:

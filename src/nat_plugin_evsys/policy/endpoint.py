@@ -50,6 +50,8 @@ class PolicyEndpoint:
         defaults: sampling settings of requests that do not set them, by the kind of their run.
         model_names: the names that requests may ask for.
         is_alias: tells other names by which it may be asked for.
+        held_client: the client that rollouts sample from while they are held at one policy version; None while they
+            are not.
         port: 0 takes a free one.
         api_key: default is a generated one.
     """
@@ -63,12 +65,13 @@ class PolicyEndpoint:
         defaults: Callable[[RunKind | None], SamplingDefaults],
         model_names: list[str],
         is_alias: Callable[[str], bool] = lambda name: False,
+        held_client: Callable[[], SamplingClient | None] = lambda: None,
         host: str = "127.0.0.1",
         port: int = 0,
         api_key: str | None = None,
     ) -> None:
         self.api_key = api_key or f"sk-evsys-{secrets.token_urlsafe(24)}"
-        source = PolicySource(renderer, sampling_client, recorder, defaults)
+        source = PolicySource(renderer, sampling_client, recorder, defaults, held_client)
         models = _OnePolicy(source, list(model_names), is_alias, self.api_key)
         self._routes = ChatRoutes(models, recorder, self._is_closing)
         self._host, self._port = host, port

@@ -53,6 +53,7 @@ class Policy:
         self._backend: Backend | None = None
         self._renderer: ChatRenderer | None = None
         self._client: SamplingClient | None = None
+        self._held: SamplingClient | None = None
         self._loading: Future[None] | None = None
         self._lock = threading.Lock()
         self._endpoint: PolicyEndpoint | None = None
@@ -118,6 +119,7 @@ class Policy:
                 self._endpoint = PolicyEndpoint(
                     renderer=self._current_renderer,
                     sampling_client=self._current_client,
+                    held_client=lambda: self._held,
                     recorder=self.recorder,
                     defaults=self._sampling_defaults,
                     model_names=[self.config.base_model],
@@ -252,6 +254,22 @@ class Policy:
         """
         self._client = await self.backend.snapshot_sampling_client(name)
         return self._client.policy_version
+
+    def hold_rollouts(self) -> None:
+        """Let rollouts sample from the current weights, whatever is published, until ``release_rollouts``."""
+        self._held = self._client
+
+    async def hold_rollouts_at(self, checkpoint: Path | str) -> None:
+        """The same with the weights of a checkpoint.
+
+        Raises:
+            CheckpointError: missing, torn, or another model's.
+        """
+        self._held = await self.backend.sampling_client(str(checkpoint))
+
+    def release_rollouts(self) -> None:
+        """Let rollouts sample from the current weights again."""
+        self._held = None
 
     async def is_healthy(self) -> bool:
         """True when the model is loaded and the backend answers a real request."""

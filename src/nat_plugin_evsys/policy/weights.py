@@ -91,6 +91,7 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
         device=config.device,
         dtype=config.dtype,
         max_batch_size=config.max_batch_size,
+        deterministic=config.deterministic,
         trust_remote_code=config.trust_remote_code,
         **lora,
     )

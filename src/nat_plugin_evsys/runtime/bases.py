@@ -19,11 +19,20 @@ from nat_plugin_evsys.runtime import defaults
 
 
 class SharedBase:
-    """A base model and the sampler that all its adapters share, created on first use."""
+    """A base model and the sampler that all its adapters share, created on first use.
 
-    def __init__(self, base: BaseModel, max_batch_size: int = defaults.MAX_BATCH_SIZE) -> None:
+    Args:
+        max_batch_size: see ``Sampler``.
+        deterministic: every sequence is decoded alone, from its first token on, and steps are cut in one way, so that
+            no result depends on what else is going on or on how much memory is free.
+    """
+
+    def __init__(
+        self, base: BaseModel, max_batch_size: int = defaults.MAX_BATCH_SIZE, *, deterministic: bool = False
+    ) -> None:
         self.base = base
         self._max_batch_size = max_batch_size
+        self._deterministic = deterministic
         self._lock = threading.Lock()
         self._sampler: Sampler | None = None
         self._closed = False
@@ -39,8 +48,13 @@ class SharedBase:
             if self._closed:
                 raise EngineClosedError("the engine has been closed; create a new one")
             if self._sampler is None:
-                self._sampler = Sampler(self.base, max_batch_size=self._max_batch_size)
+                self._sampler = self._new_sampler()
             return self._sampler
+
+    def _new_sampler(self) -> Sampler:
+        if self._deterministic:
+            return Sampler(self.base, max_batch_size=1, prefix_cache_bytes=0, path="plain")
+        return Sampler(self.base, max_batch_size=self._max_batch_size)
 
     def fresh(
         self,
@@ -63,8 +77,9 @@ class SharedBase:
 
         ``untrained_logprobs``: see ``TrainableModel``.
         """
+        budget = defaults.DETERMINISTIC_TOKENS if self._deterministic else None
         with self._lock:
-            return TrainableModel(self.base, adapter, untrained_logprobs=untrained_logprobs)
+            return TrainableModel(self.base, adapter, token_budget=budget, untrained_logprobs=untrained_logprobs)
 
     def train_checkpoint(self, info: CheckpointInfo, *, with_optimizer: bool) -> TrainableModel:
         """A model of a checkpoint's LoRA shape and weights, with its moments if asked for.

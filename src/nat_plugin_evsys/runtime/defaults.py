@@ -24,6 +24,9 @@ DTYPE = "auto"
 MAX_BATCH_SIZE = 64
 """Largest sampling batch of one policy version, in sequences."""
 
+DETERMINISTIC_TOKENS = 4096
+"""Tokens that a deterministic step computes together: how much memory is free must not matter."""
+
 LEARNING_RATE = 1e-4
 BETA1 = 0.9
 BETA2 = 0.95
