@@ -12,7 +12,8 @@ from enum import StrEnum
 from typing import Any, Literal
 
 StopReason = Literal["stop", "length"]
-"""``stop``: a stop token or stop string ended the sequence. ``length``: max_tokens or the context did."""
+"""``stop``: a stop token or stop string ended the sequence. ``length``: max_tokens or the context did, or the client
+stopped reading the stream."""
 
 RunKind = Literal["rollout", "evaluation"]
 """``rollout`` calls may be trained on; ``evaluation`` calls (validation) never are."""
@@ -26,7 +27,8 @@ class DropReason(StrEnum):
 
     # What happened in the rollouts.
     EVALUATOR_ERROR = "evaluator_error"
-    """The evaluator failed or gave no finite score, so the rollout has no reward."""
+    """The evaluator failed, took longer than `evaluator_timeout`, or gave no finite score, so the rollout has no
+    reward."""
     INFRASTRUCTURE_ERROR = "infrastructure_error"
     """The policy endpoint failed or could not be reached. That is not the policy's fault, so the rollout has no
     reward."""
@@ -34,6 +36,12 @@ class DropReason(StrEnum):
     """The rollout took longer than `rollout_timeout` and was cut off."""
     NO_CALLS = "no_calls"
     """The workflow ended without a call to the policy, so there is nothing to train on."""
+    PROMPT_TOO_LONG = "prompt_too_long"
+    """The prompt and the tokens asked for do not fit the model's context, so the call was refused."""
+    REQUEST_REFUSED = "request_refused"
+    """The endpoint refused the request, because something in it is wrong."""
+    WORKFLOW_ERROR = "workflow_error"
+    """The workflow failed before it called the policy, so there is nothing to train on."""
     VALIDATION = "validation"
     """The call was made to measure the policy, not to train it."""
     UNATTRIBUTED = "unattributed"
@@ -41,7 +49,7 @@ class DropReason(StrEnum):
     CALL_FAILED = "call_failed"
     """The endpoint could not answer the call."""
     CLIENT_DISCONNECTED = "client_disconnected"
-    """The client disconnected before the call was answered."""
+    """The client disconnected before the first token of the answer was sent."""
 
     # What the curriculum holds back.
     CURRICULUM_MIN_REWARD_DIFF = "curriculum_min_reward_diff"

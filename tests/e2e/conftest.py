@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from nat_process import ROOT
+from nat_process import ROOT, Finished, run_nat
 
 
 @pytest.fixture
@@ -32,10 +33,40 @@ def make_config(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def agents(tmp_path: Path) -> dict[str, str]:
-    """Environment variables with which ``nat`` discovers the functions of ``tests/support/raw_agents.py``."""
-    installed = tmp_path / "plugins" / "raw_agents-0.dist-info"
+    """Environment variables with which ``nat`` discovers the agents of ``tests/support``."""
+    installed = tmp_path / "plugins" / "agents-0.dist-info"
     installed.mkdir(parents=True)
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: raw_agents\nVersion: 0\n")
-    (installed / "entry_points.txt").write_text("[nat.plugins]\nraw_agents = raw_agents\n")
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: agents\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text("[nat.plugins]\nraw_agents = raw_agents\nodd_agents = odd_agents\n")
     path = [str(installed.parent), str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(path)}
+
+
+@pytest.fixture
+def finetune(tmp_path: Path, make_config: Callable[..., Path], agents: dict[str, str]) -> Callable[..., Finished]:
+    """``finetune(workflow, rows)``: `nat finetune` of configs/tiny.yml with another workflow, for an epoch.
+
+    ``more`` changes the configuration further, ``changes`` the policy's.
+    """
+
+    def run(
+        workflow: dict[str, Any],
+        rows: list[dict[str, Any]],
+        *options: str,
+        more: Callable[[dict[str, Any]], object] = lambda settings: None,
+        **changes: Any,
+    ) -> Finished:
+        def change(settings: dict[str, Any]) -> None:
+            (tmp_path / "rows.json").write_text(json.dumps(rows))
+            settings["workflow"] = workflow
+            settings["eval"]["general"]["dataset"]["file_path"] = str(tmp_path / "rows.json")
+            settings["trainer_adapters"]["adapter"]["advantage"] = "reward"  # trains every call, whatever was said
+            settings["trainers"]["trainer"]["validation_dataset"] = None
+            settings["trajectory_builders"]["builder"]["num_generations"] = 4
+            settings["llms"]["policy"] |= changes
+            more(settings)
+
+        config = make_config("tiny", change)
+        return run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "1", *options, **agents)
+
+    return run

@@ -5,32 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from nat_process import Finished, newest_run, run_nat
 
 CLIENTS = ("openai", "requests", "langchain", "urllib")
-
-
-@pytest.fixture
-def finetune(tmp_path: Path, make_config: Callable[..., Path], agents: dict[str, str]) -> Callable[..., Finished]:
-    """``finetune(workflow, rows)``: `nat finetune` of configs/tiny.yml with another workflow, for an epoch."""
-
-    def run(workflow: dict[str, Any], rows: list[dict[str, Any]], *options: str, **changes: Any) -> Finished:
-        def change(settings: dict[str, Any]) -> None:
-            (tmp_path / "rows.json").write_text(json.dumps(rows))
-            settings["workflow"] = workflow
-            settings["eval"]["general"]["dataset"]["file_path"] = str(tmp_path / "rows.json")
-            settings["trainer_adapters"]["adapter"]["advantage"] = "reward"  # trains every call, whatever was said
-            settings["trainers"]["trainer"]["validation_dataset"] = None
-            settings["trajectory_builders"]["builder"]["num_generations"] = 4
-            settings["llms"]["policy"] |= changes
-
-        config = make_config("tiny", change)
-        return run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "1", *options, **agents)
-
-    return run
 
 
 def test_every_client_belongs_to_its_rollout(finetune: Callable[..., Finished], tmp_path: Path) -> None:

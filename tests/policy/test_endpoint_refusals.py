@@ -255,18 +255,13 @@ async def test_an_error_in_the_middle_of_a_stream(serve: Any, tokenizer: Any) ->
     assert served.recorder.close_run("run") == []
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_goes_away_cancels_its_sampling(serve: Any, stream: bool) -> None:
+async def test_a_client_that_goes_away_cancels_its_sampling(serve: Any) -> None:
     served = serve(lambda prompt: "word " * 30, token_delay=0.05)
     served.recorder.open_run("run", "rollout", None)
     async with served.client() as client:
 
         async def ask() -> None:
-            answer = await client.chat.completions.create(
-                model=MODEL, messages=MESSAGES, stream=stream, extra_headers={RUN_ID_HEADER: "run"}
-            )
-            if stream:
-                _ = [chunk async for chunk in answer]
+            await client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_headers={RUN_ID_HEADER: "run"})
 
         asking = asyncio.create_task(ask())
         await until(lambda: served.sampling.requests)
@@ -276,6 +271,55 @@ async def test_a_client_that_goes_away_cancels_its_sampling(serve: Any, stream: 
         await until(lambda: served.recorder.totals.disconnected == 1)
     assert served.recorder.failures("run") == []
     assert served.recorder.close_run("run") == []
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_a_stream_that_is_left_early_keeps_what_was_sent(serve: Any, renderer: Any, choices: int) -> None:
+    served = serve(lambda prompt: "word " * 30, token_delay=0.02)
+    served.recorder.open_run("run", "rollout", None)
+    async with served.client() as client:
+        stream = await client.chat.completions.create(
+            model=MODEL,
+            messages=MESSAGES,
+            stream=True,
+            n=choices,
+            extra_headers={RUN_ID_HEADER: "run"},
+            extra_body={"return_token_ids": True},
+        )
+        read: dict[int, list[int]] = {index: [] for index in range(choices)}
+        async for chunk in stream:
+            for choice in chunk.choices:
+                read[choice.index] += getattr(choice, "token_ids", None) or []
+            if all(len(ids) >= 3 for ids in read.values()):
+                break
+        await stream.close()
+        assert await asyncio.to_thread(served.recorder.wait_until_answered, ["run"], 20.0)
+    await until(lambda: served.sampling.cancelled == 1)
+    calls = served.recorder.close_run("run")
+    assert sorted(call.index for call in calls) == list(read)
+    for call in calls:
+        sampled = len(call.output_ids)
+        assert call.output_ids[: len(read[call.index])] == read[call.index]
+        assert call.logprobs == [-(1 + position) / 8 for position in range(sampled)]
+        assert (call.stop_reason, call.reply["content"]) == ("length", renderer.decode(call.output_ids))
+    assert served.recorder.totals.disconnected == 0
+
+
+async def test_a_request_is_refused_and_counted(serve: Any) -> None:
+    served = serve("fine", context_length=64)
+    served.recorder.open_run("run", "rollout", None)
+    headers = {RUN_ID_HEADER: "run"}
+    async with served.client() as client:
+        for change in ({"n": 0}, {"model": "nobody"}, {"messages": [{"role": "user", "content": "long " * 99}]}):
+            request = {"model": MODEL, "messages": MESSAGES, "extra_headers": headers, **change}
+            with pytest.raises(openai.APIStatusError):
+                await client.chat.completions.create(**request)
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("nobody", extra_headers=headers)
+    reasons = [refusal.reason for refusal in served.recorder.refusals("run")]
+    assert reasons == ["request_refused", "request_refused", "prompt_too_long"]
+    assert served.recorder.totals.refused == {"request_refused": 2, "prompt_too_long": 1}
+    assert "context length is 64" in served.recorder.refusals("run")[-1].message
 
 
 async def test_a_timeout_is_retried_without_a_double_record(serve: Any) -> None:

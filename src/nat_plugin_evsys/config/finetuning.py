@@ -23,6 +23,12 @@ class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="
         gt=0,
         description="Time limit of one rollout in seconds; slower ones are cut off and counted as `rollout_timeout`.",
     )
+    evaluator_timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="Time limit in seconds for the evaluator to score one rollout; what takes longer is counted as "
+        "`evaluator_error`.",
+    )
 
 
 class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_trainer_adapter"):

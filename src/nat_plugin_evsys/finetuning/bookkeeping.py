@@ -116,11 +116,12 @@ class RunBooks:
         self._dropped_trajectories.update(metadata["trajectories"]["dropped"])
 
     def count_stray_calls(self, totals: RecorderTotals) -> None:
-        """Count calls that reached the endpoint but belong to no rollout, or got no answer."""
+        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer."""
         strays = {
             DropReason.UNATTRIBUTED: totals.unattributed,
             DropReason.CALL_FAILED: totals.failures,
             DropReason.CLIENT_DISCONNECTED: totals.disconnected,
+            **totals.refused,
         }
         for reason, number in strays.items():
             self._tally.calls += number

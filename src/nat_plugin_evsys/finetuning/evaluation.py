@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from nat.data_models.evaluate_runtime import EvaluationRunConfig
 from nat.plugins.eval.runtime.evaluate import EvaluationRun
 
 from nat_plugin_evsys.calls import DropReason
+from nat_plugin_evsys.finetuning.checks.addresses import with_dead_addresses
+from nat_plugin_evsys.finetuning.limits import bound_items, exits_are_errors
 from nat_plugin_evsys.finetuning.sessions import RecordedSessions, Rollouts
 from nat_plugin_evsys.finetuning.telemetry import without_exporters
 from nat_plugin_evsys.report.quiet import quiet_tqdm
@@ -28,19 +31,32 @@ logger = logging.getLogger(__name__)
 STEP_REWARDS = "step_rewards"
 """Key of an evaluator's ``reasoning`` (a dict) whose value is a list with a reward for each call of the rollout."""
 
+_ENDING_SECONDS = 10.0
+"""How long to wait for requests that the workflow has ended without; what comes later counts as unattributed."""
+
 
 class PolicyEvaluation(EvaluationRun):
     """NAT's EvaluationRun with recorded sessions. The workflow is built once for all repetitions."""
 
-    def __init__(self, config: EvaluationRunConfig, rollouts: Rollouts) -> None:
+    def __init__(self, config: EvaluationRunConfig, rollouts: Rollouts, evaluator_timeout: float) -> None:
         super().__init__(config)
         self._rollouts = rollouts
+        self._evaluator_timeout = evaluator_timeout
 
     async def run_workflow_local(self, session_manager: SessionManager, http_connection: Any = None) -> None:
         """Run all items through recorded sessions."""
         self._rollouts.total = len(self.eval_input.eval_input_items) if self.eval_input else 0
         recorded: Any = RecordedSessions(session_manager, self._rollouts)
         await super().run_workflow_local(recorded, http_connection=http_connection)
+
+    async def run_evaluators(self, evaluators: dict[str, Any]) -> None:
+        """Run the evaluators in bounded time."""
+        items = len(self.eval_input.eval_input_items) if self.eval_input else 0
+        for evaluator in evaluators.values():
+            bound_items(evaluator, self._evaluator_timeout)
+        with suppress(TimeoutError):  # then there are no scores, which is an error of the evaluator
+            async with asyncio.timeout(self._evaluator_timeout * (items + 1)):
+                await super().run_evaluators(evaluators)
 
     def _on_eval_complete(self, dataset_handler: Any = None) -> None:
         # NAT writes every trajectory as JSON here before it looks whether anybody wants it.
@@ -49,7 +65,14 @@ class PolicyEvaluation(EvaluationRun):
 
 
 async def evaluate_policy(
-    config: Config, rollouts: Rollouts, *, reward_name: str, dataset: str | None, reps: int, max_concurrency: int | None
+    config: Config,
+    rollouts: Rollouts,
+    *,
+    reward_name: str,
+    dataset: str | None,
+    reps: int,
+    max_concurrency: int | None,
+    evaluator_timeout: float,
 ) -> list[Attempt]:
     """Run the workflow ``reps`` times on each dataset row and score every attempt.
 
@@ -57,6 +80,7 @@ async def evaluate_policy(
         config: the resolved NAT configuration; it is not changed.
         reward_name: the evaluator whose score is the reward.
         dataset: overrides the configured dataset's path.
+        evaluator_timeout: seconds to score one rollout; an evaluator that scores all at once has as many for each.
 
     Returns:
         Every attempt, scored or not; see ``check_batch``.
@@ -67,15 +91,19 @@ async def evaluate_policy(
         reps=reps,
         write_output=False,
     )
-    with quiet_tqdm(), quiet_nat():
-        output = await PolicyEvaluation(run_config, rollouts).run_and_evaluate()
+    with quiet_tqdm(), quiet_nat(), exits_are_errors():
+        output = await PolicyEvaluation(run_config, rollouts, evaluator_timeout).run_and_evaluate()
     scores = {
         str(item.id): item
         for name, result in output.evaluation_results
         if name == reward_name
         for item in result.eval_output_items
     }
-    return [_attempt(item, scores.get(str(item.id)), rollouts) for item in output.eval_input.eval_input_items]
+    items = output.eval_input.eval_input_items
+    run_ids = [run_id for item in items if (run_id := _run_id(item)) is not None]
+    await asyncio.to_thread(rollouts.recorder.wait_until_answered, run_ids, _ENDING_SECONDS)
+    attempts = [_attempt(item, scores.get(str(item.id)), rollouts) for item in items]
+    return await asyncio.to_thread(with_dead_addresses, attempts, config, reward_name)
 
 
 def evaluation_config(config: Config, reward_name: str, max_concurrency: int | None) -> Config:
@@ -109,8 +137,12 @@ def evaluation_config(config: Config, reward_name: str, max_concurrency: int | N
 def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
     run_id = _run_id(item)
     lost, error = _loss(run_id, score, rollouts)
+    refusals = [] if run_id is None else rollouts.recorder.refusals(run_id)
     row_id, number = _row_and_attempt(item)
     calls = [] if run_id is None else rollouts.recorder.close_run(run_id)
+    cause = None if run_id not in rollouts.failures else DropReason.WORKFLOW_ERROR
+    if refusals and (cause or not calls):
+        cause, error = refusals[-1].reason, error or f"the policy refused the call: {refusals[-1].message}"
     steps = None if lost else _step_rewards(score)
     if steps is not None and (problem := _step_problem(steps, len(calls))):
         lost, error, steps = DropReason.EVALUATOR_ERROR, problem, None
@@ -122,6 +154,7 @@ def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
         reward=_number(score.score) if lost is None else None,
         lost=lost,
         error=error,
+        cause=cause,
         question=item.input_obj,
         expected=item.expected_output_obj,
         entry=_entry(item, row_id),
@@ -212,7 +245,7 @@ def _is_connection_error(error: BaseException | None) -> bool:
 def _evaluator_problem(score: Any) -> str | None:
     """Why this is not a score, or None. NAT turns an evaluator's exception into score 0.0 with ``reasoning.error``."""
     if score is None:
-        return "the evaluator returned nothing for this item"
+        return "the evaluator returned nothing for this item, or took longer than evaluator_timeout allows"
     if score.error:
         return str(score.error)
     reasoning = score.reasoning

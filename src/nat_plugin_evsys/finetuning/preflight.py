@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
-from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses
+from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses, judge_notice
 from nat_plugin_evsys.finetuning.telemetry import check_exporters
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_reward(config, finetuning)
     policy_name, policy, adapter = check_policy(config, finetuning)
     check_workflow_uses(config, policy_name)
+    if finetuning.reward_function and (notice := judge_notice(config, finetuning.reward_function.name, policy_name)):
+        logger.warning("%s", notice)
     check_targets(finetuning, policy_name, policy)
     check_output_dirs(policy_name, policy, finetuning.output_dir)
     check_group_size(config, finetuning, adapter)

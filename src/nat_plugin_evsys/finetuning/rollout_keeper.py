@@ -142,8 +142,8 @@ def _drop_reason(
         return attempt.lost
     if collection.kind != "epoch":
         return DropReason.VALIDATION
-    if not attempt.calls:
-        return DropReason.NO_CALLS
+    if attempt.untrainable is not None:
+        return attempt.untrainable
     if held_back is not None:
         return held_back
     reasons = [fate.dropped for fate in fates if fate.dropped is not None]

@@ -21,6 +21,7 @@ from nat.runtime.session import Session, SessionManager
 from pydantic import BaseModel
 
 from nat_plugin_evsys.calls import RunKind
+from nat_plugin_evsys.finetuning.limits import exit_error
 from nat_plugin_evsys.finetuning.start_gate import StartGate
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
 from nat_plugin_evsys.policy.recorder import Recorder
@@ -133,8 +134,8 @@ class RecordedRunner:
         try:
             async with self._rollouts.exporters.exporting(), asyncio.timeout(self._rollouts.timeout) as deadline:
                 output = self._extract(await self._runner.result())
-        except Exception as caught:  # noqa: BLE001 - a failed rollout is data: its cause is recorded and counted
-            error = caught
+        except (Exception, SystemExit) as caught:  # noqa: BLE001 - a failed rollout is data, its cause is recorded
+            error = exit_error(caught) if isinstance(caught, SystemExit) else caught
             if deadline.expired():
                 self._rollouts.timeouts.add(self._run_id)
                 self._end_cancelled_run()

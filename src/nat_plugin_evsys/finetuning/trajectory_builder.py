@@ -225,6 +225,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             dataset=None if source is None else str(source),
             reps=reps,
             max_concurrency=self.config.max_concurrency,
+            evaluator_timeout=self.config.evaluator_timeout,
         )
 
     def _build(self, attempts: list[Attempt]) -> tuple[list[list[Trajectory]], RolloutReport]:
@@ -233,11 +234,9 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         for attempt in attempts:
             self._account(report, attempt)
             group = groups.setdefault(attempt.row_id, [])
-            if attempt.lost is not None:
-                report.lost[attempt.lost] += 1
-                report.tally.drop(attempt.lost, len(attempt.calls))
-            elif not attempt.calls:
-                report.lost[DropReason.NO_CALLS] += 1
+            if (reason := attempt.untrainable) is not None:
+                report.lost[reason] += 1
+                report.tally.drop(reason, len(attempt.calls))
             else:
                 assert attempt.reward is not None
                 metadata = {ROW_ID_KEY: attempt.row_id, ROLLOUT_ID_KEY: attempt.run_id, "error": attempt.error}
@@ -252,7 +251,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         if attempt.reward is not None:
             report.rewards.append(attempt.reward)
         if attempt.error is not None:
-            reason = attempt.lost or "workflow_error"
+            reason = attempt.lost or attempt.cause or DropReason.WORKFLOW_ERROR
             report.failed_rollouts += 1
             report.failures[reason] += 1
             report.errors.setdefault(reason, attempt.error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import (
     ApiError,
     CheckpointError,
@@ -20,6 +21,7 @@ from nat_plugin_evsys.errors import (
 )
 
 INVALID_REQUEST = "invalid_request_error"
+TOO_LONG = "context_length_exceeded"
 
 _REFUSALS = {
     401: ("authentication_error", "invalid_api_key"),
@@ -46,7 +48,7 @@ def api_error_of(error: Exception) -> ApiError:
         kind, code = _REFUSALS.get(error.status, (INVALID_REQUEST, "invalid_request"))
         return ApiError(error.status, str(error), type=kind, code=code)
     if isinstance(error, PromptTooLongError):
-        return bad_request(str(error), param="messages", code="context_length_exceeded")
+        return bad_request(str(error), param="messages", code=TOO_LONG)
     if isinstance(error, DataError):
         return bad_request(str(error), code="invalid_value")
     if isinstance(error, EngineClosedError):
@@ -61,6 +63,11 @@ def api_error_of(error: Exception) -> ApiError:
 def is_infrastructure(error: ApiError) -> bool:
     """True if neither the client nor the policy caused it."""
     return error.status >= 500
+
+
+def refusal_of(error: ApiError) -> DropReason:
+    """What a call is counted under that was answered with this error, which its sender caused."""
+    return DropReason.PROMPT_TOO_LONG if error.code == TOO_LONG else DropReason.REQUEST_REFUSED
 
 
 def body_of(error: ApiError) -> dict[str, Any]:

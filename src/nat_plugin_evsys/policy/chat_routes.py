@@ -15,11 +15,11 @@ from starlette.routing import Route
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER
 from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
-from nat_plugin_evsys.policy.api_errors import api_error_of, body_of, headers_of, is_infrastructure
+from nat_plugin_evsys.policy.api_errors import api_error_of, body_of, headers_of, is_infrastructure, refusal_of
 from nat_plugin_evsys.policy.completions import Completion, PolicySource
 from nat_plugin_evsys.policy.event_stream import EventStream, Peer, completion_events
 from nat_plugin_evsys.policy.protocol import ChatCompletion, ChatCompletionRequest, to_json
-from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.recorder import CallRefusal, Recorder
 from nat_plugin_evsys.web.json_bodies import SMALL, beside_loop, read_json
 
 if TYPE_CHECKING:
@@ -105,16 +105,18 @@ class ChatRoutes:
                 self._recorder.disconnect()
                 return Response(status_code=499)  # nobody reads it
             except Exception as error:  # noqa: BLE001 - the boundary: answered, counted and logged
-                return error_response(self._fail(error, _run_id(request)))
+                return error_response(self._fail(error, _run_id(request), is_call=method == "POST"))
 
         return Route(path, guarded, methods=[method])
 
-    def _fail(self, error: Exception, run_id: str | None) -> ApiError:
+    def _fail(self, error: Exception, run_id: str | None, *, is_call: bool = True) -> ApiError:
         answer = api_error_of(error)
         if is_infrastructure(answer):
             self._recorder.fail(run_id, answer.code or "internal_error", answer.message)
             unexpected = not isinstance(error, ApiError | EvsysError)
             logger.error("policy endpoint: %s", answer.message, exc_info=error if unexpected else None)
+        elif is_call:
+            self._recorder.refuse(run_id, CallRefusal(refusal_of(answer), answer.message))
         return answer
 
     async def _list(self, request: Request, caller: str) -> Response:
@@ -132,28 +134,35 @@ class ChatRoutes:
     async def _completions(self, request: Request, caller: str) -> Response:
         body, value = await read_json(request, _CHAT)
         parsed = await beside_loop(len(body), ChatCompletionRequest.parse, value)
-        peer = Peer(request.receive, self._closing())
+        peer = Peer(request.receive, self._closing(), self._recorder.receive(_run_id(request)))
+        if parsed.stream:
+            return await self._stream(parsed, request, caller, peer)
         try:
-            if parsed.stream:
-                completion = await peer.guard(self._prepare(parsed, request, caller))
-                events = completion_events(completion, peer, self._recorder, self._fail)
-                # Up to the first event an error still has a status of its own.
-                return EventStream(await anext(events), events, peer)
             completion, sequences = await peer.guard(_sampled(self._prepare(parsed, request, caller)))
+            answer = ChatCompletion(
+                id=completion.id,
+                created=completion.created,
+                model=parsed.model,
+                system_fingerprint=completion.fingerprint,
+                choices=[
+                    completion.record(index, sequence, self._recorder) for index, sequence in enumerate(sequences)
+                ],
+                usage=completion.usage(sequences),
+                prompt_token_ids=completion.prompt_ids if parsed.return_token_ids else None,
+            )
+        finally:
+            peer.close()
+        return Response(to_json(answer), media_type="application/json")
+
+    async def _stream(self, parsed: ChatCompletionRequest, request: Request, caller: str, peer: Peer) -> Response:
+        try:
+            completion = await peer.guard(self._prepare(parsed, request, caller))
+            events = completion_events(completion, peer, self._recorder, self._fail)
+            # Up to the first event an error still has a status of its own.
+            return EventStream(await anext(events), events, peer)
         except BaseException:
             peer.close()
             raise
-        peer.close()
-        answer = ChatCompletion(
-            id=completion.id,
-            created=completion.created,
-            model=parsed.model,
-            system_fingerprint=completion.fingerprint,
-            choices=[completion.record(index, sequence, self._recorder) for index, sequence in enumerate(sequences)],
-            usage=completion.usage(sequences),
-            prompt_token_ids=completion.prompt_ids if parsed.return_token_ids else None,
-        )
-        return Response(to_json(answer), media_type="application/json")
 
     async def _prepare(self, parsed: ChatCompletionRequest, request: Request, caller: str) -> Completion:
         source = await self._models.source(parsed.model, caller)

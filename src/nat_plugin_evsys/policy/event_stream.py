@@ -38,9 +38,13 @@ class Peer:
     """Watches for the client's disconnect and the endpoint's shutdown while work is done for a request.
 
     The request's body must have been read: what is received next is the disconnect.
+
+    Args:
+        ended: called when the request is done with.
     """
 
-    def __init__(self, receive: Receive, closing: asyncio.Event) -> None:
+    def __init__(self, receive: Receive, closing: asyncio.Event, ended: Callable[[], None]) -> None:
+        self._ended = ended
         self._gone = asyncio.create_task(_disconnect(receive))
         self._closing = asyncio.create_task(closing.wait())
 
@@ -63,9 +67,10 @@ class Peer:
             await _cancel(task)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching: the request is done with."""
         self._gone.cancel()
         self._closing.cancel()
+        self._ended()
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -122,7 +127,8 @@ async def completion_events(
     except ClientGone:
         if not started:
             raise
-        recorder.disconnect()
+        if not stream.record_sent(recorder):
+            recorder.disconnect()
     except Exception as error:  # the boundary of a stream: sent as an event, counted and logged
         if not started:
             raise
@@ -145,6 +151,7 @@ class _CompletionStream:
             )
             for index in range(request.n or 1)
         ]
+        self._sent: list[list[float]] = [[] for _ in self._replies]  # the logprobs of the replies' ids
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         # Top logprobs are known at the end only, so such a stream comes at the end as a whole.
         self._incremental = not request.top_logprobs
@@ -161,6 +168,7 @@ class _CompletionStream:
                     for chunk in self._roles():
                         yield chunk
                 for index, ids, logprobs in events:
+                    self._sent[index].extend(logprobs)
                     for chunk in self._tokens(index, ids, completion.logprobs(ids, logprobs)):
                         yield chunk
             sequences = await peer.guard(_result(sampling))
@@ -174,6 +182,23 @@ class _CompletionStream:
         if completion.request.stream_options and completion.request.stream_options.include_usage:
             yield self._chunk([], usage=completion.usage(sequences))
         yield b"[DONE]"
+
+    def record_sent(self, recorder: Recorder) -> bool:
+        """Record what was sent of the replies, for a client that has stopped reading; False if no token was.
+
+        The policy sampled these tokens, and whoever stopped reading had seen no others, so they can be trained on.
+        """
+        from tinker import types
+
+        completion = self._completion
+        sent = [
+            (index, types.SampledSequence("length", completion.id, _tokens_list=reply.ids, _logprobs_list=logprobs))
+            for index, (reply, logprobs) in enumerate(zip(self._replies, self._sent, strict=True))
+            if reply.ids
+        ]
+        for index, sequence in sent:
+            completion.record(index, sequence, recorder)
+        return bool(sent)
 
     def _callback(self) -> Callable[[int, list[int], list[float]], None]:
         loop = asyncio.get_running_loop()

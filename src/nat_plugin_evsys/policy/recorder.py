@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-from nat_plugin_evsys.calls import Call, RunKind
+from nat_plugin_evsys.calls import Call, DropReason, RunKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,14 @@ class CallFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class CallRefusal:
+    """A call that was not answered because the request was wrong, and the drop reason it is counted under."""
+
+    reason: DropReason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class RecorderTotals:
     """Counts since the recorder was made.
 
@@ -30,13 +39,15 @@ class RecorderTotals:
         calls: calls recorded in a run that was open.
         unattributed: calls of no run, or of a run that was not open, while some run was open.
         failures: calls that the infrastructure failed to answer (in any run, or in none).
-        disconnected: calls whose client went away before the answer; their sampling was cancelled.
+        disconnected: calls whose client went away before the answer began; their sampling was cancelled.
+        refused: calls that were refused, by reason.
     """
 
     calls: int
     unattributed: int
     failures: int
     disconnected: int
+    refused: Mapping[DropReason, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -45,7 +56,9 @@ class _Run:
     seed: int | None
     calls: list[Call] = field(default_factory=list)
     failures: list[CallFailure] = field(default_factory=list)
+    refusals: list[CallRefusal] = field(default_factory=list)
     seeds_given: int = 0
+    in_flight: int = 0
     on_first_call: Callable[[], None] | None = None
 
 
@@ -57,12 +70,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         self._runs: dict[str, _Run] = {}
         self._sequence = 0
         self._calls = 0
         self._unattributed = 0
         self._failures = 0
         self._disconnected = 0
+        self._refused: Counter[DropReason] = Counter()
 
     def open_run(
         self, run_id: str, kind: RunKind, seed: int | None, on_first_call: Callable[[], None] | None = None
@@ -80,6 +95,30 @@ class Recorder:
             if run_id in self._runs:
                 raise ValueError(f"run `{run_id}` is already open; close it first or use another run id")
             self._runs[run_id] = _Run(kind, seed, on_first_call=on_first_call)
+
+    def receive(self, run_id: str | None) -> Callable[[], None]:
+        """Note that a request has come in; what is returned notes that it is answered, and its calls recorded."""
+        with self._lock:
+            run = self._runs.get(run_id) if run_id is not None else None
+            if run is not None:
+                run.in_flight += 1
+
+        def end() -> None:
+            if run is not None:
+                with self._ended:
+                    run.in_flight -= 1
+                    self._ended.notify_all()
+
+        return end
+
+    def wait_until_answered(self, run_ids: Collection[str], seconds: float) -> bool:
+        """Wait until no request of these runs is in flight; False if some still are when the time is up.
+
+        A workflow that stops reading a stream ends before the endpoint has noticed.
+        """
+        with self._ended:
+            runs = [self._runs[run_id] for run_id in run_ids if run_id in self._runs]
+            return self._ended.wait_for(lambda: not any(run.in_flight for run in runs), seconds)
 
     def begin_call(self, run_id: str | None) -> None:
         """Note that a call is about to be sampled."""
@@ -124,8 +163,16 @@ class Recorder:
             if run is not None:
                 run.failures.append(CallFailure(run_id, reason, message))
 
+    def refuse(self, run_id: str | None, refusal: CallRefusal) -> None:
+        """Count a call that was refused."""
+        with self._lock:
+            self._refused[refusal.reason] += 1
+            run = self._runs.get(run_id) if run_id is not None else None
+            if run is not None:
+                run.refusals.append(refusal)
+
     def disconnect(self) -> None:
-        """Count a call whose client went away before it was answered (its own timeout, or it was cancelled)."""
+        """Count a call whose client went away before any of it was sent (its own timeout, or it was cancelled)."""
         with self._lock:
             self._disconnected += 1
 
@@ -137,6 +184,15 @@ class Recorder:
         """
         with self._lock:
             return list(self._open(run_id, self._runs.get(run_id)).failures)
+
+    def refusals(self, run_id: str) -> list[CallRefusal]:
+        """The refused calls of an open run, in arrival order.
+
+        Raises:
+            ValueError: the run is not open.
+        """
+        with self._lock:
+            return list(self._open(run_id, self._runs.get(run_id)).refusals)
 
     def kind_of(self, run_id: str | None) -> RunKind | None:
         """The kind of an open run; None for any other."""
@@ -162,7 +218,9 @@ class Recorder:
     def totals(self) -> RecorderTotals:
         """What has been counted so far."""
         with self._lock:
-            return RecorderTotals(self._calls, self._unattributed, self._failures, self._disconnected)
+            return RecorderTotals(
+                self._calls, self._unattributed, self._failures, self._disconnected, dict(self._refused)
+            )
 
     def _open(self, run_id: str, run: _Run | None) -> _Run:
         if run is None:

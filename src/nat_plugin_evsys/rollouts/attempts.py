@@ -18,6 +18,8 @@ class Attempt:
         reward: the evaluator's score; None when ``lost`` is not.
         lost: why there is no reward, or None.
         error: what the workflow raised, or what went wrong, or None.
+        cause: why the workflow failed, or could make no call: ``prompt_too_long``, ``request_refused`` or
+            ``workflow_error``; None where it ended well.
         question, expected, output: the row's input, the answer it wants, and what the workflow returned ("" where it
             raised).
         reasoning: what the evaluator said about it, or None.
@@ -33,6 +35,7 @@ class Attempt:
     reward: float | None
     lost: DropReason | None
     error: str | None
+    cause: DropReason | None = None
     question: Any = None
     expected: Any = None
     output: Any = None
@@ -41,3 +44,10 @@ class Attempt:
     number: int = 0
     seconds: float | None = None
     step_rewards: list[float] | None = None
+
+    @property
+    def untrainable(self) -> DropReason | None:
+        """Why the rollout gives no trajectory; None where it gives one."""
+        if self.lost is not None:
+            return self.lost
+        return None if self.calls else self.cause or DropReason.NO_CALLS

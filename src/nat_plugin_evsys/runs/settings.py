@@ -35,6 +35,7 @@ NOT_COMPARED = (
     "trainers.*.validation_interval",
     "trajectory_builders.*.max_concurrency",
     "trajectory_builders.*.rollout_timeout",
+    "trajectory_builders.*.evaluator_timeout",
     "trainer_adapters.*.save_datums",
     "llms.*.base_url",
     "llms.*.api_key_env",

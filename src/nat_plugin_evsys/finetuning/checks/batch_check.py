@@ -30,7 +30,7 @@ def check_batch(attempts: list[Attempt], policy_name: str, *, unattributed: int 
         first = attempts[0]
         raise RolloutsFailedError(
             f"none of the {len(attempts)} rollouts has a reward ({first.lost}); the first one: {first.error}. "
-            "Run `nat eval` on the same config to see the evaluator alone"
+            "Run `nat eval` on the same config to see it alone"
         )
     count, errors = len(attempts), [attempt.error for attempt in attempts if attempt.error is not None]
     if any(attempt.calls for attempt in attempts):

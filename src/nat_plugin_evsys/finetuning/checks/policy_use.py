@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
+from nat_plugin_evsys.config import EvsysPolicyConfig
 from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.finetuning.checks.references import reachable_texts, texts
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config
@@ -29,8 +31,11 @@ def check_workflow_uses(config: Config, policy_name: str) -> None:
         ConfigError: names the LLMs that are used, and the setting to change.
     """
     parts = [config.workflow, *(part for name in _SECTIONS for part in getattr(config, name).values())]
-    if policy_name in {text for part in parts for text in _texts(part)} or any(map(_may_call_anything, parts)):
+    if policy_name in {text for part in parts for _, text in texts(part)} or any(map(_may_call_anything, parts)):
         return
+    policy = config.llms[policy_name]
+    if isinstance(policy, EvsysPolicyConfig) and policy.port:
+        return  # its address is known ahead of time: any client may call it
     used = sorted({str(ref) for part in parts for ref in _llm_refs(part)})
     seen = f"uses {used}" if used else "names no LLM"
     raise ConfigError(
@@ -39,27 +44,26 @@ def check_workflow_uses(config: Config, policy_name: str) -> None:
     )
 
 
+def judge_notice(config: Config, reward_name: str, policy_name: str) -> str | None:
+    """What to say where the evaluator that rewards the policy asks the policy; None where it asks no one or others."""
+    reward = config.eval.evaluators[reward_name]
+    path, policy = f"eval.evaluators.{reward_name}", config.llms[policy_name]
+    for setting, text in reachable_texts(config, path, reward):
+        if text == policy_name or config.llms.get(text) == policy:
+            return (
+                f"{setting} is `{text}`: the policy rewards itself, and its judgement changes while it is trained. Its "
+                "calls as a judge are not trained on (unattributed). Name another LLM, or an evsys_policy with "
+                "`checkpoint: none`, which is the base model"
+            )
+    return None
+
+
 def _may_call_anything(part: BaseModel) -> bool:
     own = type(part).__module__.split(".")[0] == "nat"
     return not own or getattr(part, "type", None) in _RUNS_FOREIGN_CODE
 
 
-def _llm_refs(value: Any) -> Iterator[str]:
+def _llm_refs(part: BaseModel) -> Iterator[str]:
     from nat.data_models.component_ref import LLMRef
 
-    return (text for text in _texts(value) if isinstance(text, LLMRef))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every string that a configuration holds at whatever depth; a reference is one too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _texts(getattr(value, name))
-        yield from _texts(value.model_extra or {})
-    elif isinstance(value, dict):
-        yield from _texts(list(value.values()))
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _texts(item)
+    return (text for _, text in texts(part) if isinstance(text, LLMRef))
