@@ -18,8 +18,8 @@ from nat.data_models.invocation_node import InvocationNode
 from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 
 from nat_plugin_evsys.calls import Call, DropReason
-from nat_plugin_evsys.finetuning.evaluation import _attempt
-from nat_plugin_evsys.finetuning.sessions import Rollouts
+from nat_plugin_evsys.finetuning.workflow.evaluation import _attempt
+from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.policy.recorder import Recorder
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from nat_plugin_evsys.finetuning.garbage import gc_frozen
-from nat_plugin_evsys.finetuning.start_gate import StartGate
+from nat_plugin_evsys.finetuning.workflow.start_gate import StartGate
 
 LONG = 60.0
 

@@ -19,11 +19,11 @@ from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrajectoryBuilderCon
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.batch_check import check_batch
 from nat_plugin_evsys.finetuning.curriculum import ROLLOUT_ID_KEY, ROW_ID_KEY
-from nat_plugin_evsys.finetuning.evaluation import evaluate_policy
 from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, check_run, resolve_config
 from nat_plugin_evsys.finetuning.replies import reply_of
-from nat_plugin_evsys.finetuning.sessions import Rollouts
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
+from nat_plugin_evsys.finetuning.workflow.evaluation import evaluate_policy
+from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.replies import Reply

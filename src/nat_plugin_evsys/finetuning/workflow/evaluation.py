@@ -15,9 +15,9 @@ from nat.plugins.eval.runtime.evaluate import EvaluationRun
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.finetuning.checks.addresses import with_dead_addresses
-from nat_plugin_evsys.finetuning.limits import bound_items, exits_are_errors
-from nat_plugin_evsys.finetuning.sessions import RecordedSessions, Rollouts
 from nat_plugin_evsys.finetuning.telemetry import without_exporters
+from nat_plugin_evsys.finetuning.workflow.limits import bound_items, exits_are_errors
+from nat_plugin_evsys.finetuning.workflow.sessions import RecordedSessions, Rollouts
 from nat_plugin_evsys.report.quiet import quiet_tqdm
 from nat_plugin_evsys.rollouts.attempts import Attempt
 

@@ -21,9 +21,9 @@ from nat.runtime.session import Session, SessionManager
 from pydantic import BaseModel
 
 from nat_plugin_evsys.calls import RunKind
-from nat_plugin_evsys.finetuning.limits import exit_error
-from nat_plugin_evsys.finetuning.start_gate import StartGate
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
+from nat_plugin_evsys.finetuning.workflow.limits import exit_error
+from nat_plugin_evsys.finetuning.workflow.start_gate import StartGate
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.rollouts.seeds import rollout_seed
 
