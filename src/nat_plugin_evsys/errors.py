@@ -10,6 +10,7 @@ Exception
 │   ├── PromptTooLongError           prompt + max_tokens do not fit the context window (also a ValueError)
 │   ├── CheckpointError              a checkpoint is missing, torn, or belongs to another model
 │   ├── NonFiniteGradientError       an optimizer step was refused; weights and moments are as they were
+│   ├── OutOfMemoryError             memory ran out where the engine could not make do with less (also a MemoryError)
 │   ├── RunLostError                 a run's directory was deleted or moved while it ran
 │   ├── NothingTrainedError          a run ended, and nothing was trained in it
 │   ├── RolloutsFailedError          a batch of rollouts of which nothing can be learned; carries the first cause
@@ -86,6 +87,10 @@ class CheckpointError(EvsysError):
 
 class NonFiniteGradientError(EvsysError):
     """The accumulated gradient is not finite; the step was refused and nothing changed."""
+
+
+class OutOfMemoryError(EvsysError, MemoryError):
+    """Memory ran out; the message says which settings need less."""
 
 
 class RunLostError(EvsysError):

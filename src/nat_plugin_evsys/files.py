@@ -31,14 +31,26 @@ def atomic_write(path: Path, data: str | bytes) -> None:
     """
     temporary = _beside(path, "tmp")
     try:
-        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+            if path.exists():
+                shutil.copymode(path, temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block says which file it was about; the system does not, if a write fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -56,7 +68,8 @@ def atomic_directory(target: Path, *, private: bool = False) -> Iterator[Path]:
     temporary = _beside(target, "tmp")
     temporary.mkdir(mode=0o700 if private else 0o777)
     try:
-        yield temporary
+        with naming(target):
+            yield temporary
         for path in [*sorted(temporary.rglob("*")), temporary]:
             if private:
                 path.chmod(0o700 if path.is_dir() else 0o600)
@@ -135,7 +148,8 @@ def _sync(path: Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with naming(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def append_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """
     data = "".join(map(json_line, records)).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+", buffering=0) as file:
+    with naming(path), open(path, "ab+", buffering=0) as file:
         _lock(file)
         _mend(file, path)
         while data:

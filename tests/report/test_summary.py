@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.report.findings import Finding, FindingId
 from nat_plugin_evsys.report.replies import Reply
-from nat_plugin_evsys.report.summary import RunSummary
+from nat_plugin_evsys.report.summary import RunSummary, write_anything
 
 SUMMARY = RunSummary(
     train_reward_before=0.25,
@@ -137,3 +138,11 @@ def test_every_reason_is_said_in_words_once(tmp_path: Path) -> None:
         "    validation: The call was made to measure the policy, not to train it.",
         "  adapter          /runs/r/checkpoints/epoch-4",
     ]
+
+
+def test_a_terminal_without_these_characters_shows_question_marks() -> None:
+    bytes_ = io.BytesIO()
+    stream = io.TextIOWrapper(bytes_, encoding="ascii")
+    write_anything(stream)
+    print("…", file=stream, flush=True)
+    assert bytes_.getvalue() == b"?\n"

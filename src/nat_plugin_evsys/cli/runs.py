@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 @click.group(name="evsys", help="Look at the runs of the evsys finetuning plugin; serve its engine.")
 def evsys() -> None:
     """The group."""
+    from nat_plugin_evsys.report.summary import write_anything
+
+    write_anything(sys.stdout)
 
 
 @evsys.result_callback()

@@ -131,7 +131,7 @@ def save_checkpoint(
             if request_id is not None:
                 manifest["request_id"] = request_id
             (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    except OSError as exc:
+    except (OSError, SafetensorError) as exc:  # safetensors has its own error for a full disk
         raise CheckpointError(f"checkpoint {target} could not be written: {exc}") from exc
     return target
 

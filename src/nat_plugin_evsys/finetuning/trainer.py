@@ -18,6 +18,7 @@ from nat_plugin_evsys.errors import ConfigError, JobError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.checks.batch_check import failure_notices
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
+from nat_plugin_evsys.finetuning.readable import readable_failures
 from nat_plugin_evsys.finetuning.run import RunSession
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.signals import signals_cancel
@@ -63,6 +64,10 @@ class EvsysTrainer(Trainer):
         Raises:
             ConfigError, DataError, ModelError: one line that says what to change.
         """
+        with readable_failures():
+            await self._initialize(run_config)
+
+    async def _initialize(self, run_config: FinetuneConfig) -> None:
         if not isinstance(self.trajectory_builder, EvsysTrajectoryBuilder):
             raise ConfigError("finetuning.trajectory_builder must be an evsys_trajectory_builder for the evsys trainer")
         if not isinstance(self.trainer_adapter, EvsysTrainerAdapter):
@@ -88,7 +93,7 @@ class EvsysTrainer(Trainer):
             NothingTrainedError: the run ended without training anything.
         """
         async with run_logging(self._require_inputs.general):
-            with self._display, signals_cancel():
+            with self._display, signals_cancel(), readable_failures():
                 self._open()
                 self._tracking = self._track()
                 session = RunSession(

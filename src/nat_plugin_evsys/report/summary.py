@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import atomic_write
@@ -111,9 +112,16 @@ def print_at_exit(text: str) -> None:
 
     def write() -> None:
         sys.stderr.flush()
+        write_anything(sys.stdout)
         print(text, flush=True)
 
     atexit.register(write)
+
+
+def write_anything(stream: TextIO) -> None:
+    """Let ``stream`` show as ``?`` what its encoding has no character for, in place of failing: ASCII locales exist."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
 
 
 def _tracked(count: dict[str, Any]) -> str:

@@ -186,6 +186,7 @@ def root_cause(error: BaseException) -> BaseException:
 
 def describe_error(error: BaseException) -> str:
     """An error's text with the first cause; others than this package's own get their class name."""
-    text = str(error) if isinstance(error, EvsysError) else f"{type(error).__name__}: {error}"
+    words = str(error) or ("memory ran out" if isinstance(error, MemoryError) else "no text")
+    text = words if isinstance(error, EvsysError) else f"{type(error).__name__}: {words}"
     first = root_cause(error)
     return text if first is error else f"{text} (first cause: {describe_error(first)})"
