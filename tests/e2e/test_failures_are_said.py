@@ -22,8 +22,9 @@ def judged_in_a_second(settings: dict[str, Any]) -> None:
 
 
 def test_every_way_to_fail(finetune: Callable[..., Finished], tmp_path: Path) -> None:
-    rows = [{"id": name, "question": f"{name}: is it on?"} for name in BEHAVIOURS]
-    done = finetune({"_type": "odd_agent"}, rows, more=judged_in_a_second)
+    path = tmp_path / "rows.csv"  # rows without an answer, in another form than the YAML says
+    path.write_text("\n".join(["id,question", *(f"{name},{name}: is it on?" for name in BEHAVIOURS)]))
+    done = finetune({"_type": "odd_agent"}, [], "--dataset", str(path), more=judged_in_a_second)
     assert done.code == 0, done.text[-4000:]
 
     run = newest_run(tmp_path)
@@ -52,3 +53,10 @@ def test_every_way_to_fail(finetune: Callable[..., Finished], tmp_path: Path) ->
         "2 of 16 rollouts failed (evaluator_error); the first one: Evaluator error: no score after 1 s; raise eval",
     ):
         assert f"WARNING: {warning}" in text
+
+    path.write_text("id,question\nfine,fine: is it on?")
+    resume = ("-o", "trainers.trainer.resume", "true")
+    done = finetune({"_type": "odd_agent"}, [], "--dataset", str(path), *resume, more=judged_in_a_second)
+    assert done.code != 0
+    last = done.err.rstrip().splitlines()[-1]
+    assert "its settings or its data changed (data.dataset.rows: was 8, is 1; data.dataset.sha256: was" in last

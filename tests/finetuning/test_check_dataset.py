@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from nat.data_models.config import Config
 from nat.data_models.dataset_handler import EvalDatasetJsonConfig
+from nat.plugins.eval.dataset_handler.dataset_handler import DatasetHandler
 
-from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.finetuning.preflight import check_dataset
+from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of
 
 
 def config_of(rows: list[dict[str, Any]], tmp_path: Path, **dataset: Any) -> Config:
@@ -40,3 +43,43 @@ def test_a_filter_that_leaves_nothing_is_named(tmp_path: Path) -> None:
     empty = {"denylist": {"field": {"id": ["1"]}}}
     with pytest.raises(DataError, match="filter leaves none of its 1 rows"):
         check_dataset(config_of(rows, tmp_path, filter=empty), None)
+
+
+ROWS = [{"id": 1, "question": "a", "answer": "b"}, {"id": 2, "question": "c", "answer": "d"}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_another_file_is_parsed_by_its_suffix_and_read_by_the_same_keys(suffix: str, tmp_path: Path) -> None:
+    config = config_of([], tmp_path, id_key="number", filter={"denylist": {"field": {"number": [2]}}})
+    path, frame = tmp_path / f"other.{suffix}", pd.DataFrame(ROWS).rename(columns={"id": "number"})
+    write = {
+        "json": frame.to_json,
+        "jsonl": partial(frame.to_json, lines=True),
+        "csv": partial(frame.to_csv, index=False),
+    }
+    write[suffix](path, **({} if suffix == "csv" else {"orient": "records"}))
+    for given in (path, str(path), {"file_path": str(path)}, {"_type": suffix, "file_path": str(path)}):
+        dataset = dataset_of(config, given)
+        check_dataset(config, dataset)
+        assert (dataset.type, dataset.id_key) == (suffix, "number")
+        read = DatasetHandler(dataset, reps=1, concurrency=1).get_eval_input_from_dataset("")
+        assert [item.input_obj for item in read.eval_input_items] == ["a"]
+    assert content_of(dataset)["rows"] == 2
+
+
+def test_wrong_settings_of_a_dataset_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"validation_dataset: (.|\n)*file_pth"):
+        dataset_of(config_of(ROWS, tmp_path), {"_type": "csv", "file_pth": "x"}, what="validation_dataset")
+
+
+def test_a_question_that_is_no_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="`question` is not text in every row"):
+        check_dataset(config_of([{"id": 1, "question": 7, "answer": "b"}], tmp_path))
+
+
+def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+    before = content_of(dataset_of(config_of(ROWS, tmp_path), None))
+    assert content_of(dataset_of(config_of(ROWS, tmp_path), None)) == before
+    now = content_of(dataset_of(config_of(ROWS[:1], tmp_path), None))
+    assert (before["rows"], now["rows"]) == (2, 1)
+    assert now["sha256"] != before["sha256"]

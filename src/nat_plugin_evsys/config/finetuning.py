@@ -1,7 +1,7 @@
 """The trajectory builder's, trainer adapter's and trainer's YAML types."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nat.data_models.component_ref import LLMRef
 from nat.data_models.finetuning import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
@@ -170,10 +170,11 @@ class WarmStartConfig(StrictConfig):
 class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     """Runs the epochs: warm start, rollouts, training, validation, checkpoints, resume and the reports."""
 
-    validation_dataset: Path | None = Field(
+    validation_dataset: Path | dict[str, Any] | None = Field(
         default=None,
-        description="Held-out dataset, scored before, during and after training, and also before a warm start. "
-        "`--validation_dataset` overrides it.",
+        description="Held-out dataset, scored before, during and after training, and also before a warm start: a "
+        "`.json`, `.jsonl`, `.csv`, `.parquet` or `.xlsx` file, or settings as under `eval.general.dataset` (`_type`, "
+        "`file_path`, …). `--validation_dataset` overrides it.",
     )
     validation_interval: int | None = Field(
         default=None, ge=1, description="Validate every N epochs; default `--validation_interval` (5)."

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
-from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_of
 from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses, judge_notice
 from nat_plugin_evsys.finetuning.telemetry import check_exporters
 
 if TYPE_CHECKING:
-    import pandas as pd
     from nat.data_models.config import Config
-    from nat.data_models.dataset_handler import EvalDatasetBaseConfig
     from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_output_dirs(policy_name, policy, finetuning.output_dir)
     check_group_size(config, finetuning, adapter)
     check_exporters(config)
-    check_dataset(config, None if run is None else run.dataset)
+    check_dataset(config, dataset_of(config, None if run is None else run.dataset))
     check_service(policy)
 
 
@@ -143,73 +142,6 @@ def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysT
         raise ConfigError(
             f"num_generations is 1, but advantage `{adapter.advantage}` compares the attempts of a group; "
             "set num_generations to 2 or more, or advantage: reward"
-        )
-
-
-def check_dataset(config: Config, dataset: str | Path | None, what: str = "dataset") -> None:
-    """Every row must have a unique id, a question and an answer (NAT silently skips or zeroes other rows).
-
-    No row needs an answer where none has one: formats and games can be rewarded without.
-
-    Args:
-        dataset: overrides ``eval.general.dataset.file_path``, as `--dataset` does.
-
-    Raises:
-        ConfigError: no dataset, or no such file.
-        DataError: names the first bad row.
-    """
-    from nat.data_models.dataset_handler import EvalDatasetJsonConfig
-
-    dataset_config = config.eval.general.dataset
-    if dataset_config is None:
-        raise ConfigError("eval.general.dataset is not set; give it a `file_path` or use --dataset")
-    source = EvalDatasetJsonConfig(file_path=dataset) if dataset else dataset_config
-    if not hasattr(source, "parser") or dataset_config.remote_file_path or dataset_config.type == "custom":
-        return  # read by NAT's own loader only
-    if not Path(source.file_path).is_file():
-        raise ConfigError(f"{what}: no file at {source.file_path}; check the path (it is relative to where nat runs)")
-    parser, kwargs = source.parser()
-    try:
-        frame = parser(source.file_path, **kwargs)
-    except ValueError as error:
-        raise DataError(f"{what} {source.file_path}: cannot be parsed as {source.type}: {error}") from error
-    _check_rows(frame, dataset_config, f"{what} {source.file_path}")
-
-
-def _check_rows(frame: pd.DataFrame, dataset_config: EvalDatasetBaseConfig, name: str) -> None:
-    from nat.plugins.eval.dataset_handler.dataset_filter import DatasetFilter
-
-    if frame.empty:
-        raise DataError(f"{name}: has no rows")
-    rows = len(frame)
-    if dataset_config.filter is not None:
-        frame = DatasetFilter(dataset_config.filter).apply_filters(frame)
-    if frame.empty:
-        raise DataError(
-            f"{name}: eval.general.dataset.filter leaves none of its {rows} rows; change its allowlist or denylist"
-        )
-    structure = dataset_config.structure
-    keys = [dataset_config.id_key]
-    if not structure.disable:
-        keys.append(structure.question_key)
-        if structure.answer_key in frame.columns:
-            keys.append(structure.answer_key)
-        else:
-            logger.warning("%s: no row has `%s`; evaluators are given an empty answer", name, structure.answer_key)
-    for key in keys:
-        missing = frame[key].isnull() if key in frame.columns else None
-        if missing is None or missing.any():
-            row = 0 if missing is None else int(missing.to_numpy().argmax())
-            raise DataError(
-                f"{name}: row {row + 1} has no `{key}`; add it, or name the right key under eval.general.dataset "
-                "(id_key, structure.question_key, structure.answer_key)"
-            )
-    twice = frame[dataset_config.id_key].duplicated()
-    if twice.any():
-        row = int(twice.to_numpy().argmax())
-        raise DataError(
-            f"{name}: row {row + 1} has the id `{frame[dataset_config.id_key].iloc[row]}` of an earlier row, which NAT "
-            "would drop; make the ids unique"
         )
 
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerConfig
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, resolve_config
+from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of
+from nat_plugin_evsys.finetuning.preflight import check_policy, resolve_config
 from nat_plugin_evsys.finetuning.warm_start import load_demonstrations
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config, GeneralConfig
+    from nat.data_models.dataset_handler import EvalDatasetBaseConfig
     from nat.data_models.finetuning import FinetuneConfig
 
 
@@ -27,12 +29,12 @@ class RunInputs:
         validation_config: of `--validation_config_file`, or None for the run's own.
         validation_interval: epochs between two validations.
         general: NAT's ``general`` section.
-        dump: the configuration in JSON's types, with what the command line adds.
+        dump: the configuration in JSON's types, with what the command line adds and what is in the files of rows.
     """
 
     policy: EvsysPolicyConfig
     workflow: str
-    validation_dataset: Path | None
+    validation_dataset: EvalDatasetBaseConfig | None
     validation_config: Config | None
     validation_interval: int
     general: GeneralConfig
@@ -48,18 +50,21 @@ class RunInputs:
         run = finetuning.run_configuration
         config = resolve_config(run)
         policy = check_policy(config, finetuning)[1]
-        dataset = run.validation_dataset if run is not None else None
+        validation_config = _validation_config(finetuning, policy)
+        heldout = (run.validation_dataset if run is not None else None) or trainer.validation_dataset
+        validation = None
+        if heldout is not None:
+            validation = dataset_of(validation_config or config, heldout, what="validation_dataset")
+            check_dataset(validation_config or config, validation, what="validation_dataset")
         inputs = cls(
             policy=policy,
             workflow=str(config.workflow.type),
-            validation_dataset=trainer.validation_dataset if dataset is None else Path(dataset),
-            validation_config=_validation_config(finetuning, policy),
+            validation_dataset=validation,
+            validation_config=validation_config,
             validation_interval=trainer.validation_interval or (run.validation_interval if run else 5),
             general=config.general,
-            dump=_dump(config, finetuning),
+            dump=_dump(config, finetuning, validation),
         )
-        if inputs.validation_dataset is not None:
-            check_dataset(inputs.validation_config or config, inputs.validation_dataset, what="validation_dataset")
         if trainer.warm_start is not None:
             load_demonstrations(trainer.warm_start.demonstrations)
         return inputs
@@ -82,11 +87,14 @@ def _validation_config(finetuning: FinetuneConfig, policy: EvsysPolicyConfig) ->
     return config
 
 
-def _dump(config: Config, finetuning: FinetuneConfig) -> dict[str, Any]:
+def _dump(config: Config, finetuning: FinetuneConfig, validation: EvalDatasetBaseConfig | None) -> dict[str, Any]:
     run = finetuning.run_configuration
     dump = config.model_dump(mode="json", by_alias=True, exclude={"finetuning": {"run_configuration"}})
     if run is not None:
         dump["command_line"] = run.model_dump(
             mode="json", include={"dataset", "validation_dataset", "validation_config_file", "result_json_path"}
         )
+    if run is not None or config.eval.general.dataset is not None:
+        dump["data"] = {"dataset": content_of(dataset_of(config, None if run is None else run.dataset))}
+        dump["data"] |= {} if validation is None else {"validation_dataset": content_of(validation)}
     return dump

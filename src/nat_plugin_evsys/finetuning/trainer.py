@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nat.data_models.config import Config
+from nat.data_models.dataset_handler import EvalDatasetBaseConfig
 from nat.data_models.finetuning import FinetuneConfig, TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from nat.finetuning.interfaces.finetuning_runner import Trainer
 
@@ -162,7 +163,9 @@ class EvsysTrainer(Trainer):
             "dataset_type": "validation",
         }
 
-    async def evaluate(self, name: str, dataset: Path | None = None, config: Config | None = None) -> RolloutReport:
+    async def evaluate(
+        self, name: str, dataset: EvalDatasetBaseConfig | None = None, config: Config | None = None
+    ) -> RolloutReport:
         """Score the current policy once on each row (``train``: the run's own rows) and count its calls."""
         self._display.phase("evaluation", name)
         report = await self.trajectory_builder.evaluate(name, dataset, config)

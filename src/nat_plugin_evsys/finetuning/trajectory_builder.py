@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nat.data_models.config import Config
+from nat.data_models.dataset_handler import EvalDatasetBaseConfig
 from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig, Trajectory, TrajectoryCollection
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
 
@@ -18,8 +19,9 @@ from nat_plugin_evsys.calls import CallTally, DropReason, RunKind
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.batch_check import check_batch
+from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_of
 from nat_plugin_evsys.finetuning.curriculum import ROLLOUT_ID_KEY, ROW_ID_KEY
-from nat_plugin_evsys.finetuning.preflight import check_dataset, check_policy, check_run, resolve_config
+from nat_plugin_evsys.finetuning.preflight import check_policy, check_run, resolve_config
 from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
 from nat_plugin_evsys.finetuning.workflow.evaluation import evaluate_policy
@@ -137,18 +139,20 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         groups, self.report = self._build(self._attempts)
         return TrajectoryCollection(trajectories=groups, run_id=run_id)
 
-    async def evaluate(self, name: str, dataset: str | Path | None, config: Config | None = None) -> RolloutReport:
+    async def evaluate(
+        self, name: str, dataset: EvalDatasetBaseConfig | None, config: Config | None = None
+    ) -> RolloutReport:
         """Score the policy once on each row of a dataset, without training on it.
 
         Args:
             name: names the evaluation (and so its seeds).
-            dataset: path that overrides the configured dataset.
+            dataset: default is the run's own.
             config: another NAT configuration, as `--validation_config_file` gives.
 
         Raises:
             RolloutsFailedError: no rollout has both a reward and a call.
         """
-        check_dataset(config or self._config, dataset, what=name)
+        check_dataset(config or self._config, dataset or self._dataset, what=name)
         rollouts = self._rollouts(name, "evaluation")
         rollouts.on_done = self.on_rollout
         self._attempts = await self._roll_out(rollouts, 1, dataset=dataset, config=config)
@@ -190,6 +194,10 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             raise ConfigError("the trajectory builder is not initialized; await initialize() first")
         return self._nat_config
 
+    @property
+    def _dataset(self) -> EvalDatasetBaseConfig:
+        return dataset_of(self._config, self._run_configuration.dataset)
+
     def _rollouts(self, name: str, kind: RunKind) -> Rollouts:
         run = self._run_configuration
         return Rollouts(
@@ -211,18 +219,22 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         return run
 
     async def _roll_out(
-        self, rollouts: Rollouts, reps: int, *, dataset: str | Path | None = None, config: Config | None = None
+        self,
+        rollouts: Rollouts,
+        reps: int,
+        *,
+        dataset: EvalDatasetBaseConfig | None = None,
+        config: Config | None = None,
     ) -> list[Attempt]:
         reward = self.run_config.reward_function
         if reward is None:
             raise ConfigError("finetuning.reward_function must be set; use `nat finetune`")
         self.policy.endpoint.attribute_calls()
-        source = dataset if dataset is not None else self._run_configuration.dataset
         return await evaluate_policy(
             config or self._config,
             rollouts,
             reward_name=reward.name,
-            dataset=None if source is None else str(source),
+            dataset=dataset or self._dataset,
             reps=reps,
             max_concurrency=self.config.max_concurrency,
             evaluator_timeout=self.config.evaluator_timeout,

@@ -173,7 +173,7 @@ class RunDirectory:
         before = yaml.safe_load(self.config_path.read_text(encoding="utf-8")) if self.config_path.is_file() else {}
         changes = changed_settings(before, config) or [f"{self.config_path} was edited"]
         raise ConfigError(
-            f"cannot resume {self.path}: its settings changed ({'; '.join(changes)}); "
+            f"cannot resume {self.path}: its settings or its data changed ({'; '.join(changes)}); "
             "put them back, or set resume: false to start a new run"
         )
 

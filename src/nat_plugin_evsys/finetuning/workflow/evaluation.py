@@ -23,6 +23,7 @@ from nat_plugin_evsys.rollouts.attempts import Attempt
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config
+    from nat.data_models.dataset_handler import EvalDatasetBaseConfig
     from nat.data_models.evaluator import EvalInputItem
     from nat.runtime.session import SessionManager
 
@@ -69,7 +70,7 @@ async def evaluate_policy(
     rollouts: Rollouts,
     *,
     reward_name: str,
-    dataset: str | None,
+    dataset: EvalDatasetBaseConfig,
     reps: int,
     max_concurrency: int | None,
     evaluator_timeout: float,
@@ -79,15 +80,14 @@ async def evaluate_policy(
     Args:
         config: the resolved NAT configuration; it is not changed.
         reward_name: the evaluator whose score is the reward.
-        dataset: overrides the configured dataset's path.
+        dataset: the rows, instead of the configuration's own.
         evaluator_timeout: seconds to score one rollout; an evaluator that scores all at once has as many for each.
 
     Returns:
         Every attempt, scored or not; see ``check_batch``.
     """
     run_config = EvaluationRunConfig(
-        config_file=evaluation_config(config, reward_name, max_concurrency),
-        dataset=dataset,
+        config_file=evaluation_config(config, reward_name, dataset, max_concurrency),
         reps=reps,
         write_output=False,
     )
@@ -106,7 +106,9 @@ async def evaluate_policy(
     return await asyncio.to_thread(with_dead_addresses, attempts, config, reward_name)
 
 
-def evaluation_config(config: Config, reward_name: str, max_concurrency: int | None) -> Config:
+def evaluation_config(
+    config: Config, reward_name: str, dataset: EvalDatasetBaseConfig, max_concurrency: int | None
+) -> Config:
     """A copy of the configuration with only what one evaluation run needs.
 
     Without the finetuning components (NAT would build and close them each time), without ``run_configuration`` (it
@@ -118,6 +120,7 @@ def evaluation_config(config: Config, reward_name: str, max_concurrency: int | N
         update={
             "output": None,
             "profiler": None,
+            "dataset": dataset,
             "max_concurrency": max_concurrency or config.eval.general.max_concurrency,
         }
     )
