@@ -105,3 +105,17 @@ def test_tools_the_verdict_and_control_characters_are_shown(tmp_path: Path) -> N
     assert "row r  attempt 3  policy 4  not trained on: zero_variance_group" in shown
     assert '{"why": "wrong"}' in shown
     assert "expected  wanted" in shown
+
+
+def test_nothing_is_cut_in_a_narrow_terminal(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path)
+    row = "simple_python_217_with_a_long_identifier_of_its_own"
+    facts = {"reward": 0.5, "advantage": 0.25, "policy_versions": [3], "seconds": 12.5}
+    run.rollouts.write(Collection("epoch", 1), [line(row, "yes", **facts)])
+    shown = " ".join(call(run.path).output.replace("│", " ").split())
+    assert f"row {row} attempt 1 policy 3 advantage +0.250 12.5 s" in shown
+    assert "…" not in shown
+
+
+def test_the_last_line_names_the_run(run: RunDirectory) -> None:
+    assert call(run.path).output.splitlines()[-1] == f"{run.path.name}, epoch-0002: 1 of 1 rollouts"

@@ -74,6 +74,37 @@ def test_plot_draws_from_the_metrics(output_dir: Path) -> None:
     assert (output_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_latest_says_that_a_newer_run_was_interrupted(output_dir: Path) -> None:
+    interrupted = RunDirectory.create(output_dir)
+    interrupted.state.status = "interrupted"
+    interrupted.save_state()
+    result = call("show", "--output_dir", output_dir)
+    assert "3 trained, 1 dropped" in result.stdout
+    assert f"without a trained epoch: {interrupted.path.name} (interrupted after 0 epochs)" in result.stderr
+    assert call("show", "--output_dir", output_dir, interrupted.path.name).stderr == ""
+
+
+def test_the_yaml_names_the_directory_of_the_runs(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yml = output_dir / "my.yml"
+    yml.write_text("finetuning: {output_dir: '${RUNS}'}")
+    monkeypatch.setenv("RUNS", str(output_dir))
+    for command in ("runs", "show", "plot", "report"):
+        assert call(command, "--config_file", yml).output == call(command, "--output_dir", output_dir).output, command
+    both = call("show", "--config_file", yml, "--output_dir", output_dir)
+    assert both.exit_code == 2
+    assert "remove --output_dir" in both.output
+
+
+def test_status_of_a_yaml_without_a_server(tmp_path: Path) -> None:
+    yml = tmp_path / "my.yml"
+    yml.write_text("llms: {policy: {_type: evsys_policy, base_model: builtin/tiny}}")
+    refused = call("status", "--config_file", yml)
+    assert refused.exit_code == 1
+    assert "no evsys_policy has a base_url" in refused.output
+    yml.write_text("llms: {policy: {_type: evsys_policy, base_url: 'http://127.0.0.1:9'}}")
+    assert "no answer from http://127.0.0.1:9" in call("status", "--config_file", yml).output
+
+
 @pytest.mark.parametrize("command", ["runs", "show", "plot"])
 def test_no_run_is_one_readable_line(tmp_path: Path, command: str) -> None:
     result = call(command, "--output_dir", tmp_path)

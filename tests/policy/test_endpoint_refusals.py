@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import openai
 import pytest
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER
+from nat_plugin_evsys.config import EvsysPolicyConfig
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError, EvsysError, ModelError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint
+from nat_plugin_evsys.policy.policy import Policy
 
 MODEL = "builtin/tiny"
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
@@ -159,6 +162,16 @@ def test_generated_keys_differ(serve: Any) -> None:
     one, two = serve([]).endpoint.api_key, serve([]).endpoint.api_key
     assert one != two
     assert one.startswith("sk-evsys-")
+
+
+def test_the_key_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Policy(EvsysPolicyConfig(base_model=MODEL))
+    with caplog.at_level(logging.DEBUG):
+        endpoint = policy.endpoint
+    url = endpoint.base_url
+    endpoint.close()
+    assert url in caplog.text
+    assert endpoint.api_key not in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -56,6 +56,19 @@ def test_draws_both_curves_on_labelled_axes(tmp_path: Path, monkeypatch: pytest.
     assert imread(path).shape[:2] == (600, 1050)
 
 
+def test_the_legend_is_outside_the_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), original(self, *a, **k))[1])
+    plot_rewards([*ROWS, {"event": "base", "epoch": 0, "reward": 0.0}], tmp_path / "rewards.png")
+    (figure,) = figures
+    (legend,), (axes,) = figure.legends, figure.axes
+    assert len(legend.get_texts()) == 4
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert figure.bbox.containsx(legend.get_window_extent().x0)
+    assert figure.bbox.containsx(legend.get_window_extent().x1)
+
+
 def test_without_validation_only_the_training_curve(tmp_path: Path) -> None:
     path = tmp_path / "rewards.png"
     plot_rewards([row for row in ROWS if row["event"] == "epoch"], path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.errors import ConfigError, EvsysError
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.runs import RunDirectory
@@ -31,35 +31,77 @@ def readable_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The option and argument that name one run."""
+    """The options and the argument that name one run."""
     command = click.argument("run", default="latest")(command)
-    return output_dir_option(command)
+    return output_dir_options(command)
 
 
-def output_dir_option(command: Callable[..., None]) -> Callable[..., None]:
-    """The option for the directory of the runs."""
-    return click.option(
+def output_dir_options(command: Callable[..., None]) -> Callable[..., None]:
+    """``--output_dir`` and ``--config_file``; the command gets one ``output_dir``."""
+
+    @wraps(command)
+    def wrapped(*args: Any, output_dir: Path | None, config_file: Path | None, **kwargs: Any) -> None:
+        command(*args, output_dir=_output_dir(output_dir, config_file), **kwargs)
+
+    given = click.option(
         "--output_dir",
         type=click.Path(file_okay=False, path_type=Path),
-        default=DEFAULT_OUTPUT_DIR,
-        show_default=True,
-        help="Directory of the runs (finetuning.output_dir).",
-    )(command)
+        help=f"Directory of the runs (finetuning.output_dir); default: {DEFAULT_OUTPUT_DIR}",
+    )(wrapped)
+    return config_file_option("Read the directory of the runs from this YAML.")(given)
+
+
+def config_file_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """``--config_file``, as the commands of `nat` call it."""
+    return click.option("--config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=what)
+
+
+def read_config(config_file: Path) -> dict[str, Any]:
+    """The YAML as NAT reads it, with its base file and its environment variables, but not validated.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    import yaml
+    from nat.utils.io.yaml_tools import yaml_load
+
+    try:
+        return yaml_load(config_file)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config_file {config_file.absolute()}: cannot be read: {error}") from error
 
 
 def find_run(output_dir: Path, run: str) -> RunDirectory:
     """The run that a user named: ``latest``, a name under ``output_dir``, or a path.
 
+    Where ``latest`` passes over a newer run, a line on stderr says so.
+
     Raises:
         CheckpointError: there is none.
     """
     from nat_plugin_evsys.errors import CheckpointError
-    from nat_plugin_evsys.runs import RunDirectory
+    from nat_plugin_evsys.runs import RunDirectory, latest_to_show
 
     if run == "latest":
-        newest = RunDirectory.newest(output_dir)
-        if newest is None:
-            raise CheckpointError(f"no run under {output_dir}; run `nat finetune …` first, or give --output_dir")
-        return newest
+        latest = latest_to_show(output_dir)
+        if latest is None:
+            raise CheckpointError(no_run_under(output_dir))
+        if latest.notice is not None:
+            click.echo(f"{latest.notice}. Name a run to see that one", err=True)
+        return latest.run
     inside = output_dir / run
     return RunDirectory.open(inside if inside.is_dir() else Path(run))
+
+
+def no_run_under(output_dir: Path) -> str:
+    """What to type where there are no runs."""
+    return f"no run under {output_dir.absolute()}; run `nat finetune …` first, or give --output_dir or --config_file"
+
+
+def _output_dir(output_dir: Path | None, config_file: Path | None) -> Path:
+    if config_file is None:
+        return output_dir or Path(DEFAULT_OUTPUT_DIR)
+    if output_dir is not None:
+        raise click.UsageError("--config_file names the directory of the runs; remove --output_dir")
+    section = read_config(config_file).get("finetuning") or {}
+    return Path(section.get("output_dir") or DEFAULT_OUTPUT_DIR)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import click
 
-from nat_plugin_evsys.cli.options import find_run, output_dir_option, readable_errors
+from nat_plugin_evsys.cli.options import find_run, output_dir_options, readable_errors
 
 
 @click.command(name="report")
-@output_dir_option
 @click.argument("run", nargs=-1)
 @click.option(
     "--output",
@@ -27,6 +26,7 @@ from nat_plugin_evsys.cli.options import find_run, output_dir_option, readable_e
     help="Size limit of the embedded rollouts; the page says what was left out.",
 )
 @readable_errors
+@output_dir_options
 def report_command(
     output_dir: Path, run: tuple[str, ...], output: Path | None, open_browser: bool, max_mb: float
 ) -> None:

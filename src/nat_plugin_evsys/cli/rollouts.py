@@ -19,7 +19,6 @@ Order = Literal["worst", "best"]
 
 
 @click.command(name="rollouts")
-@run_options
 @click.option("--epoch", type=click.IntRange(min=0), help="Epoch to show; default: the newest one kept.")
 @click.option(
     "--kind",
@@ -35,6 +34,7 @@ Order = Literal["worst", "best"]
 @click.option("--limit", type=click.IntRange(min=1), default=10, show_default=True, help="Most rollouts to show.")
 @click.option("--json", "as_json", is_flag=True, help="Print ATIF trajectories, one JSON object per line.")
 @readable_errors
+@run_options
 def rollouts_command(
     output_dir: Path,
     run: str,
@@ -46,14 +46,15 @@ def rollouts_command(
     as_json: bool,
 ) -> None:
     """Print the rollouts of RUN (a name, a path, or `latest`): what was said, rewarded and trained on."""
-    files = find_run(output_dir, run).rollouts
+    named = find_run(output_dir, run)
+    files = named.rollouts
     collection = _collection(files, kind, epoch)
     found = _select(_read(files, collection, row), order)
     if as_json:
         for trajectory in found[:limit]:
             click.echo(trajectory.model_dump_json(exclude_none=True))
         return
-    _show(collection, found, limit)
+    _show(f"{named.path.name}, {collection}", found, limit)
 
 
 def _collection(files: RolloutFiles, kind: CollectionKind, epoch: int | None) -> Collection:
@@ -93,7 +94,7 @@ def _reward(trajectory: Trajectory) -> float:
     return -math.inf if reward is None else float(reward)
 
 
-def _show(collection: Collection, found: list[Trajectory], limit: int) -> None:
+def _show(name: str, found: list[Trajectory], limit: int) -> None:
     from rich.console import Console
 
     from nat_plugin_evsys.report.transcripts import transcript
@@ -102,4 +103,4 @@ def _show(collection: Collection, found: list[Trajectory], limit: int) -> None:
     for trajectory in found[:limit]:
         console.print(transcript(trajectory))
     more = f"; --limit {len(found)} shows all" if len(found) > limit else ""
-    console.print(f"{collection}: {min(limit, len(found))} of {len(found)} rollouts{more}", markup=False)
+    console.print(f"{name}: {min(limit, len(found))} of {len(found)} rollouts{more}", markup=False)

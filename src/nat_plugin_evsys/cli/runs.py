@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nat_plugin_evsys.cli.options import find_run, output_dir_option, readable_errors, run_options
+from nat_plugin_evsys.cli.options import find_run, no_run_under, output_dir_options, readable_errors, run_options
 from nat_plugin_evsys.cli.report import report_command
 from nat_plugin_evsys.cli.rollouts import rollouts_command
 from nat_plugin_evsys.cli.serve import serve_command, status_command
@@ -38,8 +38,8 @@ evsys.add_command(status_command)
 
 
 @evsys.command(name="runs")
-@output_dir_option
 @readable_errors
+@output_dir_options
 def runs_command(output_dir: Path) -> None:
     """List the runs: epochs finished, rewards, and the path of the newest adapter."""
     from nat_plugin_evsys.errors import CheckpointError
@@ -47,7 +47,7 @@ def runs_command(output_dir: Path) -> None:
 
     found = RunDirectory.paths(output_dir)
     if not found:
-        raise click.ClickException(f"no run under {output_dir}; run `nat finetune …` first, or give --output_dir")
+        raise click.ClickException(no_run_under(output_dir))
     for path in found:
         try:
             click.echo(_line(RunDirectory.open(path)))
@@ -56,8 +56,8 @@ def runs_command(output_dir: Path) -> None:
 
 
 @evsys.command(name="show")
-@run_options
 @readable_errors
+@run_options
 def show_command(output_dir: Path, run: str) -> None:
     """Print the summary of RUN (a name, a path, or `latest`)."""
     from nat_plugin_evsys.report.summary import RunSummary
@@ -72,11 +72,11 @@ def show_command(output_dir: Path, run: str) -> None:
 
 
 @evsys.command(name="plot")
-@run_options
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="PNG file to write; default: the run's own."
 )
 @readable_errors
+@run_options
 def plot_command(output_dir: Path, run: str, output: Path | None) -> None:
     """Draw the reward curve of RUN (a name, a path, or `latest`) from its metrics."""
     from nat_plugin_evsys.report.metrics_log import MetricsLog

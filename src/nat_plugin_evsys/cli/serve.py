@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nat_plugin_evsys.cli.options import config_file_option, read_config, readable_errors
 from nat_plugin_evsys.errors import ConfigError, EvsysError
 from nat_plugin_evsys.files import others_may_read
 
@@ -106,16 +107,23 @@ def serve_command(
 
 @click.command(name="status")
 @click.option("--url", help="URL of the server; default: $TINKER_BASE_URL, else http://127.0.0.1:8000.")
+@config_file_option("Ask the server that a policy of this YAML trains on (its base_url).")
 @click.option("--api-key", help="Key for the server; default: $TINKER_API_KEY.")
 @click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
-def status_command(url: str | None, api_key: str | None, as_json: bool) -> None:
+@readable_errors
+def status_command(url: str | None, config_file: Path | None, api_key: str | None, as_json: bool) -> None:
     """Show a server's models, queue, memory and speed."""
     import httpx
 
     from nat_plugin_evsys.cli.status_table import status_table
 
+    variable = "TINKER_API_KEY"
+    if config_file is not None:
+        if url is not None:
+            raise click.UsageError("--config_file names the server; remove --url")
+        url, variable = _service_of(config_file)
     url = (url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000").rstrip("/")
-    key = api_key or os.environ.get("TINKER_API_KEY")
+    key = api_key or os.environ.get(variable)
     try:
         answer = httpx.get(f"{url}/status", headers={"x-api-key": key} if key else {}, timeout=_STATUS_SECONDS)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -123,6 +131,18 @@ def status_command(url: str | None, api_key: str | None, as_json: bool) -> None:
     if answer.status_code != 200:
         raise click.ClickException(f"{url} answered {answer.status_code}: {answer.text[:500]}")
     click.echo(answer.text if as_json else status_table(answer.json()))
+
+
+def _service_of(config_file: Path) -> tuple[str, str]:
+    """The URL of the server that a policy of the YAML trains on, and the environment variable that holds its key."""
+    llms = (read_config(config_file).get("llms") or {}).values()
+    for llm in llms:
+        if llm.get("_type") == "evsys_policy" and llm.get("base_url"):
+            return str(llm["base_url"]), str(llm.get("api_key_env") or "TINKER_API_KEY")
+    raise ConfigError(
+        f"--config_file {config_file.absolute()}: no evsys_policy has a base_url: the policy trains in the process "
+        "of `nat finetune`, and there is no server to ask; `nat evsys runs --config_file …` shows its runs"
+    )
 
 
 def _announce(line: str) -> None:

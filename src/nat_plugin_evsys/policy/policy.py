@@ -26,6 +26,7 @@ from nat_plugin_evsys.policy.weights import (
     first_client,
     is_serving,
     starting_checkpoint,
+    warn_of_newer_runs,
 )
 
 if TYPE_CHECKING:
@@ -129,8 +130,7 @@ class Policy:
                     api_key=None if key is None else key.get_secret_value(),
                 )
                 self._endpoint.start()
-                shown = self._endpoint.api_key if key is None else "the configured one"
-                logger.info("policy endpoint: %s  key: %s", self._endpoint.base_url, shown)
+                logger.info("policy endpoint: %s", self._endpoint.base_url)
             return self._endpoint
 
     def open_run(self, headers: Mapping[str, str]) -> str | None:
@@ -236,6 +236,8 @@ class Policy:
 
     async def _load_async(self) -> None:
         start = starting_checkpoint(self.config, training=self._training)
+        if not self._training:
+            warn_of_newer_runs(self.config)
         fresh = self._training and start is None and not self._resuming
         backend = self._backend or await create_backend(self.config, train=fresh)
         self._renderer = create_renderer(self.config, backend.get_tokenizer())

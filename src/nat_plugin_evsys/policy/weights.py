@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.runs import is_service_path, resolve_checkpoint
+from nat_plugin_evsys.runs import is_service_path, newer_runs_notice, resolve_checkpoint
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.backends.base import Backend, SamplingClient
@@ -31,6 +31,13 @@ def starting_checkpoint(config: EvsysPolicyConfig, *, training: bool) -> Path | 
     if found is not None:
         check_place(found, config.base_url)
     return found
+
+
+def warn_of_newer_runs(config: EvsysPolicyConfig) -> None:
+    """Say where `latest` or `best` serves an older run than the newest one."""
+    notice = newer_runs_notice(config.output_dir, config.checkpoint)
+    if notice is not None:
+        logger.warning("checkpoint: %s: %s", config.checkpoint, notice)
 
 
 def is_serving() -> bool:

@@ -93,8 +93,9 @@ def _label(axes: Axes, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:  # below the axes, where it hides no point
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     else:
         axes.text(0.5, 0.5, "no reward yet", ha="center", va="center", transform=axes.transAxes)
 

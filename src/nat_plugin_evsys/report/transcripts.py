@@ -25,9 +25,9 @@ _VISIBLE |= {code: "�" for code in range(128, 160)}
 
 
 def transcript(trajectory: Trajectory) -> RenderableType:
-    """One rollout: a line of facts, the conversation, and what the evaluator said."""
+    """One rollout: its facts, the conversation, and what the evaluator said."""
     facts = RolloutFacts.of(trajectory.extra)
-    lines: list[Text] = []
+    lines = [_facts_line(facts)]
     for step in trajectory.steps:
         lines += _step_lines(step)
     lines += list(_verdict_lines(facts))
@@ -40,14 +40,18 @@ def visible(text: str) -> str:
 
 
 def _title(facts: RolloutFacts) -> Text:
-    reward = "no reward" if facts.reward is None else f"reward {facts.reward:g}"
+    """Only the reward: a panel cuts a title that is wider than the terminal."""
+    return Text("no reward" if facts.reward is None else f"reward {facts.reward:g}", f"bold {_colour(facts.reward)}")
+
+
+def _facts_line(facts: RolloutFacts) -> Text:
     parts = [f"row {visible(facts.row_id)}", f"attempt {facts.attempt + 1}"]
     if facts.policy_versions:
         parts.append("policy " + ", ".join(map(str, facts.policy_versions)))
     parts.append(f"not trained on: {facts.dropped}" if facts.dropped else f"advantage {facts.advantage or 0:+.3f}")
     if facts.seconds is not None:
-        parts.append(f"{facts.seconds:.1f} s")  # last, since a narrow terminal cuts the title's end
-    return Text.assemble((reward, f"bold {_colour(facts.reward)}"), "  ", "  ".join(parts))
+        parts.append(f"{facts.seconds:.1f} s")
+    return Text("  ".join(parts), style="dim")
 
 
 def _colour(reward: float | None) -> str:

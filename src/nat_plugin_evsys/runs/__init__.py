@@ -3,17 +3,22 @@
 Standard library and PyYAML only, so that serving a checkpoint can locate it without importing the trainer.
 """
 
-from nat_plugin_evsys.runs.checkpoints import is_service_path, resolve_checkpoint
+from nat_plugin_evsys.runs.checkpoints import is_service_path, newer_runs_notice, resolve_checkpoint
 from nat_plugin_evsys.runs.directory import RunDirectory
+from nat_plugin_evsys.runs.latest import LatestRun, latest_to_serve, latest_to_show
 from nat_plugin_evsys.runs.settings import changed_settings, redact
 from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
 
 __all__ = [
     "CheckpointRecord",
+    "LatestRun",
     "RunDirectory",
     "RunState",
     "changed_settings",
     "is_service_path",
+    "latest_to_serve",
+    "latest_to_show",
+    "newer_runs_notice",
     "redact",
     "resolve_checkpoint",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.runs.directory import RunDirectory
+from nat_plugin_evsys.runs.latest import latest_to_serve
 from nat_plugin_evsys.runs.state import CheckpointRecord
 
 MANIFEST = "manifest.json"
@@ -27,8 +28,8 @@ def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | str | None:
 
     Args:
         output_dir: directory of the runs (``finetuning.output_dir``).
-        spec: ``none``, ``latest`` or ``best`` (of the newest run that has trained something), or the path of a
-            checkpoint.
+        spec: ``none``, ``latest`` or ``best`` (of the newest run with a trained epoch; see ``latest_to_serve``), or the
+            path of a checkpoint.
 
     Raises:
         ConfigError: ``spec`` is empty.
@@ -46,31 +47,34 @@ def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | str | None:
     return _of_path(Path(word).expanduser())
 
 
+def newer_runs_notice(output_dir: Path | str, spec: str) -> str | None:
+    """The sentence to show where ``spec`` passes over a newer run, or None."""
+    latest = latest_to_serve(output_dir) if spec.strip() in ("latest", "best") else None
+    if latest is None or latest.notice is None:
+        return None
+    return f"{latest.notice}. To serve another run, set checkpoint: to the path of one of its checkpoints"
+
+
 def _of_newest_run(output_dir: Path, word: str) -> Path | str:
+    latest = latest_to_serve(output_dir)
+    if latest is None:
+        raise CheckpointError(f"checkpoint: {word}: {_why_none(output_dir)}")
+    run = latest.run
+    record = run.state.last_checkpoint() if word == "latest" else run.state.best_checkpoint()
+    if record is None:
+        raise CheckpointError(
+            f"checkpoint: {word}: no checkpoint of run {run.path} has a reward; set checkpoint: latest"
+        )
+    return _existing(run, record)
+
+
+def _why_none(output_dir: Path) -> str:
     run = RunDirectory.newest(output_dir)
     if run is None:
-        raise CheckpointError(
-            f"checkpoint: {word}: no run under {output_dir} yet: run `nat finetune --config_file …` first, "
+        return (
+            f"no run under {os.path.abspath(output_dir)} yet: run `nat finetune --config_file …` first, "
             "or set checkpoint: none to serve the base model"
         )
-    for trained in _newest_first(run):
-        record = trained.state.last_checkpoint() if word == "latest" else trained.state.best_checkpoint()
-        if trained.state.has_trained:
-            if record is None:
-                raise CheckpointError(
-                    f"checkpoint: {word}: no checkpoint of run {trained.path} has a reward; set checkpoint: latest"
-                )
-            return _existing(trained, record)
-    raise CheckpointError(f"checkpoint: {word}: {_why_none(run)}")
-
-
-def _newest_first(newest: RunDirectory) -> list[RunDirectory]:
-    """All runs: one that failed, was killed or goes on without a checkpoint must not hide an older one."""
-    others = [run for run in reversed(RunDirectory.all(newest.path.parent)) if run.path != newest.path]
-    return [newest, *others]
-
-
-def _why_none(run: RunDirectory) -> str:
     if run.state.checkpoints:
         return (
             f"the newest run, {run.path}, has trained nothing (it is {run.state.status}), so its adapter is the one "

@@ -158,6 +158,10 @@ class RunDirectory:
         """Let another process resume this run."""
         self._lock.release()
 
+    def is_locked(self) -> bool:
+        """Whether a process holds this run."""
+        return self._lock.is_held()
+
     def check_present(self) -> None:
         """Raises RunLostError if the directory was deleted or replaced while this process held it."""
         self._lock.check()

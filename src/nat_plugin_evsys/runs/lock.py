@@ -46,6 +46,21 @@ class RunLock:
             self._held.close()
             self._held = None
 
+    def is_held(self) -> bool:
+        """Whether a process holds the run. On a system without flock nobody can tell, and the answer is True."""
+        if self._held is not None:
+            return True
+        try:
+            import fcntl
+
+            with open(self._path, encoding="utf-8") as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except (ImportError, OSError):
+            return True
+        return False
+
     def check(self) -> None:
         """Make sure that the directory is still the one that was taken. Free before ``hold``.
 
