@@ -15,8 +15,9 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch, SamplingPolicy
+from nat_plugin_evsys.engine.sampling.decoding_check import trusted_runner
+from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
-from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling.row_decoder import RowDecoder
@@ -58,7 +59,7 @@ class Sampler:
         plain_because: why requests are decoded the plain way; empty on the fast path.
 
     Raises:
-        ModelError: the sampler cannot decode this architecture.
+        ModelError: no way of decoding gives what a plain pass over the whole sequence gives.
         DataError: max_batch_size < 1.
     """
 
@@ -78,15 +79,15 @@ class Sampler:
         self.tokenizer = copy.deepcopy(base.tokenizer)
         eos = eos_token_ids(base.model, base.tokenizer, base.vocab_size)
         self.limits = Limits(base.context_length, base.vocab_size, eos)
-        self._runner = ModelRunner(base)
+        self._runner, self.plain_because = trusted_runner(base)
         keep = prefix_cache_bytes if prefix_cache_bytes is not None else _prefix_budget(base.device)
         self._prefixes = PrefixCache(keep)
         self._spans = SpanTree(self._runner.layout, keep)
         self._fast: RolloutModel | None = None
-        if path == "auto":
+        if path == "auto" and not self.plain_because:
             self._fast, self.plain_because = rollout_model(base, self._runner.layout)
         else:
-            self.plain_because = "it was asked for"
+            self.plain_because = self.plain_because or "it was asked for"
         self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else _kv_budget(base.device)
         self._batches: dict[int, DecodeBatch] = {}
         self._spare: SlotStore | None = None
@@ -193,6 +194,8 @@ class Sampler:
 
     def _decoder(self, policy: SamplingPolicy) -> RowDecoder:
         layout = self._runner.layout
+        if isinstance(self._runner, ExactRunner):
+            return ExactDecoder(self._runner, policy.adapter)
         if self._fast is None:
             return SlotDecoder(
                 self._runner,

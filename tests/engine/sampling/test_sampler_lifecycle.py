@@ -1,6 +1,7 @@
 """Continuous batching: cancelling, streaming, failures, versions side by side, and kept prefixes."""
 
 import asyncio
+import re
 import threading
 import time
 from functools import partial
@@ -274,7 +275,9 @@ def test_the_prefix_memory_is_bounded(path, base, adapter, make_sampler):
         assert sum(each.kv.nbytes for each in kept) == prefixes.used_bytes
 
 
-def test_a_model_without_attention_everywhere_is_refused(tokenizer, make_sampler):
+def test_a_model_without_attention_everywhere_is_sampled_through_its_own_cache(
+    tokenizer, make_sampler, plain_logits, caplog
+):
     import transformers
 
     from nat_plugin_evsys.engine.model.loading import wrap_model
@@ -287,5 +290,18 @@ def test_a_model_without_attention_everywhere_is_refused(tokenizer, make_sampler
         linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
     )  # fmt: skip
     base = wrap_model("hybrid", transformers.Qwen3NextForCausalLM(config), tokenizer)
-    with pytest.raises(ModelError, match=r"cannot sample from 'qwen3_next'.*linear_attention"):
-        make_sampler(base)
+    sampler = make_sampler(base)
+    assert re.search(r"cannot sample from 'qwen3_next'.*linear_attention", sampler.plain_because)
+    assert sampler.plain_because in caplog.text
+    client = sampler.client(None, 0)
+    prompts = [[5, 9, 17, 3, 40, 22, 8], [7, 7]]
+    asked = [client.sample(ModelInput.from_ints(p), 2, SamplingParams(max_tokens=5, seed=1, stop=[])) for p in prompts]
+    scored = client.compute_logprobs(ModelInput.from_ints(prompts[0])).result(TIMEOUT)
+    for prompt, future in zip(prompts, asked, strict=True):
+        for sequence in future.result(TIMEOUT).sequences:
+            tokens = [*prompt, *sequence.tokens]
+            lp = plain_logits(base, None, tokens).log_softmax(-1)
+            want = [float(lp[at - 1, tokens[at]]) for at in range(len(prompt), len(tokens))]
+            assert sequence.logprobs == pytest.approx(want, abs=1e-5)
+    lp = plain_logits(base, None, prompts[0]).log_softmax(-1)
+    assert scored[1:] == pytest.approx([float(lp[i, t]) for i, t in enumerate(prompts[0][1:])], abs=1e-5)

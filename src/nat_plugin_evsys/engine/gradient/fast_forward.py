@@ -19,6 +19,7 @@ from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.machine.memory import MemoryModel, SavedBytes
 from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows
 from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.long_rope import long_rope_limit
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.tree.attention import attending, install
 from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
@@ -29,7 +30,6 @@ from nat_plugin_evsys.engine.tree.unembedding import Pairs, pair_logprobs
 logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = (16, 80)
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class FastForward:
     Attributes:
         longest: tokens of the longest sequence that it accepts; None means any. A sliding-window layer attends to
             everything only while a sequence is no longer than its window.
+        rope_limit: a pack holds sequences up to this many tokens, or longer ones, which have another rotary table;
+            None means any.
         fused: the decoder as ``fused_decoder`` computes it; None where it goes through transformers' classes.
     """
 
@@ -64,11 +66,25 @@ class FastForward:
         self._base = base
         self._head = head
         self.longest = _shortest_window(base)
+        self.rope_limit = long_rope_limit(base.model)
         self.fused = FusedDecoder.of(base.model) if fuse else None
 
     def takes(self, length: int) -> bool:
         """Whether a sequence of ``length`` tokens may be in a pack."""
         return self.longest is None or length <= self.longest
+
+    def computed_tokens(self, length: int, wanted: int) -> int:
+        """Tokens that a pack holds of a sequence of ``length`` of which the first ``wanted`` are needed.
+
+        All of them where fewer would have another rotary table.
+        """
+        return length if self.rope_limit is not None and length > self.rope_limit else wanted
+
+    def one_table_each(self, members: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
+        """``members`` in groups that may share a pack, given the tokens that a pack holds of each sequence."""
+        limit = max(tokens, default=0) if self.rope_limit is None else self.rope_limit
+        groups = [[i for i in members if tokens[i] <= limit], [i for i in members if tokens[i] > limit]]
+        return [group for group in groups if group]
 
     def hidden(self, trie: TokenTrie, read: Tensor, adapter: LoraAdapter | None, *, keep: bool = True) -> Tensor:
         """Last hidden states of the trie's rows ``read`` (R,), rising: [R, H].
@@ -188,10 +204,8 @@ def _find_out(base: BaseModel, head: OutputHead) -> _Verdict:
     config = base.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
-    if kinds & _LENGTH_DEPENDENT_ROPE:
-        return _Verdict(
-            f"its rotary embedding depends on the longest sequence of a batch ({', '.join(map(str, kinds))})"
-        )
+    if "dynamic" in kinds:
+        return _Verdict("its rotary embedding depends on the longest sequence of a batch (dynamic)")
     before = config._attn_implementation
     if not install(base.model):
         return _Verdict(f"its attention is {before!r}, not transformers' SDPA")
@@ -224,7 +238,7 @@ def _gap_on_probe(base: BaseModel, fast: FastForward) -> float:
     trunk = generator.integers(0, base.vocab_size, 7)
     tails = [generator.integers(0, base.vocab_size, n) for n in (3, 3, 5)]
     family: list[Ids] = [np.concatenate([trunk[:k], t]) for k, t in zip((7, 7, 4), tails, strict=True)]
-    window = fast.longest or 10
+    window = min(fast.longest or 10, fast.rope_limit or 10)
     family = [s[:window] for s in (*family, generator.integers(0, base.vocab_size, 6))]
     trie = TokenTrie.build(family)
     with torch.no_grad(), applied(None):

@@ -87,20 +87,27 @@ class MicroBatches:
             raise DataError("temperature is not offered for this model: its logits are not linear in its hidden states")
         reads = [loss.reads(e) for e in examples]
         unread = [i for i, r in enumerate(reads) if r.length == 0]
-        fast = [i for i, r in enumerate(reads) if self._fast is not None and r.length and self._fast.takes(r.length)]
-        plain = sorted(set(range(len(examples))) - set(fast) - set(unread))
         batches = [MicroBatch(unread, 0)] if unread else []
-        if fast:
-            sequences = [examples[i].tokens[: reads[i].length].numpy() for i in fast]
-            packs, recompute = self._packs(sequences, token_budget)
-            for pack in packs:
-                predicted = self._model_of(recompute).predict(len(pack.trie))
-                members = [fast[i] for i in pack.members]
-                batches.append(MicroBatch(members, len(pack.trie), pack.trie, predicted, recompute=recompute))
+        fast: list[int] = []
+        if self._fast is not None:
+            size = [self._fast.computed_tokens(len(e), r.length) for e, r in zip(examples, reads, strict=True)]
+            fast = [i for i, r in enumerate(reads) if r.length and self._fast.takes(size[i])]
+            for group in self._fast.one_table_each(fast, size):
+                batches += self._packed(group, [examples[i].tokens[: size[i]].numpy() for i in group], token_budget)
+        plain = sorted(set(range(len(examples))) - set(fast) - set(unread))
         budget = token_budget or default_token_budget(self._base)
         for group in plan_micro_batches([len(examples[i]) for i in plain], budget):
             members = [plain[i] for i in group]
             batches.append(MicroBatch(members, sum(len(examples[i]) for i in members)))
+        return batches
+
+    def _packed(self, members: Sequence[int], sequences: Sequence[Ids], token_budget: int | None) -> list[MicroBatch]:
+        packs, recompute = self._packs(sequences, token_budget)
+        batches = []
+        for pack in packs:
+            predicted = self._model_of(recompute).predict(len(pack.trie))
+            of_pack = [members[i] for i in pack.members]
+            batches.append(MicroBatch(of_pack, len(pack.trie), pack.trie, predicted, recompute=recompute))
         return batches
 
     def _packs(self, sequences: Sequence[Ids], token_budget: int | None) -> tuple[list[Pack], bool]:

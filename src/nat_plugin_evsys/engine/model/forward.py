@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from nat_plugin_evsys.engine.model.long_rope import sequence_lengths
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.errors import ModelError
 
@@ -71,7 +72,8 @@ def hidden_rows(model: PreTrainedModel, sequences: Sequence[Tensor], device: tor
     """
     lengths = torch.tensor([len(s) for s in sequences])
     ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).to(device)
-    hidden: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    with sequence_lengths(lengths):
+        hidden: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     real = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
     return hidden.reshape(-1, hidden.shape[-1])[real.reshape(-1).nonzero().squeeze(1).to(device)]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from nat_plugin_evsys.engine.model import gguf, lora
+from nat_plugin_evsys.engine.model import gguf, long_rope, lora
 from nat_plugin_evsys.engine.model.builtin import PREFIX, builtin_tokenizer
 from nat_plugin_evsys.engine.model.identity import model_identity
 from nat_plugin_evsys.engine.model.source import WHAT_TO_TYPE, LocalSource, find_local
@@ -115,6 +115,7 @@ def wrap_model(name: str, model: PreTrainedModel, tokenizer: Any, *, context_len
             f"base_model {name!r}: {type(model).__name__} has no output head; choose a causal language model"
         )
     lora.install(model)
+    long_rope.install(model)
     return BaseModel(
         name=name,
         model=model,

@@ -13,6 +13,7 @@ import torch
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.decoding import RowParams
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
+from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence
 from nat_plugin_evsys.engine.sampling.row_decoder import Context, RowDecoder
@@ -38,7 +39,9 @@ class DecodeBatch:
     nothing they sample.
     """
 
-    def __init__(self, runner: ModelRunner, policy: SamplingPolicy, decoder: RowDecoder, *, max_rows: int) -> None:
+    def __init__(
+        self, runner: ModelRunner | ExactRunner, policy: SamplingPolicy, decoder: RowDecoder, *, max_rows: int
+    ) -> None:
         self.policy = policy
         self.decoder = decoder
         self._runner = runner

@@ -55,6 +55,11 @@ class KVLayout:
         shapes = tuple((la.keys.shape[1], la.keys.shape[3], la.values.shape[3]) for la in filled)
         return cls(shapes, filled[0].keys.dtype, device)
 
+    @classmethod
+    def nothing(cls, dtype: torch.dtype, device: torch.device) -> KVLayout:
+        """Of a model whose states are kept elsewhere."""
+        return cls(((0, 0, 0),), dtype, device)
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in a ``SlotStore``, padding to the widest layer included."""

@@ -10,6 +10,7 @@ from tinker.types.topk_logprobs import MASK_LOGPROB
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.long_rope import long_rope_limit, sequence_lengths
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.sampling.kv_cache import AttentionMasks, KVLayout, SlotCache, SlotStore
 from nat_plugin_evsys.engine.sampling.prompt_scores import PromptScores
@@ -28,6 +29,9 @@ class ModelRunner:
         base: the frozen base model.
         prefill_tokens: most tokens (rows times width) in one forward pass; longer prompts are fed in pieces.
 
+    Attributes:
+        rope_limit: tokens from which on a sequence has another rotary table, so that all it keeps is computed again.
+
     Raises:
         ModelError: the sampler cannot decode this architecture.
     """
@@ -40,6 +44,7 @@ class ModelRunner:
         self._model = base.model
         with torch.inference_mode(), applied(None):
             self.layout = KVLayout.probe(base.model, base.device)
+        self.rope_limit = long_rope_limit(base.model)
         self._masks = AttentionMasks(base.model.config.get_text_config(), base.dtype)
 
     def decode(self, adapter: LoraAdapter | None, store: SlotStore, tokens: list[int], positions: list[int]) -> Tensor:
@@ -138,7 +143,8 @@ class ModelRunner:
         store.reserve(first + feed.rows, length)
         cache = SlotCache(store, first, feed.rows, positions, valid, length)
         self.fed_tokens += int(feed.counts[:, begin:end].sum())
-        return self._forward(adapter, feed.ids[:, begin:end], positions, cache, length, keep)
+        with sequence_lengths(feed.lengths):
+            return self._forward(adapter, feed.ids[:, begin:end], positions, cache, length, keep)
 
     def _forward(
         self, adapter: LoraAdapter | None, ids: Tensor, positions: Tensor, cache: SlotCache, length: int, keep: int
@@ -163,12 +169,14 @@ class _Feed:
     Attributes:
         ids, positions: (rows, width) int64 on the device; padding has id 0 and position 0.
         valid: (rows, width) bool on the device. counts: the same as numpy.
+        lengths: (rows,) tokens of each context, those before the fed ones included.
     """
 
     def __init__(self, ids: np.ndarray, positions: np.ndarray, counts: np.ndarray, device: torch.device) -> None:
         self.rows, self.width = ids.shape
         self.counts = counts
         self._positions = positions
+        self.lengths = torch.from_numpy(positions[:, -1] + 1)
         self.ids, self.positions, self.valid = (torch.from_numpy(a).to(device) for a in (ids, positions, counts))
 
     @classmethod

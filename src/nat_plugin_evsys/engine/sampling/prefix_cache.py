@@ -8,6 +8,7 @@ blocks are therefore never given to another policy.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import count
 
@@ -38,9 +39,9 @@ class PrefixCache:
         self.used_bytes = 0
         self._blocks: OrderedDict[_BlockKey, _Block] = OrderedDict()
         self._idents = count(1)
-        self._roots: dict[int, int] = {}
+        self._roots: dict[Hashable, int] = {}
 
-    def load(self, policy: int, tokens: list[int], store: SlotStore, slot: int) -> int:
+    def load(self, policy: Hashable, tokens: list[int], store: SlotStore, slot: int) -> int:
         """Write the longest known prefix of ``tokens`` into a slot. Returns its length, less than ``len(tokens)``.
 
         The last token is always left to be fed, since its logits are what the caller wants.
@@ -49,7 +50,7 @@ class PrefixCache:
         self._touch([key for key, _ in path])
         return store.write(slot, [block.kv for _, block in path])
 
-    def add(self, policy: int, tokens: list[int], store: SlotStore, slot: int) -> None:
+    def add(self, policy: Hashable, tokens: list[int], store: SlotStore, slot: int) -> None:
         """Keep the complete blocks of ``tokens``, whose keys and values a slot holds."""
         whole = len(tokens) // BLOCK
         if self.max_bytes <= 0 or whole == 0:
@@ -73,12 +74,12 @@ class PrefixCache:
         self._roots.clear()
         self.used_bytes = 0
 
-    def _root(self, policy: int) -> int:
+    def _root(self, policy: Hashable) -> int:
         if policy not in self._roots:
             self._roots[policy] = next(self._idents)
         return self._roots[policy]
 
-    def _walk(self, policy: int, tokens: list[int], blocks: int) -> list[tuple[_BlockKey, _Block]]:
+    def _walk(self, policy: Hashable, tokens: list[int], blocks: int) -> list[tuple[_BlockKey, _Block]]:
         path: list[tuple[_BlockKey, _Block]] = []
         parent = self._root(policy)
         for i in range(blocks):

@@ -40,7 +40,7 @@ class SlotDecoder:
         self._policy = policy
         self._adapter = adapter
         self._kv_bytes = kv_bytes
-        self._lengths: list[int] = []
+        self._tokens: list[list[int]] = []
         self._waiting: list[Context] = []
 
     def join(self, context: Context) -> None:
@@ -55,8 +55,11 @@ class SlotDecoder:
         """See ``RowDecoder``."""
         logits = []
         if tokens:
-            logits.append(self._runner.decode(self._adapter, self.store, list(tokens), self._lengths))
-            self._lengths = [length + 1 for length in self._lengths]
+            lengths = [len(row) for row in self._tokens]
+            logits.append(self._runner.decode(self._adapter, self.store, list(tokens), lengths))
+            for row, token in zip(self._tokens, tokens, strict=True):
+                row.append(token)
+            self._cross_limit(logits[0])
         # Shortest first, so that padding stays small.
         contexts = sorted(self._waiting, key=lambda c: len(c.tokens))
         if contexts:
@@ -71,35 +74,35 @@ class SlotDecoder:
             self.store.wipe(row)
         else:
             self.keep(tokens, self.store, row)
-        last = self._lengths.pop()
-        if row < len(self._lengths):
-            self.store.copy(len(self._lengths), row, last)
-            self._lengths[row] = last
+        last = self._tokens.pop()
+        if row < len(self._tokens):
+            self.store.copy(len(self._tokens), row, len(last))
+            self._tokens[row] = last
 
     def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:
         """See ``RowDecoder``."""
-        self._prefixes.add(self._policy, tokens, store, slot)
+        self._prefixes.add(self._ident(tokens), tokens, store, slot)
 
     def fits(self, contexts: Sequence[Context]) -> bool:
         """See ``RowDecoder``."""
         new = [*self._waiting, *contexts]
-        rows = len(self._lengths) + sum(c.rows for c in new)
-        longest = max((n + 1 for n in (*self._lengths, *(len(c.tokens) for c in new))), default=0)
+        rows = len(self._tokens) + sum(c.rows for c in new)
+        longest = max((len(t) + 1 for t in (*self._tokens, *(c.tokens for c in new))), default=0)
         per_row = self.store.layout.bytes_per_token * max(self.store.length, rounded_length(longest))
         return rows * per_row <= self._kv_bytes
 
     def close(self) -> None:
         """See ``RowDecoder``."""
-        self._lengths.clear()
+        self._tokens.clear()
         self._waiting.clear()
 
     def _prefill(self, contexts: list[Context]) -> Tensor:
         """Read the contexts, each once, and copy its slot for its other rows: logits [len(contexts), V]."""
-        first = len(self._lengths)
+        first = len(self._tokens)
         rows = sum(c.rows for c in contexts)
         self.store.reserve(first + rows, max(len(c.tokens) for c in contexts) + 1)
         for i, context in enumerate(contexts):
-            context.known = self._prefixes.load(self._policy, context.tokens, self.store, first + i)
+            context.known = self._prefixes.load(self._ident(context.tokens), context.tokens, self.store, first + i)
         tokens, starts = [c.tokens for c in contexts], [c.known for c in contexts]
         logits = self._runner.prefill(self._adapter, self.store, first, tokens, starts)
         end = first + rows
@@ -111,5 +114,16 @@ class SlotDecoder:
                 if row != first + i:
                     self.store.copy(first + i, row, length)
             end -= contexts[i].rows
-        self._lengths += [len(c.tokens) for c in contexts for _ in range(c.rows)]
+        self._tokens += [list(c.tokens) for c in contexts for _ in range(c.rows)]
         return logits
+
+    def _cross_limit(self, logits: Tensor) -> None:
+        """Read rows again whose last token took them over ``rope_limit``, and replace their logits [rows, V]."""
+        limit = self._runner.rope_limit
+        for row, tokens in enumerate(self._tokens):
+            if limit is not None and len(tokens) == limit + 1:
+                logits[row] = self._runner.prefill(self._adapter, self.store, row, [tokens], [0])[0]
+
+    def _ident(self, tokens: list[int]) -> tuple[int, bool]:
+        """Of the policy in ``prefixes``: what long sequences keep is of no use to short ones."""
+        return self._policy, self._runner.rope_limit is not None and len(tokens) > self._runner.rope_limit

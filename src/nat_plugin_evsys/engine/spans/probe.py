@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.long_rope import long_rope_limit
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout
 from nat_plugin_evsys.engine.spans.attention import Level, Piece, Read, SpanPlan
@@ -15,7 +16,6 @@ from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 
 logger = logging.getLogger(__name__)
 
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _ABOVE, _BELOW = 9, 4
 _TOLERANCE = 1e-4
 
@@ -50,8 +50,11 @@ def _unfit(base: BaseModel, layout: KVLayout) -> str:
         return f"it has layers that attend to {window} tokens only, and its context is {base.context_length}"
     rope = getattr(config, "rope_parameters", None) or {}
     types = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
-    if types & _LENGTH_DEPENDENT_ROPE:
+    if "dynamic" in types:
         return "its rotary embedding depends on the longest sequence of a batch"
+    limit = long_rope_limit(base.model)
+    if limit is not None and limit < base.context_length:
+        return f"its rotary embedding changes at {limit} tokens, and its context is {base.context_length}"
     if not base.model._can_set_attn_implementation():
         return "its attention cannot be chosen"
     return ""
