@@ -21,7 +21,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop models-table on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
 	@echo "make test-interop     others' programs against nat evsys serve, each in its own environment (docs/interop.md)"
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
+	@echo "make models-table     check the engine on a tiny model of each family, and write the table of docs/models.md"
 	@echo "make check        lint, format check, types, generated docs"
 ifneq ($(BENCHMARK),)
 	@echo "make bench        compare training steps and rollouts with those of peers (benchmarks/README.md); BENCH_ARGS=--small is a quick check"
@@ -86,6 +87,10 @@ test-gpu-rehearsal: $(BIN)/python
 test-interop: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop
 	@PYTHON=$(CURDIR)/$(BIN)/python scripts/cookbook-acceptance
+
+# Half an hour; what is done stands in .tmp/models-table and is not done again.
+models-table: $(INSTALLED_DEV)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -W ignore scripts/models-table --write $(FAMILIES)
 
 check: $(INSTALLED_DEV)
 	@$(BIN)/ruff check $(SOURCES)

@@ -25,6 +25,7 @@ from torch import Tensor
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.peft_check import say_if_peft_differs
 from nat_plugin_evsys.engine.model.peft_format import adapter_config, from_peft_names, to_peft_names
 from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.files import atomic_directory, atomic_write, remove_directory, restore_set_aside
@@ -133,6 +134,7 @@ def save_checkpoint(
             (work / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     except (OSError, SafetensorError) as exc:  # safetensors has its own error for a full disk
         raise CheckpointError(f"checkpoint {target} could not be written: {exc}") from exc
+    say_if_peft_differs(base, adapter)
     return target
 
 

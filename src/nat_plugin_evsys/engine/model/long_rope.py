@@ -52,11 +52,13 @@ class LongRotary(nn.Module):
 
     Attributes:
         limit: tokens up to which a sequence has the short table.
+        original: transformers' module.
     """
 
     def __init__(self, module: Any) -> None:
         super().__init__()
         parameters = module.config.rope_parameters
+        self.original = module
         self.limit = int(parameters["original_max_position_embeddings"])
         device = module.original_inv_freq.device
         long, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, device, seq_len=self.limit + 1)

@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.targets import fused_experts
 from nat_plugin_evsys.errors import CheckpointError
 
 _PREFIX = "base_model.model."
+
+_EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Projections of experts, as checkpoints from before transformers 5 name them."""
 
 
 def to_peft_names(adapter: LoraAdapter) -> dict[str, Tensor]:
@@ -39,6 +43,7 @@ def adapter_config(base: BaseModel, adapter: LoraAdapter) -> dict[str, Any]:
     ``ensure_weight_tying`` stays false: with tied embeddings a delta on ``lm_head`` is one on the logits only. (PEFT's
     ``merge_and_unload`` of such an adapter would write into the shared embedding; untie the head before merging.)
     """
+    modules, parameters = _targets(base, list(adapter.weights))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -52,8 +57,24 @@ def adapter_config(base: BaseModel, adapter: LoraAdapter) -> dict[str, Any]:
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "target_modules": target_modules(base.model, list(adapter.weights)),
+        "target_modules": modules,
+        **({"target_parameters": parameters} if parameters else {}),
     }
+
+
+def _targets(base: BaseModel, targets: list[str]) -> tuple[list[str], list[str]]:
+    """``(target_modules, target_parameters)``.
+
+    In a model with fused experts PEFT takes every module with the name of an expert's projection for routed experts and
+    drops it, dense layers and shared experts too; named by their weights they are left as they are.
+    """
+    if not fused_experts(base.model):
+        return target_modules(base.model, targets), []
+    by_weight = [name for name in targets if name.rsplit(".", 1)[-1] in _EXPERT_NAMES]
+    modules = [name for name in targets if name not in by_weight]
+    if not by_weight:
+        return target_modules(base.model, modules), []
+    return sorted(modules), [f"{name}.weight" for name in sorted(by_weight)]
 
 
 def target_modules(model: nn.Module, targets: list[str]) -> list[str]:

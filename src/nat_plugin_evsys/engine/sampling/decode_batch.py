@@ -12,8 +12,8 @@ import torch
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.decoding import RowParams
-from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
+from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence
 from nat_plugin_evsys.engine.sampling.row_decoder import Context, RowDecoder

@@ -1,4 +1,4 @@
-"""Passes for models that keep something other than keys and values a layer: one sequence at a time, exact and slower."""
+"""One sequence at a time, exact and slower: for models that keep something other than keys and values in each layer."""
 
 from __future__ import annotations
 

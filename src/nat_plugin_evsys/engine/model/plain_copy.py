@@ -1,0 +1,30 @@
+"""The base model as transformers made it, for computations that must not depend on the engine's changes to it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from nat_plugin_evsys.engine.model.long_rope import LongRotary
+from nat_plugin_evsys.engine.model.lora import LoraLinear
+
+
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules, with their own classes again and plain SDPA; its tensors are those of ``model``.
+
+    Whoever changes a weight must put a new tensor in its place.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    plain = copy.deepcopy(model, {id(t): t for t in tensors})
+    for name, module in list(plain.named_modules()):
+        if type(module) is LoraLinear:
+            module.__class__ = nn.Linear
+        elif isinstance(module, LongRotary):
+            plain.set_submodule(name, module.original)
+    config = plain.config.get_text_config()
+    if str(config._attn_implementation).startswith("evsys_"):
+        config._attn_implementation_internal = "sdpa"
+    return plain
