@@ -95,7 +95,7 @@ def load_in_peft(model: PreTrainedModel, directory: Path, *, trainable: bool = F
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = PeftModel.from_pretrained(plain_copy(model), str(directory), is_trainable=trainable)  # type: ignore[arg-type]
+        loaded = PeftModel.from_pretrained(plain_copy(model), str(directory), is_trainable=trainable)
     module: torch.nn.Module = loaded.eval()
     return module
 

@@ -21,7 +21,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
     plain = copy.deepcopy(model, {id(t): t for t in tensors})
     for name, module in list(plain.named_modules()):
         if type(module) is LoraLinear:
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]  # mypy takes it for a variable
         elif isinstance(module, LongRotary):
             plain.set_submodule(name, module.original)
     config = plain.config.get_text_config()

@@ -76,7 +76,7 @@ def decoding_gap(decoder: RowDecoder, base: BaseModel) -> float:
 
 def _find_out(base: BaseModel) -> tuple[str, str]:
     """The first way that can be trusted, and what is wrong with those before it."""
-    reasons = []
+    reasons: list[str] = []
     for name, make in _WAYS.items():
         reason = _mismatch(base, make)
         if not reason:
