@@ -128,7 +128,8 @@ def _against_sampler(model: TrainableModel, row: ModelRow) -> ModelRow:
     try:
         client = sampler.client(model.adapter, 1)
         params = types.SamplingParams(max_tokens=_SAMPLED, seed=3, stop=[])
-        prompts = [_ids(base, n, seed=n) for n in _PROMPTS]
+        room = base.context_length - _SAMPLED
+        prompts = [_ids(base, min(n, room), seed=n) for n in _PROMPTS]
         futures = [client.sample(types.ModelInput.from_ints(p), 1, params) for p in prompts]
         sequences = [f.result(_TIMEOUT_S).sequences[0] for f in futures]
         scored = client.compute_logprobs(types.ModelInput.from_ints(prompts[-1])).result(_TIMEOUT_S)
@@ -153,7 +154,7 @@ def _cell(base: BaseModel, found: Tensor, expected: Tensor, what: str) -> str:
 
 
 def _data(base: BaseModel) -> list[types.Datum]:
-    return [_datum(_ids(base, n + 1, seed=100 + n)) for n in _DATUMS]
+    return [_datum(_ids(base, min(n, base.context_length) + 1, seed=100 + n)) for n in _DATUMS]
 
 
 def _datum(tokens: Sequence[int]) -> types.Datum:

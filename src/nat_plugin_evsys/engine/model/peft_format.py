@@ -80,9 +80,5 @@ def _targets(base: BaseModel, targets: list[str]) -> tuple[list[str], list[str]]
 def target_modules(model: nn.Module, targets: list[str]) -> list[str]:
     """Leaf names such as ``q_proj`` where they select exactly ``targets`` in this model, else the full names."""
     leaves = sorted({name.rsplit(".", 1)[-1] for name in targets})
-    selected = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in leaves
-    ]
+    selected = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in leaves]
     return leaves if set(selected) == set(targets) else sorted(targets)
