@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = [each for name in ("art", "tensorboard", "wandb", "mlflow") for each in PROJECT["optional-dependencies"][name]]
+_EXTRAS = ("art", "peft", "tensorboard", "wandb", "mlflow")
+EXTRAS = [each for name in _EXTRAS for each in PROJECT["optional-dependencies"][name]]
 RUNTIME = [*PROJECT["dependencies"], *EXTRAS]
 DEV = PROJECT["optional-dependencies"]["dev"]
 
