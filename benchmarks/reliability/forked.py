@@ -5,6 +5,7 @@ Each child is a process of its own with the command's own arguments, output and 
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -79,6 +80,7 @@ def nat(*arguments: str) -> Callable[[], object]:
 
 def _run(work: Callable[[], object], log: Path) -> NoReturn:
     code = 1
+    atexit._clear()  # what the parent wants done at its end, such as deleting its temporary directory
     try:
         os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -91,8 +93,6 @@ def _run(work: Callable[[], object], log: Path) -> NoReturn:
     except BaseException:  # noqa: BLE001 - the child's last words
         traceback.print_exc()
     finally:
-        import atexit
-
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

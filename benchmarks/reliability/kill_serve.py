@@ -71,6 +71,7 @@ def kill_and_check(place: Path, kills: int, clients: int, seed: int) -> dict[str
     codes = {process.wait(LIMIT_S * 2) for process in running.values()}
     server.stop()
     found = _check(place, model, journals)
+    found["wrong"] += [] if found["acknowledged"] else ["the clients did nothing"]
     found["wrong"] += [f"a client ended with {code}" for code in codes - {0}]
     return {"kills": killed, "seconds": round(time.monotonic() - started), **found}
 
