@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -67,7 +68,7 @@ def _epochs_done(place: Path) -> int:
 
 
 def _read(process: psutil.Process, place: Path) -> dict[str, int]:
-    files = [path for path in place.glob("runs/**/*") if path.is_file()]
+    files = [Path(folder) / name for folder, _, names in os.walk(place / "runs") for name in names]
     sizes = {path: _size(path) for path in files}
     return {
         "threads": process.num_threads(),

@@ -125,7 +125,7 @@ class PolicyEndpoint:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 listener.close()
                 raise EvsysError(f"the policy endpoint did not start on {self._host}:{port}; see the log")
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)  # noqa: S104 - compared, not bound
         self._url, self._address = url_of(host, port), (host, port)
 
     def attribute_calls(self) -> None:

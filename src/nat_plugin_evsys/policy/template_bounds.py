@@ -31,8 +31,9 @@ def refuse_powers(source: str) -> None:
     """
     from jinja2 import Environment, TemplateError
 
+    lexer = Environment()  # noqa: S701 - nothing is rendered, and a chat's text is for a model, not a browser
     try:
-        tokens = [(kind, value) for _, kind, value in Environment().lex(source) if kind not in ("whitespace", "data")]
+        tokens = [(kind, value) for _, kind, value in lexer.lex(source) if kind not in ("whitespace", "data")]
     except TemplateError as error:
         raise ModelError(f"the chat template is not a Jinja template: {error}") from error
     for (_, before), (kind, value) in itertools.pairwise(tokens):

@@ -21,9 +21,11 @@ from nat_plugin_evsys.web.listen import HttpServer, bind, listen, url_of
 
 logger = logging.getLogger(__name__)
 
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or SIGINT; unfinished work stays in the store and resumes at the next start.
+    """Serve until SIGTERM, SIGINT or SIGHUP; unfinished work stays in the store and resumes at the next start.
 
     Args:
         announce: called with one line, containing the URL, once requests are answered.
@@ -78,13 +80,15 @@ async def _answer_polls(context: ServiceContext) -> None:
 
 
 class _Signals:
-    """SIGTERM and SIGINT end the server gracefully, a second one without waiting for responses in flight."""
+    """SIGTERM, SIGINT and SIGHUP end the server gracefully, a second one without waiting for responses in flight."""
 
     def __init__(self, closing: asyncio.Event) -> None:
         self._server: HttpServer | None = None
         self._closing = closing
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # A signal that is ignored, as SIGHUP under nohup, stays ignored.
+        self._numbers = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+        for number in self._numbers:
             self._loop.add_signal_handler(number, self._end)
 
     def stops(self, server: HttpServer) -> None:
@@ -98,14 +102,14 @@ class _Signals:
 
     def restore(self) -> None:
         """Restore the signal handlers."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._numbers:
             self._loop.remove_signal_handler(number)
 
 
 def _announcement(context: ServiceContext, listener: socket.socket) -> str:
     """The one line on stdout. It never has a key in it."""
     host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
+    host = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)  # noqa: S104 - compared
     url = url_of(host, port)
     key = "<one of your keys>" if context.keys.required else f"{KEY_PREFIX}local"
     names = ", ".join(base.name for base in context.engine.base_models())
