@@ -20,6 +20,7 @@ RunKind = Literal["rollout", "evaluation"]
 
 RUN_ID_HEADER = "x-evsys-run-id"
 STEP_ID_HEADER = "x-evsys-step-id"
+FUNCTIONS_HEADER = "x-evsys-functions"
 
 
 class DropReason(StrEnum):
@@ -44,6 +45,8 @@ class DropReason(StrEnum):
     """The workflow failed before it called the policy, so there is nothing to train on."""
     VALIDATION = "validation"
     """The call was made to measure the policy, not to train it."""
+    NOT_TARGETED = "not_targeted"
+    """The call was made outside `target_functions`, or of a policy that is not the one under training."""
     UNATTRIBUTED = "unattributed"
     """The call reached the endpoint without the id of an open rollout, so no reward belongs to it."""
     CALL_FAILED = "call_failed"
@@ -105,6 +108,7 @@ class Call:
         tools: the request's tools in OpenAI form.
         reply: the assistant message that was returned, in OpenAI form.
         sequence: arrival order within the recorder.
+        functions: names of NAT's functions in which the call was made, the outermost first.
     """
 
     call_id: str
@@ -123,6 +127,7 @@ class Call:
     reply: dict[str, Any]
     sequence: int
     top_k: int = -1
+    functions: list[str] = field(default_factory=list)
 
     @property
     def key(self) -> CallKey:

@@ -75,7 +75,7 @@ def filter_that_leaves_nothing(config: Config, tmp_path: Path) -> None:
 
 
 CASES = [
-    (targeted_functions, ["finetuning.target_functions is ['planner']", "remove it"]),
+    (targeted_functions, ["finetuning.target_functions has `planner`", "the workflow has ['<workflow>']"]),
     (targeted_model, ["finetuning.target_model is `judge`", "name the policy"]),
     (filter_that_leaves_nothing, ["filter leaves none of its", "change its allowlist"]),
     (cut_distribution, ["llms.policy.top_p is 0.8", "set top_p: 1"]),

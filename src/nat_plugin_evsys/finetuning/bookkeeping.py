@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,12 +115,17 @@ class RunBooks:
         self._trained_trajectories += int(metadata["trajectories"]["trained"])
         self._dropped_trajectories.update(metadata["trajectories"]["dropped"])
 
-    def count_stray_calls(self, totals: RecorderTotals) -> None:
-        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer."""
+    def count_stray_calls(self, totals: RecorderTotals, others: Iterable[RecorderTotals] = ()) -> None:
+        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer.
+
+        Args:
+            others: of the policies that are not trained.
+        """
         strays = {
             DropReason.UNATTRIBUTED: totals.unattributed,
             DropReason.CALL_FAILED: totals.failures,
             DropReason.CLIENT_DISCONNECTED: totals.disconnected,
+            DropReason.NOT_TARGETED: sum(other.answered for other in others),
             **totals.refused,
         }
         for reason, number in strays.items():

@@ -12,6 +12,7 @@ from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_of
 from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses, judge_notice
 from nat_plugin_evsys.finetuning.telemetry import check_exporters
+from nat_plugin_evsys.rollouts.targets import GROUP_SEPARATOR, WORKFLOW
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config
@@ -37,7 +38,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_workflow_uses(config, policy_name)
     if finetuning.reward_function and (notice := judge_notice(config, finetuning.reward_function.name, policy_name)):
         logger.warning("%s", notice)
-    check_targets(finetuning, policy_name, policy)
+    check_targets(config, finetuning, policy_name, policy)
     check_output_dirs(policy_name, policy, finetuning.output_dir)
     check_group_size(config, finetuning, adapter)
     check_exporters(config)
@@ -91,15 +92,16 @@ def check_policy(
     return adapter.policy, policy, adapter
 
 
-def check_targets(finetuning: FinetuneConfig, policy_name: str, policy: EvsysPolicyConfig) -> None:
-    """Every call of the policy is trained on; NAT's settings that say otherwise are refused."""
-    default = type(finetuning).model_fields["target_functions"].get_default(call_default_factory=True)
-    if finetuning.target_functions != default:
-        raise ConfigError(
-            f"finetuning.target_functions is {finetuning.target_functions}, but the calls of all functions of the "
-            "workflow are trained on; remove it, and give the functions that shall not be trained another LLM "
-            "(an evsys_policy with `checkpoint: none` is the base model)"
-        )
+def check_targets(config: Config, finetuning: FinetuneConfig, policy_name: str, policy: EvsysPolicyConfig) -> None:
+    """``target_functions`` name functions of the workflow, and ``target_model`` the policy under training."""
+    known = [WORKFLOW, *config.functions, *config.function_groups]
+    for name in finetuning.target_functions:
+        if name not in known and name.split(GROUP_SEPARATOR)[0] not in config.function_groups:
+            raise ConfigError(
+                f"finetuning.target_functions has `{name}`, but the workflow has {known}; name some of these"
+            )
+    if not finetuning.target_functions:
+        raise ConfigError(f"finetuning.target_functions is empty, so nothing would be trained; name some of {known}")
     if finetuning.target_model not in (None, policy_name, policy.base_model):
         raise ConfigError(
             f"finetuning.target_model is `{finetuning.target_model}`, but the policy `{policy_name}` "

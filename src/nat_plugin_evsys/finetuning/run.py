@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
-from nat_plugin_evsys.calls import DropReason
+from nat_plugin_evsys.calls import CallFate, DropReason
 from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError, RunLostError
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
@@ -27,6 +27,7 @@ from nat_plugin_evsys.finetuning.run_pages import RunPages
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
 from nat_plugin_evsys.finetuning.watch import Watch
+from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.findings import Finding
 from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
@@ -207,6 +208,7 @@ class RunSession:
             status = None if ref is None else await self._wait(ref)
         finally:
             fates = {} if ref is None else self._trainer.trainer_adapter.take_fates(ref)
+            fates |= dict.fromkeys(report.untargeted, CallFate(DropReason.NOT_TARGETED))
             await self._keeper.keep(Collection("epoch", epoch + 1), attempts, fates=fates, held_back=held_back)
         if status is not None:
             self._books.count_job(status)
@@ -292,7 +294,8 @@ class RunSession:
         books.state.train_reward_after = reward
         if self._inputs.validation_dataset is None:
             books.reward_of_last_checkpoint(reward)
-        books.count_stray_calls(self._policy.recorder.totals)
+        others = [policy.recorder.totals for policy in Policy.all() if policy is not self._policy]
+        books.count_stray_calls(self._policy.recorder.totals, others)
         await asyncio.to_thread(self._tracking.close, "finished" if books.has_trained else "failed")
         adapter = self._trainer.trainer_adapter.config
         summary = books.finish(

@@ -15,7 +15,7 @@ from nat.data_models.dataset_handler import EvalDatasetBaseConfig
 from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig, Trajectory, TrajectoryCollection
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
 
-from nat_plugin_evsys.calls import CallTally, DropReason, RunKind
+from nat_plugin_evsys.calls import CallKey, CallTally, DropReason, RunKind
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.batch_check import check_batch
@@ -30,6 +30,7 @@ from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.replies import Reply
 from nat_plugin_evsys.rollouts.attempts import Attempt
+from nat_plugin_evsys.rollouts.targets import targeted
 from nat_plugin_evsys.rollouts.trajectories import build_trajectory
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class RolloutReport:
         lost: trajectories without a reward or without calls, by reason.
         failures: rollouts that failed, by reason.
         errors: first error text seen for each kind of failed rollout.
+        untargeted: calls that were made outside ``target_functions``.
         staleness: calls of the trajectories by how many optimizer steps old they were when these were built.
         replies: what was said in every attempt, scored or not.
     """
@@ -55,6 +57,7 @@ class RolloutReport:
     failed_rollouts: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     errors: dict[str, str] = field(default_factory=dict)
+    untargeted: list[CallKey] = field(default_factory=list)
     staleness: Counter[int] = field(default_factory=Counter)
     replies: list[Reply] = field(default_factory=list)
 
@@ -251,9 +254,15 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
                 report.tally.drop(reason, len(attempt.calls))
             else:
                 assert attempt.reward is not None
+                calls, step_rewards, others = targeted(attempt, self.run_config.target_functions)
+                report.untargeted += [call.key for call in others]
+                report.tally.drop(DropReason.NOT_TARGETED, len(others))
+                if not calls:
+                    report.lost[DropReason.NOT_TARGETED] += 1
+                    continue
                 metadata = {ROW_ID_KEY: attempt.row_id, ROLLOUT_ID_KEY: attempt.run_id, "error": attempt.error}
-                group.append(build_trajectory(attempt.calls, attempt.reward, metadata, attempt.step_rewards))
-                report.staleness.update(self.policy.version - call.policy_version for call in attempt.calls)
+                group.append(build_trajectory(calls, attempt.reward, metadata, step_rewards))
+                report.staleness.update(self.policy.version - call.policy_version for call in calls)
         return [group for group in groups.values() if group], report
 
     @staticmethod

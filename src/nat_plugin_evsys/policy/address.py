@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nat_plugin_evsys.calls import FUNCTIONS_HEADER
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.policy.attribution import attribution_headers
 from nat_plugin_evsys.policy.policy import Policy
@@ -43,9 +44,8 @@ def policy_endpoint(name: str | None = None) -> PolicyAddress:
         policy = found[0]
         policy.check_servable()
         headers = attribution_headers()
-        return PolicyAddress(
-            policy.endpoint.url_of(policy.open_run(headers)), policy.endpoint.api_key, policy.config.base_model, headers
-        )
+        url = policy.endpoint.url_of(policy.open_run(headers), headers.get(FUNCTIONS_HEADER))
+        return PolicyAddress(url, policy.endpoint.api_key, policy.config.base_model, headers)
     if not policies:
         raise ConfigError(
             "policy_endpoint(): this process has no evsys_policy LLM; call it inside a workflow whose YAML has one "

@@ -14,9 +14,9 @@ import threading
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER
+from nat_plugin_evsys.calls import FUNCTIONS_HEADER, RUN_ID_HEADER, STEP_ID_HEADER
 
 _ROOT_SPAN = "root"
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -26,7 +26,7 @@ Headers = MutableMapping[str, str]
 
 
 def attribution_headers() -> dict[str, str]:
-    """The headers of a call made now: NAT's workflow run id and the UUID of the step that makes it, if there are any.
+    """The headers of a call made now: NAT's workflow run id, the UUID of the step and the functions that make it.
 
     Inside a LangChain model's call the innermost active span is the LLM_START step; in a function that calls the
     endpoint with a client of its own it is the function's step.
@@ -36,7 +36,16 @@ def attribution_headers() -> dict[str, str]:
     state = ContextState.get()
     run_id, step_id = state.workflow_run_id.get(), state.active_span_id_stack.get()[-1]
     headers = {} if run_id is None else {RUN_ID_HEADER: run_id}
-    return headers if step_id == _ROOT_SPAN else {**headers, STEP_ID_HEADER: step_id}
+    if step_id != _ROOT_SPAN:
+        headers[STEP_ID_HEADER] = step_id
+    if functions := state.function_path_stack.get():
+        headers[FUNCTIONS_HEADER] = ",".join(quote(name, safe="") for name in functions)
+    return headers
+
+
+def functions_of(header: str | None) -> list[str]:
+    """The names of the functions in a header, the outermost first."""
+    return [unquote(name) for name in header.split(",")] if header else []
 
 
 class CallAttribution:

@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from nat_plugin_evsys.calls import RUN_ID_HEADER, STEP_ID_HEADER
+from nat_plugin_evsys.calls import FUNCTIONS_HEADER, RUN_ID_HEADER, STEP_ID_HEADER
 from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
 from nat_plugin_evsys.policy.api_errors import api_error_of, body_of, headers_of, is_infrastructure, refusal_of
+from nat_plugin_evsys.policy.attribution import functions_of
 from nat_plugin_evsys.policy.completions import Completion, PolicySource
 from nat_plugin_evsys.policy.event_stream import EventStream, Peer, completion_events
 from nat_plugin_evsys.policy.protocol import ChatCompletion, ChatCompletionRequest, to_json
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 _CHAT = replace(SMALL, bytes=8 << 20)
 
 ROLLOUT = "rollout"
-"""Name of the path parameter of a URL that carries the rollout which its calls belong to."""
+FUNCTIONS = "functions"
+"""Names of the path parameters of a URL that carries the rollout, and the functions, which its calls belong to."""
 
 
 class ChatModels(Protocol):
@@ -166,7 +168,9 @@ class ChatRoutes:
 
     async def _prepare(self, parsed: ChatCompletionRequest, request: Request, caller: str) -> Completion:
         source = await self._models.source(parsed.model, caller)
-        return await Completion.prepare(parsed, source, _run_id(request), request.headers.get(STEP_ID_HEADER))
+        functions = functions_of(request.headers.get(FUNCTIONS_HEADER) or request.path_params.get(FUNCTIONS))
+        step_id = request.headers.get(STEP_ID_HEADER)
+        return await Completion.prepare(parsed, source, _run_id(request), step_id, functions)
 
 
 def _run_id(request: Request) -> str | None:

@@ -61,6 +61,7 @@ class Completion:
     request: ChatCompletionRequest
     run_id: str | None
     step_id: str | None
+    functions: list[str]
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
     renderer: ChatRenderer
@@ -70,12 +71,17 @@ class Completion:
 
     @classmethod
     async def prepare(
-        cls, request: ChatCompletionRequest, source: PolicySource, run_id: str | None, step_id: str | None
+        cls,
+        request: ChatCompletionRequest,
+        source: PolicySource,
+        run_id: str | None,
+        step_id: str | None,
+        functions: list[str],
     ) -> Completion:
         """Render the prompt and fix the policy version. Loads the model if necessary.
 
         Args:
-            run_id, step_id: what the call belongs to, if anything.
+            run_id, step_id, functions: what the call belongs to, if anything.
 
         Raises:
             EvsysError: the messages cannot be rendered, or the policy cannot be loaded.
@@ -93,6 +99,7 @@ class Completion:
             request=request,
             run_id=run_id,
             step_id=step_id,
+            functions=functions,
             messages=messages,
             tools=tools,
             renderer=renderer,
@@ -145,6 +152,7 @@ class Completion:
                 index=index,
                 run_id=self.run_id,
                 step_id=self.step_id,
+                functions=self.functions,
                 policy_version=self.client.policy_version,
                 prompt_ids=list(self.prompt_ids),
                 output_ids=list(sequence.tokens),

@@ -22,7 +22,7 @@ from nat_plugin_evsys.calls import RunKind
 from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.attribution import CALL_ATTRIBUTION
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.chat_routes import ROLLOUT, ChatRoutes, error_response
+from nat_plugin_evsys.policy.chat_routes import FUNCTIONS, ROLLOUT, ChatRoutes, error_response
 from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults, check_model
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.web.origin import refuse_web_pages
@@ -93,15 +93,21 @@ class PolicyEndpoint:
         """
         return self.url_of(None)
 
-    def url_of(self, rollout: str | None) -> str:
+    def url_of(self, rollout: str | None, functions: str | None = None) -> str:
         """``base_url``, or one whose calls belong to a rollout where they do not say another: for any client at all.
+
+        Args:
+            functions: the functions that the calls are made in, as their header has them.
 
         Raises:
             EvsysError: the endpoint has not been started.
         """
         if self._url is None:
             raise EvsysError("the policy endpoint is not running; call start() first")
-        return f"{self._url}/v1" if rollout is None else f"{self._url}/rollouts/{quote(rollout)}/v1"
+        if rollout is None:
+            return f"{self._url}/v1"
+        within = f"/in/{quote(functions)}" if functions else ""
+        return f"{self._url}/rollouts/{quote(rollout)}{within}/v1"
 
     def start(self) -> None:
         """Listen; returns once requests are answered. Does nothing if it is already running.
@@ -160,6 +166,7 @@ class PolicyEndpoint:
             routes=[
                 Route("/health", _health, methods=["GET"]),
                 *self._routes.routes("/v1"),
+                *self._routes.routes(f"/rollouts/{{{ROLLOUT}:path}}/in/{{{FUNCTIONS}}}/v1"),
                 *self._routes.routes(f"/rollouts/{{{ROLLOUT}:path}}/v1"),
             ],
             exception_handlers={HTTPException: _unknown_route},

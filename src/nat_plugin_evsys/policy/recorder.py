@@ -41,6 +41,7 @@ class RecorderTotals:
         failures: calls that the infrastructure failed to answer (in any run, or in none).
         disconnected: calls whose client went away before the answer began; their sampling was cancelled.
         refused: calls that were refused, by reason.
+        answered: calls that were answered, in any run or in none.
     """
 
     calls: int
@@ -48,6 +49,7 @@ class RecorderTotals:
     failures: int
     disconnected: int
     refused: Mapping[DropReason, int] = field(default_factory=dict)
+    answered: int = 0
 
 
 @dataclass(slots=True)
@@ -219,7 +221,7 @@ class Recorder:
         """What has been counted so far."""
         with self._lock:
             return RecorderTotals(
-                self._calls, self._unattributed, self._failures, self._disconnected, dict(self._refused)
+                self._calls, self._unattributed, self._failures, self._disconnected, dict(self._refused), self._sequence
             )
 
     def _open(self, run_id: str, run: _Run | None) -> _Run:
