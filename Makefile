@@ -21,7 +21,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop models-table on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-frameworks models-table on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-processors  the same with the kernels of other processors, and on two threads"
 	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
 	@echo "make test-interop     others' programs against nat evsys serve, each in its own environment (docs/interop.md)"
+	@echo "make test-frameworks  an agent of each framework, finetuned for an epoch (docs/agents.md)"
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make models-table     check the engine on a tiny model of each family, and write the table of docs/models.md"
 	@echo "make check        lint, format check, types, generated docs"
@@ -85,8 +86,13 @@ test-gpu-rehearsal: $(BIN)/python
 
 # Programs of others, unmodified: ART, and recipes of the Tinker cookbook. Not in CI: they install a lot of their own.
 test-interop: $(INSTALLED_DEV)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_art.py
 	@PYTHON=$(CURDIR)/$(BIN)/python scripts/cookbook-acceptance
+
+# LlamaIndex, CrewAI, … in an environment each: they cannot be installed together. FRAMEWORK=agno: one of them.
+test-frameworks: $(INSTALLED_DEV)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_frameworks.py \
+		$(if $(FRAMEWORK),-k "$(FRAMEWORK)")
 
 # Half an hour; what is done stands in .tmp/models-table and is not done again.
 models-table: $(INSTALLED_DEV)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
-import sysconfig
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from other_environment import python_with
 from serve_process import ServerProcess, start_server
 
 from nat_plugin_evsys.engine.model.builtin import ensure_builtin
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = ROOT / ".venv-interop-art"
 NEEDS = ("openpipe-art==0.5.18", "tinker-cookbook==0.5.8", "openai<3")
 """The project itself has openai 3, and this environment sees the project's packages."""
 STEPS, STEPS_RESUMED = 6, 3
@@ -27,17 +24,7 @@ STEPS, STEPS_RESUMED = 6, 3
 @pytest.fixture(scope="module")
 def art_python() -> Path:
     """An interpreter that has ART. torch, transformers and the SDK are those of the project: installed once."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
-        venv.create(ENVIRONMENT, with_pip=True)
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    site = ENVIRONMENT / "lib" / version / "site-packages"
-    (site / "zz_project.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # pip also complains about packages of the project that are installed without their dependencies; that is meant.
-    done = subprocess.run([*pip, *NEEDS], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return python
+    return python_with("interop-art", NEEDS)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What NAT discovers through the ``nat.plugins`` entry point: one short function a component, imports light."""
 
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nat.builder.builder import Builder, EvalBuilder
 from nat.builder.evaluator import EvaluatorInfo
@@ -24,6 +24,7 @@ from nat_plugin_evsys.config import (
     EvsysTrainerConfig,
     EvsysTrajectoryBuilderConfig,
 )
+from nat_plugin_evsys.policy.frameworks import CLIENTS
 
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
@@ -51,6 +52,21 @@ async def evsys_policy_langchain(config: EvsysPolicyConfig, _builder: Builder) -
     policy.check_servable()
     async with policy.langchain_client() as client:
         yield client
+
+
+def _register_client_of(framework: LLMFrameworkEnum) -> None:
+    @register_llm_client(config_type=EvsysPolicyConfig, wrapper_type=framework)
+    async def evsys_policy_client(config: EvsysPolicyConfig, _builder: Builder) -> AsyncIterator[Any]:
+        from nat_plugin_evsys.policy.policy import Policy
+
+        policy = Policy.of(config)
+        policy.check_servable()
+        async with policy.framework_client(framework) as client:
+            yield client
+
+
+for _framework in CLIENTS:
+    _register_client_of(_framework)
 
 
 @register_evaluator(config_type=EvsysExactMatchConfig)

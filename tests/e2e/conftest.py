@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from nat_process import ROOT, Finished, run_nat
+from nat_process import ROOT, Finished, plugin_path, run_nat
 
 
 @pytest.fixture
@@ -34,12 +33,7 @@ def make_config(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def agents(tmp_path: Path) -> dict[str, str]:
     """Environment variables with which ``nat`` discovers the agents of ``tests/support``."""
-    installed = tmp_path / "plugins" / "agents-0.dist-info"
-    installed.mkdir(parents=True)
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: agents\nVersion: 0\n")
-    (installed / "entry_points.txt").write_text("[nat.plugins]\nraw_agents = raw_agents\nodd_agents = odd_agents\n")
-    path = [str(installed.parent), str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(path)}
+    return {"PYTHONPATH": plugin_path(tmp_path / "plugins", ["raw_agents", "odd_agents"], ROOT / "tests" / "support")}
 
 
 @pytest.fixture

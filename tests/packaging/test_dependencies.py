@@ -37,6 +37,18 @@ NOT_INSTALLED = {
 }
 """Distributions of modules that are imported only where the extra is installed, which it need not be here."""
 
+FRAMEWORKS = (
+    "agno",
+    "autogen_core",
+    "autogen_ext",
+    "crewai",
+    "google.adk",
+    "llama_index",
+    "semantic_kernel",
+    "strands",
+)
+"""Brought by the workflows that are made of them; policy/frameworks.py imports one when it is asked for its client."""
+
 
 def names(requirements: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
@@ -80,6 +92,8 @@ def imported_distributions(folder: Path) -> dict[str, str]:
     for path in sorted(folder.rglob("*.py")):
         for module in imported_modules(ast.parse(path.read_text())):
             top = module.partition(".")[0]
+            if f"{module}.".startswith(tuple(f"{framework}." for framework in FRAMEWORKS)):
+                continue
             if top not in sys.stdlib_module_names and top not in own:
                 found.setdefault(distribution_of(module), str(path.relative_to(ROOT)))
     return found

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,15 @@ def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "NAT_TELEMETRY_ENABLED": "false", "NO_COLOR": "1", **extra}
 
 
-def run_nat(*args: str, timeout: float = 240, **env: str) -> Finished:
-    """`nat <args>` from the repository's root, as the README says."""
+def run_nat(*args: str, timeout: float = 240, python: Path | None = None, **env: str) -> Finished:
+    """`nat <args>` from the repository's root, as the README says.
+
+    Args:
+        python: the interpreter of another environment.
+    """
+    nat = [str(NAT)] if python is None else [str(python), "-m", "nat.cli.main"]
     done = subprocess.run(
-        [str(NAT), *args],
+        [*nat, *args],
         cwd=ROOT,
         env=environment(**env),
         capture_output=True,
@@ -44,6 +50,21 @@ def run_nat(*args: str, timeout: float = 240, **env: str) -> Finished:
         check=False,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def plugin_path(directory: Path, modules: Sequence[str], *search: Path) -> str:
+    """A PYTHONPATH on which ``nat`` discovers the functions of these modules.
+
+    Args:
+        directory: a new one, which is to look like an installed package.
+        search: where the modules and what they need are found.
+    """
+    installed = directory / "plugins-0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: plugins\nVersion: 0\n")
+    entries = "\n".join(f"{module} = {module}" for module in modules)
+    (installed / "entry_points.txt").write_text(f"[nat.plugins]\n{entries}\n")
+    return os.pathsep.join([str(directory), *map(str, search), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def start_nat(*args: str, log: Path, **env: str) -> subprocess.Popen[bytes]:

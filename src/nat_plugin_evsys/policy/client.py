@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.policy.endpoint import PolicyEndpoint
 
 _CONNECT_SECONDS = 10.0
-_MAX_RETRIES = 2
+MAX_RETRIES = 2
 
 
 def attribution_client(timeout: float) -> openai.DefaultAsyncHttpxClient:
@@ -77,7 +77,7 @@ def langchain_chat_model(
         disable_streaming=disable_streaming,
         stream_usage=True,  # NAT counts tokens; it asks for the usage chunk of streams only
         use_responses_api=False,
-        max_retries=_MAX_RETRIES,
+        max_retries=MAX_RETRIES,
         http_client=http_client or sync_attribution_client(timeout),
         http_async_client=http_async_client or attribution_client(timeout),
         **options,

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER, RunKind
 from nat_plugin_evsys.errors import ConfigError, EvsysError
@@ -32,6 +32,7 @@ from nat_plugin_evsys.policy.weights import (
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
     from nat.builder.builder import Builder
+    from nat.builder.framework_enum import LLMFrameworkEnum
 
     from nat_plugin_evsys.backends.base import Backend, SamplingClient
     from nat_plugin_evsys.config.policy import EvsysPolicyConfig
@@ -148,6 +149,16 @@ class Policy:
             model=self.config.base_model,
             timeout=self.config.request_timeout,
             disable_streaming=self.config.disable_streaming,
+        ) as client:
+            yield client
+
+    @asynccontextmanager
+    async def framework_client(self, framework: LLMFrameworkEnum) -> AsyncIterator[Any]:
+        """The client of another framework, bound to the endpoint; see ``open_framework_client``."""
+        from nat_plugin_evsys.policy.frameworks import open_framework_client
+
+        async with open_framework_client(
+            framework, self.endpoint, model=self.config.base_model, timeout=self.config.request_timeout
         ) as client:
             yield client
 

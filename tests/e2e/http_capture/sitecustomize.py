@@ -23,30 +23,37 @@ def _patch(module_name):
         httpx = importlib.import_module(module_name)
     except ImportError:
         return
-    plain = httpx.AsyncHTTPTransport.handle_async_request
+    plain, plain_async = httpx.HTTPTransport.handle_request, httpx.AsyncHTTPTransport.handle_async_request
 
-    class Tee(httpx.AsyncByteStream):
+    class Tee(httpx.SyncByteStream, httpx.AsyncByteStream):
         def __init__(self, stream, finish):
             self._stream, self._finish, self._parts = stream, finish, []
+
+        def __iter__(self):
+            for part in self._stream:
+                self._parts.append(part)
+                yield part
 
         async def __aiter__(self):
             async for part in self._stream:
                 self._parts.append(part)
                 yield part
 
+        def close(self):
+            self._stream.close()
+            self._finish(b"".join(self._parts))
+
         async def aclose(self):
             await self._stream.aclose()
             self._finish(b"".join(self._parts))
 
-    async def captured(self, request):
-        if not request.url.path.endswith("/chat/completions"):
-            return await plain(self, request)
-        body = json.loads(await request.aread())
-        body["return_token_ids"] = True
+    def asking_for_ids(request, content):
+        body = {**json.loads(content), "return_token_ids": True}
         headers = [(k, v) for k, v in request.headers.items() if k.lower() != "content-length"]
         asked = httpx.Request(request.method, request.url, headers=headers, json=body, extensions=request.extensions)
-        response = await plain(self, asked)
+        return asked, body
 
+    def captured(response, request, body):
         def finish(raw):
             _write(
                 {
@@ -61,7 +68,20 @@ def _patch(module_name):
         response.stream = Tee(response.stream, finish)
         return response
 
-    httpx.AsyncHTTPTransport.handle_async_request = captured
+    def handle(self, request):
+        if not request.url.path.endswith("/chat/completions"):
+            return plain(self, request)
+        asked, body = asking_for_ids(request, request.read())
+        return captured(plain(self, asked), request, body)
+
+    async def handle_async(self, request):
+        if not request.url.path.endswith("/chat/completions"):
+            return await plain_async(self, request)
+        asked, body = asking_for_ids(request, await request.aread())
+        return captured(await plain_async(self, asked), request, body)
+
+    httpx.HTTPTransport.handle_request = handle
+    httpx.AsyncHTTPTransport.handle_async_request = handle_async
 
 
 if TARGET:

@@ -238,9 +238,11 @@ def _is_connection_error(error: BaseException | None) -> bool:
     """True if the cause chain shows that the endpoint failed or was unreachable, which is not the policy's fault."""
     from openai import APIConnectionError, InternalServerError
 
-    while error is not None:
+    seen: set[int] = set()  # frameworks that keep an error and raise it again make chains that end in themselves
+    while error is not None and id(error) not in seen:
         if isinstance(error, APIConnectionError | InternalServerError):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 
