@@ -11,7 +11,8 @@ from models import build_model, tensors_of
 from place import Place
 from torch import Tensor
 
-from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, fast_forward
+from nat_plugin_evsys.engine.gradient.fast_forward import FastForward
+from nat_plugin_evsys.engine.gradient.fast_verdict import fast_forward
 from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows
 from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model
 from nat_plugin_evsys.engine.model.lora import applied

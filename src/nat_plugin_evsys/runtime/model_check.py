@@ -15,7 +15,7 @@ import torch
 from tinker import types
 from torch import Tensor
 
-from nat_plugin_evsys.engine.gradient.fast_forward import fast_forward
+from nat_plugin_evsys.engine.gradient.fast_verdict import fast_forward
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.forward import OutputHead
 from nat_plugin_evsys.engine.model.loading import BaseModel, one_line

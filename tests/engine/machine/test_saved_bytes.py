@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from nat_plugin_evsys.engine.gradient.fast_forward import fast_forward
+from nat_plugin_evsys.engine.gradient.fast_verdict import fast_forward
 from nat_plugin_evsys.engine.machine.memory import SavedBytes
 from nat_plugin_evsys.engine.model.forward import OutputHead
 from nat_plugin_evsys.engine.model.loading import wrap_model

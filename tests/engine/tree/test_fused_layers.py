@@ -10,7 +10,8 @@ import torch
 from tiny import perturb, tiny_model
 from torch import Tensor
 
-from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, fast_forward
+from nat_plugin_evsys.engine.gradient.fast_forward import FastForward
+from nat_plugin_evsys.engine.gradient.fast_verdict import fast_forward
 from nat_plugin_evsys.engine.machine import memory
 from nat_plugin_evsys.engine.model.forward import OutputHead
 from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model

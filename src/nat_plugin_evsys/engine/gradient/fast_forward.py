@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.machine.memory import MemoryModel, SavedBytes
-from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows
-from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.forward import OutputHead
+from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import long_rope_limit
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
-from nat_plugin_evsys.engine.tree.attention import attending, install
+from nat_plugin_evsys.engine.tree.attention import attending
 from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
 from nat_plugin_evsys.engine.tree.plan import TreePlan
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
@@ -175,77 +174,6 @@ class FastForward:
         lp, entropy = pair_logprobs(self._head, adapter, hidden, pairs, torch.from_numpy(with_gradient).to(device))
         parts = lp[torch.from_numpy(inverse).to(device)].split([t.numel() for t in targets])
         return [p.view(t.shape) for p, t in zip(parts, targets, strict=True)], entropy
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    """Of a base model: why it cannot use the fast path ("" if it can), and whether its layers can be fused."""
-
-    refusal: str
-    fuse: bool = True
-
-
-# The verdict alone: a FastForward holds its base model, which would then stay alive as its own key.
-_VERDICTS: WeakKeyDictionary[BaseModel, _Verdict] = WeakKeyDictionary()
-
-
-def fast_forward(base: BaseModel, head: OutputHead) -> tuple[FastForward | None, str]:
-    """``(the fast path, "")``, or ``(None, why this model cannot use it)``; determined once per base model."""
-    if base not in _VERDICTS:
-        _VERDICTS[base] = _find_out(base, head)
-        if _VERDICTS[base].refusal:
-            logger.warning("%s trains on padded batches, which is slower: %s", base.name, _VERDICTS[base].refusal)
-    verdict = _VERDICTS[base]
-    return (None, verdict.refusal) if verdict.refusal else (FastForward(base, head, fuse=verdict.fuse), "")
-
-
-def _find_out(base: BaseModel, head: OutputHead) -> _Verdict:
-    """Leaves trie attention installed in a model that can use the fast path."""
-    config = base.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
-    if "dynamic" in kinds:
-        return _Verdict("its rotary embedding depends on the longest sequence of a batch (dynamic)")
-    before = config._attn_implementation
-    if not install(base.model):
-        return _Verdict(f"its attention is {before!r}, not transformers' SDPA")
-    fast = FastForward(base, head)
-    reason = _mismatch(base, fast)
-    if reason and fast.fused is not None:
-        logger.warning("%s trains through transformers' own layers: with fused ones %s", base.name, reason)
-        reason = _mismatch(base, FastForward(base, head, fuse=False))
-        if not reason:
-            return _Verdict("", fuse=False)
-    if reason:
-        config._attn_implementation_internal = before
-    return _Verdict(reason)
-
-
-def _mismatch(base: BaseModel, fast: FastForward) -> str:
-    """What is wrong with the hidden states of a probe, "" if nothing."""
-    try:
-        gap = _gap_on_probe(base, fast)
-    except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; the plain path needs none of it
-        return f"it fails on a token trie: {one_line(exc)}"
-    if gap <= (1e-4 if base.dtype == torch.float32 else 5e-2):
-        return ""
-    return f"its hidden states on a token trie are off by {gap:.1e}, relative to the largest"
-
-
-def _gap_on_probe(base: BaseModel, fast: FastForward) -> float:
-    """Largest difference between trie and padded hidden states, relative to the largest; the probe has branches."""
-    generator = np.random.default_rng(0)
-    trunk = generator.integers(0, base.vocab_size, 7)
-    tails = [generator.integers(0, base.vocab_size, n) for n in (3, 3, 5)]
-    family: list[Ids] = [np.concatenate([trunk[:k], t]) for k, t in zip((7, 7, 4), tails, strict=True)]
-    window = min(fast.longest or 10, fast.rope_limit or 10)
-    family = [s[:window] for s in (*family, generator.integers(0, base.vocab_size, 6))]
-    trie = TokenTrie.build(family)
-    with torch.no_grad(), applied(None):
-        plain = hidden_rows(base.model, [torch.from_numpy(s) for s in family], base.device)
-        found = fast.hidden(trie, torch.arange(len(trie)), None)
-        packed = found[torch.from_numpy(np.concatenate(trie.rows)).to(base.device)]
-    return float((plain - packed).abs().max() / plain.abs().max())
 
 
 def temperature_of(example: Example) -> Tensor:

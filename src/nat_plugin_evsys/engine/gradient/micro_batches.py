@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine.gradient.batching import default_token_budget, plan_micro_batches
 from nat_plugin_evsys.engine.gradient.datums import Example
-from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, Reads, fast_forward, temperature_of
+from nat_plugin_evsys.engine.gradient.fast_forward import FastForward, Reads, temperature_of
+from nat_plugin_evsys.engine.gradient.fast_verdict import fast_forward
 from nat_plugin_evsys.engine.gradient.losses import LOSSES, gradient_rows, read_rows
 from nat_plugin_evsys.engine.gradient.packing import Pack, plan_packs
 from nat_plugin_evsys.engine.gradient.results import DatumResult, split_rows, stack_targets

@@ -1,0 +1,122 @@
+"""Decides whether a base model can use the fast forward pass, by comparing it once with the plain one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nat_plugin_evsys.engine.gradient.fast_forward import FastForward
+from nat_plugin_evsys.engine.model.float32_twin import float32_twin
+from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows
+from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.lora import applied
+from nat_plugin_evsys.engine.tree.attention import install
+from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-4
+_WORSE, _SLACK = 1.5, 5e-3
+"""How much further off float32 than padded batches the fast path may be: its sums are as long, in another order."""
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Of a base model: why it cannot use the fast path ("" if it can), and whether its layers can be fused."""
+
+    refusal: str
+    fuse: bool = True
+
+
+# The verdict alone: a FastForward holds its base model, which would then stay alive as its own key.
+_VERDICTS: WeakKeyDictionary[BaseModel, _Verdict] = WeakKeyDictionary()
+
+
+def fast_forward(base: BaseModel, head: OutputHead) -> tuple[FastForward | None, str]:
+    """``(the fast path, "")``, or ``(None, why this model cannot use it)``; determined once per base model."""
+    if base not in _VERDICTS:
+        _VERDICTS[base] = _find_out(base, head)
+        if _VERDICTS[base].refusal:
+            logger.warning("%s trains on padded batches, which is slower: %s", base.name, _VERDICTS[base].refusal)
+    verdict = _VERDICTS[base]
+    return (None, verdict.refusal) if verdict.refusal else (FastForward(base, head, fuse=verdict.fuse), "")
+
+
+def _find_out(base: BaseModel, head: OutputHead) -> _Verdict:
+    """Leaves trie attention installed in a model that can use the fast path."""
+    config = base.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
+    if "dynamic" in kinds:
+        return _Verdict("its rotary embedding depends on the longest sequence of a batch (dynamic)")
+    before = config._attn_implementation
+    if not install(base.model):
+        return _Verdict(f"its attention is {before!r}, not transformers' SDPA")
+    fast = FastForward(base, head)
+    reason = _mismatch(base, fast)
+    if reason and fast.fused is not None:
+        logger.warning("%s trains through transformers' own layers: with fused ones %s", base.name, reason)
+        reason = _mismatch(base, FastForward(base, head, fuse=False))
+        if not reason:
+            return _Verdict("", fuse=False)
+    if reason:
+        config._attn_implementation_internal = before
+    return _Verdict(reason)
+
+
+def _mismatch(base: BaseModel, fast: FastForward) -> str:
+    """What is wrong with the hidden states of a probe, "" if nothing."""
+    try:
+        found, plain, family = _states_of_probe(base, fast)
+        if base.dtype != torch.float32:
+            return _half_mismatch(base, found, plain, family)
+    except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; the plain path needs none of it
+        return f"it fails on a token trie: {one_line(exc)}"
+    gap = float((plain - found).abs().max() / plain.abs().max())
+    return (
+        "" if gap <= _TOLERANCE else f"its hidden states on a token trie are off by {gap:.1e}, relative to the largest"
+    )
+
+
+def _half_mismatch(base: BaseModel, found: Tensor, plain: Tensor, family: Sequence[Ids]) -> str:
+    """What is wrong in a dtype of few bits, where any two orders of a sum differ: compare both with float32.
+
+    By the norm of all states, which a few wrong rows move, and by the median row, which a flipped expert does not.
+    """
+    with torch.no_grad(), applied(None):
+        exact = hidden_rows(float32_twin(base.model), [torch.from_numpy(s) for s in family], base.device)
+    (fast_norm, fast_median), (norm, median) = (_errors(states.float(), exact) for states in (found, plain))
+    if fast_norm <= _WORSE * norm + _SLACK and fast_median <= _WORSE * median + _SLACK:
+        return ""
+    return (
+        f"its hidden states on a token trie are {fast_norm:.1e} off those of float32 (median row {fast_median:.1e}), "
+        f"and those of padded batches {norm:.1e} ({median:.1e})"
+    )
+
+
+def _errors(states: Tensor, exact: Tensor) -> tuple[float, float]:
+    """Distance as a share of the norm: of all rows together, and of the median row."""
+    by_row = (states - exact).norm(dim=-1) / exact.norm(dim=-1)
+    return float((states - exact).norm() / exact.norm()), float(by_row.median())
+
+
+def _states_of_probe(base: BaseModel, fast: FastForward) -> tuple[Tensor, Tensor, list[Ids]]:
+    """Hidden states over a trie with branches, those of padded batches, and the sequences."""
+    generator = np.random.default_rng(0)
+    trunk = generator.integers(0, base.vocab_size, 7)
+    tails = [generator.integers(0, base.vocab_size, n) for n in (3, 3, 5)]
+    family: list[Ids] = [np.concatenate([trunk[:k], t]) for k, t in zip((7, 7, 4), tails, strict=True)]
+    window = min(fast.longest or 10, fast.rope_limit or 10)
+    family = [s[:window] for s in (*family, generator.integers(0, base.vocab_size, 6))]
+    trie = TokenTrie.build(family)
+    with torch.no_grad(), applied(None):
+        plain = hidden_rows(base.model, [torch.from_numpy(s) for s in family], base.device)
+        found = fast.hidden(trie, torch.arange(len(trie)), None)
+        packed = found[torch.from_numpy(np.concatenate(trie.rows)).to(base.device)]
+    return packed, plain, family
