@@ -15,6 +15,8 @@ from nat_plugin_evsys.engine.sampling import decoding_check
 from nat_plugin_evsys.runtime.model_check import check_model
 
 KINDS = {
+    "gpt2": "fast",  # Conv1D
+    "llama4_text": "one sequence at a time",  # adds in place to what a layer returns; calls itself its decoder
     "gpt_neo": "one sequence at a time with transformers' own cache",  # the module masks what a mask of ours allows
     "bloom": "one sequence at a time",  # positions come from the mask (ALiBi)
     "deepseek_v3": "different shapes",  # PEFT takes dense layers for routed experts

@@ -20,6 +20,7 @@ from nat_plugin_evsys.engine.model.forward import OutputHead
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import long_rope_limit
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model.targets import text_decoder
 from nat_plugin_evsys.engine.tree.attention import attending
 from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
 from nat_plugin_evsys.engine.tree.plan import TreePlan
@@ -96,7 +97,7 @@ class FastForward:
         ids = torch.from_numpy(trie.tokens)[None].to(device)
         positions = torch.from_numpy(trie.depths)[None].to(device)
         with applied(adapter), attending(TreePlan.build(trie, device)):
-            out = self._base.model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
+            out = text_decoder(self._base.model)(input_ids=ids, position_ids=positions, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden if len(read) == len(hidden) else hidden[read.to(device)]
 

@@ -83,9 +83,10 @@ class MemoryModel:
     def limits(self, device: torch.device) -> TokenLimits:
         """Rows of a pack that fit in the free memory of ``device``."""
         free = free_bytes(device)
+        per_token = max(1.0, self.per_token)  # an adapter on the head alone keeps nothing for a token
         share = _CPU_SHARE if device.type == "cpu" else _GPU_SHARE
-        most = max(_FEWEST_TOKENS, int((share * free - self.fixed) / self.per_token))
-        comfortable = max(_FEWEST_TOKENS, int(_COMFORTABLE_BYTES / self.per_token)) if device.type == "cpu" else most
+        most = max(_FEWEST_TOKENS, int((share * free - self.fixed) / per_token))
+        comfortable = max(_FEWEST_TOKENS, int(_COMFORTABLE_BYTES / per_token)) if device.type == "cpu" else most
         return TokenLimits(most, min(most, comfortable))
 
 

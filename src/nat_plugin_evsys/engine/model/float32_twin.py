@@ -33,7 +33,7 @@ class _Widened:
         module.register_forward_hook(self._restore, always_call=True)
 
     def _widen(self, module: nn.Module, args: Any) -> None:
-        both: list[dict[str, Any]] = [module._parameters, module._buffers]  # type: ignore[list-item]  # a dict is invariant
+        both: list[dict[str, Any]] = [module._parameters, module._buffers]
         for tensors in both:
             for name, tensor in list(tensors.items()):
                 if tensor is not None and tensor.is_floating_point():

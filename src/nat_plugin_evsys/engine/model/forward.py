@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from nat_plugin_evsys.engine.model.long_rope import sequence_lengths
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model.targets import text_decoder
 from nat_plugin_evsys.errors import ModelError
 
 _CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MiB in fp32
@@ -57,7 +58,7 @@ class OutputHead:
         ids = torch.arange(3, device=self.linear.weight.device)[None]
         with torch.no_grad(), applied(None):
             expected = model(input_ids=ids, use_cache=False).logits.float()
-            found = self(model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state)
+            found = self(text_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)
         if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise ModelError(
                 f"{type(model).__name__} changes its logits after the output head in a way this engine does not know; "
@@ -73,7 +74,7 @@ def hidden_rows(model: PreTrainedModel, sequences: Sequence[Tensor], device: tor
     lengths = torch.tensor([len(s) for s in sequences])
     ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True).to(device)
     with sequence_lengths(lengths):
-        hidden: Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        hidden: Tensor = text_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
     real = torch.arange(ids.shape[1])[None, :] < lengths[:, None]
     return hidden.reshape(-1, hidden.shape[-1])[real.reshape(-1).nonzero().squeeze(1).to(device)]
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from nat_plugin_evsys.engine.model.lora_linear import lora_linear
 from nat_plugin_evsys.engine.model.targets import linear_roles, select_targets
@@ -79,7 +80,6 @@ class LoraAdapter:
         weights: LoraWeights = {}
         for name in names:
             linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
             a, b = _initial_pair(linear, rank, f"{base_seed}:{name}")
             weights[name] = (a.requires_grad_(), b.requires_grad_())
         return cls(rank=rank, alpha=float(alpha), weights=weights)
@@ -107,13 +107,20 @@ class LoraAdapter:
         return F.linear(F.linear(x, a), b) * self.scale
 
 
-def _initial_pair(linear: nn.Linear, rank: int, key: str) -> tuple[Tensor, Tensor]:
+def _initial_pair(linear: nn.Module, rank: int, key: str) -> tuple[Tensor, Tensor]:
     """``(A, B)`` in fp32 on the layer's device; drawn on the CPU so that every device gets the same numbers."""
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-    bound = 1.0 / math.sqrt(linear.in_features)
-    a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
-    device = linear.weight.device
-    return a.to(device), torch.zeros(linear.out_features, rank, device=device)
+    outputs, inputs = linear_shape(linear)
+    bound = 1.0 / math.sqrt(inputs)
+    a = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+    device = linear.get_parameter("weight").device
+    return a.to(device), torch.zeros(outputs, rank, device=device)
+
+
+def linear_shape(linear: nn.Module) -> tuple[int, int]:
+    """``(out, in)``; ``Conv1D`` keeps its weight the other way round."""
+    rows, columns = linear.get_parameter("weight").shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
 @contextmanager

@@ -32,7 +32,9 @@ class _LoraLinear(torch.autograd.Function):
         out = F.linear(flat, weight, bias).addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(flat, low, weight, a, b)
         ctx.scale, ctx.shape = scale, x.shape
-        return out.view(*x.shape[:-1], out.shape[-1])
+        # Not as a view, which a model may not write to (Llama 4 adds its experts in place).
+        shaped: Tensor = torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from nat_plugin_evsys.errors import ModelError
 
@@ -18,24 +19,34 @@ Role = Literal["attn", "mlp", "unembed"]
 _ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
 
 
+def text_decoder(model: PreTrainedModel) -> Any:
+    """The module that computes the last hidden states; some classes call the whole model their decoder (Llama 4)."""
+    decoder = model.get_decoder()
+    return getattr(model, "model", decoder) if decoder is model else decoder
+
+
 def linear_roles(model: PreTrainedModel) -> dict[str, Role]:
-    """Every ``nn.Linear`` of the text decoder and the unembedding, by full module name, in model order.
+    """Every linear layer of the text decoder and the unembedding, by full module name, in model order.
+
+    Linear are ``nn.Linear`` and the ``Conv1D`` of GPT-2.
 
     ``attn``: below a module whose name says attention (``self_attn``, …). ``unembed``: the output head.
     ``mlp``: every other linear layer of the decoder, shared experts included. Routers are never adapted, and neither
     are routed experts that transformers keeps as one fused 3-D parameter (see ``fused_experts``).
     """
     head = model.get_output_embeddings()
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     roles: dict[str, Role] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear | Conv1D):
             continue
         if module is head:
             roles[name] = "unembed"
             continue
         path = name.split(".")
+        if path[-1] == "out_proj" and "Mamba" in type(model.get_submodule(name.rpartition(".")[0])).__name__:
+            continue  # Mamba's kernels read its weight and never call it; PEFT refuses it too
         if (prefix and not name.startswith(prefix + ".")) or path[-1] in _ROUTER_NAMES:
             continue
         is_attention = any("attn" in part or "attention" in part for part in path[:-1])

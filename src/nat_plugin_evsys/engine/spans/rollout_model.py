@@ -10,6 +10,7 @@ from torch import Tensor
 from nat_plugin_evsys.engine.model.forward import OutputHead
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model.targets import text_decoder
 from nat_plugin_evsys.engine.spans.attention import SpanPlan, attending, install
 from nat_plugin_evsys.engine.spans.packed_linear import PackedVersions, replace_linears
 
@@ -33,7 +34,7 @@ class RolloutModel:
         model = copy.deepcopy(base.model, {id(t): t for t in tensors})
         self.versions = PackedVersions(replace_linears(model), base.dtype)
         self._head = OutputHead(model)
-        self._decoder = model.get_decoder()
+        self._decoder = text_decoder(model)
         self.fed_tokens = 0
         install(model)
 

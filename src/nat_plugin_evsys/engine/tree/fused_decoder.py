@@ -14,6 +14,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear
+from nat_plugin_evsys.engine.model.targets import text_decoder
 from nat_plugin_evsys.engine.tree.fused_layer import FusedLayer, Rows, fused_layer
 from nat_plugin_evsys.engine.tree.linear_stack import LinearStack
 from nat_plugin_evsys.engine.tree.plan import TreePlan
@@ -41,7 +42,7 @@ class FusedDecoder:
     @classmethod
     def of(cls, model: PreTrainedModel) -> FusedDecoder | None:
         """None where the model is of another shape, not fp32, or not on the CPU."""
-        decoder: Any = model.get_decoder()
+        decoder: Any = text_decoder(model)
         if type(decoder) not in _KNOWN:
             return None
         if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in decoder.parameters()):
