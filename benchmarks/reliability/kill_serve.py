@@ -162,8 +162,12 @@ def _check(place: Path, model: Path, journals: list[Path]) -> dict[str, Any]:
         replays = [replay(store, place / "store", model, row, place / "replayed") for row in store.models()]
     finally:
         store.close()
-    wrong += [each for each in replays if each]
-    return {**counts, "replayed_equal": sum(each is None for each in replays), "wrong": wrong[:20]}
+    # A model whose client had ended before the last kill comes back at its next request, of which there was none. Its
+    # whole log has run again above, with the same results.
+    unasked = [each for each in replays if each and each.endswith("the server left no state")]
+    wrong += [each for each in replays if each and each not in unasked]
+    equal = sum(each is None for each in replays)
+    return {**counts, "replayed_equal": equal, "not_asked_for_again": len(unasked), "wrong": wrong[:20]}
 
 
 def _tail(path: Path) -> str:
