@@ -72,7 +72,7 @@ def attack(place: Path, requests: int, seed: int) -> dict[str, Any]:
     model = add_chat_template(save_byte_model(place / "model"))
     server = start_server(model, place / "store", "--api-key", ALICE, "--poll-seconds", "1")
     process, dice = psutil.Process(server.process.pid), random.Random(seed)
-    statuses, wrong, readings, sent, slowest = Counter[str](), list[str](), list[dict[str, int]](), 0, 0.0
+    statuses, wrong, readings, sent, slowest = Counter[str](), list[str](), list[dict[str, int]](), 0, Counter[str]()
     try:
         with watching(f"{server.url}/healthz") as health:
             while sent < requests:
@@ -80,12 +80,14 @@ def attack(place: Path, requests: int, seed: int) -> dict[str, Any]:
                 found = asyncio.run(fuzz(server.url, ALICE, str(model), ROUND, seed + sent))
                 statuses.update({str(status): count for status, count in found.statuses.items()})
                 wrong += found.broken
-                slowest = max(slowest, found.slowest)
+                kind = f"fuzz: {found.slowest_request[:150]}"
+                slowest[kind] = max(slowest[kind], found.slowest)
                 sent += found.sent
                 for attacker in (bomb, raw):
                     for _ in range(ROUND // 20):
                         said, seconds = attacker(server, dice)
-                        slowest = max(slowest, seconds)
+                        kind = NOW[-1][1].partition(" of ")[0]
+                        slowest[kind] = max(slowest[kind], seconds)
                         statuses[said] += 1
                         wrong += [f"{attacker.__name__}: {said}"] if said.startswith("5") else []
                         sent += 1
@@ -100,9 +102,13 @@ def attack(place: Path, requests: int, seed: int) -> dict[str, Any]:
     wrong += judge(health, readings, waiting)
     at = max((each for each in NOW if each[0] <= health["most_at"]), default=(0.0, "nothing"))
     health["most_during"] = at[1]
-    if slowest > ANSWER_S + health["control"]:
-        wrong.append(f"an answer took {slowest:.2f} s")
-    facts = {"sent": sent, "statuses": dict(statuses), "slowest answer": round(slowest, 2), "healthz": health}
+    wrong += [f"{kind}: {s:.2f} s" for kind, s in slowest.items() if s > ANSWER_S + health["control"]]
+    facts = {
+        "sent": sent,
+        "statuses": dict(statuses),
+        "slowest": {k: round(s, 2) for k, s in slowest.most_common(5)},
+        "healthz": health,
+    }
     return {**facts, "first": readings[0], "middle": readings[len(readings) // 2], "last": readings[-1], "wrong": wrong}
 
 

@@ -114,6 +114,7 @@ class Findings:
     statuses: Counter[int] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     slowest: float = 0.0
+    slowest_request: str = ""
 
 
 @dataclass
@@ -441,7 +442,8 @@ async def _send(client: httpx.AsyncClient, fuzzer: Fuzzer, findings: Findings) -
     except httpx.HTTPError as error:
         findings.broken.append(f"the connection broke ({error!r}): {what}")
         return
-    findings.slowest = max(findings.slowest, time.monotonic() - started)
+    if time.monotonic() - started > findings.slowest:
+        findings.slowest, findings.slowest_request = time.monotonic() - started, f"{answer.status_code} to {what}"
     findings.statuses[answer.status_code] += 1
     if answer.status_code >= 500:
         findings.broken.append(f"{answer.status_code} {answer.text[:200]!r}: {what}")

@@ -98,7 +98,7 @@ class Database:
         except UnicodeEncodeError:  # a key with half a surrogate pair, as JSON may carry it: nothing is kept under it
             return []
         except DBAPIError as exc:
-            raise StoreError(f"the store could not be read: {exc.orig}") from exc
+            raise StoreError(f"{self.path} could not be read: {exc.orig}") from exc
 
     def _row(self, statement: Select[Any]) -> Row[Any] | None:
         """The one row of ``statement``, or None."""

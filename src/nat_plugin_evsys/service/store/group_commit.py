@@ -31,6 +31,7 @@ class GroupCommit:
     def __init__(self, engine: Engine, on_rollback: Callable[[], None]) -> None:
         self._engine = engine
         self._on_rollback = on_rollback
+        self._path = str(engine.url.database)
         self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -42,7 +43,7 @@ class GroupCommit:
 
         The future fails with the ``EvsysError`` that the function raised, or with a ``StoreError``.
         """
-        write = _Write(function)
+        write = _Write(function, self._path)
         with self._lock:
             if not self._closed:
                 self._queue.put(write)
@@ -91,7 +92,7 @@ class GroupCommit:
                 driver.rollback()  # SQLite leaves a transaction open whose COMMIT failed
             self._on_rollback()
             for write in group:
-                write.error = write.error or _readable(exc)
+                write.error = write.error or _readable(exc, self._path)
         for write in group:
             write.resolve()
 
@@ -99,8 +100,9 @@ class GroupCommit:
 class _Write:
     """One function and its result."""
 
-    def __init__(self, function: Callable[[Connection], Any]) -> None:
+    def __init__(self, function: Callable[[Connection], Any], path: str) -> None:
         self.function = function
+        self.path = path
         self.future: Future[Any] = Future()
         self.future.set_running_or_notify_cancel()  # from here on, nobody can take the write back
         self.result: Any = None
@@ -112,7 +114,7 @@ class _Write:
         try:
             self.result = self.function(connection)
         except Exception as exc:  # noqa: BLE001 - boundary: kept for the caller
-            self.error = _readable(exc)
+            self.error = _readable(exc, self.path)
             try:
                 savepoint.rollback()
             except DBAPIError:  # no savepoint is left: after a full disk, SQLite has undone the transaction by itself
@@ -127,9 +129,9 @@ class _Write:
             self.future.set_result(self.result)
 
 
-def _readable(exc: Exception) -> EvsysError:
+def _readable(exc: Exception, path: str) -> EvsysError:
     if isinstance(exc, EvsysError):
         return exc
-    error = StoreError(f"the store could not write: {getattr(exc, 'orig', None) or exc}")
+    error = StoreError(f"the store could not write {path}: {getattr(exc, 'orig', None) or exc}")
     error.__cause__ = exc
     return error
