@@ -83,6 +83,12 @@ def atomic_directory(target: Path, *, private: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def no_file(setting: str, path: Path | str) -> str:
+    """The message where a setting names a file that is not there."""
+    where = "" if Path(path).is_absolute() else f" (`{path}` is relative to the directory that nat runs in)"
+    return f"{setting}: no file at {Path(path).absolute()}{where}; check the path"
+
+
 def others_may_read(path: Path) -> bool:
     """Whether other users of the machine may read a file, or enter a directory."""
     return path.stat().st_mode & 0o077 != 0

@@ -24,6 +24,7 @@ from nat_plugin_evsys.config import (
     EvsysTrainerConfig,
     EvsysTrajectoryBuilderConfig,
 )
+from nat_plugin_evsys.config.suggestions import suggest_types
 from nat_plugin_evsys.policy.frameworks import CLIENTS
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.finetuning.trainer import EvsysTrainer
     from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
     from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
+
+
+suggest_types()
 
 
 @register_llm_provider(config_type=EvsysPolicyConfig)

@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 from nat.data_models.config import Config
 from nat.data_models.dataset_handler import EvalDatasetJsonConfig
+from nat.data_models.finetuning import RewardFunctionConfig
 from nat.plugins.eval.dataset_handler.dataset_handler import DatasetHandler
 
+from nat_plugin_evsys.config import EvsysExactMatchConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of
 
@@ -83,3 +85,27 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     now = content_of(dataset_of(config_of(ROWS[:1], tmp_path), None))
     assert (before["rows"], now["rows"]) == (2, 1)
     assert now["sha256"] != before["sha256"]
+
+
+@pytest.mark.parametrize("answers", [[None, None], ["b", " "], ["", ""]])
+def test_our_evaluators_need_an_answer_in_every_row(tmp_path: Path, answers: list[str | None]) -> None:
+    rows = [{"id": str(n), "question": "a"} | ({} if a is None else {"answer": a}) for n, a in enumerate(answers)]
+    config = config_of(rows, tmp_path)
+    check_dataset(config)  # another reward may need none
+    config.eval.evaluators = {"right": EvsysExactMatchConfig()}
+    config.finetuning.reward_function = RewardFunctionConfig(name="right")
+    with pytest.raises(DataError, match=r"row \d has no `answer` .*evsys_exact_match.*structure\.answer_key") as caught:
+        check_dataset(config)
+    assert str(tmp_path / "rows.json") in str(caught.value)
+
+
+def test_a_missing_file_is_named_with_its_setting_and_whole_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = config_of(ROWS, tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"trainers\.t\.validation_dataset: no file at .*`data/x\.json` is rel"
+    ) as caught:
+        check_dataset(config, dataset_of(config, "data/x.json"), "trainers.t.validation_dataset")
+    assert f"no file at {tmp_path / 'data' / 'x.json'} (" in str(caught.value)

@@ -70,7 +70,7 @@ def test_plain_lines_are_few_and_say_it_all() -> None:
         "rollouts, epoch 1/4: 100/100 rollouts",
         "training, epoch 1/4",
         "training, epoch 1/4: training 100%, step 4/4, loss -0.1000, 950 tokens/s",
-        "epoch 1/4 done: reward 0.500 (0.000 to 1.000), loss -0.2500, 6 calls trained, 2 dropped, 3.5 s",
+        "epoch 1/4 done: sampled reward 0.500 (0.000 to 1.000), loss -0.2500, 6 calls trained, 2 dropped, 3.5 s",
     ]
 
 
@@ -189,7 +189,7 @@ print("stdout is ours alone")
     lines = [line.strip() for line in plain.split("\n")]
     for number in range(1, 9):
         assert f"LOG rollout {number} scored" in lines
-    assert "epoch 1/1 done: reward 0.500" in lines
+    assert "epoch 1/1 done: sampled reward 0.500" in lines
     assert "held-out reward 0.750 after 1 epoch" in lines
     assert any("rollouts, epoch 1/1" in line and "8/8 rollouts" in line for line in lines)
     assert shown.index("\x1b[?25l") < shown.rindex("\x1b[?25h")  # the cursor came back

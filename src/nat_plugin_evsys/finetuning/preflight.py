@@ -42,7 +42,9 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_output_dirs(policy_name, policy, finetuning.output_dir)
     check_group_size(config, finetuning, adapter)
     check_exporters(config)
-    check_dataset(config, dataset_of(config, None if run is None else run.dataset))
+    given = None if run is None else run.dataset
+    what = "--dataset" if given else "eval.general.dataset"
+    check_dataset(config, dataset_of(config, given, what), what)
     check_service(policy)
 
 

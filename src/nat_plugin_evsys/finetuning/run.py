@@ -15,6 +15,7 @@ from nat_plugin_evsys.calls import CallFate, DropReason
 from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError, RunLostError
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
+from nat_plugin_evsys.finetuning.checks.demonstrations import PromptCheck
 from nat_plugin_evsys.finetuning.collapse import RATE_FACTOR, RELOADED, collapse_of, rate_after, reload_best, stopped
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
@@ -111,6 +112,7 @@ class RunSession:
             agent=inputs.workflow,
             model=inputs.policy.base_model,
         )
+        self._prompt_check = PromptCheck([row["messages"] for row in inputs.demonstrations])
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
         """Run (or resume) all epochs.
@@ -251,7 +253,10 @@ class RunSession:
             raise
 
     async def _keep_evaluation(self, collection: Collection) -> None:
-        await self._keeper.keep(collection, self._trainer.trajectory_builder.take_attempts())
+        attempts = self._trainer.trajectory_builder.take_attempts()
+        await self._keeper.keep(collection, attempts)
+        if (mismatch := self._prompt_check.compare(attempts)) is not None:
+            self._display.notice(f"WARNING: {mismatch}")
 
     async def _wait(self, ref: TrainingJobRef) -> TrainingJobStatus:
         """Wait for the job and show its progress.

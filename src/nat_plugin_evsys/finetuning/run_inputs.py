@@ -29,6 +29,7 @@ class RunInputs:
         validation_config: of `--validation_config_file`, or None for the run's own.
         validation_interval: epochs between two validations.
         general: NAT's ``general`` section.
+        demonstrations: those of the warm start; empty without one.
         dump: the configuration in JSON's types, with what the command line adds and what is in the files of rows.
     """
 
@@ -38,6 +39,7 @@ class RunInputs:
     validation_config: Config | None
     validation_interval: int
     general: GeneralConfig
+    demonstrations: list[dict[str, Any]]
     dump: dict[str, Any]
 
     @classmethod
@@ -51,23 +53,24 @@ class RunInputs:
         config = resolve_config(run)
         policy = check_policy(config, finetuning)[1]
         validation_config = _validation_config(finetuning, policy)
-        heldout = (run.validation_dataset if run is not None else None) or trainer.validation_dataset
+        given = run.validation_dataset if run is not None else None
+        what = "--validation_dataset" if given else f"trainers.{finetuning.trainer}.validation_dataset"
+        heldout = given or trainer.validation_dataset
         validation = None
         if heldout is not None:
-            validation = dataset_of(validation_config or config, heldout, what="validation_dataset")
-            check_dataset(validation_config or config, validation, what="validation_dataset")
-        inputs = cls(
+            validation = dataset_of(validation_config or config, heldout, what=what)
+            check_dataset(validation_config or config, validation, what=what)
+        start = trainer.warm_start
+        return cls(
             policy=policy,
             workflow=str(config.workflow.type),
             validation_dataset=validation,
             validation_config=validation_config,
             validation_interval=trainer.validation_interval or (run.validation_interval if run else 5),
             general=config.general,
+            demonstrations=[] if start is None else load_demonstrations(start.demonstrations),
             dump=_dump(config, finetuning, validation),
         )
-        if trainer.warm_start is not None:
-            load_demonstrations(trainer.warm_start.demonstrations)
-        return inputs
 
     def is_validation_due(self, epochs_done: int, num_epochs: int) -> bool:
         """True after every ``validation_interval`` epochs and after the last, where there are held-out rows."""

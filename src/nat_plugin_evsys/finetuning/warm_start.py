@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.files import no_file
 from nat_plugin_evsys.training.sdft import SdftStep, build_lessons, train_sdft
 from nat_plugin_evsys.training.sft import SftStep, build_sft_datums, train_sft
 
@@ -29,7 +30,7 @@ def load_demonstrations(path: Path) -> list[dict[str, Any]]:
         DataError: not JSON, empty, or a row without messages or without an assistant message; names the row.
     """
     if not path.is_file():
-        raise ConfigError(f"warm_start.demonstrations: no file at {path}; check the path (relative to where nat runs)")
+        raise ConfigError(no_file("warm_start.demonstrations", path))
     text = path.read_text(encoding="utf-8")
     try:
         lines = [line for line in text.splitlines() if line.strip()]

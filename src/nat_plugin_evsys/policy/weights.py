@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.files import no_file
 from nat_plugin_evsys.runs import is_service_path, newer_runs_notice, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def create_renderer(config: EvsysPolicyConfig, tokenizer: Any) -> ChatRenderer:
 
     template = config.chat_template
     if template is not None and not template.is_file():
-        raise ConfigError(f"chat_template: no file at {template}; give the path of a Jinja template")
+        raise ConfigError(no_file("chat_template", template))
     return ChatRenderer(
         tokenizer,
         chat_template=None if template is None else template.read_text(encoding="utf-8"),

@@ -77,6 +77,7 @@ class RunSummary:
             f"Finished {_count(self.epochs, 'epoch')} in {self.seconds:.1f} s",
             f"  training reward  {_change(self.train_reward_before, self.train_reward_after)}",
             f"  held-out reward  {self._heldout_change()}",
+            "    (one attempt a row at eval_temperature, 0 is greedy; the epochs' sampled rewards are of all rollouts)",
             f"  trajectories     {trajectories['trained']} trained, {_dropped(trajectories['dropped'])}",
             f"  calls            {self.calls} made, {self.trained} trained, {_dropped(self.dropped)}",
             *self._why_dropped(),

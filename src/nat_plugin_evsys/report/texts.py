@@ -37,7 +37,7 @@ def job_text(status: TrainingJobStatus) -> str:
 
 
 def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
-    """``epoch 2/4 done: reward 0.500 (0.000 to 1.000), loss …, 48 calls trained, 16 dropped, 12.3 s``.
+    """``epoch 2/4 done: sampled reward 0.500 (0.000 to 1.000), loss …, 48 calls trained, 16 dropped, 12.3 s``.
 
     What the row lacks is looked up in its ``job``, the metadata of the training job's last status.
     """
@@ -47,7 +47,7 @@ def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
         spread = ""
         if facts.get("reward_min") is not None and facts.get("reward_max") is not None:
             spread = f" ({facts['reward_min']:.3f} to {facts['reward_max']:.3f})"
-        parts.append(f"reward {facts['reward_mean']:.3f}{spread}")
+        parts.append(f"sampled reward {facts['reward_mean']:.3f}{spread}")
     if facts.get("loss") is not None:
         parts.append(f"loss {facts['loss']:.4f}")
     if facts.get("trained") is not None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nat_plugin_evsys.config import EvsysExactMatchConfig, EvsysFunctionCallConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.files import no_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +63,7 @@ def dataset_of(
 def check_dataset(config: Config, dataset: EvalDatasetBaseConfig | None = None, what: str = "dataset") -> None:
     """Every row must have a unique id, a question and an answer (NAT silently skips or zeroes other rows).
 
-    No row needs an answer where none has one: formats and games can be rewarded without.
+    No row needs an answer where none has one: formats and games can be rewarded without. Our own evaluators need one.
 
     Args:
         dataset: default ``eval.general.dataset``.
@@ -73,7 +75,14 @@ def check_dataset(config: Config, dataset: EvalDatasetBaseConfig | None = None, 
     source = dataset_of(config, None) if dataset is None else dataset
     if source.remote_file_path or source.type == "custom":
         return  # read by NAT's own loader only
-    _check_rows(_rows(source, what), source, f"{what} {source.file_path}")
+    _check_rows(_rows(source, what), source, f"{what} {Path(source.file_path).absolute()}", _reads_answers(config))
+
+
+def _reads_answers(config: Config) -> str | None:
+    """The ``_type`` of the reward's evaluator if it scores no row without an answer."""
+    reward = config.finetuning.reward_function
+    evaluator = None if reward is None else config.eval.evaluators.get(reward.name)
+    return str(evaluator.type) if isinstance(evaluator, EvsysExactMatchConfig | EvsysFunctionCallConfig) else None
 
 
 def _dataset_types() -> dict[str, type[EvalDatasetBaseConfig]]:
@@ -101,7 +110,7 @@ def content_of(dataset: EvalDatasetBaseConfig) -> dict[str, Any]:
 
 def _rows(source: Any, what: str) -> pd.DataFrame:
     if not Path(source.file_path).is_file():
-        raise ConfigError(f"{what}: no file at {source.file_path}; check the path (it is relative to where nat runs)")
+        raise ConfigError(no_file(what, source.file_path))
     parser, kwargs = source.parser()
     try:
         return parser(source.file_path, **kwargs)
@@ -111,7 +120,7 @@ def _rows(source: Any, what: str) -> pd.DataFrame:
         raise DataError(f"{what} {source.file_path}: cannot be parsed as {source.type}: {error}") from error
 
 
-def _check_rows(frame: pd.DataFrame, dataset_config: EvalDatasetBaseConfig, name: str) -> None:
+def _check_rows(frame: pd.DataFrame, dataset_config: EvalDatasetBaseConfig, name: str, needed_by: str | None) -> None:
     from nat.plugins.eval.dataset_handler.dataset_filter import DatasetFilter
 
     if frame.empty:
@@ -127,7 +136,9 @@ def _check_rows(frame: pd.DataFrame, dataset_config: EvalDatasetBaseConfig, name
     keys = [dataset_config.id_key]
     if not structure.disable:
         keys.append(structure.question_key)
-        if structure.answer_key in frame.columns:
+        if needed_by is not None:
+            _check_answers(frame, structure.answer_key, name, needed_by)
+        elif structure.answer_key in frame.columns:
             keys.append(structure.answer_key)
         else:
             logger.warning("%s: no row has `%s`; evaluators are given an empty answer", name, structure.answer_key)
@@ -148,3 +159,19 @@ def _check_rows(frame: pd.DataFrame, dataset_config: EvalDatasetBaseConfig, name
             f"{name}: row {row + 1} has the id `{frame[dataset_config.id_key].iloc[row]}` of an earlier row, which NAT "
             "would drop; make the ids unique"
         )
+
+
+def _check_answers(frame: pd.DataFrame, key: str, name: str, needed_by: str) -> None:
+    answers = list(frame[key]) if key in frame.columns else [""] * len(frame)
+    without = [row for row, answer in enumerate(answers, start=1) if _is_blank(answer)]
+    if without:
+        raise DataError(
+            f"{name}: row {without[0]} has no `{key}` ({len(without)} of {len(answers)} rows have none), which the "
+            f"reward ({needed_by}) compares the output with; add it, or name the right key: "
+            "eval.general.dataset.structure.answer_key"
+        )
+
+
+def _is_blank(answer: Any) -> bool:
+    """Nothing, spaces, or the NaN of a data frame; 0 and False are answers."""
+    return answer is None or answer != answer or (isinstance(answer, str) and not answer.strip())
