@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import json
 import threading
 import urllib.request
@@ -17,8 +18,9 @@ import pytest
 import requests
 from nat.builder.context import ContextState
 
+from nat_plugin_evsys.calls import FUNCTIONS_HEADER
 from nat_plugin_evsys.errors import EvsysError
-from nat_plugin_evsys.policy.attribution import CALL_ATTRIBUTION
+from nat_plugin_evsys.policy.attribution import CALL_ATTRIBUTION, attribution_headers
 
 MODEL = "builtin/tiny"
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -132,6 +134,22 @@ def test_a_url_carries_its_rollout_from_any_thread_and_client(served: Any, call:
     thread.start()
     thread.join()
     assert len(served.recorder.close_run("epoch-0000/000003")) == 1
+
+
+@pytest.mark.parametrize("by_url", [False, True])
+def test_a_call_says_in_which_functions_it_was_made(served: Any, by_url: bool) -> None:
+    def call_in(functions: list[str]) -> None:
+        with rollout("one"):
+            ContextState.get().function_path_stack.set(functions)
+            headers = attribution_headers()
+            url = served.endpoint.url_of("one", headers[FUNCTIONS_HEADER]) if by_url else served.endpoint.base_url
+            if by_url:
+                ContextState.get().function_path_stack.set([])
+            by_openai(served, url)
+
+    functions = ["<workflow>", "a/b, c", "group__ü"]
+    contextvars.copy_context().run(call_in, functions)
+    assert [call.functions for call in served.recorder.close_run("one")] == [functions]
 
 
 def test_the_context_wins_over_a_url_that_was_kept_from_another_rollout(served: Any) -> None:
