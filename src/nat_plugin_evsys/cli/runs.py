@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nat_plugin_evsys.cli.models import check_command, export_command
 from nat_plugin_evsys.cli.options import find_run, no_run_under, output_dir_options, readable_errors, run_options
 from nat_plugin_evsys.cli.report import report_command
 from nat_plugin_evsys.cli.rollouts import rollouts_command
@@ -31,6 +32,8 @@ def _end(*_: object, **__: object) -> None:
     click.get_current_context().exit()
 
 
+evsys.add_command(check_command)
+evsys.add_command(export_command)
 evsys.add_command(report_command)
 evsys.add_command(rollouts_command)
 evsys.add_command(serve_command)

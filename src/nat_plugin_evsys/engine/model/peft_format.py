@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
@@ -52,7 +53,7 @@ def adapter_config(base: BaseModel, adapter: LoraAdapter) -> dict[str, Any]:
         "lora_alpha": adapter.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(isinstance(base.model.get_submodule(name), Conv1D) for name in adapter.weights),
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,

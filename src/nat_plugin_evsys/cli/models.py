@@ -1,0 +1,102 @@
+"""``nat evsys check`` and ``nat evsys export``: what a base model is good for, and how a trained one gets out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from nat_plugin_evsys.cli.options import find_run, output_dir_options, readable_errors
+
+_CELLS = ("training", "sampling", "loss", "gradient", "sampler", "adapter")
+
+
+def _precision(command: Callable[..., None]) -> Callable[..., None]:
+    dtype = click.Choice(["auto", "float32", "bfloat16", "float16"])
+    command = click.option("--dtype", type=dtype, default="auto", show_default=True, help="Of the weights.")(command)
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(command)
+
+
+@click.command(name="check")
+@click.argument("model")
+@_precision
+@readable_errors
+def check_command(model: str, device: str, dtype: str) -> None:
+    """Check the engine on MODEL (a Hugging Face id, a directory, a .gguf file, or builtin/…) before training it.
+
+    Trains an adapter for five steps and compares gradient, sampler and saved adapter with independent computations.
+    The exit status is 1 if MODEL is refused or anything differs. Needs `pip install peft`.
+    """
+    from nat_plugin_evsys.engine.model.loading import load_base_model
+    from nat_plugin_evsys.runtime.model_check import check_model
+
+    row = check_model(load_base_model(model, device=device, dtype=dtype))
+    if row.refused:
+        raise click.ClickException(row.refused)
+    for cell in _CELLS:
+        click.echo(f"{cell:<9} {getattr(row, cell)}")
+    if not row.is_right:
+        click.get_current_context().exit(1)
+
+
+@click.command(name="export")
+@click.argument("run", default="latest")
+@click.option("--merge", "form", flag_value="merged", help="Write the base model with the adapter in its weights.")
+@click.option("--adapter", "form", flag_value="adapter", help="Write the adapter alone, as PEFT and vLLM load it.")
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "latest"]),
+    default="best",
+    show_default=True,
+    help="Which checkpoint of RUN.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Directory to make; default: beside the checkpoint.")
+@click.option("--base-model", help="Where the base model is now; default: where it was.")
+@_precision
+@readable_errors
+@output_dir_options
+def export_command(
+    output_dir: Path,
+    run: str,
+    form: str | None,
+    checkpoint: str,
+    output: Path | None,
+    base_model: str | None,
+    device: str,
+    dtype: str,
+) -> None:
+    """Write the policy of RUN (a name, a path, `latest`, or the path of a checkpoint) for other programs.
+
+    What is written is loaded back and compared before it is kept.
+    """
+    from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
+    from nat_plugin_evsys.engine.model.loading import load_base_model
+    from nat_plugin_evsys.runtime.export import export_adapter, export_merged
+
+    if form is None:
+        raise click.UsageError("give --merge (the whole model) or --adapter (the adapter alone)")
+    path = _checkpoint(output_dir, run, checkpoint)
+    info = read_checkpoint(path)
+    base = load_base_model(base_model or info.base_model, device=device, dtype=dtype)
+    target = output or path.parent / f"{path.name}-{form}"
+    gap = (export_merged if form == "merged" else export_adapter)(base, load_adapter(path, base), target)
+    click.echo(f"{target}  (loaded back: logits within {gap:.1e} of the engine's)")
+
+
+def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
+    """Raises CheckpointError: there is none here."""
+    from nat_plugin_evsys.errors import CheckpointError
+    from nat_plugin_evsys.runs.checkpoints import MANIFEST
+
+    if (Path(run) / MANIFEST).is_file():
+        return Path(run)
+    found = find_run(output_dir, run)
+    record = found.state.best_checkpoint() if which == "best" else found.state.last_checkpoint()
+    record = record or found.state.last_checkpoint()
+    if record is None:
+        raise CheckpointError(f"run {found.path} has no checkpoint yet; let it finish an epoch")
+    where = found.locate(record.adapter)
+    if isinstance(where, str):
+        raise CheckpointError(f"run {found.path} keeps its weights on a service ({where}); download them first")
+    return where
