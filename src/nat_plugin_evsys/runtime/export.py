@@ -36,8 +36,8 @@ def export_merged(base: BaseModel, adapter: LoraAdapter, target: Path) -> float:
     with _new_directory(target) as work:
         merged(base, adapter).save_pretrained(work)
         base.tokenizer.save_pretrained(work)
-        loaded = AutoModelForCausalLM.from_pretrained(work, dtype=base.dtype).to(base.device).eval()
-        return _checked(base, adapter, loaded, "the merged model")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(work, dtype=base.dtype)
+        return _checked(base, adapter, loaded.to(base.device).eval(), "the merged model")
 
 
 def export_adapter(base: BaseModel, adapter: LoraAdapter, target: Path) -> float:
