@@ -156,8 +156,9 @@ class RunFiles:
         from nat_plugin_evsys.training.job_ledger import JobLedger
 
         directory, name = books.run_dir.path, f"epoch-{epoch:04d}"
-        JobLedger(directory).submitted(f"job-{epoch}", directory.name, epoch=epoch)
-        books.run_dir.rollouts.write(Collection("epoch", epoch), ['{"reward": 1}'] * 50)
+        if epoch > 0:  # a job's epoch counts from 0, and is committed as one more epoch done
+            JobLedger(directory).submitted(f"job-{epoch}", directory.name, epoch=epoch - 1)
+            books.run_dir.rollouts.write(Collection("epoch", epoch), ['{"reward": 1}'] * 50)
         JobLedger(directory).finished(f"job-{epoch}", directory.name, status="completed")
         books.metrics.append("epoch", epoch, reward_mean=0.5)
         path = str(save_checkpoint(directory / "checkpoints", name, self._model, kind="training"))
@@ -180,13 +181,13 @@ class RunFiles:
         self.live(place, [])
         run = RunDirectory.newest(place / "runs")
         assert run is not None
-        for file in ("metrics.jsonl", "jobs.jsonl"):
+        for file, wanted in (("metrics.jsonl", range(EPOCHS + 1)), ("jobs.jsonl", range(EPOCHS))):
             epochs = Counter(
                 record["epoch"]
                 for record in map(json.loads, (run.path / file).read_text().splitlines())
                 if record.get("event") != "finished"
             )
-            if epochs != Counter(range(EPOCHS + 1)):
+            if epochs != Counter(wanted):
                 found.append(f"{file} has epochs {dict(epochs)}")
         found += [f"left over: {path.name}" for path in run.path.rglob(".*") if path.name != ".lock"]
         named = {record.name for record in run.state.checkpoints}
