@@ -158,8 +158,9 @@ class RunFiles:
         directory, name = books.run_dir.path, f"epoch-{epoch:04d}"
         if epoch > 0:  # a job's epoch counts from 0, and is committed as one more epoch done
             JobLedger(directory).submitted(f"job-{epoch}", directory.name, epoch=epoch - 1)
-            books.run_dir.rollouts.write(Collection("epoch", epoch), ['{"reward": 1}'] * 50)
-        JobLedger(directory).finished(f"job-{epoch}", directory.name, status="completed")
+        books.run_dir.rollouts.write(Collection("epoch", epoch), ['{"reward": 1}'] * 50)
+        if epoch > 0:
+            JobLedger(directory).finished(f"job-{epoch}", directory.name, status="completed")
         books.metrics.append("epoch", epoch, reward_mean=0.5)
         path = str(save_checkpoint(directory / "checkpoints", name, self._model, kind="training"))
         books.state.warm_started = True
