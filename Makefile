@@ -21,7 +21,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-frameworks models-table on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks models-table on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
 	@echo "make test-interop     others' programs against nat evsys serve, each in its own environment (docs/interop.md)"
 	@echo "make test-frameworks  an agent of each framework, finetuned for an epoch (docs/agents.md)"
+	@echo "make test-reliability kill runs and servers, fill the disk, attack (docs/reliability.md)"
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make models-table     check the engine on a tiny model of each family, and write the table of docs/models.md"
 	@echo "make check        lint, format check, types, generated docs"
@@ -97,6 +98,12 @@ test-frameworks: $(INSTALLED_DEV)
 # Half an hour; what is done stands in .tmp/models-table and is not done again.
 models-table: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -W ignore scripts/models-table --write $(FAMILIES)
+
+# Killed runs and servers, full disks, hostile requests, many epochs: small, some ten minutes (docs/reliability.md).
+test-reliability: $(INSTALLED_DEV)
+	@for each in kill_finetune kill_serve disk_full hostile long_run; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/reliability/$$each.py --small || exit 1; \
+	done
 
 check: $(INSTALLED_DEV)
 	@$(BIN)/ruff check $(SOURCES)
