@@ -30,7 +30,7 @@ help:
 	@echo "make test-processors  the same with the kernels of other processors, and on two threads"
 	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
 	@echo "make test-interop     others' programs against nat evsys serve, each in its own environment (docs/interop.md)"
-	@echo "make test-frameworks  an agent of each framework, finetuned for an epoch (docs/agents.md)"
+	@echo "make test-frameworks  an agent of each framework, and NAT's own agents, finetuned for an epoch (docs/agents.md)"
 	@echo "make test-reliability kill runs and servers, fill the disk, attack (docs/reliability.md)"
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make models-table     check the engine on a tiny model of each family, and write the table of docs/models.md"
@@ -92,7 +92,7 @@ test-interop: $(INSTALLED_DEV)
 
 # LlamaIndex, CrewAI, … in an environment each: they cannot be installed together. FRAMEWORK=agno: one of them.
 test-frameworks: $(INSTALLED_DEV)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_frameworks.py \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_frameworks.py interop/test_gallery.py \
 		$(if $(FRAMEWORK),-k "$(FRAMEWORK)")
 
 # Half an hour; what is done stands in .tmp/models-table and is not done again.

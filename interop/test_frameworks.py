@@ -20,12 +20,14 @@ class Framework:
     Attributes:
         forced: what the environment of its test has, whatever other packages say of it.
         system, user: what the framework makes of an agent's prompt and of a question.
+        passes: over the demonstrations, until the toy model writes a call in those words.
     """
 
     name: str
     forced: tuple[str, ...] = ()
     system: str = "{}"
     user: str = "{}"
+    passes: int = 8
 
     @property
     def python(self) -> Path:
@@ -41,6 +43,7 @@ FRAMEWORKS = [
         system="You are help desk. \nYour personal goal is: {}",
         user="\nCurrent Task: {}\n\nThis is the expected criteria for your final answer: the desk to go to\n"
         "you MUST return the actual complete content as the final answer, not a summary.",
+        passes=24,
     ),
     Framework("agno"),
     Framework("adk"),
@@ -69,7 +72,9 @@ def test_an_agent_trains_on_exactly_its_calls(framework: Framework, tmp_path: Pa
         "tool_name": "route_ticket",
         "system_prompt": "You are a help desk. Use the tool, then answer.",
     }
-    config = write_config(tmp_path, workflow, demonstrations=demonstrations(framework))
+    config = write_config(
+        tmp_path, workflow, demonstrations=demonstrations(framework), warm_start={"epochs": framework.passes}
+    )
     done = finetune(config, framework.python, OTEL_SDK_DISABLED="true", CREWAI_DISABLE_TELEMETRY="true")
     checked = check_trained(done, tmp_path)
     assert any("tool" in exchange.roles for exchange in checked.exchanges), "no tool was called in any rollout"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def write_config(
     workflow: dict[str, Any],
     functions: dict[str, Any] | None = None,
     demonstrations: list[dict[str, Any]] | None = None,
+    warm_start: Mapping[str, Any] | None = None,
     **policy: Any,
 ) -> Path:
     """configs/helpdesk_tools.yml with another workflow, for one epoch whose Datums are kept.
@@ -25,6 +27,7 @@ def write_config(
     Args:
         functions: beside ``route_ticket``.
         demonstrations: what the toy model is shown first; None is nothing.
+        warm_start: its other settings.
         policy: settings of the policy.
     """
     config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "helpdesk_tools.yml").read_text())
@@ -44,7 +47,7 @@ def write_config(
         del trainer["warm_start"]
     else:
         (directory / "demonstrations.json").write_text(json.dumps(demonstrations))
-        trainer["warm_start"]["demonstrations"] = str(directory / "demonstrations.json")
+        trainer["warm_start"] |= {"demonstrations": str(directory / "demonstrations.json"), **(warm_start or {})}
     config["finetuning"] |= {"num_epochs": 1, "output_dir": str(directory / "runs")}
     path = directory / "config.yml"
     path.write_text(yaml.safe_dump(config))
