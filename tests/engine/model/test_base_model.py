@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONTEXT, VOCAB
+from tiny import CONTEXT, VOCAB, byte_tokenizer
 
 from nat_plugin_evsys.engine.model.loading import BaseModel, default_cache_dir, load_base_model
 from nat_plugin_evsys.errors import ConfigError, ModelError
@@ -101,6 +101,15 @@ def test_bad_settings(model_dir: Callable[[str], Path]) -> None:
     for length in (1, CONTEXT + 1):
         with pytest.raises(ModelError, match=f"context_length {length} does not fit"):
             load_base_model(path, context_length=length)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = shutil.copytree(model_dir("qwen3"), tmp_path / "model")
+    byte_tokenizer(letters=VOCAB + 1).save_pretrained(path)
+    with pytest.raises(ModelError, match=f"has {VOCAB + 1} tokens, and the model knows {VOCAB}"):
+        load_base_model(str(path))
 
 
 def test_cache_dir_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def load_base_model(
     elsewhere. A hub model that is already in the Hugging Face cache is loaded from there without any network access.
 
     Raises:
-        ModelError: the model cannot be found or loaded; the message says what to type.
+        ModelError: the model cannot be found or loaded, or its tokenizer is larger; the message says what to type.
         ConfigError: unknown device or dtype.
     """
     where = _resolve_device(device)
@@ -79,7 +79,9 @@ def load_base_model(
     else:
         tokenizer, model = _load_from_hub(base_model, **options)
     model.to(where)  # type: ignore[arg-type]  # transformers wraps .to() without its overloads
-    return wrap_model(base_model, model, tokenizer, context_length=context_length)
+    base = wrap_model(base_model, model, tokenizer, context_length=context_length)
+    _check_tokenizer(base)
+    return base
 
 
 def load_tokenizer(base_model: str, *, cache_dir: Path | None = None) -> Any:
@@ -131,6 +133,16 @@ def wrap_model(name: str, model: PreTrainedModel, tokenizer: Any, *, context_len
 def default_cache_dir() -> Path:
     """``$EVSYS_CACHE``, else ``~/.cache/nat_plugin_evsys``."""
     return Path(os.environ.get("EVSYS_CACHE") or "~/.cache/nat_plugin_evsys").expanduser()
+
+
+def _check_tokenizer(base: BaseModel) -> None:
+    # Without added tokens: transformers adds some to what it reads from GGUF, and a prompt that has one is refused.
+    known = int(getattr(base.tokenizer, "vocab_size", 0))
+    if known > base.vocab_size:
+        raise ModelError(
+            f"base_model {base.name!r}: its tokenizer has {known} tokens, and the model knows {base.vocab_size}; use "
+            f"the tokenizer that it was trained with, or save the model after model.resize_token_embeddings({known})"
+        )
 
 
 def _resolve_device(device: str) -> torch.device:
