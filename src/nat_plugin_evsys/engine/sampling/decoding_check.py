@@ -138,7 +138,9 @@ def _plain(base: BaseModel, tokens: list[int]) -> Tensor:
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
-    gap = float((found.float() - expected).norm() / expected.norm())
+    # A model may give the same logits to all tokens: equal zeros are no distance.
+    norm = expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)
+    gap = float((found.float() - expected).norm() / norm)
     return gap if gap == gap else float("inf")
 
 
