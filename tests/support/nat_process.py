@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from warm_process import WarmProcess
+
 ROOT = Path(__file__).resolve().parents[2]
-NAT = Path(sys.executable).parent / "nat"
 CAPTURE_DIR = ROOT / "tests" / "e2e" / "http_capture"
 
 
@@ -39,17 +40,22 @@ def run_nat(*args: str, timeout: float = 240, python: Path | None = None, **env:
     Args:
         python: the interpreter of another environment.
     """
-    nat = [str(NAT)] if python is None else [str(python), "-m", "nat.cli.main"]
-    done = subprocess.run(
-        [*nat, *args],
-        cwd=ROOT,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    if python is not None:
+        command = [str(python), "-m", "nat.cli.main", *args]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout, check=False
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryDirectory() as directory:
+        out, err = Path(directory) / "out", Path(directory) / "err"
+        process = WarmProcess([*args], env=environment(**env), cwd=ROOT, out=out, err=err)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"nat {' '.join(args)} takes over {timeout} s:\n{err.read_text()[-3000:]}") from None
+        finally:
+            process.kill()
+        return Finished(code, out.read_text(), err.read_text())
 
 
 def plugin_path(directory: Path, modules: Sequence[str], *search: Path) -> str:
@@ -67,12 +73,9 @@ def plugin_path(directory: Path, modules: Sequence[str], *search: Path) -> str:
     return os.pathsep.join([str(directory), *map(str, search), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def start_nat(*args: str, log: Path, **env: str) -> subprocess.Popen[bytes]:
+def start_nat(*args: str, log: Path, **env: str) -> WarmProcess:
     """The same, left running; its output goes to ``log``."""
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            [str(NAT), *args], cwd=ROOT, env=environment(**env), stdout=file, stderr=subprocess.STDOUT
-        )
+    return WarmProcess([*args], env=environment(**env), cwd=ROOT, out=log, err=log)
 
 
 def first_rows(path: Path, count: int, target: Path) -> Path:

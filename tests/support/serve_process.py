@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import signal
-import subprocess
-import sys
-import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
-NAT = Path(sys.executable).parent / "nat"
+from warm_process import WarmProcess
+
 ALICE = "tml-alice-0123456789abcdef"
 BOB = "tml-bob-0123456789abcdefgh"
 START_SECONDS = 240.0
@@ -35,20 +33,18 @@ class ServerProcess:
 
     Attributes:
         url: where it listens.
-        line: what it printed on stdout.
+        out: file with its stdout.
         log: file with its stderr.
     """
 
-    process: subprocess.Popen[str]
+    process: WarmProcess
     url: str
-    line: str
+    out: Path
     log: Path
-    rest: list[str] = field(default_factory=list)
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 40.0) -> int:
         """Send a signal and wait; gives the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+        self.process.send_signal(number)
         return self.process.wait(timeout)
 
     def kill(self) -> None:
@@ -63,33 +59,23 @@ def start_server(
     """Start a server on a free port and wait until it answers requests."""
     store.parent.mkdir(parents=True, exist_ok=True)
     log = log or store.with_suffix(".log")
+    out = store.parent / f"{store.name}.out"
+    out.unlink(missing_ok=True)
     command = [
-        *(str(NAT), "evsys", "serve"),
+        *("evsys", "serve"),
         *("--base-model", str(model), "--port", "0", "--store", str(store), "--device", "cpu"),
         *options,
     ]
-    settings = {**os.environ, "NAT_TELEMETRY_ENABLED": "false", "HF_HUB_OFFLINE": "1"}
-    settings = {**settings, "PYTHONWARNINGS": "ignore", **(env or {})}
-    with log.open("a") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=settings)
-    lines: queue.Queue[str] = queue.Queue()
-    rest: list[str] = []
-    threading.Thread(target=_pump, args=(process, lines, rest), daemon=True).start()
-    try:
-        line = lines.get(timeout=START_SECONDS)
-    except queue.Empty:
-        process.kill()
-        raise AssertionError(f"the server did not start: {log.read_text()[-3000:]}") from None
-    found = re.search(r" at (http://\S+)", line)
-    if found is None:
-        process.kill()
-        raise AssertionError(f"the server ended: {line!r}: {log.read_text()[-3000:]}")
-    return ServerProcess(process, found[1], line, log, rest)
-
-
-def _pump(process: subprocess.Popen[str], lines: queue.Queue[str], rest: list[str]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        rest.append(line)
-        lines.put(line)
-    lines.put("")
+    settings = {**os.environ, "NAT_TELEMETRY_ENABLED": "false", "HF_HUB_OFFLINE": "1", **(env or {})}
+    process = WarmProcess(command, env=settings, cwd=Path.cwd(), out=out, err=log)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        ended = process.poll() is not None  # before the file is read, so that nothing printed at the end is missed
+        line = out.read_text()
+        if found := re.search(r" at (http://\S+).*\n", line):
+            return ServerProcess(process, found[1], out, log)
+        if ended:
+            raise AssertionError(f"the server ended: {line!r}: {log.read_text()[-3000:]}")
+        time.sleep(0.02)
+    process.kill()
+    raise AssertionError(f"the server did not start: {log.read_text()[-3000:]}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_process import ALICE, BOB, NAT, ServerProcess
+from nat_process import run_nat
+from serve_process import ALICE, BOB, ServerProcess
 
 from nat_plugin_evsys.config.serve import ServeConfig, is_loopback
 from nat_plugin_evsys.errors import Refusal
@@ -126,7 +126,7 @@ def test_no_key_is_ever_printed_or_logged(keyed_server: ServerProcess) -> None:
     httpx.get(
         f"{keyed_server.url}/api/v1/sessions", headers={"x-api-key": "tml-sneaky-0123456789"}, params={"k": ALICE}
     )
-    text = keyed_server.log.read_text() + "".join(keyed_server.rest)
+    text = keyed_server.log.read_text() + keyed_server.out.read_text()
     assert "/api/v1/sessions" in text
     for secret in (ALICE, BOB, "tml-sneaky"):
         assert secret not in text
@@ -144,17 +144,11 @@ def test_no_key_is_ever_printed_or_logged(keyed_server: ServerProcess) -> None:
     ],
 )
 def test_a_server_that_would_stand_open_does_not_start(options: list[str], said: str) -> None:
-    done = subprocess.run(
-        [str(NAT), "evsys", "serve", "--base-model", "builtin/tiny", *options],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not {"tml-short", "sk-0123456789abcdef"} & set(done.stderr.split())
+    done = run_nat("evsys", "serve", "--base-model", "builtin/tiny", *options, timeout=60)
+    assert done.code == 1
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not {"tml-short", "sk-0123456789abcdef"} & set(done.err.split())
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ TTL_BODY: dict[str, Any] = {"adam_params": {"learning_rate": 1e-3}}
 
 
 def test_the_line_on_stdout_says_what_to_export(open_server: ServerProcess, served_model: Path) -> None:
-    assert open_server.line.startswith(f"serving {served_model} at {open_server.url} ")
-    assert f"export TINKER_BASE_URL={open_server.url} TINKER_API_KEY=tml-local" in open_server.line
-    assert open_server.rest == [open_server.line]
+    (line,) = open_server.out.read_text().splitlines()
+    assert line.startswith(f"serving {served_model} at {open_server.url} ")
+    assert f"export TINKER_BASE_URL={open_server.url} TINKER_API_KEY=tml-local" in line
 
 
 def test_a_repeat_gets_the_id_of_the_first_request(
