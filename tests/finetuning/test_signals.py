@@ -34,6 +34,7 @@ def _exit_code(first: int, clean_up: Callable[[], object] = lambda: None, ignore
                 signal.signal(first, signal.SIG_IGN)
                 signal.signal(signal.SIGALRM, lambda *_: os._exit(7))
                 signal.setitimer(signal.ITIMER_REAL, 0.2)
+            asyncio.set_event_loop(asyncio.new_event_loop())  # the parent's, which NAT's asyncio.run takes, is shared
             asyncio.run(_run(first, clean_up))
         except SystemExit as end:
             code = int(end.code or 0)
