@@ -77,6 +77,7 @@ def serve(renderer: ChatRenderer, tokenizer: Any) -> Iterator[Callable[..., Serv
         get_client: Any = None,
         renderer: ChatRenderer = renderer,
         api_key: str | None = None,
+        hints: Any = "ignore",
         **options: Any,
     ) -> Served:
         sampling = sampling_client or ScriptedSamplingClient(tokenizer, script, **options)
@@ -88,6 +89,7 @@ def serve(renderer: ChatRenderer, tokenizer: Any) -> Iterator[Callable[..., Serv
             defaults=lambda kind: SamplingDefaults(1.0 if kind == "rollout" else 0.0, 1.0, 64),
             model_names=[MODEL],
             api_key=api_key,
+            hints=hints,
         )
         endpoint.start()
         started.append(endpoint)

@@ -128,6 +128,7 @@ class RunBooks:
             DropReason.NOT_TARGETED: sum(other.answered for other in others),
             **totals.refused,
         }
+        self._refusals = dict(totals.refusals)
         for reason, number in strays.items():
             self._tally.calls += number
             self._tally.drop(reason, number)
@@ -218,6 +219,7 @@ class RunBooks:
             serve_command=None if record is None else serve_command,
             run_dir=str(self.run_dir.path),
             trackers=trackers,
+            refusals=self._refusals,
             findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(self.metrics.rows())],
         )
         summary.write(self.run_dir.summary_path)
@@ -232,6 +234,7 @@ class RunBooks:
         self._tally = CallTally(tally["calls"], tally["trained"], _reasons(tally["dropped"], self.run_dir))
         self._trained_trajectories = int(trajectories["trained"])
         self._dropped_trajectories = _reasons(trajectories["dropped"], self.run_dir)
+        self._refusals: dict[str, int] = {}  # those of this process; states do not keep them
         self._seconds_before = self.state.seconds
         self._committed = copy.deepcopy(self.state)
 

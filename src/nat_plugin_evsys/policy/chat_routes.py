@@ -19,8 +19,9 @@ from nat_plugin_evsys.policy.api_errors import api_error_of, body_of, headers_of
 from nat_plugin_evsys.policy.attribution import functions_of
 from nat_plugin_evsys.policy.completions import Completion, PolicySource
 from nat_plugin_evsys.policy.event_stream import EventStream, Peer, completion_events
-from nat_plugin_evsys.policy.protocol import ChatCompletion, ChatCompletionRequest, to_json
+from nat_plugin_evsys.policy.protocol import ChatCompletion, to_json
 from nat_plugin_evsys.policy.recorder import CallRefusal, Recorder
+from nat_plugin_evsys.policy.request import ChatCompletionRequest
 from nat_plugin_evsys.web.json_bodies import SMALL, beside_loop, read_json
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class ChatRoutes:
         self._closing = closing
         self._note = note
         self._created = int(time.time())
+        self._said: set[str] = set()
 
     def routes(self, prefix: str) -> list[Route]:
         """Starlette's routes below ``prefix`` (such as ``/v1``)."""
@@ -117,8 +119,8 @@ class ChatRoutes:
             self._recorder.fail(run_id, answer.code or "internal_error", answer.message)
             unexpected = not isinstance(error, ApiError | EvsysError)
             logger.error("policy endpoint: %s", answer.message, exc_info=error if unexpected else None)
-        elif is_call:
-            self._recorder.refuse(run_id, CallRefusal(refusal_of(answer), answer.message))
+        elif is_call and self._recorder.refuse(run_id, CallRefusal(refusal_of(answer), answer.message)):
+            logger.warning("policy endpoint: a request was refused (%d): %s", answer.status, answer.message)
         return answer
 
     async def _list(self, request: Request, caller: str) -> Response:
@@ -156,6 +158,14 @@ class ChatRoutes:
             peer.close()
         return Response(to_json(answer), media_type="application/json")
 
+    def _say_what_changes_nothing(self, parsed: ChatCompletionRequest) -> None:
+        """Each field once."""
+        for name in set(parsed.ignored) - self._said:
+            logger.info("policy endpoint: `%s` changes nothing here and is ignored", name)
+        for name in set(parsed.hints) - self._said:
+            logger.warning("policy endpoint: `%s` is taken as a hint: decoding is not constrained", name)
+        self._said.update(parsed.ignored, parsed.hints)
+
     async def _stream(self, parsed: ChatCompletionRequest, request: Request, caller: str, peer: Peer) -> Response:
         try:
             completion = await peer.guard(self._prepare(parsed, request, caller))
@@ -170,7 +180,9 @@ class ChatRoutes:
         source = await self._models.source(parsed.model, caller)
         functions = functions_of(request.headers.get(FUNCTIONS_HEADER) or request.path_params.get(FUNCTIONS))
         step_id = request.headers.get(STEP_ID_HEADER)
-        return await Completion.prepare(parsed, source, _run_id(request), step_id, functions)
+        completion = await Completion.prepare(parsed, source, _run_id(request), step_id, functions)
+        self._say_what_changes_nothing(parsed)
+        return completion
 
 
 def _run_id(request: Request) -> str | None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.calls import Call, RunKind
 from nat_plugin_evsys.errors import ApiError, EvsysError
+from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.protocol import (
-    ChatCompletionRequest,
     Choice,
     ChoiceLogprobs,
     FinishReason,
@@ -23,6 +23,7 @@ from nat_plugin_evsys.policy.protocol import (
     Usage,
 )
 from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.request import ChatCompletionRequest
 from nat_plugin_evsys.policy.streaming import ReplyText, text_ids
 from nat_plugin_evsys.policy.tool_calls import assemble
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from tinker import types
 
     from nat_plugin_evsys.backends.base import SamplingClient, TokenCallback
+    from nat_plugin_evsys.config.policy import HintMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class PolicySource:
     recorder: Recorder
     defaults: Callable[[RunKind | None], SamplingDefaults]
     held_client: Callable[[], SamplingClient | None] = lambda: None
+    hints: HintMode = "ignore"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Completion:
         Raises:
             EvsysError: the messages cannot be rendered, or the policy cannot be loaded.
         """
+        _check_hints(request, source.hints)
         renderer = await _resolve(source.renderer)
         messages, tools = request.message_dicts(), request.shown_tools
         thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
@@ -197,10 +201,10 @@ class Completion:
         )
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data = self.renderer.token_bytes(token_id)
+        data, by_id = self.renderer.token_bytes(token_id), self.request.return_tokens_as_token_ids
         # OpenAI writes an impossible token as -9999.0; JSON has no -Infinity.
         return {
-            "token": data.decode("utf-8", "replace"),
+            "token": f"token_id:{token_id}" if by_id else data.decode("utf-8", "replace"),
             "logprob": max(logprob, -9999.0),
             "bytes": list(data),
         }
@@ -222,19 +226,20 @@ def sampling_params(
     return types.SamplingParams(
         max_tokens=request.token_limit if request.token_limit is not None else defaults.max_tokens,
         seed=request.seed if request.seed is not None else source.recorder.next_seed(run_id),
-        stop=_stop(request.stops, renderer),
+        stop=_stop(request, renderer),
         temperature=request.temperature if request.temperature is not None else defaults.temperature,
         top_k=request.top_k or -1,
         top_p=request.top_p if request.top_p is not None else defaults.top_p,
     )
 
 
-def _stop(stops: list[str], renderer: ChatRenderer) -> list[str] | list[int] | None:
+def _stop(request: ChatCompletionRequest, renderer: ChatRenderer) -> list[str] | list[int] | None:
     """Tinker takes strings or ids, not both. EOS ends a sequence in either case."""
-    if not stops:
-        return renderer.stop_token_ids or None
+    ids = [*dict.fromkeys([*renderer.stop_token_ids, *(request.stop_token_ids or [])])]
+    if not request.stops:
+        return ids or None
     eos = renderer.tokenizer.eos_token_id
-    return [*stops, *(renderer.decode([token_id]) for token_id in renderer.stop_token_ids if token_id != eos)]
+    return [*request.stops, *(renderer.decode([token_id]) for token_id in ids if token_id != eos)]
 
 
 async def _client(source: PolicySource, run_id: str | None) -> SamplingClient:
@@ -249,6 +254,17 @@ async def _resolve(source: Callable[[], Any]) -> Any:
         return await source()
     value = await asyncio.to_thread(source)
     return await value if inspect.isawaitable(value) else value
+
+
+def _check_hints(request: ChatCompletionRequest, mode: HintMode) -> None:
+    if mode == "refuse" and request.hints:
+        asked = ", ".join(f"`{name}`" for name in request.hints)
+        raise bad_request(
+            f"{asked}: not honoured, because decoding is not constrained; remove it, or set `hints: ignore` of the "
+            "policy",
+            param=request.hints[0],
+            code="unsupported_parameter",
+        )
 
 
 def check_model(model: str, known: Sequence[str]) -> None:

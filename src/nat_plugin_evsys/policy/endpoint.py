@@ -29,6 +29,7 @@ from nat_plugin_evsys.web.origin import refuse_web_pages
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.backends.base import SamplingClient
+    from nat_plugin_evsys.config.policy import HintMode
     from nat_plugin_evsys.web.listen import HttpServer
 
 __all__ = ["PolicyEndpoint", "SamplingDefaults"]
@@ -50,6 +51,7 @@ class PolicyEndpoint:
         defaults: sampling settings of requests that do not set them, by the kind of their run.
         model_names: the names that requests may ask for.
         is_alias: tells other names by which it may be asked for.
+        hints: what becomes of requests that ask for a form of the reply (see ``ChatCompletionRequest.hints``).
         held_client: the client that rollouts sample from while they are held at one policy version; None while they
             are not.
         port: 0 takes a free one.
@@ -66,12 +68,13 @@ class PolicyEndpoint:
         model_names: list[str],
         is_alias: Callable[[str], bool] = lambda name: False,
         held_client: Callable[[], SamplingClient | None] = lambda: None,
+        hints: HintMode = "ignore",
         host: str = "127.0.0.1",
         port: int = 0,
         api_key: str | None = None,
     ) -> None:
         self.api_key = api_key or f"sk-evsys-{secrets.token_urlsafe(24)}"
-        source = PolicySource(renderer, sampling_client, recorder, defaults, held_client)
+        source = PolicySource(renderer, sampling_client, recorder, defaults, held_client, hints)
         models = _OnePolicy(source, list(model_names), is_alias, self.api_key)
         self._routes = ChatRoutes(models, recorder, self._is_closing)
         self._host, self._port = host, port

@@ -126,6 +126,7 @@ class Policy:
                     defaults=self._sampling_defaults,
                     model_names=[self.config.base_model],
                     is_alias=self.answers_to,
+                    hints=self.config.hints,
                     host=self.config.host,
                     port=self.config.port,
                     api_key=None if key is None else key.get_secret_value(),

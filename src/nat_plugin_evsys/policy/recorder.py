@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from nat_plugin_evsys.calls import Call, DropReason, RunKind
+
+MAX_REFUSAL_KINDS = 64
+"""Kinds of refusals that are told apart; messages may quote what a client sent, which has no end."""
+
+_KIND_CHARACTERS = 200
+_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,11 @@ class CallRefusal:
     reason: DropReason
     message: str
 
+    @property
+    def kind(self) -> str:
+        """The message without its numbers: refusals that differ in nothing else are of one kind."""
+        return _NUMBER.sub("#", self.message)[:_KIND_CHARACTERS]
+
 
 @dataclass(frozen=True, slots=True)
 class RecorderTotals:
@@ -42,6 +54,7 @@ class RecorderTotals:
         disconnected: calls whose client went away before the answer began; their sampling was cancelled.
         refused: calls that were refused, by reason.
         answered: calls that were answered, in any run or in none.
+        refusals: the same by the message of the first of each kind; what exceeds ``MAX_REFUSAL_KINDS`` is left out.
     """
 
     calls: int
@@ -50,6 +63,7 @@ class RecorderTotals:
     disconnected: int
     refused: Mapping[DropReason, int] = field(default_factory=dict)
     answered: int = 0
+    refusals: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -80,6 +94,7 @@ class Recorder:
         self._failures = 0
         self._disconnected = 0
         self._refused: Counter[DropReason] = Counter()
+        self._refusals: dict[str, tuple[str, int]] = {}  # kind -> the first message, the number of calls
 
     def open_run(
         self, run_id: str, kind: RunKind, seed: int | None, on_first_call: Callable[[], None] | None = None
@@ -165,13 +180,18 @@ class Recorder:
             if run is not None:
                 run.failures.append(CallFailure(run_id, reason, message))
 
-    def refuse(self, run_id: str | None, refusal: CallRefusal) -> None:
-        """Count a call that was refused."""
+    def refuse(self, run_id: str | None, refusal: CallRefusal) -> bool:
+        """Count a call that was refused; True if it is the first of its kind."""
         with self._lock:
             self._refused[refusal.reason] += 1
+            first, number = self._refusals.get(refusal.kind, (refusal.message, 0))
+            is_new = number == 0 and len(self._refusals) < MAX_REFUSAL_KINDS
+            if number or is_new:
+                self._refusals[refusal.kind] = first, number + 1
             run = self._runs.get(run_id) if run_id is not None else None
             if run is not None:
                 run.refusals.append(refusal)
+            return is_new
 
     def disconnect(self) -> None:
         """Count a call whose client went away before any of it was sent (its own timeout, or it was cancelled)."""
@@ -221,7 +241,13 @@ class Recorder:
         """What has been counted so far."""
         with self._lock:
             return RecorderTotals(
-                self._calls, self._unattributed, self._failures, self._disconnected, dict(self._refused), self._sequence
+                self._calls,
+                self._unattributed,
+                self._failures,
+                self._disconnected,
+                dict(self._refused),
+                self._sequence,
+                dict(self._refusals.values()),
             )
 
     def _open(self, run_id: str, run: _Run | None) -> _Run:

@@ -33,6 +33,7 @@ class RunSummary:
         serve_command: what to type to serve the adapter.
         run_dir: the run directory.
         trackers: name -> where it shows the run, how many records it received and lost, and why it lost the first.
+        refusals: message -> requests that the policy endpoint refused with it (numbers in it are the first one's).
         findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.
     """
 
@@ -51,6 +52,7 @@ class RunSummary:
     run_dir: str | None = None
     heldout_reward_base: float | None = None
     trackers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
@@ -88,6 +90,7 @@ class RunSummary:
         if self.serve_command:
             lines.append(f"  serve it with    {self.serve_command}")
         lines += [f"  {name:<16} {_tracked(count)}" for name, count in self.trackers.items()]
+        lines += [f"  refused          {number} x: {message}" for message, number in self.refusals.items()]
         lines += [_finding(data) for data in self.findings]
         return "\n".join([*lines, str(path)])
 
