@@ -36,6 +36,7 @@ class RunBooks:
         self.run_dir = run_dir
         self.metrics = MetricsLog(run_dir.metrics_path)
         self._started = time.monotonic()
+        self._refusals: dict[str, int] = {}  # those of this process; states do not keep them
         self._load_counts()
 
     @classmethod
@@ -234,7 +235,6 @@ class RunBooks:
         self._tally = CallTally(tally["calls"], tally["trained"], _reasons(tally["dropped"], self.run_dir))
         self._trained_trajectories = int(trajectories["trained"])
         self._dropped_trajectories = _reasons(trajectories["dropped"], self.run_dir)
-        self._refusals: dict[str, int] = {}  # those of this process; states do not keep them
         self._seconds_before = self.state.seconds
         self._committed = copy.deepcopy(self.state)
 

@@ -2,8 +2,9 @@
 
 Clients send more than a policy under training can follow. A field that cannot change what is sampled is ignored, as
 vLLM does. One that changes the sampled distribution is honoured if the learner computes the same distribution;
-otherwise it is refused by name, unless its value is neutral. A name that the table does not know may be a misspelt setting, so it is
-refused. Inside messages and tools, which clients echo with additions of their own, unknown names are ignored.
+otherwise it is refused by name, unless its value is neutral. A name that the table does not know may be a misspelt
+setting, so it is refused. Inside messages and tools, which clients echo with additions of their own, unknown names are
+ignored.
 """
 
 from __future__ import annotations
