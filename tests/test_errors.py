@@ -64,3 +64,13 @@ def test_no_exception_class_is_defined_elsewhere() -> None:
 def test_every_class_says_what_it_means() -> None:
     for name, _ in drawing():
         assert (getattr(errors, name).__doc__ or "").strip(), name
+
+
+def test_the_causes_of_an_error_end_where_they_come_back_to_it() -> None:
+    """CrewAI keeps a failed call's error and raises it again while it handles the one it raised from it."""
+    first, second = ValueError("first"), ValueError("second")
+    first.__context__, second.__cause__ = second, first
+    assert list(errors.causes(first)) == [first]
+    assert list(errors.causes(first, implicit=True)) == [first, second]
+    assert list(errors.causes(second)) == [second, first]
+    assert list(errors.causes(None)) == []

@@ -35,6 +35,8 @@ Exception
 └── OperationAbandoned               inside an operation of a server that closes; caught by whoever runs it
 """
 
+from collections.abc import Iterator
+
 
 class EvsysError(Exception):
     """Base of all errors of this package; the message is meant for the user."""
@@ -225,3 +227,15 @@ class RenderingStopped(Exception):
 
 class OperationAbandoned(Exception):
     """Raised inside an operation that has to stop because the server closes; it stays unfinished in the store."""
+
+
+def causes(error: BaseException | None, *, implicit: bool = False) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on; ``implicit``: also what was being handled when it was raised.
+
+    Ends where the chain comes back to itself: frameworks that keep an error and raise it again make such chains.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or (error.__context__ if implicit else None)

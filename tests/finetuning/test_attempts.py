@@ -18,7 +18,7 @@ from nat.data_models.invocation_node import InvocationNode
 from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 
 from nat_plugin_evsys.calls import Call, DropReason
-from nat_plugin_evsys.finetuning.workflow.evaluation import _attempt, _is_connection_error
+from nat_plugin_evsys.finetuning.workflow.evaluation import _attempt
 from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.policy.recorder import Recorder
 
@@ -106,10 +106,3 @@ def test_what_is_no_finite_number_is_no_reward(score: Any) -> None:
     assert made.lost is DropReason.EVALUATOR_ERROR
     assert made.reward is None
     assert "not a finite number" in made.error
-
-
-def test_an_error_whose_chain_ends_in_itself() -> None:
-    """CrewAI keeps a failed call's error and raises it again while it handles the one it raised from it."""
-    first, second = ValueError("first"), ValueError("second")
-    first.__context__, second.__cause__ = second, first
-    assert not _is_connection_error(first)

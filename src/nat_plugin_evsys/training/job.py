@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from nat.data_models.finetuning import TrainingJobStatus, TrainingStatusEnum
 
 from nat_plugin_evsys.calls import DropReason
-from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.errors import EvsysError, causes
 from nat_plugin_evsys.training.job_report import Account, JobReport
 
 logger = logging.getLogger(__name__)
@@ -179,9 +179,7 @@ class TrainingJob:
 
 def root_cause(error: BaseException) -> BaseException:
     """The first error of a chain of ``raise … from …``."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    return list(causes(error))[-1]
 
 
 def describe_error(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from nat.data_models.evaluate_runtime import EvaluationRunConfig
 from nat.plugins.eval.runtime.evaluate import EvaluationRun
 
 from nat_plugin_evsys.calls import DropReason
+from nat_plugin_evsys.errors import causes
 from nat_plugin_evsys.finetuning.checks.addresses import with_dead_addresses
 from nat_plugin_evsys.finetuning.telemetry import without_exporters
 from nat_plugin_evsys.finetuning.workflow.limits import bound_items, exits_are_errors
@@ -238,13 +239,8 @@ def _is_connection_error(error: BaseException | None) -> bool:
     """True if the cause chain shows that the endpoint failed or was unreachable, which is not the policy's fault."""
     from openai import APIConnectionError, InternalServerError
 
-    seen: set[int] = set()  # frameworks that keep an error and raise it again make chains that end in themselves
-    while error is not None and id(error) not in seen:
-        if isinstance(error, APIConnectionError | InternalServerError):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
+    failures = (APIConnectionError, InternalServerError)
+    return any(isinstance(cause, failures) for cause in causes(error, implicit=True))
 
 
 def _evaluator_problem(score: Any) -> str | None:
