@@ -30,6 +30,8 @@ def _exit_code(first: int, clean_up: Callable[[], object] = lambda: None, ignore
     if pid == 0:
         code = 99
         try:
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the tests may have been started with nohup
+                signal.signal(each, signal.SIG_DFL)
             if ignored:
                 signal.signal(first, signal.SIG_IGN)
                 signal.signal(signal.SIGALRM, lambda *_: os._exit(7))

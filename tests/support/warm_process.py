@@ -78,6 +78,7 @@ def _nat(args: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) 
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    _default_signals()
     asyncio.set_event_loop(asyncio.new_event_loop())  # NAT made one when imported, whose epoll all forks would share
     sys.argv = ["nat", *args]
     _search(env.get("PYTHONPATH", ""))
@@ -87,6 +88,13 @@ def _nat(args: list[str], env: dict[str, str], cwd: Path, out: Path, err: Path) 
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
         sys.stdout.flush()
+
+
+def _default_signals() -> None:
+    """Whatever the tests were started with: ``nohup`` and a shell's ``&`` leave some ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _opened(number: int, path: Path) -> TextIO:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
@@ -52,8 +52,7 @@ class SampleRunner:
             if self._closing.is_set() or operation.request_id in self._running:
                 return
             self._running[operation.request_id] = (0, None)
-        with suppress(RuntimeError):  # closed at this very moment
-            self._pool.submit(self._start, operation)
+        self._hand_over(operation, self._start, operation)
 
     def cancel(self, request_id: str) -> None:
         """Stop a request that has not ended."""
@@ -118,8 +117,13 @@ class SampleRunner:
 
     def _ended(self, operation: Operation, future: Future[Any]) -> None:
         # Called in the sampler's thread, which must go on decoding.
-        with suppress(RuntimeError):  # closed: the operation stays unfinished
-            self._pool.submit(self._store_result, operation, future)
+        self._hand_over(operation, self._store_result, operation, future)
+
+    def _hand_over(self, operation: Operation, work: Callable[..., None], *args: Any) -> None:
+        try:
+            self._pool.submit(work, *args)
+        except RuntimeError:  # closed at this very moment: the operation stays unfinished in the store
+            self._forget(operation)
 
     def _store_result(self, operation: Operation, future: Future[Any]) -> None:
         try:
