@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hold import Hold
 from samples import assert_same_samples
 from tinker.types import ModelInput, SamplingParams
 
@@ -124,11 +125,12 @@ def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, 
         broken.compute_logprobs(PROMPT).result(TIMEOUT)
     wait_idle(sampler)
     # The same memory serves the next policy: the short row's masked columns lie where the broken rows were.
-    gate = threading.Event()
+    hold = Hold()
     client = sampler.client(adapter, 2)
-    first = client.sample(PROMPT, 1, SamplingParams(max_tokens=1), on_tokens=lambda *_: gate.wait(TIMEOUT))
+    first = client.sample(PROMPT, 1, SamplingParams(max_tokens=1), on_tokens=hold)
+    hold.wait()
     futures = [short(client), client.sample(long, 1, SHORT)]
-    gate.set()
+    hold.release()
     assert len(first.result(TIMEOUT).sequences[0].tokens) == 1
     results = [f.result(TIMEOUT) for f in futures]
     assert_same_samples(results[0].sequences, before, PROMPT.to_ints(), SHORT, partial(plain_logits, base, adapter))
@@ -220,10 +222,11 @@ def test_a_prompt_is_prefilled_once_for_its_samples_and_for_its_twins(base, adap
     one = SamplingParams(max_tokens=1, seed=0)
     sampler = make_sampler(base, prefix_cache_bytes=0)
     client = sampler.client(adapter, 0)
-    gate = threading.Event()
-    blocker = client.sample(PROMPT, 1, SamplingParams(max_tokens=2, stop=[]), on_tokens=lambda *_: gate.wait(TIMEOUT))
+    hold = Hold()
+    blocker = client.sample(PROMPT, 1, SamplingParams(max_tokens=2, stop=[]), on_tokens=hold)
+    hold.wait()
     futures = [client.sample(prompt, 8, one) for _ in range(4)]  # all of them wait while the first is held
-    gate.set()
+    hold.release()
     for future in [blocker, *futures]:
         future.result(TIMEOUT)
     assert sampler.fed_tokens == 3 + 1 + 60

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hold import Hold
 from samples import assert_same_samples
 from tinker.types import ModelInput, SamplingParams
 from tiny import VOCAB, WINDOW, perturb
@@ -136,11 +137,12 @@ def test_what_the_fast_path_does_not_fit_says_so(
 def test_every_distinct_token_is_fed_once(sampler_of: Callable[..., Sampler]) -> None:
     sampler = sampler_of()
     client = sampler.client(None, 0)
-    gate = threading.Event()
-    held = client.sample(ModelInput.from_ints([1, 2, 3]), 1, params(1), on_tokens=lambda *_: gate.wait(TIMEOUT))
+    hold = Hold()
+    held = client.sample(ModelInput.from_ints([1, 2, 3]), 1, params(1), on_tokens=hold)
+    hold.wait()
     shared = [5, *ids(39, 0)]
     futures = [ask(client, [*shared, i, *ids(9, i)], 4, tokens=6) for i in range(4)]  # arrive together
-    gate.set()
+    hold.release()
     for future in (held, *futures):
         future.result(TIMEOUT)
     once = 3 + 40 + 4 * 10
