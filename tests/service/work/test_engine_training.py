@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -338,9 +339,10 @@ def test_models_take_turns(harness: EngineHarness, base: str) -> None:
     places = [i for i, request_id in enumerate(harness.finished) if request_id.startswith(modest.model_id)]
     first = places[0]
     assert first < 40, "the modest model must not wait for all of the greedy one's operations"
-    # From its first turn on it gets every other one, or nearly.
+    # From its first turn on it gets every other one, or nearly. Turns are shared out by their time: one that is
+    # interrupted for long is followed by several of the other model.
     between = [b - a for a, b in itertools.pairwise(places)]
-    assert sum(between) <= 3 * len(between), harness.finished
+    assert statistics.median(between) <= 3, harness.finished
     status = harness.engine.status()
     assert status["models"][greedy.model_id]["tokens_trained"] == 40 * 4 * 39
     assert status["tokens"]["trained"] == 48 * 4 * 39
