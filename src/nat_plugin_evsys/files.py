@@ -12,6 +12,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from nat_plugin_evsys.errors import ConfigError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -87,6 +90,27 @@ def no_file(setting: str, path: Path | str) -> str:
     """The message where a setting names a file that is not there."""
     where = "" if Path(path).is_absolute() else f" (`{path}` is relative to the directory that nat runs in)"
     return f"{setting}: no file at {Path(path).absolute()}{where}; check the path"
+
+
+def hold_file(path: Path, in_use: str) -> IO[str]:
+    """Keep ``path``, which is made, from other processes until it is closed or this one ends.
+
+    A system without flock runs without this guard.
+
+    Raises:
+        ConfigError: another process holds it; ``in_use`` is the message.
+    """
+    handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held until close
+    try:
+        import fcntl
+    except ImportError:
+        return handle
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        raise ConfigError(in_use) from error
+    return handle
 
 
 def others_may_read(path: Path) -> bool:

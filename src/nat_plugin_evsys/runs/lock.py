@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import IO
 
-from nat_plugin_evsys.errors import ConfigError, RunLostError
+from nat_plugin_evsys.errors import RunLostError
+from nat_plugin_evsys.files import hold_file
 
 
 class RunLock:
@@ -24,21 +25,9 @@ class RunLock:
         Raises:
             ConfigError: another process holds it.
         """
-        if self._held is not None:
-            return
-        try:
-            import fcntl
-        except ImportError:  # a system without flock runs without this guard
-            return
-        handle = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - held until release
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            handle.close()
-            raise ConfigError(
-                f"run {self._path.parent} is in use by another process; wait for it to end, or set resume: false"
-            ) from error
-        self._held = handle
+        if self._held is None:
+            in_use = f"run {self._path.parent} is in use by another process; wait for it to end, or set resume: false"
+            self._held = hold_file(self._path, in_use)
 
     def release(self) -> None:
         """Let another process resume the run."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from nat_plugin_evsys.engine.model.forward import share_of_norm
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.peft_check import load_in_peft, trains_tied_head, write_adapter
@@ -91,7 +92,7 @@ def _checked(base: BaseModel, adapter: LoraAdapter, loaded: Any, what: str) -> f
             expected: Tensor = base.model(input_ids=ids, use_cache=False).logits.float()
         with applied(None):
             found: Tensor = loaded(input_ids=ids, use_cache=False).logits.float()
-    gap = float((found - expected).norm() / expected.norm())
+    gap = share_of_norm(found, expected)
     if not gap <= (_FP32 if base.dtype == torch.float32 else _HALF):
         raise CheckpointError(
             f"{what} computes something else than the engine when it is loaded back: its logits are off by {gap:.1e} "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine.gradient.fast_verdict import fast_forward
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.engine.model.forward import OutputHead
+from nat_plugin_evsys.engine.model.forward import OutputHead, share_of_norm
 from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_check import load_in_peft, write_adapter
@@ -149,7 +149,7 @@ def _against_sampler(model: TrainableModel, row: ModelRow) -> ModelRow:
 
 
 def _cell(base: BaseModel, found: Tensor, expected: Tensor, what: str) -> str:
-    gap = float((found.float() - expected.float()).norm() / expected.float().norm())
+    gap = share_of_norm(found, expected)
     return "ok" if gap <= (_FP32 if base.dtype == torch.float32 else _HALF) else f"{what} off by {gap:.1e} of the norm"
 
 

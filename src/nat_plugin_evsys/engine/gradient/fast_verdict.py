@@ -13,8 +13,9 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine.gradient.fast_forward import FastForward
 from nat_plugin_evsys.engine.model.float32_twin import float32_twin
-from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows
+from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows, share_of_norm
 from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.long_rope import rope_types
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.engine.tree.attention import install
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
@@ -51,9 +52,7 @@ def fast_forward(base: BaseModel, head: OutputHead) -> tuple[FastForward | None,
 def _find_out(base: BaseModel, head: OutputHead) -> _Verdict:
     """Leaves trie attention installed in a model that can use the fast path."""
     config = base.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
-    if "dynamic" in kinds:
+    if "dynamic" in rope_types(config):
         return _Verdict("its rotary embedding depends on the longest sequence of a batch (dynamic)")
     before = config._attn_implementation
     if not install(base.model):
@@ -103,7 +102,7 @@ def _half_mismatch(base: BaseModel, found: Tensor, plain: Tensor, family: Sequen
 def _errors(states: Tensor, exact: Tensor) -> tuple[float, float]:
     """Distance as a share of the norm: of all rows together, and of the median row."""
     by_row = (states - exact).norm(dim=-1) / exact.norm(dim=-1)
-    return float((states - exact).norm() / exact.norm()), float(by_row.median())
+    return share_of_norm(states, exact), float(by_row.median())
 
 
 def _states_of_probe(base: BaseModel, fast: FastForward) -> tuple[Tensor, Tensor, list[Ids]]:

@@ -122,3 +122,8 @@ def _chunk(head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, target
         all_logprobs = logits - normaliser
         entropy = -(all_logprobs.exp() * all_logprobs).sum(dim=-1)
     return logprobs, entropy
+
+
+def share_of_norm(found: Tensor, expected: Tensor) -> float:
+    """Distance of two tensors of one shape, as a share of the norm of ``expected``; in float32."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())

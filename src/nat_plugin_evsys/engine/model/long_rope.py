@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _LENGTHS: ContextVar[Tensor | None] = ContextVar("evsys_sequence_lengths", default=None)
@@ -38,6 +38,12 @@ def long_rope_limit(model: PreTrainedModel) -> int | None:
     """Tokens up to which a sequence has the short table; None where the model's table never changes."""
     limits = [module.limit for module in model.modules() if isinstance(module, LongRotary)]
     return min(limits, default=None)
+
+
+def rope_types(config: PretrainedConfig) -> set[str | None]:
+    """The ``rope_type`` of a text model's rotary embedding, or of each where its layers have several."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return {each.get("rope_type") for each in (parameters, *parameters.values()) if isinstance(each, dict)}
 
 
 def install(model: PreTrainedModel) -> None:

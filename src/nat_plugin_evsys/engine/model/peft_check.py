@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nat_plugin_evsys.engine.model.forward import share_of_norm
 from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear, applied
 from nat_plugin_evsys.engine.model.peft_format import adapter_config, to_peft_names
@@ -77,7 +78,7 @@ def peft_problem(base: BaseModel, adapter: LoraAdapter) -> str:
         return one_line(exc)
     with torch.no_grad(), applied(probe):
         expected: Tensor = base.model(input_ids=ids, use_cache=False).logits.float()
-    gap = float((found - expected).norm() / expected.norm())
+    gap = share_of_norm(found, expected)
     if gap <= (_FP32 if base.dtype == torch.float32 else _HALF):
         return ""
     return f"its logits are off by {gap:.1e} of their norm"

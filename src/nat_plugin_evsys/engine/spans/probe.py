@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
-from nat_plugin_evsys.engine.model.long_rope import long_rope_limit
+from nat_plugin_evsys.engine.model.long_rope import long_rope_limit, rope_types
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.engine.sampling.decoding_check import decoding_gap
 from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout, SlotStore
@@ -54,9 +54,7 @@ def _unfit(base: BaseModel, layout: KVLayout) -> str:
     kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if window else [])
     if "sliding_attention" in kinds and (window or 0) < base.context_length:
         return f"it has layers that attend to {window} tokens only, and its context is {base.context_length}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    types = {rope.get("rope_type")} | {r.get("rope_type") for r in rope.values() if isinstance(r, dict)}
-    if "dynamic" in types:
+    if "dynamic" in rope_types(config):
         return "its rotary embedding depends on the longest sequence of a batch"
     limit = long_rope_limit(base.model)
     if limit is not None and limit < base.context_length:

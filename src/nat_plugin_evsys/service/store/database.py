@@ -6,12 +6,13 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, Engine, Row, Select, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
 from nat_plugin_evsys.errors import ConfigError, StoreError
+from nat_plugin_evsys.files import hold_file
 from nat_plugin_evsys.service.store.group_commit import GroupCommit
 from nat_plugin_evsys.service.store.tables import SCHEMA_VERSION, metadata
 
@@ -42,7 +43,8 @@ class Database:
         self.path = root / "service.sqlite"
         try:
             root.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(root / "service.lock")
+            in_use = f"the store {root} is in use by another server; stop that one, or choose another directory"
+            self._lock = hold_file(root / "service.lock", in_use)
         except OSError as exc:
             raise ConfigError(f"the store {root} cannot be used: {exc}") from exc
         try:
@@ -116,27 +118,6 @@ def give_back_space(connection: Connection) -> None:
     assert driver is not None
     for _ in range(min(free, _MAX_FREED_PAGES)):
         driver.execute("PRAGMA incremental_vacuum(1)").close()  # one page for each step, and the driver steps once
-
-
-def _lock(path: Path) -> IO[str]:
-    """Hold ``path`` until it is closed or the process ends.
-
-    Raises:
-        ConfigError: another server holds it.
-    """
-    handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - held until close
-    try:
-        import fcntl
-    except ImportError:  # a system without flock runs without this guard
-        return handle
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        handle.close()
-        raise ConfigError(
-            f"the store {path.parent} is in use by another server; stop that one, or choose another directory"
-        ) from exc
-    return handle
 
 
 def _engine(path: Path) -> Engine:
