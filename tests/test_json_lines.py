@@ -23,7 +23,7 @@ from nat_plugin_evsys.service.http.logs import JsonFormatter
 from nat_plugin_evsys.training.job_ledger import JobLedger
 
 SOURCE = Path(nat_plugin_evsys.__file__).parent
-LOCK_FILES = {"runs/lock.py", "service/store/database.py"}
+LOCK_FILES = {"files.py"}
 """Modules that open a file for appending without writing to it: it is a lock."""
 
 
