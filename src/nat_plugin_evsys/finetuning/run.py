@@ -15,7 +15,6 @@ from nat_plugin_evsys.calls import CallFate, DropReason
 from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError, RunLostError
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
-from nat_plugin_evsys.finetuning.checks.demonstrations import PromptCheck
 from nat_plugin_evsys.finetuning.collapse import RATE_FACTOR, RELOADED, collapse_of, rate_after, reload_best, stopped
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
@@ -25,12 +24,13 @@ from nat_plugin_evsys.finetuning.overlap import hold_next_rollouts, hold_resumed
 from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.run_pages import RunPages
+from nat_plugin_evsys.finetuning.scoring import Scoring, ScoringTrainer
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
 from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.findings import Finding
-from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION, WARM_START
+from nat_plugin_evsys.report.metrics_log import EPOCH, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
 from nat_plugin_evsys.report.trackers.tracking import Tracking
 from nat_plugin_evsys.runs.rollouts import Collection
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
     from nat_plugin_evsys.config import EvsysTrainerConfig, WarmStartConfig
     from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
-    from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
     from nat_plugin_evsys.report.display import Display
 
 logger = logging.getLogger(__name__)
@@ -51,15 +50,12 @@ _STATUS_INTERVAL = 0.5
 """Seconds between two looks at a running job."""
 
 
-class SessionTrainer(Protocol):
-    """What a session needs from NAT's Trainer. Calls go through it so that a subclass's hooks take effect."""
+class SessionTrainer(ScoringTrainer, Protocol):
+    """What a session needs from NAT's Trainer."""
 
     config: EvsysTrainerConfig
     run_config: FinetuneConfig
-    trajectory_builder: EvsysTrajectoryBuilder
     trainer_adapter: EvsysTrainerAdapter
-
-    last_evaluation: RolloutReport | None
 
     @property
     def held_back(self) -> Mapping[str, DropReason]:
@@ -71,12 +67,6 @@ class SessionTrainer(Protocol):
 
     async def start_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
         """Roll out and submit one training job; None when no trajectory is left to train on."""
-
-    async def evaluate(self, name: str) -> RolloutReport:
-        """Score the current policy once on each row of the run's dataset."""
-
-    async def run_validation_evaluation(self, epoch: int, run_id: str) -> dict[str, Any]:
-        """Score the current policy on the held-out dataset."""
 
     def log_progress(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Record an epoch's row of metrics."""
@@ -112,7 +102,7 @@ class RunSession:
             agent=inputs.workflow,
             model=inputs.policy.base_model,
         )
-        self._prompt_check = PromptCheck([row["messages"] for row in inputs.demonstrations])
+        self._scoring = Scoring(trainer, books, inputs, self._keeper, display, tracking)
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
         """Run (or resume) all epochs.
@@ -178,10 +168,10 @@ class RunSession:
     async def _begin(self) -> None:
         state, config = self._books.state, self._trainer.config.warm_start
         if config is not None:
-            state.heldout_reward_base = await self._score_heldout_rows(BASE, Collection("base", 0), "of the base model")
+            await self._scoring.base()
             await self._warm_start(config)
-        state.train_reward_before = await self._score_training_rows(0)
-        state.heldout_reward_before = await self._validate(0)
+        state.train_reward_before = await self._scoring.training_rows(0)
+        state.heldout_reward_before = await self._scoring.heldout(0)
         await self._checkpoints.save(0, state.heldout_reward_before, {})
 
     async def _warm_start(self, config: WarmStartConfig) -> None:
@@ -222,7 +212,7 @@ class RunSession:
         if self._inputs.validation_dataset is None:
             self._books.reward_of_last_checkpoint(row["reward_mean"])
         validated = self._inputs.is_validation_due(epoch + 1, num_epochs)
-        heldout = await self._validate(epoch + 1) if validated else None
+        heldout = await self._scoring.heldout(epoch + 1) if validated else None
         columns, found = self._watch.look(
             epoch + 1, report, row["trained"], self._trainer.last_evaluation if validated else None
         )
@@ -249,14 +239,8 @@ class RunSession:
         try:
             return await self._trainer.start_epoch(epoch, run_id)
         except EvsysError:
-            await self._keep_evaluation(Collection("epoch", epoch + 1))
+            await self._scoring.keep(Collection("epoch", epoch + 1))
             raise
-
-    async def _keep_evaluation(self, collection: Collection) -> None:
-        attempts = self._trainer.trajectory_builder.take_attempts()
-        await self._keeper.keep(collection, attempts)
-        if (mismatch := self._prompt_check.compare(attempts)) is not None:
-            self._display.notice(f"WARNING: {mismatch}")
 
     async def _wait(self, ref: TrainingJobRef) -> TrainingJobStatus:
         """Wait for the job and show its progress.
@@ -295,7 +279,7 @@ class RunSession:
             NothingTrainedError: nothing was trained, neither by an epoch nor by a warm start.
         """
         books = self._books
-        reward = await self._score_training_rows(books.state.epochs_done)
+        reward = await self._scoring.training_rows(books.state.epochs_done)
         books.state.train_reward_after = reward
         if self._inputs.validation_dataset is None:
             books.reward_of_last_checkpoint(reward)
@@ -321,37 +305,6 @@ class RunSession:
             progress=100.0,
             message=f"epochs: {summary.epochs}, calls: {summary.calls}, of which trained on: {summary.trained}",
         )
-
-    async def _score_training_rows(self, epochs_done: int) -> float:
-        """Mean reward of the policy on the training rows, tried once each."""
-        try:
-            return (await self._trainer.evaluate("train")).mean_reward
-        finally:
-            await self._keep_evaluation(Collection("train", epochs_done))
-
-    async def _validate(self, epochs_done: int) -> float | None:
-        """Held-out reward of the policy; None without a validation dataset."""
-        when = "after the warm start" if epochs_done == 0 and self._books.state.warm_started else None
-        reward = await self._score_heldout_rows(VALIDATION, Collection("heldout", epochs_done), when)
-        if reward is not None:
-            self._books.state.heldout_reward_after = reward
-        return reward
-
-    async def _score_heldout_rows(self, event: str, collection: Collection, when: str | None) -> float | None:
-        """Held-out reward, also shown and written to metrics.jsonl; None without a validation dataset."""
-        if self._inputs.validation_dataset is None:
-            return None
-        started, epoch = time.monotonic(), collection.epoch
-        try:
-            metrics = await self._trainer.run_validation_evaluation(epoch, self._books.run_dir.path.name)
-        finally:
-            await self._keep_evaluation(collection)
-        reward, seconds = float(metrics["avg_reward"]), round(time.monotonic() - started, 3)
-        self._books.metrics.append(event, epoch, reward=reward, num_examples=metrics["num_examples"], seconds=seconds)
-        self._display.validation(epoch, reward, when)
-        replies = [] if self._trainer.last_evaluation is None else self._trainer.last_evaluation.replies
-        self._tracking.validation(collection.kind, epoch, reward, replies)
-        return reward
 
     def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
         try:
