@@ -117,5 +117,25 @@ def test_nothing_is_cut_in_a_narrow_terminal(tmp_path: Path) -> None:
     assert "…" not in shown
 
 
+@pytest.mark.parametrize(
+    ("question", "shown"),
+    [
+        ('{"question": "Which team?", "functions": [{"name": "team"}]}', "question  Which team?"),
+        ("Who?", None),  # the conversation has it
+        ("Someone who says: Who?", "question  Someone who says: Who?"),
+        (None, None),
+    ],
+)
+def test_what_the_conversation_does_not_say_of_the_row_is_shown(
+    tmp_path: Path, question: str | None, shown: str | None
+) -> None:
+    run = RunDirectory.create(tmp_path)
+    run.rollouts.write(Collection("epoch", 1), [line("r1", "yes", question=question)])
+    printed = call(run.path).output
+    assert (shown or "") in printed
+    assert ("question  " in printed) == (shown is not None)
+    assert "functions" not in printed
+
+
 def test_the_last_line_names_the_run(run: RunDirectory) -> None:
     assert call(run.path).output.splitlines()[-1] == f"{run.path.name}, epoch-0002: 1 of 1 rollouts"

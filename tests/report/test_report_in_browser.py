@@ -33,6 +33,8 @@ FLAGS = (
 )
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> <b>bold</b> &amp;"
 
+IN_JSON = '{"question": "Question flat?", "functions": [{"name": "route"}]}'
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -60,7 +62,7 @@ def fill(made: MadeRun, gain: float = 1.0) -> None:
             [made.attempt(row, f"reply {number} of {row}", float(number < epoch), number) for number in range(4)]
             for row in rows[:8]
         ]
-        groups.append([made.attempt("flat", "always the same", 0.0, number) for number in range(4)])
+        groups.append([made.attempt("flat", "always the same", 0.0, n, question=IN_JSON) for n in range(4)])
         groups.append([made.attempt("hostile", HOSTILE, float(number), number, question=HOSTILE) for number in (0, 1)])
         groups[0][3] = made.attempt("r1", "half a", None, 3, lost="rollout_timeout", error="TimeoutError: cut off")
         made.train(epoch, groups)

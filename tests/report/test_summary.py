@@ -64,7 +64,7 @@ def test_text_tells_everything_and_ends_with_the_path(tmp_path: Path) -> None:
 
 def test_a_warm_start_has_three_held_out_rewards(tmp_path: Path) -> None:
     text = replace(SUMMARY, heldout_reward_base=0.05).format(tmp_path / "summary.json")
-    assert "held-out reward  base 0.050 -> warm start 0.200 -> 0.900  (+0.850)" in text
+    assert "held-out reward  base 0.050 -> warm start 0.200 -> 0.900  (+0.850), +0.700 since the warm start" in text
 
 
 def test_without_a_held_out_dataset(tmp_path: Path) -> None:

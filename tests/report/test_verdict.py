@@ -56,10 +56,66 @@ def test_a_warm_start_is_told_apart_from_what_came_after_it() -> None:
     assert worse.sentence.endswith("it was 0.250, and training since then has lowered it.")
     assert worse.answer == "no"
     assert worse.sentence.startswith("Not by what came after the warm start. On 20 held-out rows the mean reward rose")
+    assert "since the warm start changed it by −0.125" in worse.sentence
     rows = [{"event": "base", "epoch": 0, "reward": 0.0, "num_examples": 20}]
     rows += [{"event": "validation", "epoch": 0, "reward": 0.25, "num_examples": 20}]
     drawn = curve(rows, list(rewards), rewards.__getitem__)
     assert [(point["epochs"], point["mean"]) for point in drawn["base"] + drawn["heldout"]] == [(0, 0.0), (0, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("solved", "answer", "begins", "since", "tells"),
+    [
+        (
+            20,
+            "yes",
+            "Yes. On 20 held-out rows the mean reward rose from 0.000 to 1.000",
+            0.5,
+            "by +0.500 (95% interval +",
+        ),
+        (12, "yes", "Yes. On 20", 0.1, "by +0.100 (95% interval −0.059 to +0.240, which includes no change)."),
+        (
+            10,
+            "unclear",
+            "Only by the warm start. On 20 held-out rows the mean reward rose from 0.000",
+            0.0,
+            "no change",
+        ),
+        (
+            8,
+            "unclear",
+            "Only by the warm start. On 20",
+            -0.1,
+            "by −0.100 (95% interval −0.240 to +0.059, which includes",
+        ),
+        (
+            2,
+            "no",
+            "Not by what came after the warm start. On 20",
+            -0.4,
+            "it was 0.500, and training since then has lowered it.",
+        ),
+    ],
+)
+def test_epochs_after_a_warm_start_are_judged_by_what_they_added(
+    solved: int, answer: str, begins: str, since: float, tells: str
+) -> None:
+    def first(count: int) -> dict[str, float]:
+        return {row: float(number < count) for number, row in enumerate(ROWS)}
+
+    rewards = {Collection("base", 0): first(0), BEFORE: first(10), AFTER: first(solved)}
+    found = verdict(state(0.5, solved / 20, heldout_reward_base=0.0), list(rewards), rewards.__getitem__)
+    assert found.answer == answer
+    assert found.sentence.startswith(begins)
+    assert tells in found.sentence
+    assert found.since_warm_start.mean == pytest.approx(since)
+
+
+def test_a_warm_start_without_an_epoch_after_it_is_called_that() -> None:
+    rewards = {Collection("base", 0): dict.fromkeys(ROWS, 0.0), BEFORE: dict.fromkeys(ROWS, 1.0)}
+    found = verdict(state(1.0, 1.0, heldout_reward_base=0.0), list(rewards), rewards.__getitem__)
+    assert (found.answer, found.warm_start.mean, found.since_warm_start) == ("yes", 1.0, None)
+    assert found.sentence.endswith("So far only the warm start was measured.")
 
 
 def test_training_rows_stand_in_for_missing_held_out_rows() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.report.questions import question_text
 from nat_plugin_evsys.report.replies import Reply
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.rollouts.episodes import text_of
@@ -21,7 +22,7 @@ def reply_of(attempt: Attempt) -> Reply:
     expected = _text(attempt.expected) or None
     return Reply(
         row=attempt.row_id,
-        question=_text(attempt.question),
+        question=question_text(attempt.question) or _text(attempt.question),
         expected=expected,
         text=text,
         reward=attempt.reward,

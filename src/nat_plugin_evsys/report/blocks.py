@@ -1,9 +1,9 @@
 """Rollouts as the report's page embeds them: one compressed block per collection, decoded on demand.
 
-A block is the base64 of gzip of JSON ``{"rows": [row, …]}``. A row has ``id``, ``question``, ``expected`` and its
-``attempts``; an attempt its facts and ``steps``; a step what was said and, where it was sampled, its ``tokens``: texts
-``t``, ids ``i``, and in thousandths of a nat the logprobs at sampling ``p`` and the learner's ``l``. Fields without a
-value are left out.
+A block is the base64 of gzip of JSON ``{"rows": [row, …]}``. A row has ``id``, ``question``, ``title`` (what it asks,
+where ``question`` is an object or JSON of one), ``expected`` and its ``attempts``; an attempt its facts and ``steps``;
+a step what was said and, where it was sampled, its ``tokens``: texts ``t``, ids ``i``, and in thousandths of a nat the
+logprobs at sampling ``p`` and the learner's ``l``. Fields without a value are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nat_plugin_evsys.report.questions import question_text
 from nat_plugin_evsys.runs.rollouts import Collection, RolloutFacts, RolloutFiles
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def make_block(collection: Collection, lines: Iterable[str]) -> Block:
     for line in lines:
         trajectory = Trajectory.model_validate_json(line)
         facts = RolloutFacts.of(trajectory.extra)
-        row = rows.setdefault(
-            facts.row_id, {"id": facts.row_id, "question": facts.question, "expected": facts.expected, "attempts": []}
-        )
+        row = rows.setdefault(facts.row_id, _row(facts))
         row["attempts"].append(_attempt(facts, trajectory))
     text = json.dumps({"rows": list(rows.values())}, ensure_ascii=False, separators=(",", ":"))
     return Block(
@@ -84,6 +83,12 @@ def make_block(collection: Collection, lines: Iterable[str]) -> Block:
         len(rows),
         sum(len(row["attempts"]) for row in rows.values()),
     )
+
+
+def _row(facts: RolloutFacts) -> dict[str, Any]:
+    asked = question_text(facts.question)
+    title = {} if asked is None else {"title": asked}
+    return {"id": facts.row_id, "question": facts.question, **title, "expected": facts.expected, "attempts": []}
 
 
 def _mean_reward(row: dict[str, Any]) -> float | None:

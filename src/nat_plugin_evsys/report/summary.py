@@ -99,6 +99,8 @@ class RunSummary:
         if base is None:
             return _change(before, after)
         gain = "" if after is None else f"  ({after - base:+.3f})"
+        if after is not None and before is not None and self.epochs:
+            gain += f", {after - before:+.3f} since the warm start"
         return f"base {_reward(base)} -> warm start {_reward(before)} -> {_reward(after)}{gain}"
 
     def _why_dropped(self) -> list[str]:

@@ -7,13 +7,14 @@ repaint the terminal.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from nat_plugin_evsys.report.questions import question_text
 from nat_plugin_evsys.runs.rollouts import RolloutFacts
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _VISIBLE |= {code: "�" for code in range(128, 160)}
 def transcript(trajectory: Trajectory) -> RenderableType:
     """One rollout: its facts, the conversation, and what the evaluator said."""
     facts = RolloutFacts.of(trajectory.extra)
-    lines = [_facts_line(facts)]
+    lines = [_facts_line(facts), *_question_lines(facts, trajectory.steps)]
     for step in trajectory.steps:
         lines += _step_lines(step)
     lines += list(_verdict_lines(facts))
@@ -52,6 +53,13 @@ def _facts_line(facts: RolloutFacts) -> Text:
     if facts.seconds is not None:
         parts.append(f"{facts.seconds:.1f} s")
     return Text("  ".join(parts), style="dim")
+
+
+def _question_lines(facts: RolloutFacts, steps: Iterable[Step]) -> Iterator[Text]:
+    """What the row asks, unless a message of the conversation says it in the same words."""
+    asked = question_text(facts.question) or facts.question
+    if asked and not any(isinstance(step.message, str) and str(asked) in step.message for step in steps):
+        yield _labelled("question", asked)
 
 
 def _colour(reward: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nat_plugin_evsys.report.intervals import Interval, change_interval, mean_interval
@@ -17,6 +17,8 @@ RowRewards = Mapping[str, float]
 
 Answer = Literal["yes", "no", "unclear", "unmeasured"]
 
+_OPENINGS: dict[str, str] = {"yes": "Yes.", "no": "No, it got worse.", "unclear": "Not clearly."}
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -24,13 +26,15 @@ class Verdict:
 
     Attributes:
         answer: ``yes`` or ``no`` if the interval of the change excludes 0, else ``unclear``.
-            Also ``no`` if training has clearly lowered what a warm start had gained.
+            After a warm start, ``no`` if the epochs since then have clearly lowered the reward, and never ``yes`` if
+            they ended no higher.
         sentence: the answer in words.
         kind: the rows it is about: the held-out rows, or the training rows if there are none.
         before, after: mean rewards, of the base model and of what it became; None where nothing was measured.
         change: of the same rows; None if their rewards were not kept.
         rows: how many got ``better``, ``worse`` or stayed the ``same``.
         warm_start: mean reward on the held-out rows after a warm start; None without one.
+        since_warm_start: change of the same rows since then; None without one.
     """
 
     answer: Answer
@@ -41,6 +45,7 @@ class Verdict:
     change: Interval | None
     rows: dict[str, int]
     warm_start: Interval | None = None
+    since_warm_start: Interval | None = None
 
 
 def verdict(state: RunState, collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]) -> Verdict:
@@ -65,16 +70,39 @@ def verdict(state: RunState, collections: Sequence[Collection], rewards: Callabl
         "same": sum(new[row] == old[row] for row in rows),
     }
     answer = _answer(before, after, change)
-    sentence = _sentence(answer, kind, before, after, change)
-    taught = rewards(kept[0]) if base and kept else {}
+    found = Verdict(answer, _sentence(answer, kind, before, after, change), kind, before, after, change, counts)
+    return _told_apart(found, [rewards(collection) for collection in kept]) if base and kept else found
+
+
+def _told_apart(found: Verdict, measured: Sequence[RowRewards]) -> Verdict:
+    """``found``, with what the epochs since a warm start did told apart from the warm start itself.
+
+    Args:
+        measured: the rewards of each measurement since the warm start, which the first one follows at once.
+    """
+    taught, new = measured[0], measured[-1]
     warm_start = mean_interval(list(taught.values()))
-    if warm_start is not None and after is not None:
-        fell = ", and training since then has lowered it" if warm_start.mean > after.mean else ""
-        sentence += f" After the warm start alone it was {warm_start.mean:.3f}{fell}."
-    since = change_interval([taught[row] for row in taught if row in new], [new[row] for row in taught if row in new])
-    if since is not None and since.high < 0.0:
-        answer, sentence = "no", f"Not by what came after the warm start. {sentence.removeprefix('Yes. ')}"
-    return Verdict(answer, sentence, kind, before, after, change, counts, warm_start)
+    rows = [row for row in taught if row in new]
+    since = change_interval([taught[row] for row in rows], [new[row] for row in rows])
+    if warm_start is None or since is None:
+        return found
+    if len(measured) == 1:
+        return replace(
+            found, sentence=f"{found.sentence} So far only the warm start was measured.", warm_start=warm_start
+        )
+    is_clear = not since.low <= 0.0 <= since.high
+    answer, sentence = found.answer, found.sentence
+    fell = is_clear and since.mean < 0.0
+    if fell or (answer == "yes" and since.mean <= 0.0):
+        opening = "Not by what came after the warm start." if fell else "Only by the warm start."
+        sentence = f"{opening} {sentence.removeprefix(_OPENINGS.get(answer, '')).lstrip()}"
+        answer = "no" if fell else "unclear"
+    no_change = "" if is_clear else ", which includes no change"
+    sentence += f" The epochs since the warm start changed it by {_signed(since.mean)} "
+    sentence += f"(95% interval {_signed(since.low)} to {_signed(since.high)}{no_change})."
+    lowered = ", and training since then has lowered it" if fell else ""
+    sentence += f" After the warm start alone it was {warm_start.mean:.3f}{lowered}."
+    return replace(found, answer=answer, sentence=sentence, warm_start=warm_start, since_warm_start=since)
 
 
 def curve(
@@ -150,13 +178,9 @@ def _sentence(
     caution = (
         "" if kind == "heldout" else " These are the rows it was trained on: set validation_dataset for a fair test."
     )
-    match answer:
-        case "yes":
-            return f"Yes. {on} the mean reward rose {moved} {sure}.{caution}"
-        case "no":
-            return f"No, it got worse. {on} the mean reward fell {moved} {sure}.{caution}"
-        case _:
-            return f"Not clearly. {on} the mean reward went {moved} {sure}, which includes no change.{caution}"
+    went = {"yes": "rose", "no": "fell"}.get(answer, "went")
+    unsure = "" if answer in ("yes", "no") else ", which includes no change"
+    return f"{_OPENINGS[answer]} {on} the mean reward {went} {moved} {sure}{unsure}.{caution}"
 
 
 def _signed(value: float) -> str:

@@ -90,7 +90,7 @@ function Pair({ pair, old, now }) {
   return html`<article class="change">
     <header>
       <span class="delta ${tone}">${sign} ${change === "same" ? "same" : signed(delta, 2)}</span>
-      <span class="question clamp">${textOf(row.question)}</span>
+      <span class="question clamp">${titleOf(row)}</span>
       <span class="small muted">${row.id}</span>
     </header>
     ${textOf(row.expected) && html`<div class="small muted clamp">wants ${" "}<span style="color: var(--ink)">${textOf(row.expected)}</span></div>`}

@@ -42,6 +42,11 @@ function textOf(value) {
   return line.length <= 72 ? line : JSON.stringify(value, null, 2);
 }
 
+/** What a row asks, in words where the row is JSON. */
+function titleOf(row) {
+  return row.title ?? textOf(row.question);
+}
+
 /** A sentence of this package, whose `names` in backticks are shown as code. */
 function prose(text) {
   return text.split("`").map((part, index) => (index % 2 ? html`<code key=${index}>${part}</code>` : part));

@@ -155,7 +155,7 @@ function Group({ group, range, active, choose, detail }) {
   const isChosen = active?.row === group.id;
   const reasons = [...group.fates].filter((fate) => !["trained", "error", "validation"].includes(fate));
   return html`<article class="card group ${isChosen ? "chosen" : ""}">
-    <header><span class="question clamp">${textOf(group.question) || group.id}</span><${Reward} value=${group.mean} range=${range} /></header>
+    <header><span class="question clamp">${titleOf(group) || group.id}</span><${Reward} value=${group.mean} range=${range} /></header>
     <div class="facts"><span>${group.id}</span>${textOf(group.expected) && html` · wants ${textOf(group.expected).slice(0, 120)}`}
       ${reasons.map((reason) => html`<span key=${reason} title=${DROP_REASONS[reason] ?? ""}> · not trained on: ${reason}</span>`)}</div>
     <div class="attempts" role="group" aria-label="Attempts">

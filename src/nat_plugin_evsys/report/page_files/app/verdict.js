@@ -56,6 +56,8 @@ function Figures({ run }) {
       ${verdict.change && html`<div class="note">95% interval ${signed(verdict.change.low, 2)} to
         ${" "}${signed(verdict.change.high, 2)}, ${plural(verdict.change.count, "row")}</div>`}
       ${verdict.warm_start && html`<div class="note">base model → after the warm start → after training</div>`}
+      ${verdict.since_warm_start && html`<div class="note">since the warm start <${Change} value=${verdict.since_warm_start.mean} />, 95% interval
+        ${" "}${signed(verdict.since_warm_start.low, 2)} to ${signed(verdict.since_warm_start.high, 2)}</div>`}
     </div>
     <div class="figure wide better-rows">
       <div class="label">Rows that got</div>
