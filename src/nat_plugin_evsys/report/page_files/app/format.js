@@ -42,6 +42,10 @@ function textOf(value) {
   return line.length <= 72 ? line : JSON.stringify(value, null, 2);
 }
 
+function shortened(text, length) {
+  return text.length <= length ? text : `${text.slice(0, length - 1)}…`;
+}
+
 /** What a row asks, in words where the row is JSON. */
 function titleOf(row) {
   return row.title ?? textOf(row.question);

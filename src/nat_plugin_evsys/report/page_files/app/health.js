@@ -73,11 +73,11 @@ function healthChart(figures, width) {
   });
   const bounds = figures.map((figure) => figure.bound).filter((bound) => bound !== null);
   const values = data.slice(1).flat().filter((value) => value !== null);
-  const reach = Math.max(...values.map(Math.abs), 1e-9);
+  const reach = Math.max(...values.map(Math.abs), 0);
   const figure = figures[0];
-  // a threshold far away would flatten the curve
-  const near = bounds.filter((bound) => Math.abs(bound) < 4 * reach);
-  const least = figure.unit === "%" ? 0.1 : 1e-9;
+  // a threshold far away would flatten the curve, unless the curve is flat
+  const near = bounds.filter((bound) => reach === 0 || Math.abs(bound) < 4 * reach);
+  const least = figure.unit === "%" ? 0.1 : 10 ** -figure.digits; // nothing smaller is shown of a value
   const [low, high] = [Math.min(0, ...values, ...near), Math.max(...values, ...near, least)];
   const options = {
     width,

@@ -156,7 +156,7 @@ function Group({ group, range, active, choose, detail }) {
   const reasons = [...group.fates].filter((fate) => !["trained", "error", "validation"].includes(fate));
   return html`<article class="card group ${isChosen ? "chosen" : ""}">
     <header><span class="question clamp">${titleOf(group) || group.id}</span><${Reward} value=${group.mean} range=${range} /></header>
-    <div class="facts"><span>${group.id}</span>${textOf(group.expected) && html` · wants ${textOf(group.expected).slice(0, 120)}`}
+    <div class="facts"><span>${group.id}</span>${textOf(group.expected) && html` · wants ${shortened(textOf(group.expected), 120)}`}
       ${reasons.map((reason) => html`<span key=${reason} title=${DROP_REASONS[reason] ?? ""}> · not trained on: ${reason}</span>`)}</div>
     <div class="attempts" role="group" aria-label="Attempts">
       ${group.attempts.map((attempt) => html`<button type="button" key=${attempt.number} style=${rewardStyle(attempt.reward, range)}
@@ -170,7 +170,7 @@ function Group({ group, range, active, choose, detail }) {
 
 function attemptTitle(attempt) {
   const fate = attempt.dropped ? `not trained on: ${attempt.dropped}` : `advantage ${signed(attempt.advantage ?? 0)}`;
-  return `attempt ${attempt.number + 1}, ${fate}\n${said(attempt).slice(0, 160)}`;
+  return `attempt ${attempt.number + 1}, ${fate}\n${shortened(said(attempt), 160)}`;
 }
 
 function Detail({ group, number, collection }) {

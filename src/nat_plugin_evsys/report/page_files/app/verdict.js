@@ -52,12 +52,10 @@ function Figures({ run }) {
     <div class="figure wide">
       <div class="label">${rows}</div>
       <div class="value">${fixed(verdict.before?.mean)} <small>→</small> ${verdict.warm_start && html`${fixed(verdict.warm_start.mean)} <small>→</small>`} ${fixed(verdict.after?.mean)}
-        ${verdict.change && html` <${Change} value=${verdict.change.mean} />`}</div>
-      ${verdict.change && html`<div class="note">95% interval ${signed(verdict.change.low, 2)} to
-        ${" "}${signed(verdict.change.high, 2)}, ${plural(verdict.change.count, "row")}</div>`}
+        ${verdict.change && !verdict.since_warm_start && html` <${Change} value=${verdict.change.mean} />`}</div>
       ${verdict.warm_start && html`<div class="note">base model → after the warm start → after training</div>`}
-      ${verdict.since_warm_start && html`<div class="note">since the warm start <${Change} value=${verdict.since_warm_start.mean} />, 95% interval
-        ${" "}${signed(verdict.since_warm_start.low, 2)} to ${signed(verdict.since_warm_start.high, 2)}</div>`}
+      <${Gain} of=${verdict.since_warm_start && "in all"} change=${verdict.change} />
+      <${Gain} of="since the warm start" change=${verdict.since_warm_start} />
     </div>
     <div class="figure wide better-rows">
       <div class="label">Rows that got</div>
@@ -70,6 +68,13 @@ function Figures({ run }) {
     <div class="figure"><div class="label">Time</div><div class="value">${duration(cost.seconds)}</div></div>
     <${Time} cost=${cost} />
   </div>`;
+}
+
+/** The bounds of a change; where it says what it is the change `of`, its mean too. */
+function Gain({ of, change }) {
+  if (!change) return null;
+  return html`<div class="note">${of && html`${of} <${Change} value=${change.mean} />, `}95% interval ${signed(change.low, 2)} to
+    ${" "}${signed(change.high, 2)}, ${plural(change.count, "row")}</div>`;
 }
 
 function Change({ value }) {
@@ -150,7 +155,7 @@ function rewardChart(width) {
   const margin = 0.04 * (high - low);
   const options = {
     width,
-    height: width < 500 ? 260 : isComparison ? 460 : 392,
+    height: width < 500 ? 260 : isComparison || runs[0].verdict.since_warm_start ? 460 : 392, // as high as its neighbour
     scales: { x: { time: false, range: (_, min, max) => [min - 0.15, Math.max(max, min + 1) + 0.15] }, y: { range: [low - margin, high + margin] } },
     axes: axes({ ySize: 44 }),
     series,
