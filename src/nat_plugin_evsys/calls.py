@@ -23,6 +23,19 @@ STEP_ID_HEADER = "x-evsys-step-id"
 FUNCTIONS_HEADER = "x-evsys-functions"
 
 
+class PromptHistory(StrEnum):
+    """How the earlier turns of a conversation came to be in a prompt."""
+
+    NEW = "new"
+    """It follows no recorded prompt and reply."""
+    EXTENDED = "extended"
+    """It starts with the ids of the turn that it follows, as they were read and sampled."""
+    CHANGED = "changed"
+    """It follows a recorded prompt, but the client sent another reply than the policy's."""
+    REWRITTEN = "rewritten"
+    """The template writes the turn that it follows in another way now (it drops earlier thoughts, for example)."""
+
+
 class DropReason(StrEnum):
     """Why a call, or a whole trajectory, is not trained on. ``docs/drop-reasons.md`` says what to do about each."""
 
@@ -109,6 +122,7 @@ class Call:
         reply: the assistant message that was returned, in OpenAI form.
         sequence: arrival order within the recorder.
         functions: names of NAT's functions in which the call was made, the outermost first.
+        history: how the prompt holds the turn before it.
     """
 
     call_id: str
@@ -128,6 +142,7 @@ class Call:
     sequence: int
     top_k: int = -1
     functions: list[str] = field(default_factory=list)
+    history: PromptHistory = PromptHistory.NEW
 
     @property
     def key(self) -> CallKey:

@@ -50,13 +50,23 @@ def test_what_is_read_from_the_replies() -> None:
         cut=10,
         empty=0,
     )
-    rows = [row(1, replies=numbers.to_dict(), rollouts=40, failed_rollouts=1, staleness={"0": 10, "1": 30})]
+    rows = [
+        row(
+            1,
+            replies=numbers.to_dict(),
+            rollouts=40,
+            failed_rollouts=1,
+            staleness={"0": 10, "1": 30},
+            prompts={"new": 10, "extended": 27, "changed": 2, "rewritten": 1},
+        )
+    ]
     values = {each.figure.title: each.points for each in health(rows)}
     assert values["Rows without a signal"] == [(1, pytest.approx(0.9))]
     assert values["Reply length"] == [(1, 12.5)]
     assert values["Replies cut off"] == [(1, 0.25)]
     assert values["Failed rollouts"] == [(1, 0.025)]
     assert values["Staleness"] == [(1, 0.75)]
+    assert values["Turns read as sampled"] == [(1, 0.9)]
 
 
 def test_rows_of_other_events_and_values_that_are_no_numbers_are_left_out() -> None:

@@ -62,6 +62,13 @@ def test_text_tells_everything_and_ends_with_the_path(tmp_path: Path) -> None:
         assert part in text, part
 
 
+def test_later_turns(tmp_path: Path) -> None:
+    assert "later turns" not in SUMMARY.format(tmp_path)
+    counts = {"new": 40, "extended": 49, "changed": 1, "rewritten": 0}
+    text = replace(SUMMARY, prompts=counts).format(tmp_path)
+    assert "  later turns      98.0% start with the recorded ids (1 changed)\n" in text
+
+
 def test_a_warm_start_has_three_held_out_rewards(tmp_path: Path) -> None:
     text = replace(SUMMARY, heldout_reward_base=0.05).format(tmp_path / "summary.json")
     assert "held-out reward  base 0.050 -> warm start 0.200 -> 0.900  (+0.850), +0.700 since the warm start" in text

@@ -18,6 +18,7 @@ from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.policy.recorder import RecorderTotals
 from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.metrics_log import MetricsLog
+from nat_plugin_evsys.report.prompts import total_prompts
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path
 from nat_plugin_evsys.runs.environment import add_environment
@@ -204,6 +205,7 @@ class RunBooks:
         self.run_dir.save_state()
         self._committed = copy.deepcopy(state)
         record = state.last_checkpoint() if self.has_trained else None
+        rows = self.metrics.rows()
         summary = RunSummary(
             train_reward_before=state.train_reward_before,
             train_reward_after=state.train_reward_after,
@@ -221,7 +223,8 @@ class RunBooks:
             run_dir=str(self.run_dir.path),
             trackers=trackers,
             refusals=self._refusals,
-            findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(self.metrics.rows())],
+            findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(rows)],
+            prompts=total_prompts(rows),
         )
         summary.write(self.run_dir.summary_path)
         return summary

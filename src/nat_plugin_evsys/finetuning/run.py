@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
-from nat_plugin_evsys.calls import CallFate, DropReason
+from nat_plugin_evsys.calls import CallFate, DropReason, PromptHistory
 from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError, RunLostError
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
@@ -336,6 +336,7 @@ def _row(
         "failed_rollouts": report.failed_rollouts,
         "errors": report.errors,
         "calls": report.tally.calls,
+        "prompts": {each.value: report.prompts[each] for each in PromptHistory},
         "staleness": {str(age): count for age, count in sorted(report.staleness.items())},
         "trained": job.get("trained", 0),
         "loss": job.get("loss"),

@@ -15,7 +15,7 @@ from nat.data_models.dataset_handler import EvalDatasetBaseConfig
 from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig, Trajectory, TrajectoryCollection
 from nat.finetuning.interfaces.trajectory_builder import TrajectoryBuilder
 
-from nat_plugin_evsys.calls import CallKey, CallTally, DropReason, RunKind
+from nat_plugin_evsys.calls import CallKey, CallTally, DropReason, PromptHistory, RunKind
 from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.batch_check import check_batch
@@ -49,6 +49,7 @@ class RolloutReport:
         untargeted: calls that were made outside ``target_functions``.
         staleness: calls of the trajectories by how many optimizer steps old they were when these were built.
         replies: what was said in every attempt, scored or not.
+        prompts: calls of the trajectories by how their prompt holds the turn before it.
     """
 
     rewards: list[float] = field(default_factory=list)
@@ -60,6 +61,7 @@ class RolloutReport:
     untargeted: list[CallKey] = field(default_factory=list)
     staleness: Counter[int] = field(default_factory=Counter)
     replies: list[Reply] = field(default_factory=list)
+    prompts: Counter[PromptHistory] = field(default_factory=Counter)
 
     @property
     def mean_reward(self) -> float:
@@ -263,6 +265,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
                 metadata = {ROW_ID_KEY: attempt.row_id, ROLLOUT_ID_KEY: attempt.run_id, "error": attempt.error}
                 group.append(build_trajectory(calls, attempt.reward, metadata, step_rewards))
                 report.staleness.update(self.policy.version - call.policy_version for call in calls)
+                report.prompts.update(call.history for call in calls)
         return [group for group in groups.values() if group], report
 
     @staticmethod

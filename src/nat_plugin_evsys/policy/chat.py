@@ -86,7 +86,21 @@ class ChatRenderer:
         Raises:
             DataError: the template cannot render them; the message is the template's own.
         """
-        return self._encode(self._render_text(messages, tools, add_generation_prompt, enable_thinking))
+        return self.encode(self._render_text(messages, tools, add_generation_prompt, enable_thinking))
+
+    def render_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        enable_thinking: bool | None = None,
+    ) -> str:
+        """The text that ``render`` encodes, up to the opening of an assistant turn.
+
+        Raises:
+            DataError: see ``render``.
+        """
+        return self._render_text(messages, tools, True, enable_thinking)
 
     def render_reply(
         self,
@@ -115,12 +129,12 @@ class ChatRenderer:
                 f"with {prompt[-60:]!r}, the conversation with the reply ends with {full[-60:]!r}; give a "
                 "`chat_template` whose two forms agree"
             )
-        end = self._end_of_turn
+        end = self.end_of_turn
         if end is not None:
             marker = self.tokenizer.convert_ids_to_tokens(end)
             full = full[: max(full.rfind(marker) + len(marker), len(prompt))]
-        prompt_ids, ids = self._encode(prompt), self._encode(full)
-        reply = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self._encode(full[len(prompt) :])
+        prompt_ids, ids = self.encode(prompt), self.encode(full)
+        reply = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else self.encode(full[len(prompt) :])
         if end is None and self.tokenizer.eos_token_id is not None:
             reply.append(self.tokenizer.eos_token_id)
         return reply
@@ -172,7 +186,8 @@ class ChatRenderer:
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, *_TOO_MUCH) as error:
             raise DataError(f"the model's chat template cannot render these messages: {error}") from error
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """The token ids of rendered text."""
         with self._lock:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -228,7 +243,7 @@ class ChatRenderer:
     @cached_property
     def stop_token_ids(self) -> list[int]:
         """Ids that end an assistant turn: the tokenizer's EOS and what the template writes after a reply."""
-        ids = {self.tokenizer.eos_token_id, self._end_of_turn}
+        ids = {self.tokenizer.eos_token_id, self.end_of_turn}
         if self.tool_format == "llama3_json":  # Llama 3 ends a turn that calls a built-in tool with <|eom_id|>
             ids.add(self.tokenizer.get_vocab().get("<|eom_id|>"))
         return sorted(token_id for token_id in ids if token_id is not None)
@@ -252,10 +267,10 @@ class ChatRenderer:
         return with_tool != without
 
     @cached_property
-    def _end_of_turn(self) -> int | None:
+    def end_of_turn(self) -> int | None:
         """The control token that the template writes after an assistant's content."""
         text = self._apply([*_NO_CONTEXT, {"role": "assistant", "content": "x" + _PROBE}], None, False, None)
-        tail = self._encode(text.rpartition("x" + _PROBE)[2].lstrip())
+        tail = self.encode(text.rpartition("x" + _PROBE)[2].lstrip())
         return tail[0] if tail and tail[0] in self._control_ids else None
 
     @cached_property

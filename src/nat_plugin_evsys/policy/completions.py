@@ -14,6 +14,7 @@ from nat_plugin_evsys.calls import Call, RunKind
 from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.history import History, Prompt, turn_of
 from nat_plugin_evsys.policy.protocol import (
     Choice,
     ChoiceLogprobs,
@@ -24,7 +25,7 @@ from nat_plugin_evsys.policy.protocol import (
 )
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
-from nat_plugin_evsys.policy.streaming import ReplyText, text_ids
+from nat_plugin_evsys.policy.streaming import ReplyText, cut_at_stop, text_ids
 from nat_plugin_evsys.policy.tool_calls import assemble
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class PolicySource:
     defaults: Callable[[RunKind | None], SamplingDefaults]
     held_client: Callable[[], SamplingClient | None] = lambda: None
     hints: HintMode = "ignore"
+    history: History | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class Completion:
     tools: list[dict[str, Any]]
     renderer: ChatRenderer
     client: SamplingClient
-    prompt_ids: list[int]
+    prompt: Prompt
+    history: History
     params: types.SamplingParams
 
     @classmethod
@@ -93,7 +96,9 @@ class Completion:
         renderer = await _resolve(source.renderer)
         messages, tools = request.message_dicts(), request.shown_tools
         thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
-        prompt_ids = await asyncio.to_thread(renderer.render, messages, tools, enable_thinking=thinking)
+        history = source.history or History()
+        scope = run_id or ""
+        prompt = await asyncio.to_thread(history.prompt, renderer, scope, messages, tools, enable_thinking=thinking)
         client = await _client(source, run_id)
         params = sampling_params(request, renderer, source, run_id)
         source.recorder.begin_call(run_id)
@@ -108,9 +113,15 @@ class Completion:
             tools=tools,
             renderer=renderer,
             client=client,
-            prompt_ids=prompt_ids,
+            prompt=prompt,
+            history=history,
             params=params,
         )
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What the policy reads, length P."""
+        return self.prompt.ids
 
     @property
     def fingerprint(self) -> str:
@@ -148,8 +159,10 @@ class Completion:
     def record(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
         """Record a sampled sequence as a Call and build the client's choice from it."""
         text = ReplyText(self.renderer, stops=self.request.stops, tools=bool(self.tools), reply_id=self.reply_id(index))
-        pieces = text.feed(self.renderer.decode(self.text_ids(sequence))) + text.finish()
+        ids = self.text_ids(sequence)
+        pieces = text.feed(self.renderer.decode(ids)) + text.finish()
         reply = assemble(pieces)
+        self._remember(sequence.tokens, ids, reply.to_message())
         recorder.record(
             Call(
                 call_id=self.id,
@@ -169,6 +182,7 @@ class Completion:
                 tools=self.tools,
                 reply=reply.to_message(),
                 sequence=-1,
+                history=self.prompt.history,
             )
         )
         finish: FinishReason = "tool_calls" if reply.tool_calls and sequence.stop_reason == "stop" else "stop"
@@ -179,6 +193,12 @@ class Completion:
             finish_reason=finish if sequence.stop_reason == "stop" else "length",
             token_ids=list(sequence.tokens) if self.request.return_token_ids else None,
         )
+
+    def _remember(self, output_ids: Sequence[int], text_ids: Sequence[int], reply: dict[str, Any]) -> None:
+        """Let the prompt of the conversation's next turn start with these ids."""
+        seen = cut_at_stop(self.renderer.decode(text_ids), self.request.stops)
+        turn = turn_of(self.renderer, self.prompt, output_ids, len(text_ids), seen, reply)
+        self.history.add(self.prompt, turn)
 
     def logprobs(
         self,

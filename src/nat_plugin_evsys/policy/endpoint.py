@@ -24,6 +24,7 @@ from nat_plugin_evsys.policy.attribution import CALL_ATTRIBUTION
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import FUNCTIONS, ROLLOUT, ChatRoutes, error_response
 from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults, check_model
+from nat_plugin_evsys.policy.history import History
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.web.origin import refuse_web_pages
 
@@ -74,7 +75,7 @@ class PolicyEndpoint:
         api_key: str | None = None,
     ) -> None:
         self.api_key = api_key or f"sk-evsys-{secrets.token_urlsafe(24)}"
-        source = PolicySource(renderer, sampling_client, recorder, defaults, held_client, hints)
+        source = PolicySource(renderer, sampling_client, recorder, defaults, held_client, hints, History())
         models = _OnePolicy(source, list(model_names), is_alias, self.api_key)
         self._routes = ChatRoutes(models, recorder, self._is_closing)
         self._host, self._port = host, port

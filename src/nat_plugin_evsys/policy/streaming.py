@@ -74,6 +74,12 @@ class StopStrings:
         return text
 
 
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """A whole reply's text up to the first stop string."""
+    cutter = StopStrings(stops)
+    return cutter.feed(text) + cutter.finish()
+
+
 class ReplyText:
     """One reply's way from text to pieces; plain and streamed replies both go through it."""
 

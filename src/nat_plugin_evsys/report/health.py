@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.report.metrics_log import EPOCH
+from nat_plugin_evsys.report.prompts import extended_share
 from nat_plugin_evsys.report.replies import ReplyNumbers
 
 Row = Mapping[str, Any]
@@ -139,6 +140,10 @@ def _staleness(row: Row) -> float | None:
     return sum(int(age) * count for age, count in ages.items()) / calls if calls else None
 
 
+def _extended(row: Row) -> float | None:
+    return extended_share(row.get("prompts") or {})
+
+
 def _failed(row: Row) -> float | None:
     rollouts, failed = _number(row.get("rollouts")), _number(row.get("failed_rollouts"))
     return None if not rollouts or failed is None else failed / rollouts
@@ -245,6 +250,17 @@ FIGURES: tuple[Figure, ...] = (
         digits=2,
         threshold=Threshold("above", 2.0),
         crossed="Replies are old when they are trained on; without overlap_rollouts they never are.",
+    ),
+    Figure(
+        "Turns read as sampled",
+        "Share of the prompts of later turns that start with the recorded token ids of the turn before.",
+        ("prompts.extended",),
+        _extended,
+        "%",
+        0,
+        Threshold("below", 0.9),
+        "Earlier turns are tokenised again, which costs time and lets the policy read what it did not write. `prompts` "
+        "in metrics.jsonl says why: the agent changes replies (`changed`), or the chat template does (`rewritten`).",
     ),
     Figure(
         "Training speed",

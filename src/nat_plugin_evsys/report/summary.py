@@ -15,6 +15,7 @@ from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
 from nat_plugin_evsys.report.findings import Finding, finding_text
+from nat_plugin_evsys.report.prompts import TOKENISED_AGAIN, extended_share
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class RunSummary:
         run_dir: the run directory.
         trackers: name -> where it shows the run, how many records it received and lost, and why it lost the first.
         refusals: message -> requests that the policy endpoint refused with it (numbers in it are the first one's).
+        prompts: how the prompts of the training rollouts hold the turn before them (``PromptHistory``) -> their number.
         findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.
     """
 
@@ -54,6 +56,7 @@ class RunSummary:
     trackers: dict[str, dict[str, Any]] = field(default_factory=dict)
     refusals: dict[str, int] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
+    prompts: dict[str, int] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write ``summary.json`` atomically."""
@@ -83,6 +86,7 @@ class RunSummary:
             f"  trajectories     {trajectories['trained']} trained, {_dropped(trajectories['dropped'])}",
             f"  calls            {self.calls} made, {self.trained} trained, {_dropped(self.dropped)}",
             *self._why_dropped(),
+            *self._later_turns(),
             f"  adapter          {self.adapter or self._why_no_adapter()}",
         ]
         if self.run_dir is not None and (Path(self.run_dir) / "report.html").is_file():
@@ -108,6 +112,13 @@ class RunSummary:
         meanings = drop_reason_meanings()
         reasons = dict.fromkeys((*_most_first(self.trajectories["dropped"]), *_most_first(self.dropped)))
         return [f"    {reason}: {meanings[reason]}" for reason in reasons if reason in meanings]
+
+    def _later_turns(self) -> list[str]:
+        share = extended_share(self.prompts)
+        if share is None:
+            return []
+        others = ", ".join(f"{self.prompts[name]} {name}" for name in TOKENISED_AGAIN if self.prompts.get(name))
+        return [f"  later turns      {share:.1%} start with the recorded ids{f' ({others})' if others else ''}"]
 
     def _why_no_adapter(self) -> str:
         return "none was saved" if self.trained else "none: nothing was trained"

@@ -157,6 +157,7 @@ class _Steps:
                     "temperature": call.temperature,
                     "top_p": call.top_p,
                     "stop_reason": call.stop_reason,
+                    "history": call.history,
                     "functions": call.functions or None,
                     "dropped": fate.dropped,
                 },

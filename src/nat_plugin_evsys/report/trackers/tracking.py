@@ -20,7 +20,7 @@ SAMPLES = 100
 
 COLUMNS = ("row", "question", "wanted", "reply", "reward", "verdict")
 
-GROUPS = {"job": None, "replies": "replies", "staleness": "staleness"}
+GROUPS = {"job": None, "replies": "replies", "staleness": "staleness", "prompts": "prompts"}
 """Parts of an epoch's row that stand in a group of their own, or (None) are taken apart."""
 
 
