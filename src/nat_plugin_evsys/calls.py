@@ -76,6 +76,8 @@ class DropReason(StrEnum):
     """The curriculum's `random_subsample` left the trajectory out."""
 
     # What has nothing to teach.
+    REPLACED_GROUP = "replaced_group"
+    """All attempts at the dataset row had the same reward, so `dynamic_sampling` rolled the row out again instead."""
     ZERO_VARIANCE_GROUP = "zero_variance_group"
     """All trajectories of the dataset row have the same reward, so none is better than another."""
     SINGLE_TRAJECTORY_GROUP = "single_trajectory_group"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import openai
 from nat.data_models.component_ref import FunctionRef, LLMRef
@@ -171,3 +172,25 @@ async def odd_judge(config: OddJudgeConfig, builder: Any) -> AsyncIterator[Evalu
     llm = None if name is None else await builder.get_llm(name, wrapper_type=LLMFrameworkEnum.LANGCHAIN)
     judge = _OddJudge(config, llm)
     yield EvaluatorInfo(config=config, evaluate_fn=judge.evaluate, description="Length.")  # type: ignore[arg-type]
+
+
+class MoodyJudgeConfig(EvaluatorBaseConfig, name="moody_judge"):
+    """Rewards every other answer to a row, from the first or (``late``) the sixth on, or (``never``) none."""
+
+
+class _MoodyJudge(BaseEvaluator):
+    asked: ClassVar[Counter[str]] = Counter()
+
+    async def evaluate_item(self, item: EvalInputItem) -> EvalOutputItem:
+        question = str(item.input_obj)
+        self.asked[question] += 1
+        first = {"late": 6, "never": sys.maxsize}.get(question, 0)
+        score = float(self.asked[question] >= first and self.asked[question] % 2)
+        return EvalOutputItem(id=item.id, score=score, reasoning="its mood")
+
+
+@register_evaluator(config_type=MoodyJudgeConfig)
+async def moody_judge(config: MoodyJudgeConfig, _builder: Any) -> AsyncIterator[EvaluatorInfo]:
+    """Yield the evaluator as NAT knows it."""
+    judge = _MoodyJudge(max_concurrency=8)
+    yield EvaluatorInfo(config=config, evaluate_fn=judge.evaluate, description="Moods.")  # type: ignore[arg-type]

@@ -15,6 +15,13 @@ class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="
     """Runs the workflow on the dataset and turns the recorded calls into trajectories, one group per row."""
 
     num_generations: int = Field(default=8, ge=1, description="Attempts at each dataset row (the group size).")
+    dynamic_sampling: int = Field(
+        default=0,
+        ge=0,
+        description="Rounds in which an epoch's rows whose attempts all have the same reward are rolled out again "
+        "(DAPO's dynamic sampling); 0 is off. The attempts before are counted as `replaced_group`, and the extra "
+        "rollouts as `extra_rollouts` in metrics.jsonl.",
+    )
     max_concurrency: int | None = Field(
         default=None, ge=1, description="Rollouts in flight at once; default `eval.general.max_concurrency`."
     )

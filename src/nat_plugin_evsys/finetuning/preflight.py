@@ -147,6 +147,11 @@ def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysT
             f"num_generations is 1, but advantage `{adapter.advantage}` compares the attempts of a group; "
             "set num_generations to 2 or more, or advantage: reward"
         )
+    if builder.dynamic_sampling and adapter.advantage == "reward":
+        raise ConfigError(
+            "dynamic_sampling replaces groups whose rewards are all the same, but with advantage: reward these are "
+            "trained on too; remove dynamic_sampling, or set advantage: group_mean"
+        )
 
 
 def resolve_config(run: FinetuneRunConfig | None) -> Config:

@@ -334,6 +334,7 @@ def _row(
         "reward_std": statistics.pstdev(rewards),
         "rollouts": len(report.replies),
         "failed_rollouts": report.failed_rollouts,
+        "extra_rollouts": report.extra_rollouts,
         "errors": report.errors,
         "calls": report.tally.calls,
         "prompts": {each.value: report.prompts[each] for each in PromptHistory},

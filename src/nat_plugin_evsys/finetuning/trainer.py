@@ -126,6 +126,8 @@ class EvsysTrainer(Trainer):
         collection = await self.trajectory_builder.finalize(run_id, {"epoch": epoch})
         self._books.count_rollouts(self.last_report)
         self._tell_failures(self.last_report)
+        if extra := self.last_report.extra_rollouts:
+            self._display.notice(f"{extra} more rollouts, since all attempts at a row had the same reward")
         collection = self.apply_curriculum_learning(collection, epoch)
         if not collection.trajectories:
             logger.warning("epoch %d: no trajectory is left to train on; the policy is unchanged", epoch + 1)

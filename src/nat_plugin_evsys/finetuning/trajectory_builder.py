@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.replies import Reply
-from nat_plugin_evsys.rollouts.attempts import Attempt
+from nat_plugin_evsys.rollouts.attempts import Attempt, rows_without_signal, with_replacements
 from nat_plugin_evsys.rollouts.targets import targeted
 from nat_plugin_evsys.rollouts.trajectories import build_trajectory
 
@@ -41,15 +41,17 @@ class RolloutReport:
     """The result of one evaluation run of the workflow.
 
     Attributes:
-        rewards: reward of every scored attempt.
+        rewards: reward of every scored attempt; without those of dynamic sampling, which tries the rows that the policy
+            always or never gets right more often than the others.
         tally: calls made, and those already dropped; what is left is in the trajectories.
         lost: trajectories without a reward or without calls, by reason.
         failures: rollouts that failed, by reason.
         errors: first error text seen for each kind of failed rollout.
         untargeted: calls that were made outside ``target_functions``.
         staleness: calls of the trajectories by how many optimizer steps old they were when these were built.
-        replies: what was said in every attempt, scored or not.
         prompts: calls of the trajectories by how their prompt holds the turn before it.
+        replies: what was said in every attempt, scored or not; again without those of dynamic sampling.
+        extra_rollouts: attempts that dynamic sampling made.
     """
 
     rewards: list[float] = field(default_factory=list)
@@ -62,6 +64,7 @@ class RolloutReport:
     staleness: Counter[int] = field(default_factory=Counter)
     replies: list[Reply] = field(default_factory=list)
     prompts: Counter[PromptHistory] = field(default_factory=Counter)
+    extra_rollouts: int = 0
 
     @property
     def mean_reward(self) -> float:
@@ -118,8 +121,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         if run_id in self._runs:
             raise ValueError(f"run `{run_id}` has already been started; finalize it first")
         rollouts = self._rollouts(f"epoch-{int((meta or {}).get('epoch', 0)):04d}", "rollout")
-        work = self._roll_out(rollouts, self.config.num_generations)
-        self._runs[run_id] = asyncio.create_task(work, name=f"rollouts-{run_id}"), rollouts
+        self._runs[run_id] = asyncio.create_task(self._roll_out_groups(rollouts), name=f"rollouts-{run_id}"), rollouts
 
     def is_started(self, run_id: str) -> bool:
         """Whether ``start_run`` was called and ``finalize`` has not ended."""
@@ -223,11 +225,23 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             raise ConfigError("finetuning.run_configuration must be set; use `nat finetune`")
         return run
 
+    async def _roll_out_groups(self, rollouts: Rollouts) -> list[Attempt]:
+        """An epoch's rollouts, and those that replace groups without a signal."""
+        reps = self.config.num_generations
+        attempts = await self._roll_out(rollouts, reps)
+        for extra_round in range(1, self.config.dynamic_sampling + 1):
+            rows = rows_without_signal(attempts)
+            if not rows:
+                break
+            attempts = with_replacements(attempts, await self._roll_out(rollouts, reps, rows=rows), extra_round)
+        return attempts
+
     async def _roll_out(
         self,
         rollouts: Rollouts,
         reps: int,
         *,
+        rows: Collection[str] | None = None,
         dataset: EvalDatasetBaseConfig | None = None,
         config: Config | None = None,
     ) -> list[Attempt]:
@@ -243,6 +257,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             reps=reps,
             max_concurrency=self.config.max_concurrency,
             evaluator_timeout=self.config.evaluator_timeout,
+            rows=rows,
         )
 
     def _build(self, attempts: list[Attempt]) -> tuple[list[list[Trajectory]], RolloutReport]:
@@ -270,8 +285,11 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
     @staticmethod
     def _account(report: RolloutReport, attempt: Attempt) -> None:
-        report.replies.append(reply_of(attempt))
         report.tally.calls += len(attempt.calls)
+        if attempt.round:
+            report.extra_rollouts += 1
+            return
+        report.replies.append(reply_of(attempt))
         if attempt.reward is not None:
             report.rewards.append(attempt.reward)
         if attempt.error is not None:

@@ -30,7 +30,7 @@ def cost(rows: Sequence[Row], state: RunState) -> dict[str, Any]:
     }
     rest = max(0.0, state.seconds - sum(parts.values()))
     return {
-        "rollouts": sum(row.get("rollouts") or 0 for row in epochs),
+        "rollouts": sum((row.get("rollouts") or 0) + (row.get("extra_rollouts") or 0) for row in epochs),
         "calls": sum(row.get("calls") or 0 for row in epochs),
         "trained_calls": sum(row.get("trained") or 0 for row in epochs),
         "sampled_tokens": round(sum(each.tokens_mean * each.replies for each in numbers)) if numbers else None,

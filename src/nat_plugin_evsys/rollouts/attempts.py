@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nat_plugin_evsys.calls import Call, DropReason
+from nat_plugin_evsys.rollouts.advantages import has_zero_variance
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Attempt:
         number: which of the attempts at its row it is, from 0.
         seconds: how long the workflow ran.
         step_rewards: one reward per call, if the evaluator gives them; see ``advantages``.
+        round: 0 for an epoch's own rollouts; k for those that dynamic sampling made in its k-th round.
+        replaced: whether a later round has replaced it.
     """
 
     row_id: str
@@ -44,10 +48,46 @@ class Attempt:
     number: int = 0
     seconds: float | None = None
     step_rewards: list[float] | None = None
+    round: int = 0
+    replaced: bool = False
 
     @property
     def untrainable(self) -> DropReason | None:
         """Why the rollout gives no trajectory; None where it gives one."""
         if self.lost is not None:
             return self.lost
+        if self.calls and self.replaced:
+            return DropReason.REPLACED_GROUP
         return None if self.calls else self.cause or DropReason.NO_CALLS
+
+
+def rows_without_signal(attempts: Iterable[Attempt]) -> list[str]:
+    """Ids of the rows whose attempts have all earned the same, so that comparing them teaches nothing.
+
+    Attempts that give no trajectory do not count; a row with fewer than two that do is not among them, since another
+    round would not be better.
+    """
+    rows: dict[str, list[Attempt]] = {}
+    for attempt in attempts:
+        if attempt.untrainable is None:
+            rows.setdefault(attempt.row_id, []).append(attempt)
+    return [row_id for row_id, group in rows.items() if len(group) > 1 and not _has_signal(group)]
+
+
+def with_replacements(attempts: Sequence[Attempt], again: Iterable[Attempt], round: int) -> list[Attempt]:
+    """The attempts after another round at some of the rows, whose earlier attempts it replaces.
+
+    Args:
+        again: the new attempts, numbered from 0 in each row.
+        round: which round it is, from 1.
+    """
+    made = list(again)
+    rows = {attempt.row_id for attempt in made}
+    kept = [replace(attempt, replaced=attempt.row_id in rows or attempt.replaced) for attempt in attempts]
+    before = max((attempt.number for attempt in kept), default=-1) + 1
+    return [*kept, *(replace(attempt, number=before + attempt.number, round=round) for attempt in made)]
+
+
+def _has_signal(group: Sequence[Attempt]) -> bool:
+    steps_differ = any(attempt.step_rewards != group[0].step_rewards for attempt in group)
+    return steps_differ or not has_zero_variance([attempt.reward for attempt in group if attempt.reward is not None])

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +40,21 @@ _ENDING_SECONDS = 10.0
 class PolicyEvaluation(EvaluationRun):
     """NAT's EvaluationRun with recorded sessions. The workflow is built once for all repetitions."""
 
-    def __init__(self, config: EvaluationRunConfig, rollouts: Rollouts, evaluator_timeout: float) -> None:
+    def __init__(
+        self, config: EvaluationRunConfig, rollouts: Rollouts, rows: Collection[str] | None, evaluator_timeout: float
+    ) -> None:
         super().__init__(config)
         self._rollouts = rollouts
+        self._rows = rows
         self._evaluator_timeout = evaluator_timeout
 
     async def run_workflow_local(self, session_manager: SessionManager, http_connection: Any = None) -> None:
-        """Run all items through recorded sessions."""
-        self._rollouts.total = len(self.eval_input.eval_input_items) if self.eval_input else 0
+        """Run the items of the chosen rows through recorded sessions."""
+        if self.eval_input is not None:
+            items = self.eval_input.eval_input_items
+            if self._rows is not None:
+                items[:] = [item for item in items if _row_and_attempt(item)[0] in self._rows]
+            self._rollouts.total += len(items)
         recorded: Any = RecordedSessions(session_manager, self._rollouts)
         await super().run_workflow_local(recorded, http_connection=http_connection)
 
@@ -75,6 +82,7 @@ async def evaluate_policy(
     reps: int,
     max_concurrency: int | None,
     evaluator_timeout: float,
+    rows: Collection[str] | None = None,
 ) -> list[Attempt]:
     """Run the workflow ``reps`` times on each dataset row and score every attempt.
 
@@ -83,6 +91,7 @@ async def evaluate_policy(
         reward_name: the evaluator whose score is the reward.
         dataset: the rows, instead of the configuration's own.
         evaluator_timeout: seconds to score one rollout; an evaluator that scores all at once has as many for each.
+        rows: ids of the rows to run; all by default.
 
     Returns:
         Every attempt, scored or not; see ``check_batch``.
@@ -93,7 +102,7 @@ async def evaluate_policy(
         write_output=False,
     )
     with quiet_tqdm(), quiet_nat(), exits_are_errors():
-        output = await PolicyEvaluation(run_config, rollouts, evaluator_timeout).run_and_evaluate()
+        output = await PolicyEvaluation(run_config, rollouts, rows, evaluator_timeout).run_and_evaluate()
     scores = {
         str(item.id): item
         for name, result in output.evaluation_results
