@@ -78,7 +78,7 @@ def test_a_finding_is_said_once_over_restarts_and_kept_in_every_row(tmp_path: Pa
     log = MetricsLog(tmp_path / "metrics.jsonl")
     said = []
     for epoch in (1, 2):
-        columns, new = Watch(MetricsLog(log.path)).look(epoch, report, trained=0, heldout=None)
+        columns, new = Watch(MetricsLog(log.path)).look(epoch, report, {}, None)
         said.append([finding.id for finding in new])
         log.append(EPOCH, epoch, trained=0, **columns)
     assert said == [[FindingId.SAME_REWARD], []]
@@ -90,8 +90,20 @@ def test_the_last_epoch_that_trained_is_read_from_the_log(tmp_path: Path) -> Non
     log = MetricsLog(tmp_path / "metrics.jsonl")
     both = report_of(attempt("network", call("network"), reward=1.0), attempt("x", call("x")))
     for epoch, trained in ((1, 2), (2, 2)):
-        columns, _ = Watch(log).look(epoch, both, trained=trained, heldout=None)
+        columns, _ = Watch(log).look(epoch, both, {"trained": trained}, None)
         log.append(EPOCH, epoch, trained=trained, **columns)
     equal = report_of(attempt("x", call("x")), attempt("x", call("x")))
-    _, [finding] = Watch(log).look(3, equal, trained=0, heldout=None)
+    _, [finding] = Watch(log).look(3, equal, {}, None)
     assert "lost its signal after epoch 2" in finding.sentence
+
+
+def test_entropies_are_read_from_the_log(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    both = report_of(attempt("network", call("network"), reward=1.0), attempt("x", call("x")))
+    for epoch, entropy in ((1, 2.0), (2, 0.3), (3, 0.1)):
+        job = {"trained": 2, "metrics": {"entropy:mean": entropy}}
+        columns, new = Watch(log).look(epoch, both, job, None)
+        log.append(EPOCH, epoch, job=job, trained=2, **columns)
+        assert [finding.id for finding in new if finding.id == FindingId.LOW_ENTROPY] == [FindingId.LOW_ENTROPY] * (
+            epoch == 3
+        )

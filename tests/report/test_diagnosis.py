@@ -224,6 +224,19 @@ def test_replies_that_end_at_the_token_limit() -> None:
     assert diagnose(EpochFacts(1, few, trained=16)) == []
 
 
+def test_a_policy_that_hardly_tries_alternatives() -> None:
+    before = [numbers(), numbers()]
+    facts = EpochFacts(3, HEALTHY, trained=16, before=before, entropies=[1.5, 0.4, 0.1])
+    assert found(facts)[FindingId.LOW_ENTROPY].sentence == (
+        "The policy hardly tries alternatives any more: the entropy of its tokens has fallen from 1.500 to 0.100 nats "
+        "while the mean reward is 0.250 (the best reply got 1.000)."
+    )
+    assert diagnose(replace(facts, entropies=[1.5, 0.4, 0.2])) == []
+    assert diagnose(replace(facts, entropies=[0.1])) == []
+    solved = [replace(each, reward=1.0, text=each.expected or "") for each in HEALTHY]
+    assert FindingId.LOW_ENTROPY not in found(replace(facts, replies=solved))
+
+
 class TestFallen:
     def test_a_gain_that_is_lost_is_a_collapse(self) -> None:
         before = [numbers(reward_mean=mean) for mean in (0.2, 0.8, 0.7)]

@@ -214,7 +214,7 @@ class RunSession:
         validated = self._inputs.is_validation_due(epoch + 1, num_epochs)
         heldout = await self._scoring.heldout(epoch + 1) if validated else None
         columns, found = self._watch.look(
-            epoch + 1, report, row["trained"], self._trainer.last_evaluation if validated else None
+            epoch + 1, report, row["job"], self._trainer.last_evaluation if validated else None
         )
         row |= columns
         collapse = collapse_of(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
@@ -20,25 +21,31 @@ class Watch:
         self._metrics = metrics
 
     def look(
-        self, epoch: int, report: RolloutReport, trained: int, heldout: RolloutReport | None
+        self, epoch: int, report: RolloutReport, job: Mapping[str, Any], heldout: RolloutReport | None
     ) -> tuple[dict[str, Any], list[Finding]]:
         """An epoch's figures of its replies, and the findings that are new.
 
         Args:
             epoch: counted from 1; the rows of the epochs before are in metrics.jsonl.
-            trained: calls that were trained on.
+            job: of the epoch's row: what its training job trained on, and its metrics.
             heldout: the validation after the epoch, if there was one.
         """
         rows = [row for row in self._metrics.rows() if row["event"] == EPOCH]
         facts = EpochFacts(
             epoch=epoch,
             replies=report.replies,
-            trained=trained,
+            trained=int(job.get("trained", 0)),
             heldout=() if heldout is None else heldout.replies,
             before=[numbers for row in rows if (numbers := ReplyNumbers.of_row(row)) is not None],
             last_trained=max((row["epoch"] for row in rows if row.get("trained")), default=0),
+            entropies=_entropies([*(row.get("job") or {} for row in rows), job]),
         )
         found = diagnose(facts)
         said = {finding.id for finding, _ in findings_of(rows)}
         columns = {REPLIES: facts.numbers.to_dict(), FINDINGS: [finding.to_dict() for finding in found]}
         return columns, [finding for finding in found if finding.id not in said]
+
+
+def _entropies(jobs: Iterable[Mapping[str, Any]]) -> list[float]:
+    metrics = ((job.get("metrics") or {}) for job in jobs)
+    return [each["entropy:mean"] for each in metrics if "entropy:mean" in each]

@@ -41,6 +41,12 @@ SIGNAL_OF_A_COLLAPSE = 0.25
 SHRUNK_TO = 0.2
 """A reply that is shorter than this share of those of the first epoch has shrunk."""
 
+ENTROPY_FLOOR = 0.1
+"""Share of the first epoch's entropy below which a policy hardly tries alternatives."""
+
+SOLVED = 0.9
+"""Share of the rewards' range that a mean reward must have reached before a policy has nothing left to try."""
+
 EMPTY_SHARE = 0.5
 """Share of the replies without a word that is worth one."""
 
@@ -56,6 +62,7 @@ class EpochFacts:
         heldout: replies of the validation after the epoch; empty if there was none.
         before: the numbers of the epochs before, oldest first.
         last_trained: the last epoch before this one that trained anything; 0 for none.
+        entropies: mean entropy of the trained tokens in nats, of each epoch that has one, this one last.
     """
 
     epoch: int
@@ -64,6 +71,7 @@ class EpochFacts:
     heldout: Sequence[Reply] = ()
     before: Sequence[ReplyNumbers] = ()
     last_trained: int = 0
+    entropies: Sequence[float] = ()
 
     @property
     def numbers(self) -> ReplyNumbers:
@@ -80,6 +88,7 @@ def diagnose(facts: EpochFacts) -> list[Finding]:
         _no_signal,
         _fallen,
         _shrunk,
+        _low_entropy,
         _cut_off,
     )
     numbers = facts.numbers
@@ -246,6 +255,23 @@ def _shrunk(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         f"while the replies shrank from {first.tokens_mean:.0f} to {numbers.tokens_mean:.0f} tokens{empty}.",
         "Check that they still say what you want: the evaluator may reward short or empty replies.",
         _examples(sorted(facts.replies, key=lambda reply: (-(reply.reward or 0.0), reply.tokens))),
+    )
+
+
+def _low_entropy(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    low, high = _range(facts, numbers)
+    if len(facts.entropies) < 2 or numbers.reward_mean is None:
+        return None
+    first, last = facts.entropies[0], facts.entropies[-1]
+    if last >= ENTROPY_FLOOR * first or numbers.reward_mean - low >= SOLVED * (high - low):
+        return None
+    return Finding(
+        FindingId.LOW_ENTROPY,
+        facts.epoch,
+        f"The policy hardly tries alternatives any more: the entropy of its tokens has fallen from {first:.3f} to "
+        f"{last:.3f} nats while the mean reward is {numbers.reward_mean:.3f} (the best reply got {high:.3f}).",
+        "Lower `learning_rate`, raise the policy's `temperature`, or set `kl_beta`, which pulls it to the base model.",
+        _examples(facts.replies),
     )
 
 

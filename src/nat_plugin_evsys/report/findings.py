@@ -39,6 +39,8 @@ class FindingId(StrEnum):
     """Replies end at the token limit."""
     SHRUNK = "shrunk"
     """The reward rose while the replies shrank to nothing."""
+    LOW_ENTROPY = "low_entropy"
+    """The policy has nearly stopped trying alternatives although better rewards exist."""
 
 
 @dataclass(frozen=True, slots=True)
