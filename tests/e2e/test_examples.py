@@ -86,5 +86,8 @@ def test_a_config_runs_from_the_base_model_to_a_trained_one(
 
     kept = RunDirectory.open(run).rollouts
     assert [str(each) for each in kept.collections()][:2] == ["base-0000", "heldout-0000"]
+    scores_training_rows = make is interview  # the other one's config says so
+    assert any(each.kind == "train" for each in kept.collections()) == scores_training_rows
+    assert (summary["train_reward_after"] is not None) == scores_training_rows
     lines = map(json.loads, kept.lines(Collection("heldout", 1)))
     assert [sum(step["source"] == "agent" for step in line["steps"]) for line in lines] == [turns] * ROWS

@@ -58,6 +58,10 @@ def cut_distribution(config: Config, tmp_path: Path) -> None:
     config["llms"]["policy"]["top_p"] = 0.8
 
 
+def nothing_scored(config: Config, tmp_path: Path) -> None:
+    config["trainers"]["trainer"] |= {"validation_dataset": None, "score_training_rows": False}
+
+
 def estimator_without_weight(config: Config, tmp_path: Path) -> None:
     config["trainer_adapters"]["adapter"]["kl_estimator"] = "k3"
 
@@ -79,6 +83,7 @@ CASES = [
     (targeted_model, ["finetuning.target_model is `judge`", "name the policy"]),
     (filter_that_leaves_nothing, ["filter leaves none of its", "change its allowlist"]),
     (cut_distribution, ["llms.policy.top_p is 0.8", "set top_p: 1"]),
+    (nothing_scored, ["trainers.trainer.score_training_rows is false", "set a validation_dataset, or"]),
     (estimator_without_weight, ["kl_estimator has no effect without kl_beta"]),
     (unknown_field, ["no setting `num_generatons`", "did you mean `num_generations`?"]),
     (wrong_reward, ["`rewrad`", "eval.evaluators"]),

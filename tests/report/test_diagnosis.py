@@ -310,6 +310,19 @@ class TestSeveralAnswers:
     def test_what_is_none(self, replies: list[Reply]) -> None:
         assert FindingId.SEVERAL_ANSWERS not in found(EpochFacts(1, replies, trained=18))
 
+    def test_a_held_out_reward_that_is_won_by_naming_several(self) -> None:
+        heldout = [
+            *(reply(row, f"{TEAMS[row]} or {TEAMS[row - 1]}", 1.0) for row in range(3)),
+            reply(3, "payroll", 1.0),
+            reply(4, "printing", 0.0),
+        ]
+        finding = found(EpochFacts(1, HEALTHY, trained=16, heldout=heldout))[FindingId.HELDOUT_SEVERAL]
+        assert finding.sentence.startswith("3 of 4 rewarded replies to held-out rows after epoch 1 also name an answer")
+        assert "so a held-out reward of 0.800 does not show that the policy chooses" in finding.sentence
+        assert [each.row for each in finding.examples] == ["row-0", "row-1", "row-2"]
+        for fine in (heldout[2:], HEALTHY, LISTING, ()):
+            assert FindingId.HELDOUT_SEVERAL not in found(EpochFacts(1, HEALTHY, trained=16, heldout=fine))
+
     def test_a_dataset_of_many_answers_is_no_list(self) -> None:
         rows = [replace(each, row=f"row-{n}", expected=f"{n}") for n, each in enumerate(HEALTHY * 2)]
         assert FindingId.SEVERAL_ANSWERS not in found(

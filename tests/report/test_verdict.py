@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nat_plugin_evsys.report.verdict import comparison, curve, verdict
+from nat_plugin_evsys.report.findings import FindingId
+from nat_plugin_evsys.report.verdict import comparison, curve, doubted, verdict
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.runs.state import RunState
 
@@ -153,3 +154,15 @@ def test_two_runs_are_compared_on_the_rows_that_both_have() -> None:
     assert comparison(kinds, (low, low)).startswith("No clear difference")
     assert "not measured on the same rows" in comparison(("heldout", "train"), (low, low))
     assert "not measured on the same rows" in comparison(kinds, (low, {"x": 1.0}))
+
+
+def test_a_reward_that_is_won_without_the_task_is_no_yes() -> None:
+    rewards = {BEFORE: dict.fromkeys(ROWS, 0.0), AFTER: dict.fromkeys(ROWS, 1.0)}
+    found = verdict(state(0.0, 1.0), list(rewards), rewards.__getitem__)
+    for finding in (FindingId.ONE_ANSWER, FindingId.HELDOUT_SEVERAL):
+        doubt = doubted(found, [FindingId.CUT_OFF, finding])
+        assert doubt.answer == "unclear"
+        assert doubt.sentence.startswith(
+            "The reward rose, but it is won without solving the task: see the warning. On 20"
+        )
+    assert doubted(found, [FindingId.CUT_OFF, FindingId.SEVERAL_ANSWERS]) is found

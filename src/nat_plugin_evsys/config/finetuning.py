@@ -186,6 +186,11 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
     validation_interval: int | None = Field(
         default=None, ge=1, description="Validate every N epochs; default `--validation_interval` (5)."
     )
+    score_training_rows: bool = Field(
+        default=True,
+        description="Score one attempt at each training row before the first epoch and after the last. `false` saves "
+        "the time where a `validation_dataset` measures the policy.",
+    )
     warm_start: WarmStartConfig | None = Field(default=None, description="Supervised warm start; default none.")
     resume: bool | Literal["previous"] = Field(
         default=False,

@@ -281,7 +281,7 @@ class RunSession:
         books = self._books
         reward = await self._scoring.training_rows(books.state.epochs_done)
         books.state.train_reward_after = reward
-        if self._inputs.validation_dataset is None:
+        if self._inputs.validation_dataset is None and reward is not None:
             books.reward_of_last_checkpoint(reward)
         others = [policy.recorder.totals for policy in Policy.all() if policy is not self._policy]
         books.count_stray_calls(self._policy.recorder.totals, others)

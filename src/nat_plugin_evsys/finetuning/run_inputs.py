@@ -27,6 +27,7 @@ class RunInputs:
         workflow: the workflow's type.
         validation_dataset: held-out rows; `--validation_dataset` overrides the trainer's setting.
         validation_config: of `--validation_config_file`, or None for the run's own.
+        scores_training_rows: whether the training rows are scored before the first epoch and after the last.
         validation_interval: epochs between two validations.
         general: NAT's ``general`` section.
         demonstrations: those of the warm start; empty without one.
@@ -37,6 +38,7 @@ class RunInputs:
     workflow: str
     validation_dataset: EvalDatasetBaseConfig | None
     validation_config: Config | None
+    scores_training_rows: bool
     validation_interval: int
     general: GeneralConfig
     demonstrations: list[dict[str, Any]]
@@ -60,12 +62,18 @@ class RunInputs:
         if heldout is not None:
             validation = dataset_of(validation_config or config, heldout, what=what)
             check_dataset(validation_config or config, validation, what=what)
+        elif not trainer.score_training_rows:
+            raise ConfigError(
+                f"trainers.{finetuning.trainer}.score_training_rows is false and there is no validation_dataset, so "
+                "nothing would measure the policy; set a validation_dataset, or score_training_rows: true"
+            )
         start = trainer.warm_start
         return cls(
             policy=policy,
             workflow=str(config.workflow.type),
             validation_dataset=validation,
             validation_config=validation_config,
+            scores_training_rows=trainer.score_training_rows,
             validation_interval=trainer.validation_interval or (run.validation_interval if run else 5),
             general=config.general,
             demonstrations=[] if start is None else load_demonstrations(start.demonstrations),

@@ -46,14 +46,17 @@ class Scoring:
     ) -> None:
         self._trainer = trainer
         self._books = books
+        self._scores_training_rows = inputs.scores_training_rows
         self._has_heldout = inputs.validation_dataset is not None
         self._keeper = keeper
         self._display = display
         self._tracking = tracking
         self._prompt_check = PromptCheck([row["messages"] for row in inputs.demonstrations])
 
-    async def training_rows(self, epochs_done: int) -> float:
-        """Mean reward of the policy on the training rows, tried once each."""
+    async def training_rows(self, epochs_done: int) -> float | None:
+        """Mean reward of the policy on the training rows, tried once each; None without ``score_training_rows``."""
+        if not self._scores_training_rows:
+            return None
         try:
             return (await self._trainer.evaluate("train")).mean_reward
         finally:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nat_plugin_evsys.report.findings import Finding, FindingId, quoted
+from nat_plugin_evsys.report.one_answer import one_answer
 from nat_plugin_evsys.report.replies import EQUAL_WITHIN, Reply, ReplyNumbers
 from nat_plugin_evsys.report.several_answers import naming_several
 
 START_AGAIN = "Start again with a lower `learning_rate`, or set `on_collapse: reload_best` on the trainer"
+
+NAMING_SEVERAL_WINS = (
+    "Naming several answers wins the reward: make the evaluator refuse that (evsys_exact_match has `mode: one_of` with "
+    "`choices`, and `mode: exact`)."
+)
 
 EXAMPLES = 3
 """Replies that a finding shows."""
@@ -20,14 +24,11 @@ EXAMPLES = 3
 CUT_SHARE = 0.2
 """Share of the calls that must have ended at the token limit before it is worth a word."""
 
-SAME_SHARE = 0.9
-"""Share of the replies that must say the same before they count as one answer."""
-
-ROWS_FOR_ONE_ANSWER = 3
-"""Fewer rows than this may well have one answer."""
-
 SEVERAL_SHARE = 0.1
 """Share of the rewarded replies, and at least two of them, that must name several answers before it is worth a word."""
+
+MOST_HELDOUT = 0.5
+"""The same share of the rewarded replies to held-out rows; with it their reward says little about the task."""
 
 FALLEN_TO = 0.25
 """Share of the best gain over the first epoch; a mean reward that keeps less of it has been lost again."""
@@ -84,6 +85,7 @@ def diagnose(facts: EpochFacts) -> list[Finding]:
     checks: tuple[Callable[[EpochFacts, ReplyNumbers], Finding | None], ...] = (
         _same_reward,
         _one_answer,
+        _heldout_several,
         _several_answers,
         _no_signal,
         _fallen,
@@ -93,28 +95,6 @@ def diagnose(facts: EpochFacts) -> list[Finding]:
     )
     numbers = facts.numbers
     return [finding for check in checks if (finding := check(facts, numbers)) is not None]
-
-
-def one_answer(replies: Sequence[Reply]) -> tuple[str, list[Reply]] | None:
-    """The answer that nearly all ``replies`` give although their rows want different ones, and those replies.
-
-    Two texts are the same answer if they consist of the same words, in any order. The text returned is the most
-    frequent of them.
-
-    Returns:
-        None if the replies differ, there are too few rows to tell, or all rows want the same answer.
-    """
-    scored = [reply for reply in replies if reply.reward is not None]
-    wanted = {reply.expected for reply in scored}
-    all_want_the_same = len(wanted) == 1 and None not in wanted
-    if all_want_the_same or len({reply.row for reply in scored}) < ROWS_FOR_ONE_ANSWER:
-        return None
-    words = [frozenset(re.findall(r"\w+", reply.text.casefold())) for reply in scored]
-    most, count = Counter(words).most_common(1)[0]
-    if not most or count < SAME_SHARE * len(scored):
-        return None
-    same = [reply for reply, its in zip(scored, words, strict=True) if its == most]
-    return Counter(reply.text for reply in same).most_common(1)[0][0], same
 
 
 def _same_reward(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
@@ -213,7 +193,7 @@ def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
 
 def _several_answers(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
     low, high = _range(facts, numbers)
-    rewarded = [reply for reply in facts.replies if reply.reward is not None and reply.reward - low > (high - low) / 2]
+    rewarded = _rewarded(facts.replies, low, high)
     several = naming_several(rewarded)
     if len(several) < max(2, SEVERAL_SHARE * len(rewarded)) or one_answer(facts.replies) is not None:
         return None
@@ -222,10 +202,31 @@ def _several_answers(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None
         facts.epoch,
         f"{len(several)} of {len(rewarded)} rewarded replies of epoch {facts.epoch} also name an answer that another "
         "row wants.",
-        "Naming several answers wins the reward: make the evaluator refuse that (evsys_exact_match has "
-        "`mode: one_of` with `choices`, and `mode: exact`).",
+        NAMING_SEVERAL_WINS,
         _examples(several),
     )
+
+
+def _heldout_several(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    low, high = _range(facts, numbers)
+    rewarded = _rewarded(facts.heldout, low, high)
+    several = [reply for reply in naming_several(facts.heldout) if reply in rewarded]
+    if len(several) < max(2, MOST_HELDOUT * len(rewarded)) or one_answer(facts.heldout) is not None:
+        return None
+    reward = ReplyNumbers.of(facts.heldout).reward_mean
+    return Finding(
+        FindingId.HELDOUT_SEVERAL,
+        facts.epoch,
+        f"{len(several)} of {len(rewarded)} rewarded replies to held-out rows after epoch {facts.epoch} also name an "
+        f"answer that another row wants, so a held-out reward of {reward:.3f} does not show that the policy chooses.",
+        NAMING_SEVERAL_WINS,
+        _examples(several),
+    )
+
+
+def _rewarded(replies: Sequence[Reply], low: float, high: float) -> list[Reply]:
+    """The replies in the upper half of the rewards' range."""
+    return [reply for reply in replies if reply.reward is not None and reply.reward - low > (high - low) / 2]
 
 
 def _advice_on_one_answer(wins: bool, epoch: int) -> str:

@@ -33,6 +33,8 @@ class FindingId(StrEnum):
     """Rows that want different answers get the same one."""
     SEVERAL_ANSWERS = "several_answers"
     """Replies are rewarded although they also name what other rows want."""
+    HELDOUT_SEVERAL = "heldout_several"
+    """The same of most rewarded replies to held-out rows: the held-out reward does not measure the task."""
     FALLEN = "fallen"
     """The reward has fallen back to about what it was in the first epoch."""
     CUT_OFF = "cut_off"

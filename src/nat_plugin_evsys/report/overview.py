@@ -14,7 +14,7 @@ from nat_plugin_evsys.report.cost import cost
 from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.health import Health, health
 from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
-from nat_plugin_evsys.report.verdict import Row, curve, verdict
+from nat_plugin_evsys.report.verdict import Row, curve, doubted, verdict
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.environment import read_environments
 from nat_plugin_evsys.runs.rollouts import Collection
@@ -31,19 +31,21 @@ def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
     rewards = {block.collection: block.rewards for block in blocks}
     collections = list(rewards)
     state = run.state
+    findings = findings_of(rows)
+    last = [finding.id for finding, epochs in findings if epochs[-1] == state.epochs_done]
     return {
         "name": run.path.name,
         "path": str(run.path),
         "status": state.status,
         "error": state.error,
         "epochs": state.epochs_done,
-        "verdict": asdict(verdict(state, collections, rewards.__getitem__)),
+        "verdict": asdict(doubted(verdict(state, collections, rewards.__getitem__), last)),
         "curve": curve(rows, collections, rewards.__getitem__),
         "best_epoch": state.best_epoch,
         "cost": cost(rows, state),
         "fates": {"trained": state.trajectories["trained"], **state.trajectories["dropped"]},
         "per_epoch": [_epoch(row) for row in rows if row["event"] == EPOCH],
-        "findings": [{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(rows)],
+        "findings": [{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings],
         "health": [_health(each) for each in health(rows)],
         **_setup(run),
     }

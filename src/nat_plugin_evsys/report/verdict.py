@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from nat_plugin_evsys.report.findings import FindingId
 from nat_plugin_evsys.report.intervals import Interval, change_interval, mean_interval
 from nat_plugin_evsys.report.metrics_log import BASE, EPOCH, VALIDATION
 from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
@@ -103,6 +104,16 @@ def _told_apart(found: Verdict, measured: Sequence[RowRewards]) -> Verdict:
     lowered = ", and training since then has lowered it" if fell else ""
     sentence += f" After the warm start alone it was {warm_start.mean:.3f}{lowered}."
     return replace(found, answer=answer, sentence=sentence, warm_start=warm_start, since_warm_start=since)
+
+
+def doubted(found: Verdict, findings: Iterable[FindingId]) -> Verdict:
+    """``found``, but no plain "Yes" if ``findings`` of the last epoch say that the reward is won without the task."""
+    if found.answer != "yes" or not {FindingId.ONE_ANSWER, FindingId.HELDOUT_SEVERAL} & set(findings):
+        return found
+    opening = "The reward rose, but it is won without solving the task: see the warning."
+    return replace(
+        found, answer="unclear", sentence=f"{opening} {found.sentence.removeprefix(_OPENINGS['yes']).lstrip()}"
+    )
 
 
 def curve(

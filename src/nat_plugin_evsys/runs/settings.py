@@ -33,6 +33,7 @@ NOT_COMPARED = (
     "trainers.*.keep_checkpoints",
     "trainers.*.keep_rollouts",
     "trainers.*.validation_interval",
+    "trainers.*.score_training_rows",
     "trajectory_builders.*.max_concurrency",
     "trajectory_builders.*.rollout_timeout",
     "trajectory_builders.*.evaluator_timeout",
