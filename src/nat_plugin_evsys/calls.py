@@ -90,6 +90,8 @@ class DropReason(StrEnum):
     """The prompt has no tokens."""
     NON_FINITE_LOGPROBS = "non_finite_logprobs"
     """A recorded log-probability is NaN or infinite."""
+    NOTHING_CHOSEN = "nothing_chosen"
+    """A grammar forced every token of the reply, so the policy chose nothing."""
     TRUNCATED = "truncated"
     """The reply was cut off at `max_tokens`, and `mask_truncated` leaves such replies out of the loss."""
 
@@ -116,7 +118,8 @@ class Call:
         policy_version: version of the adapter that sampled *all* of ``output_ids``.
         prompt_ids: token ids that the model read, length P.
         output_ids: sampled token ids, length T, including the stop token.
-        logprobs: log-probability of each output id under the distribution that was sampled, length T.
+        logprobs: log-probability of each output id under the distribution that was sampled, length T; of a constrained
+            call under the policy itself, as it samples without the grammar.
         stop_reason: why sampling ended.
         temperature, top_p, top_k: the sampling parameters; top_k -1 is off.
         messages: the request's messages in OpenAI form.
@@ -125,6 +128,8 @@ class Call:
         sequence: arrival order within the recorder.
         functions: names of NAT's functions in which the call was made, the outermost first.
         history: how the prompt holds the turn before it.
+        constrained: whether a grammar decided which tokens could be sampled.
+        forced: positions in ``output_ids`` at which the grammar left one choice; they carry no loss.
     """
 
     call_id: str
@@ -145,6 +150,8 @@ class Call:
     top_k: int = -1
     functions: list[str] = field(default_factory=list)
     history: PromptHistory = PromptHistory.NEW
+    constrained: bool = False
+    forced: list[int] = field(default_factory=list)
 
     @property
     def key(self) -> CallKey:

@@ -20,7 +20,7 @@ from nat_plugin_evsys.errors import PromptTooLongError
 if TYPE_CHECKING:
     from tinker import types
 
-    from nat_plugin_evsys.backends.base import TokenCallback
+    from nat_plugin_evsys.backends.base import Constraint, TokenCallback
 
 Reply = str | Sequence[int] | Exception
 Script = Sequence[Reply] | Callable[[list[int]], Reply]
@@ -72,6 +72,10 @@ class ScriptedSamplingClient:
         self._context_length = context_length
         self._token_delay = token_delay
 
+    @property
+    def grammars(self) -> None:
+        """A script cannot be constrained."""
+
     async def sample_async(
         self,
         prompt: types.ModelInput,
@@ -83,15 +87,18 @@ class ScriptedSamplingClient:
         params: types.SamplingParams | None = None,
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
+        constraint: Constraint | None = None,
     ) -> types.SampleResponse:
         """The next replies of the script, one for each sample.
 
         Raises:
             PromptTooLongError: the prompt leaves no room in the context window.
-            NotImplementedError: prompt logprobs are asked for; there is no model.
+            NotImplementedError: prompt logprobs or a constraint are asked for; there is no model.
         """
         from tinker import types
 
+        if constraint is not None:
+            raise NotImplementedError("ScriptedSamplingClient has no model whose decoding could be constrained")
         if include_prompt_logprobs or topk_prompt_logprobs:
             raise NotImplementedError("ScriptedSamplingClient has no model to give prompt logprobs")
         given = given_params(sampling_params, params)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
     from tinker import types
 
+    from nat_plugin_evsys.engine.sampling.grammars import Constraint as Constraint
+    from nat_plugin_evsys.engine.sampling.grammars import Grammars as Grammars
+
 LossCallable = Callable[
     ["list[tinker.Datum]", "list[torch.Tensor]"], "tuple[torch.Tensor, dict[str, float]] | torch.Tensor"
 ]
@@ -42,6 +45,11 @@ class SamplingClient(Protocol):
 
     policy_version: int
 
+    @property
+    def grammars(self) -> Grammars | None:
+        """What compiles a ``constraint``; None where decoding cannot be constrained. *Extension.*"""
+        ...
+
     async def sample_async(
         self,
         prompt: types.ModelInput,
@@ -53,13 +61,15 @@ class SamplingClient(Protocol):
         params: types.SamplingParams | None = None,
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
+        constraint: Constraint | None = None,
     ) -> types.SampleResponse:
         """Sample ``num_samples`` sequences. Cancelling the awaiting task stops the sampling.
 
         The parameters are ``sampling_params`` (Tinker's name) or ``params`` (evsys's).
 
         The stop token (or the tokens of the stop string) is part of ``tokens`` and has logprobs. Logprobs are those of
-        the distribution that was sampled (temperature, top_k and top_p applied).
+        the distribution that was sampled (temperature, top_k and top_p applied). Under a ``constraint`` (*extension*,
+        compiled by this client's ``grammars``) they are the policy's own: without the grammar, top_k and top_p.
 
         Raises:
             PromptTooLongError: the prompt leaves no room in the context window.

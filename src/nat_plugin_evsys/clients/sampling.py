@@ -15,6 +15,7 @@ from nat_plugin_evsys.clients.handles import SamplerHandle
 from nat_plugin_evsys.clients.methods import answers, awaits, refuses
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient, Prompt
+from nat_plugin_evsys.engine.sampling.grammars import Constraint, Grammars
 from nat_plugin_evsys.engine.sampling.params import given_params
 from nat_plugin_evsys.engine.sampling.request import TokenCallback
 from nat_plugin_evsys.engine.sampling.result import SampleResult
@@ -91,6 +92,11 @@ class SamplingClient:
         return self._engine.policy_version
 
     @property
+    def grammars(self) -> Grammars | None:
+        """What compiles a ``constraint``; None if the base model has no tokenizer. *Extension.*"""
+        return self._engine.grammars
+
+    @property
     def _engine(self) -> LocalSamplingClient:
         return self._shared.current.engine
 
@@ -108,6 +114,7 @@ class SamplingClient:
         *,
         params: types.SamplingParams | None = None,
         on_tokens: TokenCallback | None = None,
+        constraint: Constraint | None = None,
         wait: bool = False,
     ) -> ResultFuture[SampleResult]:
         """Sample ``num_samples`` sequences after ``prompt``.
@@ -130,6 +137,7 @@ class SamplingClient:
             prompt_logprobs_last_n: give only the last n prompt tokens' logprobs.
             params: evsys's name for sampling_params. *Extension.*
             on_tokens: called from the sampler's thread as tokens arrive. *Extension.*
+            constraint: a grammar that the samples follow, compiled by ``grammars``. *Extension.*
             wait: return only when it is done, raising its error. *Extension* (Weaver).
 
         Raises, through the future:
@@ -158,6 +166,7 @@ class SamplingClient:
             target_prompt_logprobs=target_prompt_logprobs,
             prompt_alt_tokens_k=prompt_alt_tokens_k,
             on_tokens=on_tokens,
+            constraint=constraint,
         )
         return after(ResultFuture(future), wait)
 

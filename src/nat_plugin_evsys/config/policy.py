@@ -14,7 +14,7 @@ from nat_plugin_evsys.runtime import defaults
 DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
 """NAT's own default of ``finetuning.output_dir``."""
 
-HintMode = Literal["ignore", "refuse"]
+HintMode = Literal["honour", "ignore", "refuse"]
 
 NOT_OVER_A_SERVICE = {
     "lora_alpha": "a Tinker service has 32",
@@ -113,10 +113,10 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         default=None, description="Passed to the chat template as `enable_thinking` (Qwen3 and kin) when set."
     )
     hints: HintMode = Field(
-        default="ignore",
+        default="honour",
         description="What becomes of requests that ask for a form of the reply (`tool_choice: required` or a name, "
-        "`parallel_tool_calls: false`, `strict: true`, `response_format`): `ignore` samples freely, as the policy is "
-        "trained, and says so once; `refuse` answers 400.",
+        "`parallel_tool_calls: false`, `strict: true`, `response_format`): `honour` samples only what has that form "
+        "(over a service, which cannot, freely); `ignore` samples freely, and says so once; `refuse` answers 400.",
     )
     host: str = Field(default="127.0.0.1", description="Address that the policy endpoint listens on.")
     port: int = Field(default=0, ge=0, le=65535, description="Port of the policy endpoint; 0 takes a free one.")

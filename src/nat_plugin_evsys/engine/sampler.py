@@ -17,6 +17,7 @@ from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch, SamplingPolicy
 from nat_plugin_evsys.engine.sampling.decoding_check import trusted_runner
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
+from nat_plugin_evsys.engine.sampling.grammars import Grammars
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
@@ -79,6 +80,7 @@ class Sampler:
         self.tokenizer = copy.deepcopy(base.tokenizer)
         eos = eos_token_ids(base.model, base.tokenizer, base.vocab_size)
         self.limits = Limits(base.context_length, base.vocab_size, eos)
+        self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
         self._runner, self.plain_because = trusted_runner(base)
         keep = prefix_cache_bytes if prefix_cache_bytes is not None else _prefix_budget(base.device)
         self._prefixes = PrefixCache(keep)

@@ -11,6 +11,7 @@ from typing import Any
 
 from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
 from nat_plugin_evsys.policy.messages import normalize_messages
+from nat_plugin_evsys.policy.reply_forms import ReplyForms
 from nat_plugin_evsys.policy.template_bounds import refuse_powers, render_bounded
 from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble, create_parser
 
@@ -238,6 +239,16 @@ class ChatRenderer:
             return bytes(_BYTE_OF[char] for char in piece)
         return self.decode([token_id]).encode()
 
+    @cached_property
+    def reply_forms(self) -> ReplyForms:
+        """The forms that a reply can be held to."""
+        return ReplyForms(
+            self.tool_format,
+            lambda text: token_id if (token_id := self._vocabulary.get(text)) in self._control_ids else None,
+            thinks="<think>" in self._source,
+            thinking=self._prompt_opens_thinking,
+        )
+
     # -- what the template says of itself ---------------------------------------------------------------------------
 
     @cached_property
@@ -276,6 +287,11 @@ class ChatRenderer:
     @cached_property
     def _prompt_opens_thinking(self) -> bool:
         return self._apply(_NO_CONTEXT, None, True, self._enable_thinking).rstrip().endswith("<think>")
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        return vocabulary
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

@@ -158,13 +158,17 @@ class ChatRoutes:
             peer.close()
         return Response(to_json(answer), media_type="application/json")
 
-    def _say_what_changes_nothing(self, parsed: ChatCompletionRequest) -> None:
+    def _say_what_changes_nothing(self, completion: Completion) -> None:
         """Each field once."""
-        for name in set(parsed.ignored) - self._said:
+        ignored, hints = completion.request.ignored, completion.request.hints if completion.unmet else ()
+        for name in set(ignored) - self._said:
             logger.info("policy endpoint: `%s` changes nothing here and is ignored", name)
-        for name in set(parsed.hints) - self._said:
-            logger.warning("policy endpoint: `%s` is taken as a hint: decoding is not constrained", name)
-        self._said.update(parsed.ignored, parsed.hints)
+        for name in set(hints) - self._said:
+            logger.warning("policy endpoint: `%s` is taken as a hint only: %s", name, completion.unmet)
+        schemas = set() if completion.constraint is None else set(completion.constraint.ignored)
+        for message in schemas - self._said:
+            logger.warning("policy endpoint: a JSON schema is not followed in full: %s", message)
+        self._said.update(ignored, hints, schemas)
 
     async def _stream(self, parsed: ChatCompletionRequest, request: Request, caller: str, peer: Peer) -> Response:
         try:
@@ -181,7 +185,7 @@ class ChatRoutes:
         functions = functions_of(request.headers.get(FUNCTIONS_HEADER) or request.path_params.get(FUNCTIONS))
         step_id = request.headers.get(STEP_ID_HEADER)
         completion = await Completion.prepare(parsed, source, _run_id(request), step_id, functions)
-        self._say_what_changes_nothing(parsed)
+        self._say_what_changes_nothing(completion)
         return completion
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.calls import Call, RunKind
-from nat_plugin_evsys.errors import ApiError, EvsysError
+from nat_plugin_evsys.errors import ApiError, DataError, EvsysError, UnsupportedError
 from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.history import History, Prompt, turn_of
@@ -31,7 +31,7 @@ from nat_plugin_evsys.policy.tool_calls import assemble
 if TYPE_CHECKING:
     from tinker import types
 
-    from nat_plugin_evsys.backends.base import SamplingClient, TokenCallback
+    from nat_plugin_evsys.backends.base import Constraint, SamplingClient, TokenCallback
     from nat_plugin_evsys.config.policy import HintMode
 
 
@@ -53,13 +53,18 @@ class PolicySource:
     recorder: Recorder
     defaults: Callable[[RunKind | None], SamplingDefaults]
     held_client: Callable[[], SamplingClient | None] = lambda: None
-    hints: HintMode = "ignore"
+    hints: HintMode = "honour"
     history: History | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A request that is ready to be sampled, with everything its record needs."""
+    """A request that is ready to be sampled, with everything its record needs.
+
+    Attributes:
+        constraint: the grammar of the form that the request asks for; None samples freely.
+        unmet: why the request's ``hints`` are not followed; empty where they are.
+    """
 
     id: str
     created: int
@@ -74,6 +79,8 @@ class Completion:
     prompt: Prompt
     history: History
     params: types.SamplingParams
+    constraint: Constraint | None
+    unmet: str
 
     @classmethod
     async def prepare(
@@ -100,6 +107,7 @@ class Completion:
         scope = run_id or ""
         prompt = await asyncio.to_thread(history.prompt, renderer, scope, messages, tools, enable_thinking=thinking)
         client = await _client(source, run_id)
+        constraint, unmet = await asyncio.to_thread(_constraint, request, source.hints, renderer, client)
         params = sampling_params(request, renderer, source, run_id)
         source.recorder.begin_call(run_id)
         return cls(
@@ -116,12 +124,19 @@ class Completion:
             prompt=prompt,
             history=history,
             params=params,
+            constraint=constraint,
+            unmet=unmet,
         )
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What the policy reads, length P."""
-        return self.prompt.ids
+        """What the policy reads, length P, ``forced_ids`` included."""
+        return [*self.prompt.ids, *self.forced_ids]
+
+    @property
+    def forced_ids(self) -> list[int]:
+        """The beginning of the reply that is in the prompt."""
+        return [] if self.constraint is None else self.constraint.prefix
 
     @property
     def fingerprint(self) -> str:
@@ -146,6 +161,7 @@ class Completion:
             self.params,
             topk_sample_logprobs=self.request.top_logprobs or 0,
             on_tokens=on_tokens,
+            constraint=self.constraint,
         )
         for sequence in response.sequences:
             if sequence.logprobs is None or len(sequence.logprobs) != len(sequence.tokens):
@@ -159,10 +175,10 @@ class Completion:
     def record(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
         """Record a sampled sequence as a Call and build the client's choice from it."""
         text = ReplyText(self.renderer, stops=self.request.stops, tools=bool(self.tools), reply_id=self.reply_id(index))
-        ids = self.text_ids(sequence)
+        ids = [*self.forced_ids, *self.text_ids(sequence)]
         pieces = text.feed(self.renderer.decode(ids)) + text.finish()
         reply = assemble(pieces)
-        self._remember(sequence.tokens, ids, reply.to_message())
+        self._remember([*self.forced_ids, *sequence.tokens], ids, reply.to_message())
         recorder.record(
             Call(
                 call_id=self.id,
@@ -183,6 +199,8 @@ class Completion:
                 reply=reply.to_message(),
                 sequence=-1,
                 history=self.prompt.history,
+                constrained=self.constraint is not None,
+                forced=[] if self.constraint is None else self.constraint.forced(sequence.tokens),
             )
         )
         finish: FinishReason = "tool_calls" if reply.tool_calls and sequence.stop_reason == "stop" else "stop"
@@ -280,11 +298,32 @@ def _check_hints(request: ChatCompletionRequest, mode: HintMode) -> None:
     if mode == "refuse" and request.hints:
         asked = ", ".join(f"`{name}`" for name in request.hints)
         raise bad_request(
-            f"{asked}: not honoured, because decoding is not constrained; remove it, or set `hints: ignore` of the "
-            "policy",
+            f"{asked}: not honoured, because `hints: refuse` of the policy turns constrained decoding off; remove it, "
+            "or set `hints: honour` or `ignore`",
             param=request.hints[0],
             code="unsupported_parameter",
         )
+
+
+def _constraint(
+    request: ChatCompletionRequest, mode: HintMode, renderer: ChatRenderer, client: SamplingClient
+) -> tuple[Constraint | None, str]:
+    """The grammar of the form that a request asks for, or why there is none."""
+    if not request.hints:
+        return None, ""
+    if mode == "ignore":
+        return None, "`hints: ignore` of the policy turns constrained decoding off"
+    if client.grammars is None:
+        return None, "the policy is sampled by a service, which cannot constrain decoding"
+    grammar = renderer.reply_forms.grammar(request)
+    if grammar is None:
+        return None, "how this model writes tool calls cannot be constrained"
+    try:
+        return client.grammars.compile(grammar, renderer.stop_token_ids), ""
+    except UnsupportedError as error:
+        return None, str(error)
+    except DataError as error:
+        raise bad_request(f"`{request.hints[0]}`: {error}", param=request.hints[0], code="invalid_value") from error
 
 
 def check_model(model: str, known: Sequence[str]) -> None:

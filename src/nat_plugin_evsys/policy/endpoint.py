@@ -69,7 +69,7 @@ class PolicyEndpoint:
         model_names: list[str],
         is_alias: Callable[[str], bool] = lambda name: False,
         held_client: Callable[[], SamplingClient | None] = lambda: None,
-        hints: HintMode = "ignore",
+        hints: HintMode = "honour",
         host: str = "127.0.0.1",
         port: int = 0,
         api_key: str | None = None,

@@ -148,6 +148,7 @@ class _CompletionStream:
                 stops=request.stops,
                 tools=bool(completion.tools),
                 reply_id=completion.reply_id(index),
+                forced_ids=completion.forced_ids,
             )
             for index in range(request.n or 1)
         ]

@@ -100,10 +100,22 @@ class StreamedReply:
     """One streamed reply: token ids in, pieces out.
 
     A control token is held back until it is clear whether it ended the reply: then it has no text.
+
+    Args:
+        forced_ids: the reply's beginning, which is in the prompt and not among its ids.
     """
 
-    def __init__(self, renderer: ChatRenderer, *, stops: Sequence[str], tools: bool, reply_id: str) -> None:
+    def __init__(
+        self,
+        renderer: ChatRenderer,
+        *,
+        stops: Sequence[str],
+        tools: bool,
+        reply_id: str,
+        forced_ids: Sequence[int] = (),
+    ) -> None:
         self._renderer = renderer
+        self._forced_ids = list(forced_ids)
         self._decoder = TokenDecoder(renderer)
         self._text = ReplyText(renderer, stops=stops, tools=tools, reply_id=reply_id)
         self._decoded = 0
@@ -122,7 +134,8 @@ class StreamedReply:
 
     def _decode(self, ids: Sequence[int]) -> str:
         self._decoded += len(ids)
-        return self._decoder.feed(ids)
+        forced, self._forced_ids = self._forced_ids, []
+        return self._decoder.feed([*forced, *ids])
 
 
 def text_ids(renderer: ChatRenderer, ids: Sequence[int], stop_reason: StopReason, stops: Sequence[str]) -> list[int]:

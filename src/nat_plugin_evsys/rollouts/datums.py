@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tinker import Datum, ModelInput, TensorData
 
 from nat_plugin_evsys.calls import Call, CallKey, DropReason
@@ -26,13 +27,23 @@ PER_SEQUENCE_LOSSES = frozenset({"gspo"})
 
 @dataclass(frozen=True, slots=True)
 class CallSpan:
-    """One call's sampled tokens within a Datum: rows ``start:stop`` of target_tokens."""
+    """One call's sampled tokens within a Datum: rows ``start:stop`` of target_tokens.
+
+    Attributes:
+        forced: those of the rows that carry no loss, because a grammar left one choice.
+    """
 
     call_id: str
     index: int
     policy_version: int
     start: int
     stop: int
+    forced: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """The rows that carry a loss."""
+        return np.setdiff1d(np.arange(self.start, self.stop), self.forced, assume_unique=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,12 @@ class Provenance:
     @property
     def sampled_tokens(self) -> int:
         """Number of rows with an advantage."""
-        return sum(span.stop - span.start for span in self.spans)
+        return sum(span.stop - span.start - len(span.forced) for span in self.spans)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Those rows."""
+        return np.concatenate([span.rows for span in self.spans])
 
 
 @dataclass(slots=True)
@@ -180,7 +196,8 @@ def chain_datum(
     ``advantages`` (``advantage``, or that of the call, at sampled tokens, else 0, float32). ``gspo`` also gets
     ``sequence_ratio_mask`` (1 at sampled tokens, float32). Calls that were sampled at another temperature than 1 add
     ``temperature`` (the call's at sampled tokens, else 1, float32), so that the learner's distribution has it too; at
-    temperature 0 the recorded logprobs are those of temperature 1. Under every loss but ``dro`` a row with advantage 0
+    temperature 0 the recorded logprobs are those of temperature 1. A token that a grammar forced has advantage 0 and is
+    outside the mask, as a prompt token is. Under every loss but ``dro`` a row with advantage 0
     adds nothing; for ``dro`` see ``with_prompt_logprobs``.
 
     Several policy versions in one Datum are fine: logprobs are per token.
@@ -196,11 +213,13 @@ def chain_datum(
     for call, value in zip(chain, values, strict=True):
         start = len(call.prompt_ids) - 1
         stop = start + len(call.output_ids)
+        forced = tuple(start + position for position in call.forced)
+        span = CallSpan(call.call_id, call.index, call.policy_version, start, stop, forced)
         logprobs[start:stop] = call.logprobs
-        advantages[start:stop] = value
+        advantages[span.rows] = value
         temperature[start:stop] = call.temperature or 1.0
-        sampled[start:stop] = True
-        spans.append(CallSpan(call.call_id, call.index, call.policy_version, start, stop))
+        sampled[span.rows] = True
+        spans.append(span)
     inputs = {
         "target_tokens": _tensor(np.asarray(ids[1:], dtype=np.int64)),
         "logprobs": _tensor(logprobs),
@@ -238,8 +257,7 @@ def _with_logprobs(datum: Datum, origin: Provenance, *, prompt: TensorData, samp
     """A copy of ``datum`` with logprobs ``sampled`` in the rows of the calls and ``prompt`` elsewhere, (n-1,) each."""
     logprobs = np.array(prompt.to_numpy(), dtype=np.float32)
     of_calls = sampled.to_numpy()
-    for span in origin.spans:
-        logprobs[span.start : span.stop] = of_calls[span.start : span.stop]
+    logprobs[origin.rows] = of_calls[origin.rows]
     return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)})
 
 
@@ -252,6 +270,8 @@ def _usable(calls: list[Call], result: DatumSet, *, mask_truncated: bool) -> lis
             result.drop(DropReason.EMPTY_PROMPT, [call])
         elif not all(math.isfinite(logprob) for logprob in call.logprobs):
             result.drop(DropReason.NON_FINITE_LOGPROBS, [call])
+        elif len(call.forced) == len(call.output_ids):
+            result.drop(DropReason.NOTHING_CHOSEN, [call])
         elif mask_truncated and call.stop_reason == "length":
             result.drop(DropReason.TRUNCATED, [call])
         else:

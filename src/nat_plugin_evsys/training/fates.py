@@ -31,7 +31,7 @@ def learner_logprobs(batch: Sequence[DatumSet], output: types.ForwardBackwardOut
         logprobs = result["logprobs"].to_numpy()
         advantages = datum.loss_fn_inputs["advantages"].to_numpy()
         for span in origin.spans:
-            if advantages[span.start] != 0:
+            if advantages[span.rows[0]] != 0:
                 learned[_key(span)] = logprobs[span.start : span.stop].tolist()
     return learned
 
@@ -46,7 +46,7 @@ def call_fates(datums: DatumSet, learned: Learned, lost_reason: DropReason | Non
     for datum, origin in zip(datums.datums, datums.provenance, strict=True):
         advantages = datum.loss_fn_inputs["advantages"].to_numpy()
         for span in origin.spans:
-            advantage = float(advantages[span.start])
+            advantage = float(advantages[span.rows[0]])
             fates[_key(span)] = CallFate(lost_reason, advantage, learned.get(_key(span)))
     return fates
 

@@ -97,8 +97,8 @@ def _gaps(sampler: Sequence[TensorData], other: Sequence[TensorData], origins: S
 
 
 def sampled_rows(origin: Provenance) -> NDArray[np.int64]:
-    """The rows of a Datum's sampled tokens."""
-    return np.concatenate([np.arange(span.start, span.stop) for span in origin.spans])
+    """The rows of a Datum's sampled tokens, without those that a grammar forced."""
+    return origin.rows
 
 
 def _rows(values: TensorData, rows: NDArray[np.int64]) -> Floats:

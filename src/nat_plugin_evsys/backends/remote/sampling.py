@@ -11,6 +11,8 @@ from nat_plugin_evsys.errors import DataError, PromptTooLongError, ServiceError,
 if TYPE_CHECKING:
     from tinker import types
 
+    from nat_plugin_evsys.backends.base import Constraint
+
 
 class TinkerSamplingClient:
     """``backends.base.SamplingClient`` over the SDK's sampling client.
@@ -30,6 +32,10 @@ class TinkerSamplingClient:
         self._context_length = context_length
         self._what = f"sample of policy version {policy_version}"
 
+    @property
+    def grammars(self) -> None:
+        """A service's decoding cannot be constrained."""
+
     async def sample_async(
         self,
         prompt: types.ModelInput,
@@ -41,6 +47,7 @@ class TinkerSamplingClient:
         params: types.SamplingParams | None = None,
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
+        constraint: Constraint | None = None,
     ) -> types.SampleResponse:
         """See ``SamplingClient``. ``on_tokens`` is called once for each sequence, at the end.
 
@@ -50,6 +57,8 @@ class TinkerSamplingClient:
             UnsupportedError: an option that the protocol or the installed SDK lacks.
             ServiceError: the service failed, refused, or gave no logprobs.
         """
+        if constraint is not None:
+            raise UnsupportedError("the Tinker protocol has no grammar, so a service cannot constrain what it samples")
         if num_samples < 1:
             raise DataError(f"num_samples must be at least 1, got {num_samples}")
         asked = given_params(sampling_params, params)

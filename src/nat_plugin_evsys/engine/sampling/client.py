@@ -11,6 +11,7 @@ from tinker import types
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.decode_batch import SamplingPolicy
+from nat_plugin_evsys.engine.sampling.grammars import Constraint, Grammars
 from nat_plugin_evsys.engine.sampling.params import given_params
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest, TokenCallback
 from nat_plugin_evsys.engine.sampling.result import SampleResult
@@ -24,6 +25,7 @@ class RequestQueue(Protocol):
 
     limits: Limits
     tokenizer: Any
+    grammars: Grammars | None
 
     def submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
         """Queue a request."""
@@ -40,6 +42,11 @@ class LocalSamplingClient:
         self._engine = engine
         self._policy = policy
         self.policy_version = policy.version
+
+    @property
+    def grammars(self) -> Grammars | None:
+        """What compiles a ``constraint``; None if the base model has no tokenizer. *Extension.*"""
+        return self._engine.grammars
 
     @property
     def adapter(self) -> LoraAdapter | None:
@@ -59,6 +66,7 @@ class LocalSamplingClient:
         target_prompt_logprobs: types.TensorData | None = None,
         prompt_alt_tokens_k: int = 0,
         on_tokens: TokenCallback | None = None,
+        constraint: Constraint | None = None,
     ) -> Future[SampleResult]:
         """Sample ``num_samples`` sequences after ``prompt``.
 
@@ -68,6 +76,8 @@ class LocalSamplingClient:
         The token that ends a sequence, or those of its stop string, are in ``tokens``. ``stop=None`` stops at EOS,
         ``stop=[]`` at nothing, any other at EOS too. The same request and seed give the same sequences, whatever else
         is being decoded; ``seed=None`` draws a fresh one. ``max_tokens`` is cut to the room in the context.
+        With a ``constraint`` (*extension*) tokens are drawn from what its grammar allows, and the logprobs are those of
+        the distribution without it.
 
         Raises, through the future:
             PromptTooLongError: the prompt leaves no room for one token.
@@ -88,6 +98,7 @@ class LocalSamplingClient:
             prompt_targets=target_prompt_logprobs,
             prompt_draws=prompt_alt_tokens_k,
             on_tokens=on_tokens,
+            constraint=constraint,
         )
 
     async def sample_async(
@@ -101,6 +112,7 @@ class LocalSamplingClient:
         params: types.SamplingParams | None = None,
         topk_sample_logprobs: int = 0,
         on_tokens: TokenCallback | None = None,
+        constraint: Constraint | None = None,
     ) -> SampleResult:
         """Like ``sample``, with ``params`` as evsys's name for the parameters; raises what its future raises."""
         future = self.sample(
@@ -111,6 +123,7 @@ class LocalSamplingClient:
             topk_prompt_logprobs,
             topk_sample_logprobs=topk_sample_logprobs,
             on_tokens=on_tokens,
+            constraint=constraint,
         )
         return await asyncio.wrap_future(future)
 

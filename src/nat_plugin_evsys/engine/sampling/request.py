@@ -17,6 +17,7 @@ from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 
 from nat_plugin_evsys.calls import StopReason
 from nat_plugin_evsys.engine.sampling.decoding import stream_keys
+from nat_plugin_evsys.engine.sampling.grammars import Constraint
 from nat_plugin_evsys.engine.sampling.prompt_scores import PromptScores
 from nat_plugin_evsys.engine.sampling.result import SampledSequence, SampleResult
 from nat_plugin_evsys.engine.sampling.stopping import StopRule, StopTextMatcher
@@ -40,13 +41,25 @@ class Limits:
 class SampleSequence:
     """One of the ``num_samples`` sequences of a request, while it grows."""
 
-    __slots__ = ("index", "key", "logprobs", "matcher", "request", "stop_reason", "tokens", "topk_ids", "topk_logprobs")
+    __slots__ = (
+        "grammar",
+        "index",
+        "key",
+        "logprobs",
+        "matcher",
+        "request",
+        "stop_reason",
+        "tokens",
+        "topk_ids",
+        "topk_logprobs",
+    )
 
     def __init__(self, request: SampleRequest, index: int, key: int, matcher: StopTextMatcher | None) -> None:
         self.request = request
         self.index = index
         self.key = key
         self.matcher = matcher
+        self.grammar = None if request.constraint is None else request.constraint.begin()
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.topk_ids: list[np.ndarray] = []
@@ -63,10 +76,18 @@ class SampleSequence:
         request = self.request
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token in request.stop.ids or (self.matcher is not None and self.matcher.push(token)):
+        if self._is_last(token):
             self.stop_reason = "stop"
         elif len(self.tokens) >= request.max_tokens:
             self.stop_reason = "length"
+
+    def _is_last(self, token: int) -> bool:
+        if token in self.request.stop.ids or (self.matcher is not None and self.matcher.push(token)):
+            return True
+        if self.grammar is None:
+            return False
+        self.grammar.accept(token)
+        return self.grammar.ended
 
     def result(self) -> SampledSequence:
         """The finished sequence in Tinker's form."""
@@ -95,6 +116,7 @@ class SampleRequest:
         tokenizer: for stop strings and ``text``.
         prompt_last_n: give the logprobs of the last n prompt tokens only.
         prompt_targets, prompt_draws: see ``PromptScores``.
+        constraint: a grammar that every sample follows, and whose ``prefix`` the prompt ends with.
 
     Raises:
         DataError: the prompt is empty, has tokens outside the vocabulary or non-text chunks; a parameter is out
@@ -117,6 +139,7 @@ class SampleRequest:
         prompt_targets: types.TensorData | None = None,
         prompt_draws: int = 0,
         on_tokens: TokenCallback | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.ident = uuid.uuid4().hex
         self.future: Future[Any] = Future()
@@ -135,6 +158,7 @@ class SampleRequest:
         self.topk_prompt, self.topk_sample = topk_prompt, topk_sample
         self.prompt_last_n = _checked_last_n(prompt_last_n, len(self.prompt), prompt_logprobs)
         self.on_tokens = on_tokens
+        self.constraint = constraint
         self.prompt_logprobs: np.ndarray | None = None
         self.prompt_topk: TopkLogprobs | None = None
         self.cache_hit_tokens: int | None = None

@@ -20,7 +20,9 @@ def row_params(rows: list[SampleSequence], vocab_size: int, device: torch.device
 def sample_rows(rows: list[SampleSequence], logits: Tensor, params: RowParams) -> list[tuple[int, float]]:
     """A token and its logprob for each row, from ``logits`` (B, V).
 
-    The likeliest tokens are added to those sequences whose request wants them; the sampled ones are not yet.
+    A row with a grammar is drawn from what the grammar allows, but its logprobs are the policy's own: those of the
+    distribution without the grammar, top_k and top_p. The likeliest tokens are added to those sequences whose request
+    wants them; the sampled ones are not yet.
     """
     penalties = [
         (i, [*s.request.prompt, *s.tokens], s.request.repetition_penalty)
@@ -29,13 +31,28 @@ def sample_rows(rows: list[SampleSequence], logits: Tensor, params: RowParams) -
     ]
     if penalties:
         logits = penalised(logits, penalties)
-    logprobs = sampled_logprobs(logits, params)
+    logprobs, drawn_from = _distributions(rows, logits, params)
     keys = np.array([s.key for s in rows], dtype=np.uint64)
     counters = np.array([len(s.tokens) for s in rows], dtype=np.uint64)
-    ids = draw(logprobs, params, uniforms(keys, counters))
+    ids = draw(drawn_from, params, uniforms(keys, counters))
     chosen = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
     _record_topk(rows, logprobs)
     return list(zip(ids.tolist(), chosen, strict=True))
+
+
+def _distributions(rows: list[SampleSequence], logits: Tensor, params: RowParams) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, V) that are reported, and those that are drawn from: the same without a grammar."""
+    logprobs = sampled_logprobs(logits, params)
+    some = [i for i, s in enumerate(rows) if s.grammar is not None]
+    if not some:
+        return logprobs, logprobs
+    at = torch.tensor(some, device=logits.device)
+    allowed = np.stack([grammar.allowed for s in rows if (grammar := s.grammar) is not None])
+    z, of_some, (_, vocab) = logits[at].float(), [rows[i] for i in some], logits.shape
+    free = RowParams.build([(s.request.temperature, -1, 1.0) for s in of_some], vocab, logits.device)
+    masked = z.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
+    drawn_from = sampled_logprobs(masked, row_params(of_some, vocab, logits.device))
+    return logprobs.index_copy(0, at, sampled_logprobs(z, free)), logprobs.index_copy(0, at, drawn_from)
 
 
 def _record_topk(rows: list[SampleSequence], logprobs: Tensor) -> None:
