@@ -101,6 +101,20 @@ async def test_a_required_call_is_made_and_its_beginning_is_in_the_prompt(
     assert renderer.parse(whole).tool_calls[0].arguments == json.dumps(arguments, ensure_ascii=False)
 
 
+async def test_the_next_turn_reads_the_call_as_it_was_sampled(served: Any) -> None:
+    message, _, first = await ask(served, **ONE_CALL)
+    call = {key: message["tool_calls"][0][key] for key in ("id", "type", "function")}
+    turns = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "done"},
+    ]
+    _, _, second = await ask(served, **{**ONE_CALL, "messages": turns})
+    known = first.prompt_ids + first.output_ids
+    assert second.prompt_ids[: len(known)] == known
+    assert second.history == "extended"
+
+
 async def test_a_named_call_has_its_name_in_the_prompt(served: Any, renderer: ChatRenderer) -> None:
     message, _, call = await ask(served, tools=TOOLS, tool_choice=NAMED)
     ((name, arguments),) = functions(message)
