@@ -67,6 +67,10 @@ class DropReason(StrEnum):
     CLIENT_DISCONNECTED = "client_disconnected"
     """The client disconnected before the first token of the answer was sent."""
 
+    # What was recorded elsewhere.
+    TEXT_ONLY = "text_only"
+    """The trajectory has text and no token ids, and the adapter's `retokenize` is off."""
+
     # What the curriculum holds back.
     CURRICULUM_MIN_REWARD_DIFF = "curriculum_min_reward_diff"
     """The rewards of the group differ by less than the curriculum's `min_reward_diff`."""
@@ -130,6 +134,8 @@ class Call:
         history: how the prompt holds the turn before it.
         constrained: whether a grammar decided which tokens could be sampled.
         forced: positions in ``output_ids`` at which the grammar left one choice; they carry no loss.
+        retokenized: ``output_ids`` are those of the reply's text, which may have been sampled in other tokens, and
+            ``logprobs`` are zeros that mean nothing.
     """
 
     call_id: str
@@ -152,6 +158,7 @@ class Call:
     history: PromptHistory = PromptHistory.NEW
     constrained: bool = False
     forced: list[int] = field(default_factory=list)
+    retokenized: bool = False
 
     @property
     def key(self) -> CallKey:

@@ -376,3 +376,42 @@ async def test_it_is_known_what_became_of_every_call(policy: Fixture, make_adapt
     for trajectory in collection.trajectories[1]:
         assert {fates[call.key].dropped for call in calls_of(trajectory)} == {"zero_variance_group"}
     assert adapter.take_fates(ref) == {}  # they are handed over once
+
+
+def said(reply: str, reward: float, question: str = "abc") -> Trajectory:
+    """An episode that is text and nothing else."""
+    items = [
+        EpisodeItem(role="user", content=question),
+        EpisodeItem(role="assistant", content=reply, logprobs=[]),
+    ]
+    return Trajectory(episode=items, reward=reward)
+
+
+async def test_text_is_trained_on_as_its_tokens_and_counted_apart(policy: Fixture, make_adapter: Fixture) -> None:
+    """With the learner's own logprobs the ratios start at 1, so that a step is one of REINFORCE."""
+    adapter = make_adapter(policy, retokenize=True, learning_rate=0.05)
+    rows = [[said("hello", 1.0), said("world", 0.0)]]
+    before = policy.weights()
+    first = await run(adapter, TrajectoryCollection(trajectories=rows, run_id="text"))
+    metrics = first.metadata["metrics"]
+    assert (first.metadata["calls"], first.metadata["trained"]) == (2, 2)
+    assert (metrics["retokenized_datums"], metrics["retokenized_calls"]) == (2, 2)
+    assert metrics["ratio:mean"] == pytest.approx(1.0, abs=1e-5)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in policy.weights().items())
+
+
+async def test_cross_entropy_learns_every_reply_alike(policy: Fixture, make_adapter: Fixture) -> None:
+    """Rewards that are all equal would leave the other losses nothing to learn."""
+    adapter = make_adapter(policy, retokenize=True, loss_fn="cross_entropy", learning_rate=0.05, passes=8)
+    rows = [[said("hello", 0.0), said("hello", 0.0)]]
+    ref = await adapter.submit(TrajectoryCollection(trajectories=rows, run_id="text"))
+    status = await adapter.wait_until_complete(ref)
+    assert (status.metadata["trained"], status.metadata["dropped"]) == (2, {})
+    losses = [step["loss:sum"] for step in adapter.metrics_by_step(ref)]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_settings_that_a_supervised_loss_has_no_use_for_are_refused(policy: Fixture, make_adapter: Fixture) -> None:
+    with pytest.raises(ValueError, match="advantage, kl_beta would have no effect"):
+        make_adapter(policy, loss_fn="cross_entropy", advantage="reward", kl_beta=0.1)

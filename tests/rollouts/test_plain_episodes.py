@@ -8,8 +8,8 @@ import pytest
 from nat.data_models.finetuning import EpisodeItem, Trajectory
 from openai.types.chat.chat_completion import ChoiceLogprobs
 
-from nat_plugin_evsys.calls import Call
-from nat_plugin_evsys.rollouts.plain_episodes import is_plain, with_calls
+from nat_plugin_evsys.calls import Call, DropReason
+from nat_plugin_evsys.rollouts.plain_episodes import is_plain, recorded_rows, with_calls
 from nat_plugin_evsys.rollouts.trajectories import build_trajectory, calls_of, group_of
 
 END = 99
@@ -106,3 +106,24 @@ def test_what_does_not_fit_is_refused_by_name(plain: Trajectory, message: str) -
 def test_recorded_and_textual_trajectories_are_not_plain(call: Any) -> None:
     assert not is_plain(build_trajectory([call([1], [2])], 0.0, {}))
     assert not is_plain(trajectory([]))
+
+
+def test_retokenize_takes_the_tokens_of_the_text_where_no_others_are_known() -> None:
+    """And says how often text leads back to the tokens that were sampled, where those are known."""
+    text, misfit = trajectory([]), trajectory([-0.5] * 5)
+    named = trajectory([entry(f"token_id:{ord('a')}", -1.0), entry(f"token_id:{ord('b')}", -2.0)])
+    drifted = trajectory([entry("token_id:500", -1.0), entry(f"token_id:{END}", -2.0)])
+    recorded = recorded_rows([[text, misfit], [named, drifted]], LetterRenderer(), retokenize=True)
+    calls = [calls_of(each)[0] for row in recorded.rows for each in row]
+    assert [call.retokenized for call in calls] == [True, True, False, False]
+    assert calls[0].output_ids == calls[1].output_ids == [ord("a"), ord("b"), END]
+    assert (recorded.drift.compared, recorded.drift.drifted, recorded.left_out) == (2, 1, {})
+
+
+def test_text_alone_is_left_out_under_its_reason_or_refused_with_what_to_type() -> None:
+    recorded = recorded_rows([[trajectory([]), trajectory([-0.5, -0.25])]], LetterRenderer(), retokenize=False)
+    assert [len(row) for row in recorded.rows] == [1]
+    assert recorded.left_out == {DropReason.TEXT_ONLY: 1}
+    nothing_else = recorded_rows([[trajectory([])]], LetterRenderer(), retokenize=False)
+    with pytest.raises(ValueError, match="set the adapter's retokenize: true"):
+        group_of(nothing_else.rows[0], 0)

@@ -38,13 +38,27 @@ class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="
     )
 
 
+NOT_FOR_CROSS_ENTROPY = frozenset(
+    {"loss_fn_config", "advantage", "discount", "kl_beta", "kl_estimator", "target_kl", "recompute_logprobs"}
+)
+"""Settings of the adapter that supervised steps have no use for."""
+
+
 class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_trainer_adapter"):
     """Trains the policy's LoRA adapter on rewarded trajectory groups, or on preference pairs with DPO."""
 
     policy: LLMRef = Field(description="Name of the `evsys_policy` LLM to train.")
-    loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = Field(
+    loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "cross_entropy"] = Field(
         default="importance_sampling",
-        description="Loss of rewarded trajectories, by Tinker's name. Preference pairs use DPO's.",
+        description="Loss of rewarded trajectories, by Tinker's name. `cross_entropy` is supervised: it learns every "
+        "reply alike, whatever its reward. Preference pairs use DPO's.",
+    )
+    retokenize: bool = Field(
+        default=False,
+        description="Train also on trajectories that have text and no token ids, as the tokens of their text. The "
+        "model may have sampled other tokens of the same text (`drift`, measured where its own are recorded). Such "
+        "Datums are counted apart (`retokenized_datums` in metrics.jsonl). Missing logprobs are taken from the policy "
+        "as it is at the job's start.",
     )
     loss_fn_config: dict[str, float] | None = Field(
         default=None, description="Settings of the loss, by Tinker's names (e.g. clip_low_threshold)."
@@ -143,6 +157,12 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
             raise ValueError(
                 f"loss_fn `importance_sampling` takes no loss_fn_config, but got {sorted(self.loss_fn_config)}; "
                 "remove loss_fn_config, or choose ppo or cispo"
+            )
+        useless = sorted(NOT_FOR_CROSS_ENTROPY & self.model_fields_set) if self.loss_fn == "cross_entropy" else []
+        if useless:
+            raise ValueError(
+                f"loss_fn `cross_entropy` compares nothing and has no ratios, so {', '.join(useless)} would have no "
+                "effect; remove it, or choose another loss_fn"
             )
         if self.kl_estimator != "k1" and not self.kl_beta:
             raise ValueError("kl_estimator has no effect without kl_beta; set kl_beta above 0, or remove kl_estimator")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinker import types
 
     from nat_plugin_evsys.backends.base import Backend
-    from nat_plugin_evsys.rollouts.plain_episodes import Renderer
+    from nat_plugin_evsys.rollouts.plain_episodes import RecordedRows, Renderer
     from nat_plugin_evsys.training.dpo import DpoSettings
     from nat_plugin_evsys.training.learning_rate import LearningRate
     from nat_plugin_evsys.training.policy_gradient import TrainingSettings
@@ -100,12 +100,17 @@ class JobWork:
         self.rate_factor = 1.0
         self.step_size = StepSize(config.target_kl)
 
-    def on_groups(self, groups: list[TrajectoryGroup], epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
-        """Policy-gradient steps on groups, and their sizes for the ledger."""
+    def on_groups(self, recorded: RecordedRows, epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
+        """Policy-gradient steps (with ``cross_entropy``, supervised ones) on groups, and their sizes for the ledger.
+
+        Raises:
+            ValueError: there is no trajectory at all, or one is invalid.
+        """
         from nat_plugin_evsys.training.group_material import GroupMaterial
 
-        work = self._work_on(GroupMaterial(groups, self._settings(epoch)))
-        trajectories = sum(len(group.rewards_G) for group in groups)
+        groups = groups_of(recorded.rows)
+        work = self._work_on(GroupMaterial(groups, self._settings(epoch), recorded.left_out, recorded.drift))
+        trajectories = sum(len(group.rewards_G) for group in groups) + recorded.left_out.total()
         calls = sum(group.num_calls for group in groups)
         return work, {"groups": len(groups), "trajectories": trajectories, "calls": calls}
 
@@ -160,7 +165,7 @@ class JobWork:
             mask_truncated=config.mask_truncated,
             kl_beta=config.kl_beta,
             kl_estimator=config.kl_estimator,
-            step_size=self.step_size,
+            step_size=StepSize(None) if config.loss_fn == "cross_entropy" else self.step_size,
         )
 
     def _dpo_settings(self, epoch: int | None) -> DpoSettings:

@@ -18,16 +18,16 @@ from nat.data_models.finetuning import (
 )
 from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter
 
-from nat_plugin_evsys.calls import CallFate, CallKey
+from nat_plugin_evsys.calls import CallFate, CallKey, DropReason
 from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError, ModelError
 from nat_plugin_evsys.finetuning.job_queue import BACKEND, JobQueue, progress_of
 from nat_plugin_evsys.finetuning.job_work import JobWork, PolicyUnderTraining, groups_of
 from nat_plugin_evsys.json_lines import append_json_lines
-from nat_plugin_evsys.rollouts.plain_episodes import is_plain, with_calls
+from nat_plugin_evsys.rollouts.plain_episodes import RecordedRows, recorded_rows
 from nat_plugin_evsys.rollouts.preferences import has_preferences
 from nat_plugin_evsys.rollouts.roles import validate_episode_order
-from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
+from nat_plugin_evsys.rollouts.trajectories import CALLS_KEY, TrajectoryGroup
 
 if TYPE_CHECKING:
     import art
@@ -140,8 +140,8 @@ class EvsysTrainerAdapter(TrainerAdapter):
 
         Args:
             trajectories: one list of trajectories per dataset row, as ``EvsysTrajectoryBuilder`` builds them; or
-                others whose assistant items have logprobs (``rollouts.plain_episodes``); or trajectories whose
-                episodes are all preference pairs (``DPOItem``), which are trained with DPO.
+                others whose assistant items have logprobs, or with ``retokenize`` none (``rollouts.plain_episodes``);
+                or trajectories whose episodes are all preference pairs (``DPOItem``), which are trained with DPO.
             epoch: for the record, and part of the shuffle seed.
 
         Returns:
@@ -159,7 +159,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
         if has_preferences(rows):
             work, sizes = self._work.on_pairs(rows, epoch)
         else:
-            work, sizes = self._work.on_groups(await self._construct_trajectory_groups(rows), epoch)
+            work, sizes = self._work.on_groups(await self._recorded(rows), epoch)
         job = self._jobs.start(
             trajectories.run_id, work, sizes, epoch, run_dir=self.run_dir, save_datums=self.config.save_datums
         )
@@ -256,23 +256,21 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """
         validate_episode_order(traj, "trajectory")
 
-    async def _recorded(self, rows: list[list[Trajectory]]) -> list[list[Trajectory]]:
-        """The rows with a call for every sampled item of their plain trajectories, if there are any."""
-        if not any(is_plain(trajectory) for row in rows for trajectory in row):
-            return rows
+    async def _recorded(self, rows: list[list[Trajectory]]) -> RecordedRows:
+        """The rows with the calls of their plain trajectories, if there are any."""
+        if all(CALLS_KEY in (trajectory.metadata or {}) for row in rows for trajectory in row):
+            return RecordedRows(rows)
         await self.policy.ensure_loaded()
-        renderer = self.policy.renderer
-
-        def record() -> list[list[Trajectory]]:
-            return [
-                [
-                    with_calls(each, f"trajectory {at} of group {group}", renderer) if is_plain(each) else each
-                    for at, each in enumerate(row)
-                ]
-                for group, row in enumerate(rows)
-            ]
-
-        return await asyncio.to_thread(record)
+        recorded = await asyncio.to_thread(recorded_rows, rows, self.policy.renderer, retokenize=self.config.retokenize)
+        if left_out := recorded.left_out[DropReason.TEXT_ONLY]:
+            logger.warning(
+                "%d trajectories have text alone (text_only) and are left out; set retokenize: true on the trainer "
+                "adapter to train on the tokens of their text",
+                left_out,
+            )
+        if self.config.retokenize:
+            logger.warning("retokenize: replies are trained on as the tokens of their text; %s", recorded.drift)
+        return recorded
 
     @overload
     async def _construct_trajectory_groups(
@@ -298,7 +296,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
             ValueError: there is no trajectory at all, or one is invalid.
             ConfigError: ``art`` was asked for and is not installed.
         """
-        groups = groups_of(await self._recorded(trajectory_lists))
+        groups = groups_of((await self._recorded(trajectory_lists)).rows)
         if kind == "evsys":
             return groups
         if kind != "art":

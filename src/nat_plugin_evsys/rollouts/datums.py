@@ -31,6 +31,7 @@ class CallSpan:
 
     Attributes:
         forced: those of the rows that carry no loss, because a grammar left one choice.
+        retokenized: see ``Call``.
     """
 
     call_id: str
@@ -39,6 +40,7 @@ class CallSpan:
     start: int
     stop: int
     forced: tuple[int, ...] = ()
+    retokenized: bool = False
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -63,6 +65,11 @@ class Provenance:
     def rows(self) -> NDArray[np.int64]:
         """Those rows."""
         return np.concatenate([span.rows for span in self.spans])
+
+    @property
+    def retokenized(self) -> bool:
+        """Whether any of its replies was tokenised again."""
+        return any(span.retokenized for span in self.spans)
 
 
 @dataclass(slots=True)
@@ -214,7 +221,7 @@ def chain_datum(
         start = len(call.prompt_ids) - 1
         stop = start + len(call.output_ids)
         forced = tuple(start + position for position in call.forced)
-        span = CallSpan(call.call_id, call.index, call.policy_version, start, stop, forced)
+        span = CallSpan(call.call_id, call.index, call.policy_version, start, stop, forced, call.retokenized)
         logprobs[start:stop] = call.logprobs
         advantages[span.rows] = value
         temperature[start:stop] = call.temperature or 1.0
@@ -241,7 +248,7 @@ def with_prompt_logprobs(datum: Datum, origin: Provenance, learner: TensorData) 
     Args:
         learner: logprobs of target_tokens under the weights that the gradient is taken at, shape (n-1,).
     """
-    return _with_logprobs(datum, origin, prompt=learner, sampled=datum.loss_fn_inputs["logprobs"])
+    return _with_logprobs(datum, origin.spans, prompt=learner, sampled=datum.loss_fn_inputs["logprobs"])
 
 
 def with_sampled_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
@@ -250,14 +257,25 @@ def with_sampled_logprobs(datum: Datum, origin: Provenance, learner: TensorData)
     Args:
         learner: logprobs of target_tokens under the weights that sampled, shape (n-1,).
     """
-    return _with_logprobs(datum, origin, prompt=datum.loss_fn_inputs["logprobs"], sampled=learner)
+    return _with_logprobs(datum, origin.spans, prompt=datum.loss_fn_inputs["logprobs"], sampled=learner)
 
 
-def _with_logprobs(datum: Datum, origin: Provenance, *, prompt: TensorData, sampled: TensorData) -> Datum:
-    """A copy of ``datum`` with logprobs ``sampled`` in the rows of the calls and ``prompt`` elsewhere, (n-1,) each."""
+def with_missing_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
+    """A copy of ``datum`` with the learner's logprobs where the sampler's are unknown: in replies tokenised again.
+
+    Args:
+        learner: logprobs of target_tokens under the weights before the first step, shape (n-1,).
+    """
+    unknown = [span for span in origin.spans if span.retokenized]
+    return _with_logprobs(datum, unknown, prompt=datum.loss_fn_inputs["logprobs"], sampled=learner)
+
+
+def _with_logprobs(datum: Datum, spans: Iterable[CallSpan], *, prompt: TensorData, sampled: TensorData) -> Datum:
+    """A copy of ``datum`` with logprobs ``sampled`` in the rows of ``spans`` and ``prompt`` elsewhere, (n-1,) each."""
     logprobs = np.array(prompt.to_numpy(), dtype=np.float32)
     of_calls = sampled.to_numpy()
-    logprobs[origin.rows] = of_calls[origin.rows]
+    for span in spans:
+        logprobs[span.rows] = of_calls[span.rows]
     return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)})
 
 

@@ -73,7 +73,8 @@ def calls_of(trajectory: Trajectory, name: str = "trajectory") -> list[Call]:
     if not isinstance(recorded, list):
         raise DataError(
             f"{name}: no recorded calls in metadata['{CALLS_KEY}'], and no assistant item with logprobs; text alone "
-            "cannot be trained on. Use evsys_trajectory_builder, or give each reply its logprobs"
+            "cannot be trained on. Use evsys_trajectory_builder, give each reply its logprobs, or set the adapter's "
+            "retokenize: true to train on the tokens of the text"
         )
     return [_checked_call(entry, f"{name}, call {position}") for position, entry in enumerate(recorded)]
 

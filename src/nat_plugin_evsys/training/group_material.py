@@ -11,6 +11,7 @@ from typing import Any
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.calls import CallFate, CallTally, DropReason
 from nat_plugin_evsys.rollouts.datums import DatumSet
+from nat_plugin_evsys.rollouts.retokenized import Drift
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.training.fates import Learned, call_fates, learner_logprobs
 from nat_plugin_evsys.training.job_report import Account
@@ -23,13 +24,23 @@ class GroupMaterial:
 
     Args:
         groups: at least one.
+        left_out: trajectories that came with them and cannot be trained on, by reason.
+        drift: of replies that were tokenised again.
     """
 
     advice = "Lower learning_rate, and look for extreme rewards"
 
-    def __init__(self, groups: list[TrajectoryGroup], settings: TrainingSettings) -> None:
+    def __init__(
+        self,
+        groups: list[TrajectoryGroup],
+        settings: TrainingSettings,
+        left_out: Counter[DropReason] | None = None,
+        drift: Drift | None = None,
+    ) -> None:
         self._groups = groups
         self._settings = settings
+        self._left_out = Counter() if left_out is None else left_out
+        self._drift = drift or Drift()
         self._sets: list[DatumSet] = []
         self._trained: set[int] = set()
         self._learned: Learned = {}
@@ -75,8 +86,20 @@ class GroupMaterial:
             elif datums.datums:
                 account.calls.drop(lost_reason, datums.trained_calls)
                 account.dropped_trajectories[lost_reason] += datums.trained_trajectories
-        account.figures = _figures(self._groups, self._sets)
+        account.dropped_trajectories.update(self._left_out)
+        account.figures = _figures(self._groups, self._sets) | self._retokenized()
         return account
+
+    def _retokenized(self) -> dict[str, float]:
+        """``retokenized_datums`` and ``retokenized_calls`` that were trained on, and ``drift`` where it is known."""
+        trained = [origin for index in self._trained for origin in self._sets[index].provenance if origin.retokenized]
+        if not trained:
+            return {}
+        calls = sum(span.retokenized for origin in trained for span in origin.spans)
+        figures: dict[str, float] = {"retokenized_datums": len(trained), "retokenized_calls": calls}
+        if self._drift.compared:
+            figures["drift"] = self._drift.drifted / self._drift.compared
+        return figures
 
 
 def _figures(groups: Sequence[TrajectoryGroup], sets: Sequence[DatumSet]) -> dict[str, float]:

@@ -1,15 +1,16 @@
 """Trajectory groups -> the optimizer steps on them. What ``rl`` and the NAT trainer's jobs have in common.
 
 The gradient of a step is that of the *sum* over all sampled tokens of its groups of one of the losses
-importance_sampling, ppo, cispo, dro or gspo (formulas and sources in ``engine/gradient/losses.py``), with the
-advantages of ``rollouts/advantages.py``, lowered by ``kl`` and scaled by ``normalization``. ``step_size`` bounds how
-far the steps on one collection of rollouts move the policy.
+importance_sampling, ppo, cispo, dro, gspo or cross_entropy (formulas and sources in ``engine/gradient/losses.py``),
+with the advantages of ``rollouts/advantages.py``, lowered by ``kl`` and scaled by ``normalization``. ``step_size``
+bounds how far the steps on one collection of rollouts move the policy.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.rollouts.datums import DatumSet, group_datums
@@ -23,7 +24,13 @@ __all__ = ["TrainingSettings", "build_datums", "plan_steps", "policy_gradient_st
 
 
 def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) -> list[DatumSet]:
-    """The Datums of each group, in the order of the groups; see ``group_datums`` for what it leaves out."""
+    """The Datums of each group, in the order of the groups; see ``group_datums`` for what it leaves out.
+
+    Under ``cross_entropy`` every call has the advantage 1, whatever the rewards: it is the weight of the loss.
+    """
+    if settings.loss_fn == "cross_entropy":
+        groups = [replace(group, rewards_G=[1.0] * len(group.rewards_G), step_rewards_G=None) for group in groups]
+        settings = replace(settings, loss_fn="importance_sampling", advantage="reward", discount=1.0)
     s = settings
     return [
         group_datums(
@@ -62,6 +69,8 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
     step_data = StepData(backend, sets, settings)
     if settings.recompute_logprobs:
         sets = await step_data.recomputed(sets)
+    elif settings.loss_fn != "cross_entropy":
+        sets = await step_data.completed(sets)
     step_size = settings.step_size
     rate = settings.rate or LearningRate(settings.adam.learning_rate)
     tokens = sum(sets[index].tokens for members in plan for index in members)

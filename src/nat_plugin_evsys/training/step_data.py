@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tinker import Datum, TensorData
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance, with_prompt_logprobs, with_sampled_logprobs
+from nat_plugin_evsys.rollouts.datums import (
+    DatumSet,
+    Provenance,
+    with_missing_logprobs,
+    with_prompt_logprobs,
+    with_sampled_logprobs,
+)
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.training.kl import kl_penalised, mean_kl, mean_square_gap
 from nat_plugin_evsys.training.loop import NamedLoss
@@ -17,6 +23,9 @@ from nat_plugin_evsys.training.normalization import Normalization, datum_scales,
 from nat_plugin_evsys.training.training_settings import TrainingSettings
 
 READ_BY_A_FORWARD = ("target_tokens", "temperature")
+
+_Fill = Callable[[Datum, Provenance, TensorData], Datum]
+"""``(datum, where it is from, the learner's logprobs) -> a copy with some of them``."""
 
 
 class StepData:
@@ -46,6 +55,8 @@ class StepData:
             data = await self._pulled(data, origins, base)
         scales = _scales(batch, settings.normalization, self._full_step_tokens)
         data = [scaled(datum, scale) for datum, scale in zip(data, scales, strict=True)]
+        if settings.loss_fn == "cross_entropy":
+            return [_weighted(datum) for datum in data], NamedLoss("cross_entropy"), measured
         if settings.loss_fn != "dro":
             return data, NamedLoss(settings.loss_fn, settings.loss_fn_config), measured
         # It has no mask, so its prompt rows get the learner's present logprobs.
@@ -60,20 +71,31 @@ class StepData:
         Raises:
             DataError: another policy sampled some of them, whose logprobs the present one cannot know.
         """
-        data, origins = _together(sets)
+        _, origins = _together(sets)
         version = self._backend.policy_version
-        others = {span.policy_version for origin in origins for span in origin.spans} - {version}
+        spans = [span for origin in origins for span in origin.spans if not span.retokenized]
+        others = {span.policy_version for span in spans} - {version}
         if others:
             raise DataError(
                 f"recompute_logprobs is for rollouts of the policy that is trained, which is version {version}, but "
                 f"there are calls of version {', '.join(map(str, sorted(others)))}; set recompute_logprobs: false"
             )
-        learner = iter(await self._learner(data))
+        return await self._with_learner(sets, with_sampled_logprobs)
+
+    async def completed(self, sets: Sequence[DatumSet]) -> list[DatumSet]:
+        """``sets`` with the present policy's logprobs where the sampler's are unknown; a forward pass over those."""
+        unknown = [any(origin.retokenized for origin in datums.provenance) for datums in sets]
+        done = iter(await self._with_learner([each for each, yes in zip(sets, unknown, strict=True) if yes]))
+        return [next(done) if yes else datums for datums, yes in zip(sets, unknown, strict=True)]
+
+    async def _with_learner(self, sets: Sequence[DatumSet], fill: _Fill = with_missing_logprobs) -> list[DatumSet]:
+        data, _ = _together(sets)
+        learner = iter(await self._learner(data) if data else [])
         return [
             replace(
                 datums,
                 datums=[
-                    with_sampled_logprobs(datum, origin, next(learner))
+                    fill(datum, origin, next(learner))
                     for datum, origin in zip(datums.datums, datums.provenance, strict=True)
                 ],
             )
@@ -104,6 +126,12 @@ class StepData:
         ]
         output = await self._backend.forward_async(bare, loss_fn="cross_entropy")
         return [result["logprobs"] for result in output.loss_fn_outputs]
+
+
+def _weighted(datum: Datum) -> Datum:
+    """The same for ``cross_entropy``, which has weights where the others have advantages."""
+    inputs = datum.loss_fn_inputs
+    return Datum(datum.model_input, {"target_tokens": inputs["target_tokens"], "weights": inputs["advantages"]})
 
 
 def _together(sets: Sequence[DatumSet]) -> tuple[list[Datum], list[Provenance]]:

@@ -20,7 +20,7 @@ class TrainingSettings:
     """How groups are trained on.
 
     Attributes:
-        loss_fn: importance_sampling, ppo, cispo, dro or gspo.
+        loss_fn: importance_sampling, ppo, cispo, dro, gspo, or cross_entropy, which learns every reply alike.
         adam: of every optimizer step, except for the learning rate.
         rate: the learning rate over the steps, default that of ``adam``.
         normalization: how much a token weighs; see ``normalization``.
