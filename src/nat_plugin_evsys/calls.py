@@ -136,6 +136,7 @@ class Call:
         forced: positions in ``output_ids`` at which the grammar left one choice; they carry no loss.
         retokenized: ``output_ids`` are those of the reply's text, which may have been sampled in other tokens, and
             ``logprobs`` are zeros that mean nothing.
+        malformed_calls: what the reply has that looked like a tool call, could not be read as one, and is content.
     """
 
     call_id: str
@@ -159,6 +160,7 @@ class Call:
     constrained: bool = False
     forced: list[int] = field(default_factory=list)
     retokenized: bool = False
+    malformed_calls: int = 0
 
     @property
     def key(self) -> CallKey:

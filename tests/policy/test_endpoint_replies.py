@@ -75,6 +75,9 @@ STREAMED = {
     "tool call": (f"Let me add.\n{CALL}", {"tools": True}),
     "two tool calls": (f"{CALL}\n{CALL}", {"tools": True}),
     "malformed tool call": ("<tool_call>{broken</tool_call>", {"tools": True}),
+    "lone surrogate": ('<tool_call>{"name":"say","arguments":{"t":"\\ud83d"}}</tool_call>', {"tools": True}),
+    "overflowing number": ('<tool_call>{"name":"f","arguments":{"a":1e400}}</tool_call>', {"tools": True}),
+    "unclosed tool call": ('<tool_call>{"name":"f","arguments":{"a":1}}', {"tools": True}),
     "tool call without tools": (CALL, {}),
     "stop string": ("Thought: add\nObservation: 5 is next", {"stop": ["Observation:", "never"]}),
     "almost a stop string": ("Thought: Obser", {"stop": "Observation:"}),
@@ -132,6 +135,9 @@ async def test_a_stream_is_the_plain_reply(serve: Any, add_tool: Any, case: str)
         ("tool call", "Let me add.", "tool_calls"),
         ("two tool calls", None, "tool_calls"),
         ("malformed tool call", "<tool_call>{broken</tool_call>", "stop"),
+        ("lone surrogate", '<tool_call>{"name":"say","arguments":{"t":"\\ud83d"}}</tool_call>', "stop"),
+        ("overflowing number", '<tool_call>{"name":"f","arguments":{"a":1e400}}</tool_call>', "stop"),
+        ("unclosed tool call", None, "tool_calls"),
         ("tool call without tools", CALL, "stop"),
         ("stop string", "Thought: add\n", "stop"),
         ("almost a stop string", "Thought: Obser", "stop"),
@@ -153,7 +159,7 @@ async def test_content_and_finish_reason(serve: Any, add_tool: Any, case: str, c
     else:
         assert message.content == content
     assert answer.choices[0].finish_reason == finish
-    assert len(message.tool_calls or []) == {"tool call": 1, "two tool calls": 2}.get(case, 0)
+    assert len(message.tool_calls or []) == {"tool call": 1, "unclosed tool call": 1, "two tool calls": 2}.get(case, 0)
 
 
 async def test_content_arrives_as_it_is_sampled(serve: Any) -> None:

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nat_plugin_evsys.policy.tool_calls import assemble, create_parser
+from nat_plugin_evsys.policy.tool_calls import assemble
+from nat_plugin_evsys.policy.tool_forms.create import create_parser
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
 
 
-def parse(text: str, tool_format: Any = "hermes", thinking: bool = False, cuts: list[int] | None = None) -> Any:
-    parser = create_parser(tool_format, reply_id="r", thinking=thinking)
+CASES = json.loads((Path(__file__).parent / "tool_calls.json").read_text(encoding="utf-8"))["cases"]
+SAY = {"type": "function", "function": {"name": "say", "parameters": {"properties": {"t": {"type": "string"}}}}}
+FORMS = ("hermes", "qwen3_xml", "llama3_json", "pythonic", "mistral", "deepseek", "harmony")
+
+
+def parse(
+    text: str, tool_format: Any = "hermes", thinking: bool = False, cuts: list[int] | None = None, **options: Any
+) -> Any:
+    return read(text, tool_format, thinking, cuts, **options)[0]
+
+
+def read(
+    text: str, tool_format: Any = "hermes", thinking: bool = False, cuts: list[int] | None = None, **options: Any
+) -> tuple[Any, int]:
+    """The reply, and what looked like a call and was none."""
+    parser = create_parser(tool_format, tools=[SAY], reply_id="r", thinking=thinking, **options)
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts or []), len(text)]
     pieces = [piece for a, b in pairwise(edges) for piece in parser.feed(text[a:b])]
-    return assemble(pieces + parser.finish())
+    return assemble(pieces + parser.finish()), parser.malformed
 
 
 def calls(reply: Any) -> list[tuple[str, Any]]:
@@ -55,14 +72,10 @@ def test_hermes(text: str, content: str | None, expected: list[Any]) -> None:
         "<tool_call>",
         "<tool_call></tool_call>",
         "<tool_call>not json</tool_call>",
-        '<tool_call>{"name": "add", "arguments": {"a": 1}}',
-        '<tool_call>{"name": "add"}</tool_call>',
         '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
         '<tool_call>{"name": "", "arguments": {}}</tool_call>',
-        '<tool_call>{"name": "add", "arguments": "{}"}</tool_call>',
         '<tool_call>{"name": "add", "arguments": [1]}</tool_call>',
         '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',
-        '<tool_call>{"name": "add", "arguments": {}, "id": 1}</tool_call>',
         "<tool_call>" + "[" * 100_000 + "</tool_call>",
         "<tool_call>[1, 2]</tool_call> \n",
         "a </tool_call> <tool_cal <think",
@@ -73,6 +86,65 @@ def test_malformed_blocks_stay_in_the_content(text: str) -> None:
     reply = parse(text)
     assert reply.content == text
     assert reply.tool_calls == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["case"] for case in CASES])
+def test_every_familys_forms(case: dict[str, Any]) -> None:
+    text = case["reply"]
+    reply, malformed = read(text, case["form"])
+    assert calls(reply) == [tuple(call) for call in case["calls"] or []]
+    content = text if case["calls"] is None else case.get("content", "")
+    assert (reply.content or "") == content
+    for cuts in ([len(text) // 2], list(range(len(text)))):
+        assert read(text, case["form"], cuts=cuts) == (reply, malformed)
+    plain = {"call inside thoughts: text", "Llama: an answer in JSON", "pythonic: a list as the answer"}
+    expected = case["calls"] is None and case["case"] not in plain
+    assert bool(malformed) == (
+        expected or case["case"] in ("a broken call, then a good one", "Harmony: arguments that are no JSON")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "reasoning", "content"),
+    [
+        ("<think>\nTwo and two.\n</think>\n\nFour.\n", False, "Two and two.", "Four.\n"),
+        ("Two and two.\n</think>\n\nFour.", True, "Two and two.", "Four."),
+        ("I never stop thinking", True, "I never stop thinking", ""),
+        ("Four.", False, None, "Four."),
+        (f"<think>{CALL}</think>\n\n{CALL}", False, CALL, None),
+        ("<think>\n\n</think>\n\nFour.", False, None, "Four."),
+        ("<think>a</think>b<think>c</think>d", False, "a\nc", "bd"),
+    ],
+)
+def test_thoughts_are_split_off(text: str, thinking: bool, reasoning: str | None, content: str | None) -> None:
+    for cuts in ([], list(range(len(text)))):
+        reply = parse(text, thinking=thinking, cuts=cuts, split_thoughts=True)
+        assert (reply.reasoning, reply.content) == (reasoning, content)
+        assert len(reply.tool_calls) == (content is None)
+
+
+@given(
+    parts=st.lists(
+        st.sampled_from(
+            sorted(
+                {part for case in CASES for part in re.split(r"(<[^>]*>|\[[A-Z_]+\]|[{}\[\]])", case["reply"]) if part}
+            )
+        ),
+        max_size=16,
+    ),
+    cuts=st.lists(st.integers(0, 10_000), max_size=20),
+    form=st.sampled_from(FORMS),
+    thinking=st.booleans(),
+    split=st.booleans(),
+)
+@settings(max_examples=400, deadline=None)
+def test_no_form_depends_on_the_pieces(
+    parts: list[str], cuts: list[int], form: str, thinking: bool, split: bool
+) -> None:
+    text = "".join(parts)
+    whole = read(text, form, thinking, split_thoughts=split)
+    assert read(text, form, thinking, cuts, split_thoughts=split) == whole
+    json.dumps(whole[0].to_message(), ensure_ascii=False, allow_nan=False).encode()
 
 
 @given(

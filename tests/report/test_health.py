@@ -57,6 +57,8 @@ def test_what_is_read_from_the_replies() -> None:
             rollouts=40,
             failed_rollouts=1,
             staleness={"0": 10, "1": 30},
+            calls=50,
+            malformed_calls=5,
             prompts={"new": 10, "extended": 27, "changed": 2, "rewritten": 1},
         )
     ]
@@ -66,6 +68,7 @@ def test_what_is_read_from_the_replies() -> None:
     assert values["Replies cut off"] == [(1, 0.25)]
     assert values["Failed rollouts"] == [(1, 0.025)]
     assert values["Staleness"] == [(1, 0.75)]
+    assert values["Malformed tool calls"] == [(1, 0.1)]
     assert values["Turns read as sampled"] == [(1, 0.9)]
 
 

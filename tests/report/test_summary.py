@@ -64,6 +64,8 @@ def test_text_tells_everything_and_ends_with_the_path(tmp_path: Path) -> None:
 
 def test_later_turns(tmp_path: Path) -> None:
     assert "later turns" not in SUMMARY.format(tmp_path)
+    assert "malformed" not in SUMMARY.format(tmp_path)
+    assert "  malformed calls  3 looked like" in replace(SUMMARY, malformed_calls=3).format(tmp_path)
     counts = {"new": 40, "extended": 49, "changed": 1, "rewritten": 0}
     text = replace(SUMMARY, prompts=counts).format(tmp_path)
     assert "  later turns      98.0% start with the recorded ids (1 changed)\n" in text

@@ -225,6 +225,7 @@ class RunBooks:
             refusals=self._refusals,
             findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(rows)],
             prompts=total_prompts(rows),
+            malformed_calls=sum(row.get("malformed_calls", 0) for row in rows),
         )
         summary.write(self.run_dir.summary_path)
         return summary

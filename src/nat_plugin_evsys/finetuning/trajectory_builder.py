@@ -52,6 +52,7 @@ class RolloutReport:
         prompts: calls of the trajectories by how their prompt holds the turn before it.
         replies: what was said in every attempt, scored or not; again without those of dynamic sampling.
         extra_rollouts: attempts that dynamic sampling made.
+        malformed_calls: what looked like a tool call in them, could not be read as one, and stayed text.
     """
 
     rewards: list[float] = field(default_factory=list)
@@ -65,6 +66,7 @@ class RolloutReport:
     replies: list[Reply] = field(default_factory=list)
     prompts: Counter[PromptHistory] = field(default_factory=Counter)
     extra_rollouts: int = 0
+    malformed_calls: int = 0
 
     @property
     def mean_reward(self) -> float:
@@ -281,6 +283,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
                 group.append(build_trajectory(calls, attempt.reward, metadata, step_rewards))
                 report.staleness.update(self.policy.version - call.policy_version for call in calls)
                 report.prompts.update(call.history for call in calls)
+                report.malformed_calls += sum(call.malformed_calls for call in calls)
         return [group for group in groups.values() if group], report
 
     @staticmethod

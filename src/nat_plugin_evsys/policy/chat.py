@@ -13,7 +13,8 @@ from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
 from nat_plugin_evsys.policy.messages import normalize_messages
 from nat_plugin_evsys.policy.reply_forms import ReplyForms
 from nat_plugin_evsys.policy.template_bounds import refuse_powers, render_bounded
-from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble, create_parser
+from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble
+from nat_plugin_evsys.policy.tool_forms.create import create_parser, form_of
 
 _PROBE = "probe"
 _PROBE_TOOL = {
@@ -26,6 +27,10 @@ _PROBE_TOOL = {
 }
 _NO_CONTEXT = [{"role": "user", "content": _PROBE}]
 _TOO_MUCH = (RecursionError, MemoryError, OverflowError)
+_ENDS_OF_CALLS = {
+    "llama3_json": ("<|eom_id|>",),  # of a turn that calls a built-in tool
+    "harmony": ("<|call|>", "<|return|>"),
+}
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -194,21 +199,26 @@ class ChatRenderer:
 
     # -- ids to messages --------------------------------------------------------------------------------------------
 
-    def parse(self, reply: str | Sequence[int], *, tools: bool = True, reply_id: str = "") -> AssistantReply:
+    def parse(
+        self,
+        reply: str | Sequence[int],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        reply_id: str = "",
+    ) -> AssistantReply:
         """The assistant message in a reply's text or sampled ids (with or without the end-of-turn token).
 
         Args:
-            tools: look for tool calls; without it all text is content.
+            tools: the request's, in OpenAI form; without any no calls are looked for. None looks for calls of any tool.
             reply_id: tool call ids are derived from it.
         """
         text = reply if isinstance(reply, str) else self.decode(self.without_stop(reply))
         parser = self.create_parser(tools=tools, reply_id=reply_id)
         return assemble(parser.feed(text) + parser.finish())
 
-    def create_parser(self, *, tools: bool = True, reply_id: str = "") -> ReplyParser:
-        """A parser that reads a reply's text piece by piece."""
-        tool_format = self.tool_format if tools else None
-        return create_parser(tool_format, reply_id=reply_id, thinking=self._prompt_opens_thinking)
+    def create_parser(self, *, tools: Sequence[dict[str, Any]] | None = None, reply_id: str = "") -> ReplyParser:
+        """A parser that reads a reply's text piece by piece; see ``parse``."""
+        return create_parser(self.tool_format, tools=tools, reply_id=reply_id, thinking=self._prompt_opens_thinking)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, control tokens included."""
@@ -255,19 +265,13 @@ class ChatRenderer:
     def stop_token_ids(self) -> list[int]:
         """Ids that end an assistant turn: the tokenizer's EOS and what the template writes after a reply."""
         ids = {self.tokenizer.eos_token_id, self.end_of_turn}
-        if self.tool_format == "llama3_json":  # Llama 3 ends a turn that calls a built-in tool with <|eom_id|>
-            ids.add(self.tokenizer.get_vocab().get("<|eom_id|>"))
+        ids |= {self.tokenizer.get_vocab().get(token) for token in _ENDS_OF_CALLS.get(self.tool_format or "", ())}
         return sorted(token_id for token_id in ids if token_id is not None)
 
     @cached_property
     def tool_format(self) -> ToolCallFormat | None:
         """How the model writes tool calls, read from the template; None if the form is unknown."""
-        source = self._tools_source
-        if "<tool_call>" in source and "<function=" not in source:
-            return "hermes"
-        if "<|python_tag|>" in source or '{"name": function name, "parameters"' in source:
-            return "llama3_json"
-        return None
+        return form_of(self._tools_source)
 
     @cached_property
     def supports_tools(self) -> bool:

@@ -174,7 +174,7 @@ class Completion:
 
     def record(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
         """Record a sampled sequence as a Call and build the client's choice from it."""
-        text = ReplyText(self.renderer, stops=self.request.stops, tools=bool(self.tools), reply_id=self.reply_id(index))
+        text = ReplyText(self.renderer, stops=self.request.stops, tools=self.tools, reply_id=self.reply_id(index))
         ids = [*self.forced_ids, *self.text_ids(sequence)]
         pieces = text.feed(self.renderer.decode(ids)) + text.finish()
         reply = assemble(pieces)
@@ -201,6 +201,7 @@ class Completion:
                 history=self.prompt.history,
                 constrained=self.constraint is not None,
                 forced=[] if self.constraint is None else self.constraint.forced(sequence.tokens),
+                malformed_calls=text.malformed,
             )
         )
         finish: FinishReason = "tool_calls" if reply.tool_calls and sequence.stop_reason == "stop" else "stop"

@@ -24,7 +24,7 @@ from nat_plugin_evsys.policy.protocol import (
 )
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.policy.streaming import StreamedReply
-from nat_plugin_evsys.policy.tool_calls import Piece
+from nat_plugin_evsys.policy.tool_calls import Piece, Thought
 
 if TYPE_CHECKING:
     from tinker import types
@@ -146,7 +146,7 @@ class _CompletionStream:
             StreamedReply(
                 completion.renderer,
                 stops=request.stops,
-                tools=bool(completion.tools),
+                tools=completion.tools,
                 reply_id=completion.reply_id(index),
                 forced_ids=completion.forced_ids,
             )
@@ -253,6 +253,8 @@ class _CompletionStream:
         for piece in pieces:
             if isinstance(piece, str):
                 deltas.append({"content": piece})
+            elif isinstance(piece, Thought):
+                deltas.append({"reasoning_content": piece.text})
             else:
                 deltas.append({"tool_calls": [{"index": reply.calls, **piece.to_openai()}]})
                 reply.calls += 1

@@ -99,7 +99,7 @@ class History:
         keys = _keys(scope, messages, tools)
         follows, turns = self._find(keys, messages)
         for end, turn in turns:
-            ids = _continued(renderer, turn, text)
+            ids = _continued(renderer, turn, text, tools)
             if ids is not None:
                 known = end == follows
                 return Prompt(ids, text, keys[-1], PromptHistory.EXTENDED if known else PromptHistory.CHANGED)
@@ -157,7 +157,7 @@ def turn_of(
     return Turn(prompt.text, array("i", [*prompt.ids, *output_ids[:kept]]), rest, reply)
 
 
-def _continued(renderer: ChatRenderer, turn: Turn, text: str) -> list[int] | None:
+def _continued(renderer: ChatRenderer, turn: Turn, text: str, tools: Sequence[Message]) -> list[int] | None:
     """The ids of a turn and of what follows it in ``text``; None if the template has rewritten the turn.
 
     The ids are decoded and compared, so a tokenizer whose texts cannot be joined gives None too.
@@ -167,7 +167,7 @@ def _continued(renderer: ChatRenderer, turn: Turn, text: str) -> list[int] | Non
         return None
     marker = renderer.decode([end_of_turn])
     end = text.find(marker, len(turn.text))
-    if end < 0 or not _same_reply(renderer, text[len(turn.text) : end], turn.reply):
+    if end < 0 or not _same_reply(renderer, text[len(turn.text) : end], turn.reply, tools):
         return None
     closed = turn.ids[-1] == end_of_turn
     added = text[end + len(marker) if closed else end :]
@@ -176,9 +176,9 @@ def _continued(renderer: ChatRenderer, turn: Turn, text: str) -> list[int] | Non
     return ids if renderer.decode(ids) == renderer.decode(known) + turn.rest + added else None
 
 
-def _same_reply(renderer: ChatRenderer, written: str, reply: Message) -> bool:
+def _same_reply(renderer: ChatRenderer, written: str, reply: Message, tools: Sequence[Message]) -> bool:
     """Whether the template has written the reply, whatever the white space; not if it drops thoughts, for example."""
-    parsed = renderer.parse(written, tools=bool(reply.get("tool_calls"))).to_message()
+    parsed = renderer.parse(written, tools=tools if reply.get("tool_calls") else ()).to_message()
     return _words(parsed) == _words(reply) and _calls(parsed) == _calls(reply)
 
 

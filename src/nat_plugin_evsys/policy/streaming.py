@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from nat_plugin_evsys.calls import StopReason
 from nat_plugin_evsys.policy.chat import ChatRenderer
@@ -83,9 +84,16 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
 class ReplyText:
     """One reply's way from text to pieces; plain and streamed replies both go through it."""
 
-    def __init__(self, renderer: ChatRenderer, *, stops: Sequence[str], tools: bool, reply_id: str) -> None:
+    def __init__(
+        self, renderer: ChatRenderer, *, stops: Sequence[str], tools: Sequence[dict[str, Any]], reply_id: str
+    ) -> None:
         self._stops = StopStrings(stops)
         self._parser = renderer.create_parser(tools=tools, reply_id=reply_id)
+
+    @property
+    def malformed(self) -> int:
+        """What looked like a tool call and was none, so far."""
+        return self._parser.malformed
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that have become certain."""
@@ -110,7 +118,7 @@ class StreamedReply:
         renderer: ChatRenderer,
         *,
         stops: Sequence[str],
-        tools: bool,
+        tools: Sequence[dict[str, Any]],
         reply_id: str,
         forced_ids: Sequence[int] = (),
     ) -> None:

@@ -144,6 +144,11 @@ def _extended(row: Row) -> float | None:
     return extended_share(row.get("prompts") or {})
 
 
+def _malformed(row: Row) -> float | None:
+    calls, malformed = _number(row.get("calls")), _number(row.get("malformed_calls"))
+    return None if not calls or malformed is None else malformed / calls
+
+
 def _failed(row: Row) -> float | None:
     rollouts, failed = _number(row.get("rollouts")), _number(row.get("failed_rollouts"))
     return None if not rollouts or failed is None else failed / rollouts
@@ -190,6 +195,16 @@ FIGURES: tuple[Figure, ...] = (
         0,
         Threshold("above", 0.05),
         "Look at the errors of this epoch in section 3: a broken tool teaches the policy nothing.",
+    ),
+    Figure(
+        "Malformed tool calls",
+        "Blocks that looked like a tool call, could not be read as one, and stayed text, for each LLM call.",
+        ("malformed_calls",),
+        _malformed,
+        digits=2,
+        threshold=Threshold("above", 0.2),
+        crossed="The policy writes calls that nobody can read: look at its replies, and start with a warm_start on "
+        "calls in the form of its chat template.",
     ),
     Figure(
         "KL to the base model",

@@ -36,6 +36,7 @@ class RunSummary:
         trackers: name -> where it shows the run, how many records it received and lost, and why it lost the first.
         refusals: message -> requests that the policy endpoint refused with it (numbers in it are the first one's).
         prompts: how the prompts of the training rollouts hold the turn before them (``PromptHistory``) -> their number.
+        malformed_calls: what looked like a tool call in those rollouts, could not be read as one, and stayed text.
         findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.
     """
 
@@ -57,6 +58,7 @@ class RunSummary:
     refusals: dict[str, int] = field(default_factory=dict)
     findings: list[dict[str, Any]] = field(default_factory=list)
     prompts: dict[str, int] = field(default_factory=dict)
+    malformed_calls: int = 0
 
     def write(self, path: Path) -> None:
         """Write ``summary.json`` atomically."""
@@ -87,6 +89,7 @@ class RunSummary:
             f"  calls            {self.calls} made, {self.trained} trained, {_dropped(self.dropped)}",
             *self._why_dropped(),
             *self._later_turns(),
+            *self._malformed_calls(),
             f"  adapter          {self.adapter or self._why_no_adapter()}",
         ]
         if self.run_dir is not None and (Path(self.run_dir) / "report.html").is_file():
@@ -119,6 +122,13 @@ class RunSummary:
             return []
         others = ", ".join(f"{self.prompts[name]} {name}" for name in TOKENISED_AGAIN if self.prompts.get(name))
         return [f"  later turns      {share:.1%} start with the recorded ids{f' ({others})' if others else ''}"]
+
+    def _malformed_calls(self) -> list[str]:
+        if not self.malformed_calls:
+            return []
+        return [
+            f"  malformed calls  {self.malformed_calls} looked like a tool call, could not be read, and stayed text"
+        ]
 
     def _why_no_adapter(self) -> str:
         return "none was saved" if self.trained else "none: nothing was trained"

@@ -158,6 +158,7 @@ class _Steps:
                     "top_p": call.top_p,
                     "stop_reason": call.stop_reason,
                     "history": call.history,
+                    "malformed_calls": call.malformed_calls,
                     "functions": call.functions or None,
                     "dropped": fate.dropped,
                 },

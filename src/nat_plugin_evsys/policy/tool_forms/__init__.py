@@ -1,0 +1,1 @@
+"""How the model families write tool calls: one module for each kind of form."""
