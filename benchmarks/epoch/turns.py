@@ -1,163 +1,163 @@
-"""What a later turn's prompt costs: the recorded ids of the turn before, against tokenising the reply again.
+"""What a later turn's prompt costs: with the recorded ids of the turn before, and with the reply tokenised again.
 
-    python benchmarks/epoch/turns.py tool_calling_agent
-    python benchmarks/epoch/turns.py react_agent [--model builtin/tiny]
+    nat finetune --config_file configs/helpdesk_tools.yml --override llms.policy.base_model builtin/smollm2-135m
+    python benchmarks/epoch/turns.py .evsys/helpdesk_tools/run-…  [--seconds]
 
-Runs `nat finetune` for an epoch after a short warm start, with the help desk's tool and NAT's own agent, and keeps the
-recorded calls. The same rollouts are then taken a second time with the prompts that the chat template alone gives.
-Printed for both: the share of later turns whose prompt starts with the recorded ids of the reply before; the tokens
-that sampling has to read anew for them; Datums, their tokens, the distinct tokens of their prefix tree, and the
-seconds of forward_backward on them. Writes benchmarks/out/turns-AGENT.json.
+Reads the rollouts that a finished run kept and makes their prompts anew, in both ways. Printed for each: the share of
+later turns whose prompt starts with all recorded ids of the reply before (but a stop string's); the prompt tokens of
+later turns that sampling has not read before; Datums, their tokens, and the distinct tokens of their prefix tree, which
+are what training computes. ``--seconds`` also times forward_backward on both. Writes benchmarks/out/turns-AGENT.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import gzip
 import json
-import sys
-import tempfile
 import time
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from run import ROOT
 
-CONFIGS = {"tool_calling_agent": "helpdesk_tools.yml", "react_agent": "react.yml"}
+from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.engine.model.loading import load_tokenizer
+from nat_plugin_evsys.engine.tree.trie import SortedSequences
+from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.history import History, turn_of
+from nat_plugin_evsys.policy.streaming import cut_at_stop, text_ids
+from nat_plugin_evsys.rollouts.datums import chain_datum, token_chains
+
+OUT = Path(__file__).parents[1] / "out"
+STOPS = {"react_agent": ["Observation:"]}
+"""What NAT's agents send as ``stop``; a run does not keep it."""
+
+
+class Made(NamedTuple):
+    """A call with its prompt made anew, and the recorded ids that the prompt of its next turn should start with."""
+
+    call: Call
+    known: list[int]
+    before: Made | None
 
 
 def main() -> None:
-    """Run one agent and print both columns."""
+    """Measure a run and print both columns."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("agent", choices=CONFIGS)
-    parser.add_argument("--model", default="builtin/smollm2-135m")
-    parser.add_argument("--generations", type=int, default=6)
-    parser.add_argument("--warm-epochs", type=int, default=2)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--seconds", action="store_true", help="time forward_backward too")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yml"
-        path.write_text(yaml.safe_dump(_config(given, Path(folder))))
-        calls, renderer = _rollouts(path)
-    again = [replace(call, prompt_ids=renderer.render(call.messages, call.tools or None)) for call in calls]
-    columns = {
-        "tokenised again": _figures(again, renderer, given.model),
-        "recorded ids": _figures(calls, renderer, given.model),
-    }
-    print(f"{given.agent} on {given.model}: {len(calls)} calls")
+    config = yaml.safe_load((given.run / "config.yml").read_text())
+    agent = config["workflow"]["_type"]
+    model = next(llm["base_model"] for llm in config["llms"].values() if llm["_type"] == "evsys_policy")
+    renderer = ChatRenderer(load_tokenizer(model))
+    trajectories = list(_trajectories(given.run))
+    columns = {}
+    for name, exact in (("tokenised again", False), ("recorded ids", True)):
+        made = [
+            made
+            for number, trajectory in enumerate(trajectories)
+            for made in _calls(renderer, trajectory, f"{number}", STOPS.get(agent, []), exact=exact)
+        ]
+        columns[name] = _figures(made, model if given.seconds else None)
+    print(f"{agent} on {model}: {len(trajectories)} rollouts\n{'':40s}" + "".join(f"{name:>18s}" for name in columns))
     for name in columns["recorded ids"]:
-        print(f"{name:40s}" + "".join(f"{column[name]:16.3f}" for column in columns.values()))
-    out = ROOT / "benchmarks" / "out" / f"turns-{given.agent}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(columns, indent=2) + "\n")
+        print(f"{name:40s}" + "".join(f"{column[name]:18,.3f}" for column in columns.values()))
+    OUT.mkdir(exist_ok=True)
+    (OUT / f"turns-{agent}.json").write_text(json.dumps(columns, indent=2) + "\n")
 
 
-def _config(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / CONFIGS[given.agent]).read_text())
-    run_dir = str(folder / "run")
-    config["finetuning"].update(output_dir=run_dir, num_epochs=1)
-    config["llms"]["policy"].update(output_dir=run_dir, base_model=given.model, temperature=1.0, max_tokens=64)
-    general = config["eval"]["general"]
-    general.update(output_dir=str(folder / "eval"))
-    general["dataset"]["file_path"] = str(ROOT / general["dataset"]["file_path"])
-    config["trajectory_builders"]["builder"]["num_generations"] = given.generations
-    config["trainer_adapters"]["adapter"]["learning_rate"] = 1e-5
-    trainer = config["trainers"]["trainer"]
-    del trainer["validation_dataset"], trainer["validation_interval"]
-    start = trainer["warm_start"]
-    start.update(epochs=given.warm_epochs, learning_rate=5e-4)
-    start["demonstrations"] = str(ROOT / start["demonstrations"])
-    return config
+def _trajectories(run: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted((run / "rollouts").glob("epoch-*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
 
 
-def _rollouts(config: Path) -> tuple[list[Any], Any]:
-    """The calls of the training rollouts, and the renderer that made their prompts."""
-    from nat.cli.main import run_cli
+def _calls(
+    renderer: ChatRenderer, trajectory: dict[str, Any], run: str, stops: list[str], *, exact: bool
+) -> Iterator[Made]:
+    """The calls of a rollout in their order; ATIF keeps messages, replies and sampled ids."""
+    history, tools = History(), trajectory["agent"].get("tool_definitions") or []
+    messages: list[dict[str, Any]] = []
+    before: Made | None = None
+    for step in trajectory["steps"]:
+        ids = (step.get("metrics") or {}).get("completion_token_ids")
+        message = _message(step)
+        if ids is not None:
+            extra = step["extra"]
+            prompt = history.prompt(renderer, run, messages, tools)
+            texts = text_ids(renderer, ids, extra["stop_reason"], stops)
+            turn = turn_of(renderer, prompt, ids, len(texts), cut_at_stop(renderer.decode(texts), stops), message)
+            history.add(prompt, turn)
+            prompt_ids = prompt.ids if exact else renderer.render(messages, tools or None)
+            call = Call(
+                call_id=extra["call_id"], index=0, run_id=run, step_id=None, policy_version=0,
+                prompt_ids=prompt_ids, output_ids=ids, logprobs=step["metrics"]["logprobs"],
+                stop_reason=extra["stop_reason"], temperature=1.0, top_p=1.0, messages=list(messages), tools=tools,
+                reply=message, sequence=0,
+            )  # fmt: skip
+            kept = len(turn.ids) - len(prompt.ids)
+            before = Made(call, prompt_ids + ids[:kept], before)
+            yield before
+        messages.append(message)
+        results = (step.get("observation") or {}).get("results") or []
+        messages += [{"role": "tool", "tool_call_id": r["source_call_id"], "content": r["content"]} for r in results]
 
-    from nat_plugin_evsys.policy.completions import Completion
-    from nat_plugin_evsys.policy.recorder import Recorder
 
-    calls: list[Any] = []
-    renderers: list[Any] = []
-    record, record_choice = Recorder.record, Completion.record
-
-    def noted(recorder: Recorder, call: Any) -> Any:
-        kept = record(recorder, call)
-        if recorder.kind_of(call.run_id) == "rollout":
-            calls.append(kept)
-        return kept
-
-    def noted_choice(completion: Completion, *args: Any) -> Any:
-        renderers.append(completion.renderer)
-        return record_choice(completion, *args)
-
-    Recorder.record, Completion.record = noted, noted_choice  # type: ignore[method-assign, assignment]
-    sys.argv = ["nat", "finetune", "--config_file", str(config)]
-    try:
-        run_cli()
-    except SystemExit as done:
-        if done.code:
-            print(f"nat finetune ended with {done.code}; what was rolled out is measured nonetheless")
-    return calls, renderers[-1]
+def _message(step: dict[str, Any]) -> dict[str, Any]:
+    role = {"agent": "assistant"}.get(step["source"], step["source"])
+    calls = [
+        {
+            "id": call["tool_call_id"],
+            "type": "function",
+            "function": {
+                "name": call["function_name"],
+                "arguments": (call.get("extra") or {}).get("raw_arguments") or json.dumps(call["arguments"]),
+            },
+        }
+        for call in step.get("tool_calls") or []
+    ]
+    return {"role": role, "content": step["message"], **({"tool_calls": calls} if calls else {})}
 
 
-def _figures(calls: list[Any], renderer: Any, model: str) -> dict[str, float]:
-    from nat_plugin_evsys.engine.tree.trie import SortedSequences
-    from nat_plugin_evsys.rollouts.datums import chain_datum, token_chains
-
-    of_run: dict[str, list[Any]] = defaultdict(list)
-    for call in calls:
-        of_run[call.run_id].append(call)
-    pairs = [pair for run in of_run.values() for pair in itertools.pairwise(run) if _follows(*pair)]
-    extended = sum(_extends(before, call, renderer) for before, call in pairs)
-    anew = sum(
-        len(call.prompt_ids) - _shared(before.prompt_ids + before.output_ids, call.prompt_ids) for before, call in pairs
-    )
+def _figures(made: list[Made], model: str | None) -> dict[str, float]:
+    later = [each for each in made if each.before is not None]
+    extended = sum(each.call.prompt_ids[: len(each.before.known)] == each.before.known for each in later if each.before)
+    of_run: dict[str, list[Call]] = defaultdict(list)
+    for each in made:
+        of_run[str(each.call.run_id)].append(each.call)
     datums = [chain_datum(chain, 1.0)[0] for run in of_run.values() for chain in token_chains(run)]
-    sequences = [np.asarray(datum.model_input.to_ints()) for datum in datums]
-    tree = SortedSequences.build(sequences)
-    return {
-        "later turns": len(pairs),
-        "share that extends the recorded ids": extended / max(len(pairs), 1),
-        "prompt tokens read anew, later turns": anew,
+    tree = SortedSequences.build([np.asarray(datum.model_input.to_ints()) for datum in datums])
+    figures: dict[str, float] = {
+        "later turns": len(later),
+        "share that extends the recorded ids": extended / max(len(later), 1),
+        "prompt tokens of later turns": sum(len(each.call.prompt_ids) for each in later),
+        "of them not read before": sum(_unread(each) for each in later),
         "datums": len(datums),
         "tokens": int(tree.lengths.sum()),
         "distinct tokens of the prefix tree": int((tree.lengths - tree.shared).sum()),
-        "seconds of forward_backward": _seconds(datums, model),
     }
+    return figures if model is None else {**figures, "seconds of forward_backward": _seconds(datums, model)}
 
 
-def _follows(before: Any, call: Any) -> bool:
-    return len(call.messages) > len(before.messages) and call.messages[: len(before.messages)] == before.messages
-
-
-def _extends(before: Any, call: Any, renderer: Any) -> bool:
-    """Whether the prompt has all ids of the reply but those of a stop string and the end of the turn."""
-    text = str(before.reply.get("content") or "").rstrip() if not before.reply.get("tool_calls") else None
-    ids = renderer.without_stop(before.output_ids)
-    while text is not None and ids and not text.startswith(renderer.decode(ids).rstrip()):
-        ids = ids[:-1]
-    known = before.prompt_ids + ids
-    return bool(call.prompt_ids[: len(known)] == known)
-
-
-def _shared(one: list[int], two: list[int]) -> int:
-    return next((at for at, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+def _unread(made: Made) -> int:
+    assert made.before is not None
+    read, ids = made.before.call.prompt_ids + made.before.call.output_ids, made.call.prompt_ids
+    same = next((at for at, (a, b) in enumerate(zip(read, ids, strict=False)) if a != b), min(len(read), len(ids)))
+    return len(ids) - same
 
 
 def _seconds(datums: list[Any], model: str) -> float:
     from nat_plugin_evsys import ServiceClient
 
     client = ServiceClient().create_lora_training_client(base_model=model, rank=32)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        client.forward_backward(datums, "importance_sampling").result()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    client.forward_backward(datums[:1], "importance_sampling").result()
+    start = time.perf_counter()
+    client.forward_backward(datums, "importance_sampling").result()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
