@@ -51,7 +51,8 @@ def why_nothing_was_trained(summary: RunSummary) -> str:
         reasons = sorted((count, reason) for reason, count in dropped.items())
         counts = ", ".join(f"{reason} {count}" for count, reason in reversed(reasons))
         why = f"Every call was dropped ({counts})." if counts else "The rollouts made no calls to the policy."
-    return f"nothing was trained in {summary.epochs} epochs, so there is no adapter to serve. {why}"
+    epochs = f"{summary.epochs} epoch{'' if summary.epochs == 1 else 's'}"
+    return f"nothing was trained in {epochs}, so there is no adapter to serve. {why}"
 
 
 def _nat_command() -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nat_plugin_evsys.report.findings import Finding, FindingId, quoted
 from nat_plugin_evsys.report.one_answer import one_answer
-from nat_plugin_evsys.report.replies import EQUAL_WITHIN, Reply, ReplyNumbers
+from nat_plugin_evsys.report.replies import EQUAL_WITHIN, Reply, ReplyNumbers, examples
 from nat_plugin_evsys.report.several_answers import naming_several
 
 START_AGAIN = "Start again with a lower `learning_rate`, or set `on_collapse: reload_best` on the trainer"
@@ -17,9 +17,6 @@ NAMING_SEVERAL_WINS = (
     "Naming several answers wins the reward: make the evaluator refuse that (evsys_exact_match has `mode: one_of` with "
     "`choices`, and `mode: exact`)."
 )
-
-EXAMPLES = 3
-"""Replies that a finding shows."""
 
 CUT_SHARE = 0.2
 """Share of the calls that must have ended at the token limit before it is worth a word."""
@@ -109,7 +106,7 @@ def _same_reward(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         f"{outcome}.",
         "Compare the replies with what the evaluator wants. A prompt that states the form of the answer, an evaluator "
         "that rewards a part of it, or a `warm_start` on demonstrations gives the policy a difference to learn from.",
-        _examples(facts.replies),
+        examples(facts.replies),
     )
 
 
@@ -125,7 +122,7 @@ def _no_signal(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         f"Epoch {facts.epoch} trained nothing: {lost}, since all attempts at a row get the same reward "
         f"(mean {numbers.reward_mean:.3f}). {_variety(facts.replies)}",
         _advice_on_no_signal(facts, is_best=is_best),
-        _examples(facts.replies),
+        examples(facts.replies),
         collapse=bool(facts.last_trained) and _has_lost(facts, numbers),
     )
 
@@ -153,7 +150,7 @@ def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         f"The reward has fallen from {max(means):.3f} in epoch {best} to {numbers.reward_mean:.3f} in epoch "
         f"{facts.epoch}: what was learned is lost.",
         f"{START_AGAIN}, or serve the best checkpoint (`checkpoint: best`).",
-        _examples(facts.replies),
+        examples(facts.replies),
         collapse=True,
     )
 
@@ -182,7 +179,7 @@ def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
             f"{len(same)} of {len(replies)} replies {where} give the same answer to {rows} different rows: "
             f"{quoted(text)}. It earns {earned:.3f} on average.",
             _advice_on_one_answer(wins, facts.epoch),
-            _examples(same),
+            examples(same),
             collapse=not wins
             and facts.epoch > 1
             and numbers.rows_with_signal < SIGNAL_OF_A_COLLAPSE * numbers.rows
@@ -203,7 +200,7 @@ def _several_answers(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None
         f"{len(several)} of {len(rewarded)} rewarded replies of epoch {facts.epoch} also name an answer that another "
         "row wants.",
         NAMING_SEVERAL_WINS,
-        _examples(several),
+        examples(several),
     )
 
 
@@ -220,7 +217,7 @@ def _heldout_several(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None
         f"{len(several)} of {len(rewarded)} rewarded replies to held-out rows after epoch {facts.epoch} also name an "
         f"answer that another row wants, so a held-out reward of {reward:.3f} does not show that the policy chooses.",
         NAMING_SEVERAL_WINS,
-        _examples(several),
+        examples(several),
     )
 
 
@@ -255,7 +252,7 @@ def _shrunk(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         f"The reward rose from {first.reward_mean:.3f} to {numbers.reward_mean:.3f} between epoch 1 and {facts.epoch} "
         f"while the replies shrank from {first.tokens_mean:.0f} to {numbers.tokens_mean:.0f} tokens{empty}.",
         "Check that they still say what you want: the evaluator may reward short or empty replies.",
-        _examples(sorted(facts.replies, key=lambda reply: (-(reply.reward or 0.0), reply.tokens))),
+        examples(sorted(facts.replies, key=lambda reply: (-(reply.reward or 0.0), reply.tokens))),
     )
 
 
@@ -272,21 +269,21 @@ def _low_entropy(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         f"The policy hardly tries alternatives any more: the entropy of its tokens has fallen from {first:.3f} to "
         f"{last:.3f} nats while the mean reward is {numbers.reward_mean:.3f} (the best reply got {high:.3f}).",
         "Lower `learning_rate`, raise the policy's `temperature`, or set `kl_beta`, which pulls it to the base model.",
-        _examples(facts.replies),
+        examples(facts.replies),
     )
 
 
 def _cut_off(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
     if not numbers.calls or numbers.cut < CUT_SHARE * numbers.calls:
         return None
-    share = 100 * numbers.cut / numbers.calls
+    share = 100 * numbers.cut // numbers.calls  # 255 of 256 are not 100 %
     return Finding(
         FindingId.CUT_OFF,
         facts.epoch,
-        f"{numbers.cut} of {numbers.calls} calls of epoch {facts.epoch} ({share:.0f} %) ended at `max_tokens`, in the "
+        f"{numbers.cut} of {numbers.calls} calls of epoch {facts.epoch} ({share} %) ended at `max_tokens`, in the "
         "middle of a reply.",
         "Raise the policy's `max_tokens`, or ask for shorter replies in the prompt.",
-        _examples([reply for reply in facts.replies if reply.cut]),
+        examples([reply for reply in facts.replies if reply.cut]),
     )
 
 
@@ -306,19 +303,3 @@ def _variety(replies: Sequence[Reply]) -> str:
     if len(texts) == len({reply.row for reply in replies}):
         return "The policy gives each row one answer."
     return "The replies still differ, but not their rewards."
-
-
-def _examples(replies: Sequence[Reply]) -> list[Reply]:
-    """The first replies, as different as possible: other texts first, then other rows."""
-    by_text: dict[str, Reply] = {}
-    by_row: dict[str, Reply] = {}
-    for reply in replies:
-        by_text.setdefault(reply.text, reply)
-        by_row.setdefault(reply.row, reply)
-    chosen: list[Reply] = []
-    for reply in (*by_text.values(), *by_row.values(), *replies):
-        if reply not in chosen:
-            chosen.append(reply)
-        if len(chosen) == EXAMPLES:
-            break
-    return chosen

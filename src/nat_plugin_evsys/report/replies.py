@@ -18,6 +18,9 @@ KEY = "replies"
 EQUAL_WITHIN = 1e-12
 """Rewards that differ by no more than this are equal, as they are where advantages are computed."""
 
+EXAMPLES = 3
+"""Replies that a finding shows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -104,3 +107,19 @@ class ReplyNumbers:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``of_row`` reads it back."""
         return asdict(self)
+
+
+def examples(replies: Sequence[Reply]) -> list[Reply]:
+    """The first replies, as different as possible: other texts first, then other rows."""
+    by_text: dict[str, Reply] = {}
+    by_row: dict[str, Reply] = {}
+    for reply in replies:
+        by_text.setdefault(reply.text, reply)
+        by_row.setdefault(reply.row, reply)
+    chosen: list[Reply] = []
+    for reply in (*by_text.values(), *by_row.values(), *replies):
+        if reply not in chosen:
+            chosen.append(reply)
+        if len(chosen) == EXAMPLES:
+            break
+    return chosen

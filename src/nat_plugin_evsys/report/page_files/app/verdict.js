@@ -32,7 +32,7 @@ function Verdict({ run }) {
     <div>
       ${isComparison && html`<p class="small muted"><${RunName} run=${run} /></p>`}
       <p class="answer">${sentence}</p>
-      ${run.error && html`<p class="error-text">The run ${run.status}: ${run.error}</p>`}
+      ${run.error && html`<p class="error-text">The run ${run.status === "interrupted" ? "was interrupted" : run.status}: ${run.error}</p>`}
       ${warnings > 0 && html`<p><span class="chip warn">${plural(warnings, "warning")}</span> ${" "}
         <a href="#health">${prose(run.findings[0].sentence)}</a></p>`}
     </div>
