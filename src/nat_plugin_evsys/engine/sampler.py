@@ -23,7 +23,7 @@ from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling.row_decoder import RowDecoder
 from nat_plugin_evsys.engine.sampling.slot_decoder import SlotDecoder
-from nat_plugin_evsys.engine.sampling.stopping import eos_token_ids
+from nat_plugin_evsys.engine.sampling.stopping import eos_token_ids, ids_without_a_token
 from nat_plugin_evsys.engine.spans.decoder import FIRST_LENGTH, SpanDecoder
 from nat_plugin_evsys.engine.spans.probe import rollout_model
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
@@ -82,6 +82,8 @@ class Sampler:
         self.limits = Limits(base.context_length, base.vocab_size, eos)
         self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
         self._runner, self.plain_because = trusted_runner(base)
+        never = ids_without_a_token(base.tokenizer, base.vocab_size, eos)
+        self._never = torch.tensor(never, device=base.device) if never else None
         keep = prefix_cache_bytes if prefix_cache_bytes is not None else _prefix_budget(base.device)
         self._prefixes = PrefixCache(keep)
         self._spans = SpanTree(self._runner.layout, keep)
@@ -189,7 +191,8 @@ class Sampler:
     def _batch(self, policy: SamplingPolicy) -> DecodeBatch:
         batch = self._batches.get(policy.ident)
         if batch is None:
-            batch = DecodeBatch(self._runner, policy, self._decoder(policy), max_rows=self.max_batch_size)
+            decoder, rows = self._decoder(policy), self.max_batch_size
+            batch = DecodeBatch(self._runner, policy, decoder, max_rows=rows, never=self._never)
             self._batches[policy.ident] = batch
             self._spare = None
         return batch

@@ -33,6 +33,7 @@ def tokenizer() -> Any:
         show_progress=False,
     )
     raw.train_from_iterator(["the quick brown fox stops at the lazy dog and the stop sign. "] * 20, trainer)
+    raw.add_tokens([f"[word {number}]" for number in range(VOCAB - raw.get_vocab_size())])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.decoding import RowParams
@@ -40,12 +41,19 @@ class DecodeBatch:
     """
 
     def __init__(
-        self, runner: ModelRunner | ExactRunner, policy: SamplingPolicy, decoder: RowDecoder, *, max_rows: int
+        self,
+        runner: ModelRunner | ExactRunner,
+        policy: SamplingPolicy,
+        decoder: RowDecoder,
+        *,
+        max_rows: int,
+        never: Tensor | None = None,
     ) -> None:
         self.policy = policy
         self.decoder = decoder
         self._runner = runner
         self._max_rows = max_rows
+        self._never = never
         self._rows: list[SampleSequence] = []
         self._joining: dict[Context, list[SampleSequence]] = {}
         self._waiting: deque[SampleSequence] = deque()
@@ -174,7 +182,7 @@ class DecodeBatch:
         if not self._rows:
             return
         if self._params is None:
-            self._params = row_params(self._rows, self._runner.vocab_size, self._runner.device)
+            self._params = row_params(self._rows, self._runner.vocab_size, self._runner.device, self._never)
         self._accept(sample_rows(self._rows, logits, self._params))
         self._retire()
 

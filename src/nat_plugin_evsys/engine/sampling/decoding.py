@@ -9,6 +9,9 @@ The sampled distribution of a row is built in this order, and logprobs are those
    top_p; that is the smallest set that reaches top_p, and always at least one token;
 4. ``log p = log_softmax`` over the kept tokens.
 
+Token ids that the tokenizer does not have are never drawn. Their probability stays in the logprobs, which are those of
+the policy as training computes them; of rows with top_k or top_p it is left out in step 2.
+
 Temperature 0 is greedy: the argmax (ties: the lowest id); top_k and top_p play no part, and the logprob reported is
 that of temperature 1, since the greedy distribution itself is a point mass.
 """
@@ -65,6 +68,7 @@ class RowParams:
         top_p: (B,) float64, infinity when off.
         filtered: indices of the rows with top_k or top_p on, or None if there are none.
         unit_temperature, any_greedy, all_greedy: what a step may skip.
+        never: (N,) int64 token ids that are not drawn, or None if there are none.
     """
 
     temperature: Tensor
@@ -75,9 +79,12 @@ class RowParams:
     unit_temperature: bool
     any_greedy: bool
     all_greedy: bool
+    never: Tensor | None = None
 
     @classmethod
-    def build(cls, rows: list[tuple[float, int, float]], vocab_size: int, device: torch.device) -> RowParams:
+    def build(
+        cls, rows: list[tuple[float, int, float]], vocab_size: int, device: torch.device, never: Tensor | None = None
+    ) -> RowParams:
         """From one ``(temperature, top_k, top_p)`` a row, with Tinker's values for "off" (top_k <= 0, top_p >= 1)."""
         greedy = [t == 0 for t, _, _ in rows]
         top_k = [vocab_size if g or k <= 0 else min(k, vocab_size) for g, (_, k, _) in zip(greedy, rows, strict=True)]
@@ -93,6 +100,7 @@ class RowParams:
             unit_temperature=all(t == 1.0 for t in temperature),
             any_greedy=any(greedy),
             all_greedy=all(greedy),
+            never=never,
         )
 
 
@@ -127,12 +135,24 @@ def sampled_logprobs(logits: Tensor, params: RowParams) -> Tensor:
     if not params.unit_temperature:
         z = z / params.temperature
     if params.filtered is not None:
-        z = z.index_copy(0, params.filtered, restrict(z[params.filtered], *_of(params, params.filtered)))
+        z = z.index_copy(0, params.filtered, restrict(*_of(params, z, params.filtered)))
     return z.log_softmax(dim=-1)
 
 
-def _of(params: RowParams, rows: Tensor) -> tuple[Tensor, Tensor]:
-    return params.top_k[rows], params.top_p[rows]
+def _of(params: RowParams, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _without(z[rows], params.never), params.top_k[rows], params.top_p[rows]
+
+
+def _without(z: Tensor, never: Tensor | None) -> Tensor:
+    return z if never is None else z.index_fill(-1, never, float("-inf"))
+
+
+def likeliest(z: Tensor, never: Tensor | None) -> Tensor:
+    """The id (B,) with the largest of ``z`` (B, V) in each row; ties: the lowest id."""
+    ids = z.argmax(dim=-1)
+    if never is None or not torch.isin(ids, never).any():
+        return ids
+    return _without(z, never).argmax(dim=-1)
 
 
 def draw(logprobs: Tensor, params: RowParams, u: np.ndarray) -> Tensor:
@@ -142,10 +162,12 @@ def draw(logprobs: Tensor, params: RowParams, u: np.ndarray) -> Tensor:
     fp32 the tail of a large vocabulary would never be drawn.
     """
     if params.all_greedy:
-        return logprobs.argmax(dim=-1)
+        return likeliest(logprobs, params.never)
     rows, vocab = logprobs.shape
     probs = logprobs.new_zeros(rows, -(-vocab // _BLOCK), _BLOCK)
     torch.exp(logprobs, out=probs.view(rows, -1)[:, :vocab])
+    if params.never is not None:
+        probs.view(rows, -1).index_fill_(1, params.never, 0.0)
     ends = probs.sum(dim=-1).double().cumsum(dim=-1)
     goal = torch.from_numpy(u).to(ends.device).unsqueeze(1) * ends[:, -1:]
     block = torch.searchsorted(ends, goal, right=True).clamp_(max=ends.shape[1] - 1)
@@ -154,4 +176,4 @@ def draw(logprobs: Tensor, params: RowParams, u: np.ndarray) -> Tensor:
     inner = probs[torch.arange(rows, device=block.device), block[:, 0]].double().cumsum(dim=-1)
     at = torch.searchsorted(inner, share.clamp_(0.0, _BELOW_ONE) * inner[:, -1:], right=True)
     tokens = (block * _BLOCK + at).squeeze(1).clamp_(max=vocab - 1)
-    return torch.where(params.greedy, logprobs.argmax(dim=-1), tokens) if params.any_greedy else tokens
+    return torch.where(params.greedy, likeliest(logprobs, params.never), tokens) if params.any_greedy else tokens

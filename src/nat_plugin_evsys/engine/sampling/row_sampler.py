@@ -11,10 +11,12 @@ from nat_plugin_evsys.engine.sampling.request import SampleSequence
 from nat_plugin_evsys.engine.sampling.result import top_columns
 
 
-def row_params(rows: list[SampleSequence], vocab_size: int, device: torch.device) -> RowParams:
+def row_params(
+    rows: list[SampleSequence], vocab_size: int, device: torch.device, never: Tensor | None = None
+) -> RowParams:
     """The sampling parameters of each row."""
     wanted = [(s.request.temperature, s.request.top_k, s.request.top_p) for s in rows]
-    return RowParams.build(wanted, vocab_size, device)
+    return RowParams.build(wanted, vocab_size, device, never)
 
 
 def sample_rows(rows: list[SampleSequence], logits: Tensor, params: RowParams) -> list[tuple[int, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,16 @@ def eos_token_ids(model: Any, tokenizer: Any, vocab_size: int) -> frozenset[int]
         ids = getattr(source, "eos_token_id", None)
         found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
     return frozenset(i for i in found if 0 <= i < vocab_size)
+
+
+def ids_without_a_token(tokenizer: Any, vocab_size: int, eos: Iterable[int]) -> list[int]:
+    """The ids below V that stand for nothing: the rows that pad a model's head. They would decode to no text.
+
+    An end of the sequence is never among them; nor is any id if the tokenizer is None.
+    """
+    if tokenizer is None:
+        return []
+    return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values()) - set(eos))
 
 
 @dataclass(frozen=True)

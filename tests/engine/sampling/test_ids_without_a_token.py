@@ -1,0 +1,60 @@
+"""Ids of a padded head that the tokenizer does not have are never sampled, and the logprobs stay the policy's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tinker.types import ModelInput, SamplingParams
+from tiny import tiny_model
+
+from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model
+from nat_plugin_evsys.engine.sampling.stopping import ids_without_a_token
+
+TIMEOUT = 60
+PROMPT = [5, 6, 7, 8]
+SEED, PADDING = 7, 60
+
+
+@pytest.fixture(scope="module")
+def padded(tokenizer: Any) -> BaseModel:
+    """A model with a fifth more ids than its tokenizer has, which it finds likelier than the others."""
+    model = tiny_model("qwen3", seed=SEED, vocab_size=len(tokenizer) + PADDING)
+    with torch.no_grad():
+        model.lm_head.weight[len(tokenizer) :] *= 4
+    return wrap_model("padded", model, tokenizer)
+
+
+@pytest.mark.parametrize("path", ["auto", "plain"])
+def test_they_are_never_sampled(
+    padded: BaseModel, make_sampler: Callable[..., Any], plain_logits: Callable[..., torch.Tensor], path: str
+) -> None:
+    known = padded.vocab_size - PADDING
+    client = make_sampler(padded, path=path).client(None, 0)
+    for params, rows in (
+        (SamplingParams(max_tokens=40, temperature=1.5, seed=1, stop=[]), 4),
+        (SamplingParams(max_tokens=40, temperature=0, stop=[]), 1),
+        (SamplingParams(max_tokens=40, temperature=1.5, top_k=3, seed=1, stop=[]), 4),
+    ):
+        for sequence in client.sample(ModelInput.from_ints(PROMPT), rows, params).result(TIMEOUT).sequences:
+            assert max(sequence.tokens) < known
+            z = plain_logits(padded, None, [*PROMPT, *sequence.tokens])[len(PROMPT) - 1 : -1]
+            assert (z.argmax(-1) >= known).any()  # they would be sampled
+            if params.top_k == 3:
+                z[:, known:] = float("-inf")
+                z = z.masked_fill(z < z.topk(3).values[:, -1:], float("-inf"))
+            own = (z / (params.temperature or 1.0)).log_softmax(-1)
+            expected = own.gather(1, torch.tensor(sequence.tokens)[:, None]).squeeze(1)
+            assert torch.allclose(torch.tensor(sequence.logprobs), expected, atol=1e-4)
+            if params.temperature == 0:
+                assert sequence.tokens == z[:, :known].argmax(-1).tolist()
+
+
+def test_which_they_are(tokenizer: Any) -> None:
+    ids = sorted(tokenizer.get_vocab().values())
+    vocab = ids[-1] + 5
+    assert ids_without_a_token(tokenizer, vocab, {vocab - 1}) == sorted(set(range(vocab - 1)) - set(ids))
+    assert ids_without_a_token(tokenizer, 3, ()) == []
+    assert ids_without_a_token(None, vocab, ()) == []
