@@ -14,6 +14,8 @@ from nat_plugin_evsys.runtime import defaults
 DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
 """NAT's own default of ``finetuning.output_dir``."""
 
+SpecialTokens = Literal["text", "control"]
+Reasoning = Literal["split", "content"]
 HintMode = Literal["honour", "ignore", "refuse"]
 
 NOT_OVER_A_SERVICE = {
@@ -111,6 +113,16 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     )
     enable_thinking: bool | None = Field(
         default=None, description="Passed to the chat template as `enable_thinking` (Qwen3 and kin) when set."
+    )
+    reasoning: Reasoning = Field(
+        default="split",
+        description="What becomes of `<think>` blocks in a reply, if the chat template knows them: `split` puts them "
+        "into the message's `reasoning_content`, as vLLM's parsers do; `content` leaves them in the content.",
+    )
+    special_tokens: SpecialTokens = Field(
+        default="text",
+        description="What becomes of a special token's text within a message (`<|im_end|>` would end the turn): `text` "
+        "writes it in ordinary tokens, `control` lets it be the special token.",
     )
     hints: HintMode = Field(
         default="honour",

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
-import re
+import logging
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
 from nat_plugin_evsys.policy.messages import normalize_messages
+from nat_plugin_evsys.policy.plain_text import MARK, PlainText
 from nat_plugin_evsys.policy.reply_forms import ReplyForms
 from nat_plugin_evsys.policy.template_bounds import refuse_powers, render_bounded
+from nat_plugin_evsys.policy.token_bytes import TokenBytes
 from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble
 from nat_plugin_evsys.policy.tool_forms.create import create_parser, form_of
+from nat_plugin_evsys.policy.tool_prompt import without_tools
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.config.policy import SpecialTokens
+
+logger = logging.getLogger(__name__)
 
 _PROBE = "probe"
 _PROBE_TOOL = {
@@ -26,24 +35,28 @@ _PROBE_TOOL = {
     },
 }
 _NO_CONTEXT = [{"role": "user", "content": _PROBE}]
+_QUICK_S = 5.0
 _TOO_MUCH = (RecursionError, MemoryError, OverflowError)
 _ENDS_OF_CALLS = {
     "llama3_json": ("<|eom_id|>",),  # of a turn that calls a built-in tool
     "harmony": ("<|call|>", "<|return|>"),
 }
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class ChatRenderer:
     """Renders messages with a Hugging Face tokenizer's chat template and parses replies.
 
-    ``<think>`` blocks stay in the content as they were sampled: templates that drop the reasoning of earlier turns
-    (Qwen 3 and similar) do so themselves when the message comes back in the history. Tool calls inside a ``<think>``
-    block are ignored.
+    Without ``split_thoughts``, ``<think>`` blocks stay in the content as they were sampled: templates that drop the
+    reasoning of earlier turns (Qwen 3 and similar) do so themselves when the message comes back in the history. Tool
+    calls inside a ``<think>`` block are ignored.
+
+    A template that has no place for tools gets a prompt in Hermes' form in the system turn; see ``tool_prompt``.
 
     Args:
         chat_template: a Jinja template that replaces the tokenizer's own.
         enable_thinking: passed to the template when set.
+        split_thoughts: parse ``<think>`` blocks into a message's ``reasoning_content``.
+        special_tokens: what becomes of a special token's text within a message; see the policy's setting.
 
     Raises:
         ModelError: there is no chat template, or it could run forever.
@@ -51,14 +64,23 @@ class ChatRenderer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, chat_template: str | None = None, enable_thinking: bool | None = None
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        enable_thinking: bool | None = None,
+        split_thoughts: bool = False,
+        special_tokens: SpecialTokens = "text",
     ) -> None:
+        self._said_prompted = False
         # A copy and a lock: a fast tokenizer's call may change its padding state, which fails ("Already borrowed")
         # beside another thread's call.
         self.tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
         self._chat_template = chat_template
         self._enable_thinking = enable_thinking
+        self._split_thoughts = split_thoughts
+        self._special_tokens = special_tokens
         try:
             self._source: str = tokenizer.get_chat_template(chat_template, None)
             self._tools_source: str = tokenizer.get_chat_template(chat_template, [_PROBE_TOOL])
@@ -154,19 +176,60 @@ class ChatRenderer:
     ) -> str:
         if tools and not self.supports_tools:
             raise DataError(
-                "the model's chat template does not take `tools`, or writes tool calls in an unknown form "
-                "(known: Hermes/Qwen <tool_call> blocks, Llama 3 JSON); set a `chat_template` or send no tools"
+                "the model's chat template shows `tools` and asks for calls in a form that is not known; set a "
+                "`chat_template` or send no tools"
             )
-        normal = normalize_messages(messages)
-        if "reasoning_content" not in self._source:
-            for index, message in enumerate(normal):
-                if "reasoning_content" in message:
-                    raise DataError(f"`messages[{index}].reasoning_content` is not read by the model's chat template")
         if enable_thinking is None:
             enable_thinking = self._enable_thinking
         else:
             self._check_thinking(DataError)
-        return self._apply(normal, tools, add_generation_prompt, enable_thinking)
+        normal = normalize_messages(messages)
+
+        def written(count: int) -> str:
+            return self._apply(*self._as_shown(normal[:count], tools or ()), add_generation_prompt, enable_thinking)
+
+        started = time.monotonic()
+        try:
+            return written(len(normal))
+        except DataError as error:
+            if time.monotonic() - started > _QUICK_S:
+                raise  # finding the message would take as long several times over
+            raise DataError(f"`messages[{_offender(written, len(normal))}]`: {error}") from error
+
+    def _as_shown(
+        self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Normalized messages and tools as this template takes them."""
+        shown, tools = self._with_thoughts(messages), list(tools)
+        if not self._shows_tools:
+            shown, tools = self._prompted(shown, tools), []
+        if self._special_tokens == "text":
+            shown, tools = self._plain_text.marked(shown), self._plain_text.marked(tools)
+        return shown, tools
+
+    def _with_thoughts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Reasoning where the template looks for it: in a field of the message, or in the content."""
+        if "reasoning_content" in self._source:
+            return messages
+        shown = []
+        for message in messages:
+            thoughts = message.get("reasoning_content")
+            if thoughts is not None:
+                message = {key: value for key, value in message.items() if key != "reasoning_content"}
+                if ".thinking" in self._source:
+                    message["thinking"] = thoughts
+                elif self.thinks:
+                    message["content"] = f"<think>\n{thoughts}\n</think>\n\n{message['content']}"
+                else:
+                    raise DataError("`reasoning_content` is not read by the model's chat template")
+            shown.append(message)
+        return shown
+
+    def _prompted(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if tools and not self._said_prompted:
+            self._said_prompted = True
+            logger.warning("the chat template has no place for tools: the system turn shows them in Hermes' form")
+        return without_tools(messages, tools, has_system=self._takes_system)
 
     def _apply(
         self,
@@ -195,6 +258,8 @@ class ChatRenderer:
     def encode(self, text: str) -> list[int]:
         """The token ids of rendered text."""
         with self._lock:
+            if self._special_tokens == "text" and MARK in text:
+                return self._plain_text.encode(text)
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     # -- ids to messages --------------------------------------------------------------------------------------------
@@ -218,7 +283,13 @@ class ChatRenderer:
 
     def create_parser(self, *, tools: Sequence[dict[str, Any]] | None = None, reply_id: str = "") -> ReplyParser:
         """A parser that reads a reply's text piece by piece; see ``parse``."""
-        return create_parser(self.tool_format, tools=tools, reply_id=reply_id, thinking=self._prompt_opens_thinking)
+        return create_parser(
+            self.tool_format,
+            tools=tools,
+            reply_id=reply_id,
+            thinking=self._prompt_opens_thinking,
+            split_thoughts=self._split_thoughts and self.thinks,
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, control tokens included."""
@@ -238,16 +309,7 @@ class ChatRenderer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a token may be only part of a character."""
-        piece: str | None = self.tokenizer.convert_ids_to_tokens(token_id)
-        if piece is None:
-            return b""
-        if token_id in self._control_ids:
-            return piece.encode()
-        if match := _BYTE_PIECE.fullmatch(piece):
-            return bytes([int(match[1], 16)])
-        if self._is_byte_level and all(char in _BYTE_OF for char in piece):
-            return bytes(_BYTE_OF[char] for char in piece)
-        return self.decode([token_id]).encode()
+        return self._token_bytes.of(token_id)
 
     @cached_property
     def reply_forms(self) -> ReplyForms:
@@ -271,15 +333,30 @@ class ChatRenderer:
     @cached_property
     def tool_format(self) -> ToolCallFormat | None:
         """How the model writes tool calls, read from the template; None if the form is unknown."""
-        return form_of(self._tools_source)
+        return form_of(self._tools_source) if self._shows_tools else "hermes"
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether tools can be shown to the model, and its calls be parsed."""
+        return self.tool_format is not None
 
     @cached_property
-    def supports_tools(self) -> bool:
-        """Whether the template shows tools to the model, and the model's tool calls can be parsed."""
-        if self.tool_format is None:
-            return False
+    def thinks(self) -> bool:
+        """Whether the template knows ``<think>`` blocks."""
+        return "</think>" in self._source or self._prompt_opens_thinking
+
+    @cached_property
+    def _shows_tools(self) -> bool:
         with_tool, without = (self._apply(_NO_CONTEXT, tools, True, None) for tools in ([_PROBE_TOOL], None))
         return with_tool != without
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        system = [{"role": "system", "content": _PROBE + _PROBE}, *_NO_CONTEXT]
+        try:
+            return _PROBE + _PROBE in self._apply(system, None, True, None)
+        except DataError:
+            return False
 
     @cached_property
     def end_of_turn(self) -> int | None:
@@ -307,21 +384,27 @@ class ChatRenderer:
         return frozenset([*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids])
 
     @cached_property
-    def _is_byte_level(self) -> bool:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        return backend is not None and "ByteLevel" in repr(backend.decoder)
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer, self._control_ids, self.decode)
+
+    @cached_property
+    def _plain_text(self) -> PlainText:
+        return PlainText(self.tokenizer, {text: id for text, id in self._vocabulary.items() if id in self._special_ids})
 
     def _check_thinking(self, error: type[ConfigError] | type[DataError]) -> None:
         if "enable_thinking" not in self._source:
             raise error("`enable_thinking` is set, but the model's chat template does not use it; remove it")
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte (``bytes_to_unicode``), turned round."""
-    printable: Iterable[int] = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return table | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()
+def _offender(written: Callable[[int], str], count: int) -> int:
+    """Index of the message with which rendering fails; longer conversations fail as well."""
+    low, high = 1, count
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            written(middle)
+        except DataError:
+            high = middle
+        else:
+            low = middle + 1
+    return low - 1

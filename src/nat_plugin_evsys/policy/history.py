@@ -18,6 +18,7 @@ from typing import Any
 
 from nat_plugin_evsys.calls import PromptHistory
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.plain_text import unmarked
 
 Message = dict[str, Any]
 
@@ -95,9 +96,9 @@ class History:
         Raises:
             DataError: see ``ChatRenderer.render``.
         """
-        text = renderer.render_text(messages, tools, enable_thinking=enable_thinking)
         keys = _keys(scope, messages, tools)
         follows, turns = self._find(keys, messages)
+        text = renderer.render_text(_with_thoughts(messages, turns), tools, enable_thinking=enable_thinking)
         for end, turn in turns:
             ids = _continued(renderer, turn, text, tools)
             if ids is not None:
@@ -170,20 +171,30 @@ def _continued(renderer: ChatRenderer, turn: Turn, text: str, tools: Sequence[Me
     if end < 0 or not _same_reply(renderer, text[len(turn.text) : end], turn.reply, tools):
         return None
     closed = turn.ids[-1] == end_of_turn
-    added = text[end + len(marker) if closed else end :]
+    added = turn.rest + text[end + len(marker) if closed else end :]
     known = turn.ids.tolist()
-    ids = known + renderer.encode(turn.rest + added)
-    return ids if renderer.decode(ids) == renderer.decode(known) + turn.rest + added else None
+    ids = known + renderer.encode(added)
+    return ids if renderer.decode(ids) == renderer.decode(known) + unmarked(added) else None
+
+
+def _with_thoughts(messages: Sequence[Message], turns: Sequence[tuple[int, Turn]]) -> list[Message]:
+    """The messages with the reasoning of known replies, which most clients do not send back; the template decides."""
+    shown = list(messages)
+    for end, turn in turns:
+        thoughts = turn.reply.get("reasoning_content")
+        if thoughts is not None and not shown[end - 1].get("reasoning_content"):
+            shown[end - 1] = {**shown[end - 1], "reasoning_content": thoughts}
+    return shown
 
 
 def _same_reply(renderer: ChatRenderer, written: str, reply: Message, tools: Sequence[Message]) -> bool:
     """Whether the template has written the reply, whatever the white space; not if it drops thoughts, for example."""
-    parsed = renderer.parse(written, tools=tools if reply.get("tool_calls") else ()).to_message()
+    parsed = renderer.parse(unmarked(written), tools=tools if reply.get("tool_calls") else ()).to_message()
     return _words(parsed) == _words(reply) and _calls(parsed) == _calls(reply)
 
 
-def _words(message: Message) -> list[str]:
-    return str(message.get("content") or "").split()
+def _words(message: Message) -> list[list[str]]:
+    return [str(message.get(field) or "").split() for field in ("reasoning_content", "content")]
 
 
 def _keys(scope: str, messages: Sequence[Message], tools: Sequence[Message]) -> list[bytes]:

@@ -131,4 +131,6 @@ def create_renderer(config: EvsysPolicyConfig, tokenizer: Any) -> ChatRenderer:
         tokenizer,
         chat_template=None if template is None else template.read_text(encoding="utf-8"),
         enable_thinking=config.enable_thinking,
+        split_thoughts=config.reasoning == "split",
+        special_tokens=config.special_tokens,
     )

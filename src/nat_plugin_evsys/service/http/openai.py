@@ -71,7 +71,7 @@ class CheckpointModels:
     def _renderer(self, base: BaseModel) -> ChatRenderer:
         if base.name not in self._renderers:
             try:
-                self._renderers[base.name] = ChatRenderer(base.tokenizer)
+                self._renderers[base.name] = ChatRenderer(base.tokenizer, split_thoughts=True)
             except ModelError as error:
                 raise bad_request(
                     f"{base.name} cannot chat: its tokenizer has no chat template; sample from it with token ids",
