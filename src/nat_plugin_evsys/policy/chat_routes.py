@@ -1,4 +1,4 @@
-"""OpenAI's routes over any number of models: ``POST …/chat/completions`` and ``GET …/models``."""
+"""OpenAI's routes over any number of models: chat completions, completions, responses, models; vLLM's tokenize."""
 
 from __future__ import annotations
 
@@ -15,13 +15,24 @@ from starlette.routing import Route
 
 from nat_plugin_evsys.calls import FUNCTIONS_HEADER, RUN_ID_HEADER, STEP_ID_HEADER
 from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
-from nat_plugin_evsys.policy.api_errors import api_error_of, body_of, headers_of, is_infrastructure, refusal_of
+from nat_plugin_evsys.policy.api_errors import (
+    api_error_of,
+    bad_request,
+    body_of,
+    headers_of,
+    is_infrastructure,
+    refusal_of,
+)
 from nat_plugin_evsys.policy.attribution import functions_of
-from nat_plugin_evsys.policy.completions import Completion, PolicySource
+from nat_plugin_evsys.policy.completions import Completion, PlainPrompt, PolicySource
+from nat_plugin_evsys.policy.dialects import ChatDialect, Dialect
 from nat_plugin_evsys.policy.event_stream import EventStream, Peer, completion_events
-from nat_plugin_evsys.policy.protocol import ChatCompletion, to_json
+from nat_plugin_evsys.policy.protocol import ChatCompletion
 from nat_plugin_evsys.policy.recorder import CallRefusal, Recorder
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
+from nat_plugin_evsys.policy.responses import ResponsesDialect
+from nat_plugin_evsys.policy.text_completions import TextDialect
+from nat_plugin_evsys.policy.tokenize import TokenizeRequest
 from nat_plugin_evsys.web.json_bodies import SMALL, beside_loop, read_json
 
 if TYPE_CHECKING:
@@ -90,7 +101,10 @@ class ChatRoutes:
         return [
             self._route("GET", f"{prefix}/models", self._list),
             self._route("GET", f"{prefix}/models/{{name:path}}", self._describe),
-            self._route("POST", f"{prefix}/chat/completions", self._completions),
+            self._route("POST", f"{prefix}/chat/completions", self._chat_completions),
+            self._route("POST", f"{prefix}/completions", self._completions),
+            self._route("POST", f"{prefix}/responses", self._responses),
+            self._route("POST", f"{prefix}/tokenize", self._tokenize),
         ]
 
     def _route(self, method: str, path: str, handler: Callable[[Request, str], Coroutine[Any, Any, Response]]) -> Route:
@@ -135,14 +149,41 @@ class ChatRoutes:
     def _model_object(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._created, "owned_by": "nat_plugin_evsys"}
 
-    async def _completions(self, request: Request, caller: str) -> Response:
+    async def _chat_completions(self, request: Request, caller: str) -> Response:
         body, value = await read_json(request, _CHAT)
         parsed = await beside_loop(len(body), ChatCompletionRequest.parse, value)
+        return await self._serve(parsed, request, caller, ChatDialect())
+
+    async def _completions(self, request: Request, caller: str) -> Response:
+        body, value = await read_json(request, _CHAT)
+        asked = await beside_loop(len(body), TextDialect, _object(value))
+        return await self._serve(asked.request, request, caller, asked, asked.ids)
+
+    async def _responses(self, request: Request, caller: str) -> Response:
+        body, value = await read_json(request, _CHAT)
+        asked = await beside_loop(len(body), ResponsesDialect, _object(value))
+        return await self._serve(asked.request, request, caller, asked)
+
+    async def _tokenize(self, request: Request, caller: str) -> Response:
+        body, value = await read_json(request, _CHAT)
+        asked = await beside_loop(len(body), TokenizeRequest, _object(value))
+        source = await self._models.source(asked.model, caller)
+        return JSONResponse(await asked.answer(source))
+
+    async def _serve(
+        self,
+        parsed: ChatCompletionRequest,
+        request: Request,
+        caller: str,
+        dialect: Dialect,
+        plain: PlainPrompt | None = None,
+    ) -> Response:
         peer = Peer(request.receive, self._closing(), self._recorder.receive(_run_id(request)))
+        preparing = self._prepare(parsed, request, caller, plain)
         if parsed.stream:
-            return await self._stream(parsed, request, caller, peer)
+            return await self._stream(preparing, peer, dialect)
         try:
-            completion, sequences = await peer.guard(_sampled(self._prepare(parsed, request, caller)))
+            completion, sequences = await peer.guard(_sampled(preparing))
             answer = ChatCompletion(
                 id=completion.id,
                 created=completion.created,
@@ -156,7 +197,7 @@ class ChatRoutes:
             )
         finally:
             peer.close()
-        return Response(to_json(answer), media_type="application/json")
+        return Response(dialect.answer(answer), media_type="application/json")
 
     def _say_what_changes_nothing(self, completion: Completion) -> None:
         """Each field once."""
@@ -170,23 +211,31 @@ class ChatRoutes:
             logger.warning("policy endpoint: a JSON schema is not followed in full: %s", message)
         self._said.update(ignored, hints, schemas)
 
-    async def _stream(self, parsed: ChatCompletionRequest, request: Request, caller: str, peer: Peer) -> Response:
+    async def _stream(self, preparing: Coroutine[Any, Any, Completion], peer: Peer, dialect: Dialect) -> Response:
         try:
-            completion = await peer.guard(self._prepare(parsed, request, caller))
-            events = completion_events(completion, peer, self._recorder, self._fail)
+            completion = await peer.guard(preparing)
+            events = dialect.events(completion_events(completion, peer, self._recorder, self._fail))
             # Up to the first event an error still has a status of its own.
             return EventStream(await anext(events), events, peer)
         except BaseException:
             peer.close()
             raise
 
-    async def _prepare(self, parsed: ChatCompletionRequest, request: Request, caller: str) -> Completion:
+    async def _prepare(
+        self, parsed: ChatCompletionRequest, request: Request, caller: str, plain: PlainPrompt | None
+    ) -> Completion:
         source = await self._models.source(parsed.model, caller)
         functions = functions_of(request.headers.get(FUNCTIONS_HEADER) or request.path_params.get(FUNCTIONS))
         step_id = request.headers.get(STEP_ID_HEADER)
-        completion = await Completion.prepare(parsed, source, _run_id(request), step_id, functions)
+        completion = await Completion.prepare(parsed, source, _run_id(request), step_id, functions, plain)
         self._say_what_changes_nothing(completion)
         return completion
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise bad_request("the body must be a JSON object", code="invalid_value")
+    return value
 
 
 def _run_id(request: Request) -> str | None:

@@ -54,6 +54,7 @@ def langchain_chat_model(
     model: str,
     timeout: float,
     disable_streaming: bool = False,
+    use_responses_api: bool = False,
     http_client: openai.DefaultHttpxClient | None = None,
     http_async_client: openai.DefaultAsyncHttpxClient | None = None,
     **options: Any,
@@ -62,6 +63,7 @@ def langchain_chat_model(
 
     Args:
         disable_streaming: make plain calls even if a stream is requested (same tokens, less CPU).
+        use_responses_api: call ``/responses`` instead of ``/chat/completions``.
         http_client: default is ``sync_attribution_client(timeout)``.
         http_async_client: default is ``attribution_client(timeout)``.
         options: further settings of ChatOpenAI, e.g. ``temperature``.
@@ -76,7 +78,7 @@ def langchain_chat_model(
         timeout=timeout,
         disable_streaming=disable_streaming,
         stream_usage=True,  # NAT counts tokens; it asks for the usage chunk of streams only
-        use_responses_api=False,
+        use_responses_api=use_responses_api,
         max_retries=MAX_RETRIES,
         http_client=http_client or sync_attribution_client(timeout),
         http_async_client=http_async_client or attribution_client(timeout),
@@ -91,6 +93,7 @@ async def open_langchain_client(
     model: str,
     timeout: float,  # noqa: ASYNC109 - a setting of the client, not of this function
     disable_streaming: bool,
+    use_responses_api: bool = False,
 ) -> AsyncIterator[ChatOpenAI]:
     """A ``ChatOpenAI`` bound to a running endpoint; its connections are closed at the end."""
     asynchronous, synchronous = attribution_client(timeout), sync_attribution_client(timeout)
@@ -101,6 +104,7 @@ async def open_langchain_client(
             model=model,
             timeout=timeout,
             disable_streaming=disable_streaming,
+            use_responses_api=use_responses_api,
             http_client=synchronous,
             http_async_client=asynchronous,
         )

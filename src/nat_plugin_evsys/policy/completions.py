@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.config.policy import HintMode
 
 
+PlainPrompt = Callable[[ChatRenderer], tuple[str, list[int]]]
+"""Gives the text and the ids of a prompt that has no messages."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
     """Sampling settings of requests that do not set them."""
@@ -90,22 +94,28 @@ class Completion:
         run_id: str | None,
         step_id: str | None,
         functions: list[str],
+        plain: PlainPrompt | None = None,
     ) -> Completion:
         """Render the prompt and fix the policy version. Loads the model if necessary.
 
         Args:
             run_id, step_id, functions: what the call belongs to, if anything.
+            plain: gives the prompt's text and ids; None renders the messages with the chat template.
 
         Raises:
             EvsysError: the messages cannot be rendered, or the policy cannot be loaded.
         """
         _check_hints(request, source.hints)
-        renderer = await _resolve(source.renderer)
+        renderer = await resolved(source.renderer)
         messages, tools = request.message_dicts(), request.shown_tools
         thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
         history = source.history or History()
         scope = run_id or ""
-        prompt = await asyncio.to_thread(history.prompt, renderer, scope, messages, tools, enable_thinking=thinking)
+        if plain is None:
+            prompt = await asyncio.to_thread(history.prompt, renderer, scope, messages, tools, enable_thinking=thinking)
+        else:
+            text, ids = await asyncio.to_thread(plain, renderer)
+            prompt = Prompt(ids, text, uuid.uuid4().bytes)
         client = await _client(source, run_id)
         constraint, unmet = await asyncio.to_thread(_constraint, request, source.hints, renderer, client)
         params = sampling_params(request, renderer, source, run_id)
@@ -283,11 +293,11 @@ def _stop(request: ChatCompletionRequest, renderer: ChatRenderer) -> list[str] |
 
 async def _client(source: PolicySource, run_id: str | None) -> SamplingClient:
     held = source.held_client() if source.recorder.kind_of(run_id) == "rollout" else None
-    client: SamplingClient = await _resolve(source.sampling_client) if held is None else held
+    client: SamplingClient = await resolved(source.sampling_client) if held is None else held
     return client
 
 
-async def _resolve(source: Callable[[], Any]) -> Any:
+async def resolved(source: Callable[[], Any]) -> Any:
     """Call a source of the policy. A plain function may take long (loading), so it runs in a thread."""
     if inspect.iscoroutinefunction(source):
         return await source()

@@ -40,7 +40,8 @@ _CLOSE_SECONDS = 10.0
 
 
 class PolicyEndpoint:
-    """``POST /v1/chat/completions``, ``GET /v1/models`` and ``GET /health`` for the policy.
+    """``POST /v1/chat/completions``, ``/completions``, ``/responses`` and ``/tokenize``, ``GET /v1/models`` and
+    ``GET /health`` for the policy.
 
     ``/rollouts/ROLLOUT/v1/…`` is the same for the calls of one rollout (see ``url_of``).
 
@@ -220,7 +221,7 @@ async def _unknown_route(request: Request, error: Exception) -> Response:
         ApiError(
             error.status_code,
             f"{request.method} {request.url.path} is not served here; there are POST /v1/chat/completions, "
-            "GET /v1/models and GET /health",
+            "/v1/completions, /v1/responses and /v1/tokenize, GET /v1/models and GET /health",
             code="unknown_url",
         )
     )

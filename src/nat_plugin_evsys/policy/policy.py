@@ -150,6 +150,7 @@ class Policy:
             model=self.config.base_model,
             timeout=self.config.request_timeout,
             disable_streaming=self.config.disable_streaming,
+            use_responses_api=self.config.api_type == "responses",
         ) as client:
             yield client
 

@@ -1,0 +1,120 @@
+"""OpenAI's text completions: a prompt of text or ids, no chat template. One prompt a request."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from nat_plugin_evsys.policy.api_errors import bad_request
+from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.dialects import chunks_of, dumps, event_of
+from nat_plugin_evsys.policy.protocol import ChatCompletion
+from nat_plugin_evsys.policy.request import ChatCompletionRequest
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_ONLY_HERE = frozenset({"prompt", "suffix", "logprobs", "echo"})
+
+
+class TextDialect:
+    """One request of ``POST /v1/completions``.
+
+    Args:
+        body: the request's JSON.
+
+    Raises:
+        ApiError: 400 that names the field.
+
+    Attributes:
+        request: what it asks for, as a chat completion without messages of its own.
+        prompt: text or token ids.
+    """
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        self.prompt: str | list[int] = _one_prompt(body.get("prompt"))
+        if body.get("suffix"):
+            raise bad_request("`suffix`: this endpoint does not offer it", param="suffix", code="unsupported_parameter")
+        self._echo = bool(body.get("echo"))
+        top = body.get("logprobs")
+        if self._echo and top is not None:
+            raise bad_request(
+                "`echo` with `logprobs` would need those of the prompt, which this endpoint does not offer",
+                param="echo",
+                code="unsupported_parameter",
+            )
+        # True is an int too, and no number of alternatives.
+        if top is not None and (not isinstance(top, int) or isinstance(top, bool)):
+            raise bad_request("`logprobs`: must be the number of alternatives", param="logprobs", code="invalid_value")
+        rest = {name: value for name, value in body.items() if name not in _ONLY_HERE}
+        chat = {"messages": [{"role": "user", "content": str(self.prompt)}], "max_tokens": _DEFAULT_MAX_TOKENS}
+        logprobs = {} if top is None else {"logprobs": True, "top_logprobs": top}
+        self.request = ChatCompletionRequest.parse({**chat, **rest, **logprobs})
+
+    def ids(self, renderer: ChatRenderer) -> tuple[str, list[int]]:
+        """The prompt's text and ids. Special tokens that its text names are such tokens."""
+        if isinstance(self.prompt, str):
+            return self.prompt, renderer.encode(self.prompt)
+        return renderer.decode(self.prompt), self.prompt
+
+    def answer(self, completion: ChatCompletion) -> bytes:
+        """See ``Dialect``."""
+        data = completion.model_dump()
+        choices = [
+            self._choice(choice, choice["message"]["content"] or "", choice["token_ids"]) for choice in data["choices"]
+        ]
+        return dumps(self._object(data) | {"choices": choices, "usage": data["usage"]})
+
+    async def events(self, chat: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """See ``Dialect``."""
+        async for chunk in chunks_of(chat):
+            if "error" in chunk:
+                yield event_of(chunk)
+                continue
+            choices = [
+                self._choice(choice, choice["delta"].get("content") or "", choice.get("token_ids"), first=is_first)
+                for choice in chunk["choices"]
+                if (is_first := "role" in choice["delta"]) or choice["delta"] or choice["finish_reason"]
+            ]
+            usage = {"usage": chunk["usage"]} if "usage" in chunk else {}
+            if choices or usage:
+                yield event_of(self._object(chunk) | {"choices": choices} | usage)
+        yield b"data: [DONE]\n\n"
+
+    def _object(self, data: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: data[name] for name in ("created", "model", "system_fingerprint")}
+        return {"id": "cmpl-" + data["id"].removeprefix("chatcmpl-"), "object": "text_completion", **kept}
+
+    def _choice(
+        self, choice: dict[str, Any], text: str, token_ids: list[int] | None, *, first: bool = True
+    ) -> dict[str, Any]:
+        echoed = self.prompt if self._echo and first and isinstance(self.prompt, str) else ""
+        made = {"index": choice["index"], "text": echoed + text, "finish_reason": choice["finish_reason"]}
+        ids = {} if token_ids is None else {"token_ids": token_ids}
+        return {**made, "logprobs": _logprobs(choice["logprobs"]), **ids}
+
+
+def _one_prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if prompt and isinstance(prompt, str):
+        return prompt
+    if prompt and isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt):
+        return prompt
+    raise bad_request(
+        "`prompt`: must be one text or one list of token ids, which is not empty", param="prompt", code="invalid_value"
+    )
+
+
+def _logprobs(logprobs: dict[str, Any] | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    content = logprobs["content"]
+    offsets, end = [], 0
+    for entry in content:
+        offsets.append(end)
+        end += len(entry["token"])
+    return {
+        "tokens": [entry["token"] for entry in content],
+        "token_logprobs": [entry["logprob"] for entry in content],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in content],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,174 @@
+"""Completions, responses and tokenize, as OpenAI's own client reads them; all of them record calls as chat does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from nat_plugin_evsys.calls import RUN_ID_HEADER
+from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.client import open_langchain_client
+
+MODEL = "builtin/tiny"
+CALL = 'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+ADD = {
+    "type": "function",
+    "name": "add",
+    "description": "Add two numbers.",
+    "parameters": {"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}},
+    "strict": False,
+}
+
+
+def client_of(served: Any, run: str = "run") -> openai.AsyncOpenAI:
+    served.recorder.open_run(run, "rollout", 1)
+    client: openai.AsyncOpenAI = served.client(default_headers={RUN_ID_HEADER: run})
+    return client
+
+
+async def test_a_text_is_continued(serve: Any, renderer: ChatRenderer) -> None:
+    served = serve(["the end. And more"] * 4)
+    async with client_of(served) as client:
+        for prompt in ("Once upon a time, ", renderer.encode("Once upon a time, ")):
+            plain = await client.completions.create(
+                model=MODEL,
+                prompt=prompt,
+                stop=[". And"],
+                logprobs=2,
+                max_tokens=30,
+                extra_body={"return_token_ids": True},
+            )
+            stream = await client.completions.create(
+                model=MODEL, prompt=prompt, stop=[". And"], max_tokens=30, stream=True
+            )
+            chunks = [chunk async for chunk in stream]
+            assert plain.choices[0].text == "the end"
+            assert "".join(chunk.choices[0].text for chunk in chunks) == "the end"
+            assert (plain.choices[0].finish_reason, chunks[-1].choices[0].finish_reason) == ("stop", "stop")
+            logprobs = plain.choices[0].logprobs
+            assert "".join(logprobs.tokens).startswith("the end")
+            assert [len(top) for top in logprobs.top_logprobs] == [2] * len(logprobs.tokens)
+            assert len(logprobs.token_logprobs) == len(logprobs.text_offset) == len(plain.choices[0].token_ids)
+    calls = served.recorder.close_run("run")
+    assert [call.prompt_ids for call in calls] == [renderer.encode("Once upon a time, ")] * 4
+    assert calls[0].output_ids == calls[1].output_ids
+
+
+async def test_a_text_may_be_echoed(serve: Any) -> None:
+    served = serve(["the end"] * 2)
+    async with client_of(served) as client:
+        plain = await client.completions.create(model=MODEL, prompt="Once, ", echo=True)
+        stream = await client.completions.create(model=MODEL, prompt="Once, ", echo=True, stream=True)
+        assert plain.choices[0].text == "Once, the end"
+        assert "".join([chunk.choices[0].text async for chunk in stream if chunk.choices]) == "Once, the end"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("completions", {"prompt": ""}, "one text or one list"),
+        ("completions", {"prompt": ["a", "b"]}, "one text or one list"),
+        ("completions", {"prompt": [1, -2]}, "one text or one list"),
+        ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("completions", {"prompt": "a", "logprobs": True}, "logprobs"),
+        ("completions", {"prompt": "a", "logit_bias": {"3": 1}}, "logit_bias"),
+        ("completions", [], "must be a JSON object"),
+        ("responses", {"input": []}, "`input`"),
+        ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
+        ("responses", {"input": "a", "tools": [{"type": "web_search"}]}, "web_search"),
+        ("responses", {"input": "a", "previous_response_id": "resp_1"}, "nothing is kept"),
+        ("responses", {"input": "a", "colour": 1}, "colour"),
+        ("tokenize", {}, "either `prompt` or `messages`"),
+    ],
+)
+async def test_what_is_refused_is_named(serve: Any, path: str, body: Any, words: str) -> None:
+    served = serve([])
+    sent = {"model": MODEL, **body} if isinstance(body, dict) else body
+    async with httpx.AsyncClient(headers=served.auth()) as client:
+        response = await client.post(f"{served.endpoint.base_url}/{path}", json=sent)
+    assert response.status_code == 400, response.text
+    assert words in response.json()["error"]["message"]
+
+
+async def test_tokens_are_those_that_the_policy_reads(serve: Any, renderer: ChatRenderer) -> None:
+    served = serve([])
+    messages = [{"role": "user", "content": "Hello there"}]
+    async with httpx.AsyncClient(headers=served.auth(), base_url=served.endpoint.base_url) as client:
+        text = await client.post("/tokenize", json={"model": MODEL, "prompt": "Hello", "return_token_strs": True})
+        chat = await client.post("/tokenize", json={"model": MODEL, "messages": messages})
+    assert text.json()["tokens"] == renderer.encode("Hello")
+    assert "".join(text.json()["token_strs"]) == "Hello"
+    assert chat.json() == {"count": len(renderer.render(messages)), "tokens": renderer.render(messages)}
+
+
+async def test_a_response_is_text_and_calls(serve: Any, renderer: ChatRenderer) -> None:
+    served = serve(["Hello.", CALL, "The sum is 5."])
+    async with client_of(served) as client:
+        first = await client.responses.create(model=MODEL, instructions="Be brief.", input="Hi", store=False)
+        assert (first.status, first.output_text) == ("completed", "Hello.")
+        assert first.usage.total_tokens == first.usage.input_tokens + first.usage.output_tokens
+        question: list[Any] = [{"role": "user", "content": [{"type": "input_text", "text": "What is 2 + 3?"}]}]
+        second = await client.responses.create(model=MODEL, input=question, tools=[ADD])
+        assert [item.type for item in second.output] == ["message", "function_call"]
+        call = second.output[1]
+        assert (call.name, call.arguments) == ("add", '{"a": 2, "b": 3}')
+        said = [item.model_dump(exclude_none=True) for item in second.output]
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "5"}
+        third = await client.responses.create(model=MODEL, input=[*question, *said, result], tools=[ADD])
+        assert third.output_text == "The sum is 5."
+    calls = served.recorder.close_run("run")
+    assert calls[0].prompt_ids == renderer.render(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    )
+    # The items of one reply are one message again, so the prompt goes on where it ended.
+    known = calls[1].prompt_ids + calls[1].output_ids
+    assert calls[2].prompt_ids[: len(known)] == known
+    assert calls[2].history == "extended"
+
+
+async def test_a_response_is_streamed_as_its_client_expects(serve: Any) -> None:
+    served = serve([CALL, "Hello.", "A long reply that is cut"])
+    async with client_of(served) as client:
+        async with client.responses.stream(model=MODEL, input="What is 2 + 3?", tools=[ADD]) as stream:
+            kinds = [event.type async for event in stream]
+            final = await stream.get_final_response()
+        assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+        assert kinds[-1] == "response.completed"
+        assert [item.type for item in final.output] == ["message", "function_call"]
+        assert (final.output_text, final.output[1].arguments) == ("Let me see.", '{"a": 2, "b": 3}')
+        events = [e async for e in await client.responses.create(model=MODEL, input="Hi", stream=True)]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "Hello."
+        assert events[-1].response.usage.output_tokens > 0
+        cut = await client.responses.create(model=MODEL, input="Hi", max_output_tokens=2)
+        assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+async def test_an_error_of_a_streamed_response_has_its_status(serve: Any) -> None:
+    served = serve([RuntimeError("broken")])
+    async with client_of(served) as client:
+        with pytest.raises(openai.InternalServerError, match="broken"):
+            await client.responses.create(model=MODEL, input="Hi", stream=True)
+
+
+async def test_langchain_agents_call_responses_where_the_api_type_says_so(serve: Any) -> None:
+    from langchain_core.messages import HumanMessage, ToolMessage
+
+    served = serve([CALL, "The sum is 5."])
+    served.recorder.open_run("run", "rollout", 1)
+    async with open_langchain_client(
+        served.endpoint, model=MODEL, timeout=30, disable_streaming=True, use_responses_api=True
+    ) as llm:
+        assert llm.use_responses_api, "NAT's responses_api_agent asserts it"
+        tool = {"type": "function", "function": {k: v for k, v in ADD.items() if k not in ("type", "strict")}}
+        bound = llm.bind_tools([tool], parallel_tool_calls=False, strict=True)
+        messages: list[Any] = [HumanMessage("What is 2 + 3?")]
+        reply = await bound.ainvoke(messages)
+        assert [(call["name"], call["args"]) for call in reply.tool_calls] == [("add", {"a": 2, "b": 3})]
+        messages += [reply, ToolMessage("5", tool_call_id=reply.tool_calls[0]["id"])]
+        answer = await bound.ainvoke(messages)
+        assert answer.text == "The sum is 5."
