@@ -23,16 +23,16 @@ from nat_plugin_evsys.policy.api_errors import (
     is_infrastructure,
     refusal_of,
 )
+from nat_plugin_evsys.policy.apis.dialect import ChatDialect, Dialect
+from nat_plugin_evsys.policy.apis.responses import ResponsesDialect
+from nat_plugin_evsys.policy.apis.text_completions import TextDialect
+from nat_plugin_evsys.policy.apis.tokenize import TokenizeRequest
 from nat_plugin_evsys.policy.attribution import functions_of
 from nat_plugin_evsys.policy.completions import Completion, PlainPrompt, PolicySource
-from nat_plugin_evsys.policy.dialects import ChatDialect, Dialect
 from nat_plugin_evsys.policy.event_stream import EventStream, Peer, completion_events
 from nat_plugin_evsys.policy.protocol import ChatCompletion
 from nat_plugin_evsys.policy.recorder import CallRefusal, Recorder
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
-from nat_plugin_evsys.policy.responses import ResponsesDialect
-from nat_plugin_evsys.policy.text_completions import TextDialect
-from nat_plugin_evsys.policy.tokenize import TokenizeRequest
 from nat_plugin_evsys.web.json_bodies import SMALL, beside_loop, read_json
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The APIs beside chat completions, each answered from the same recorded samples."""
