@@ -70,6 +70,22 @@ class DropReason(StrEnum):
     # What was recorded elsewhere.
     TEXT_ONLY = "text_only"
     """The trajectory has text and no token ids, and the adapter's `retokenize` is off."""
+    UNREADABLE_RECORD = "unreadable_record"
+    """The line or entry of a file of traces is no JSON, or no trajectory in a form that NAT writes."""
+    UNFINISHED_TRACE = "unfinished_trace"
+    """The trace ends before its workflow does."""
+    PROMPT_UNKNOWN = "prompt_unknown"
+    """The record does not have the messages that the model read."""
+    REPLY_UNKNOWN = "reply_unknown"
+    """The record does not have what the model said: NAT's steps leave out tool calls that no later call repeats."""
+    NOT_RENDERED = "not_rendered"
+    """The policy's chat template cannot render the recorded messages, or the logprobs do not fit the text."""
+    NO_FEEDBACK = "no_feedback"
+    """The record has no feedback, or none that is a number."""
+    NOT_SELECTED = "not_selected"
+    """The record's reward is below `min_reward`, or outside the `top_share` of the records."""
+    NOT_PAIRED = "not_paired"
+    """No other record of the same question has another reward, or the call is not the one at which the two part."""
 
     # What the curriculum holds back.
     CURRICULUM_MIN_REWARD_DIFF = "curriculum_min_reward_diff"

@@ -20,6 +20,7 @@ from nat_plugin_evsys.config import (
     EvsysExactMatchConfig,
     EvsysFunctionCallConfig,
     EvsysPolicyConfig,
+    EvsysTraceBuilderConfig,
     EvsysTrainerAdapterConfig,
     EvsysTrainerConfig,
     EvsysTrajectoryBuilderConfig,
@@ -30,6 +31,7 @@ from nat_plugin_evsys.policy.frameworks import CLIENTS
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
 
+    from nat_plugin_evsys.finetuning.traces.builder import EvsysTraceBuilder
     from nat_plugin_evsys.finetuning.trainer import EvsysTrainer
     from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
     from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
@@ -108,6 +110,15 @@ async def evsys_trajectory_builder(
     from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
 
     yield EvsysTrajectoryBuilder(config, RunExporters.of(builder))
+
+
+@register_trajectory_builder(config_type=EvsysTraceBuilderConfig)
+async def evsys_trace_builder(config: EvsysTraceBuilderConfig, builder: Builder) -> "AsyncIterator[EvsysTraceBuilder]":
+    """Recorded trajectories -> trajectory groups."""
+    from nat_plugin_evsys.finetuning.telemetry import RunExporters
+    from nat_plugin_evsys.finetuning.traces.builder import EvsysTraceBuilder
+
+    yield EvsysTraceBuilder(config, RunExporters.of(builder))
 
 
 @register_trainer_adapter(config_type=EvsysTrainerAdapterConfig)

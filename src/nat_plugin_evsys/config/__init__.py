@@ -8,11 +8,13 @@ from nat_plugin_evsys.config.finetuning import (
     WarmStartConfig,
 )
 from nat_plugin_evsys.config.policy import EvsysPolicyConfig
+from nat_plugin_evsys.config.traces import EvsysTraceBuilderConfig
 
 __all__ = [
     "EvsysExactMatchConfig",
     "EvsysFunctionCallConfig",
     "EvsysPolicyConfig",
+    "EvsysTraceBuilderConfig",
     "EvsysTrainerAdapterConfig",
     "EvsysTrainerConfig",
     "EvsysTrajectoryBuilderConfig",

@@ -7,7 +7,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
+from nat_plugin_evsys.config import (
+    EvsysPolicyConfig,
+    EvsysTraceBuilderConfig,
+    EvsysTrainerAdapterConfig,
+    EvsysTrajectoryBuilderConfig,
+)
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_of
 from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses, judge_notice
@@ -137,10 +142,13 @@ def check_service(policy: EvsysPolicyConfig) -> None:
 def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysTrainerAdapterConfig) -> None:
     """A group-relative advantage needs at least two attempts at each row."""
     builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    if isinstance(builder, EvsysTraceBuilderConfig):
+        return
     if not isinstance(builder, EvsysTrajectoryBuilderConfig):
         raise ConfigError(
             f"finetuning.trajectory_builder is `{finetuning.trajectory_builder}`, which is not an "
-            "evsys_trajectory_builder; the evsys trainer needs `_type: evsys_trajectory_builder`"
+            "evsys_trajectory_builder; the evsys trainer needs `_type: evsys_trajectory_builder` (or "
+            "evsys_trace_builder)"
         )
     if builder.num_generations == 1 and adapter.advantage != "reward":
         raise ConfigError(

@@ -200,7 +200,7 @@ class RunSession:
             status = None if ref is None else await self._wait(ref)
         finally:
             fates = {} if ref is None else self._trainer.trainer_adapter.take_fates(ref)
-            fates |= dict.fromkeys(report.untargeted, CallFate(DropReason.NOT_TARGETED))
+            fates |= {key: CallFate(reason) for key, reason in report.left_out.items()}
             await self._keeper.keep(Collection("epoch", epoch + 1), attempts, fates=fates, held_back=held_back)
         if status is not None:
             self._books.count_job(status)
@@ -340,6 +340,7 @@ def _row(
         "malformed_calls": report.malformed_calls,
         "prompts": {each.value: report.prompts[each] for each in PromptHistory},
         "staleness": {str(age): count for age, count in sorted(report.staleness.items())},
+        **({} if report.drift is None else {"drift": report.drift}),
         "trained": job.get("trained", 0),
         "loss": job.get("loss"),
         "seconds": round(rollout_seconds + training_seconds, 3),

@@ -24,6 +24,7 @@ from nat_plugin_evsys.finetuning.run import RunSession
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.signals import signals_cancel
 from nat_plugin_evsys.finetuning.telemetry import run_logging
+from nat_plugin_evsys.finetuning.traces.builder import EvsysTraceBuilder
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
 from nat_plugin_evsys.policy.policy import Policy
@@ -82,6 +83,8 @@ class EvsysTrainer(Trainer):
         self.trajectory_builder.on_rollout = self._display.rollouts
         if self.config.overlap_rollouts:
             self.trainer_adapter.expect_stale_calls()
+        if isinstance(self.trajectory_builder, EvsysTraceBuilder):
+            self.trajectory_builder.prepare(self.trainer_adapter)
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
         """Run (or resume) all epochs.

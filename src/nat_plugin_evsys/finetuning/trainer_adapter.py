@@ -110,10 +110,14 @@ class EvsysTrainerAdapter(TrainerAdapter):
                 "recompute_logprobs does not go with overlap_rollouts, because an older policy sampled what "
                 "an epoch trains on; set one of them to false"
             )
+        self.prefer_loss("ppo", "what is trained on is older than the policy")
+
+    def prefer_loss(self, loss_fn: Literal["ppo", "cross_entropy"], why: str) -> None:
+        """Use this loss, unless the user chose one."""
         if "loss_fn" not in self.config.model_fields_set:
-            self.config = self.config.model_copy(update={"loss_fn": "ppo"})
+            self.config = self.config.model_copy(update={"loss_fn": loss_fn})
             self._work = JobWork(self.config, self.policy, self._num_epochs)
-            logger.info("trainer adapter: loss_fn is ppo, because rollouts overlap with training")
+            logger.info("trainer adapter: loss_fn is %s, because %s", loss_fn, why)
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate of all later jobs by ``factor``; this replaces any earlier factor."""

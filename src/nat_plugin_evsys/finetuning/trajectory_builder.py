@@ -47,12 +47,13 @@ class RolloutReport:
         lost: trajectories without a reward or without calls, by reason.
         failures: rollouts that failed, by reason.
         errors: first error text seen for each kind of failed rollout.
-        untargeted: calls that were made outside ``target_functions``.
+        left_out: why calls of rewarded attempts are in no trajectory.
         staleness: calls of the trajectories by how many optimizer steps old they were when these were built.
         prompts: calls of the trajectories by how their prompt holds the turn before it.
         replies: what was said in every attempt, scored or not; again without those of dynamic sampling.
         extra_rollouts: attempts that dynamic sampling made.
         malformed_calls: what looked like a tool call in them, could not be read as one, and stayed text.
+        drift: share of recorded replies that are other tokens as text than were sampled; None where that is unknown.
     """
 
     rewards: list[float] = field(default_factory=list)
@@ -61,12 +62,13 @@ class RolloutReport:
     failed_rollouts: int = 0
     failures: Counter[str] = field(default_factory=Counter)
     errors: dict[str, str] = field(default_factory=dict)
-    untargeted: list[CallKey] = field(default_factory=list)
+    left_out: dict[CallKey, DropReason] = field(default_factory=dict)
     staleness: Counter[int] = field(default_factory=Counter)
     replies: list[Reply] = field(default_factory=list)
     prompts: Counter[PromptHistory] = field(default_factory=Counter)
     extra_rollouts: int = 0
     malformed_calls: int = 0
+    drift: float | None = None
 
     @property
     def mean_reward(self) -> float:
@@ -274,7 +276,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             else:
                 assert attempt.reward is not None
                 calls, step_rewards, others = targeted(attempt, self.run_config.target_functions)
-                report.untargeted += [call.key for call in others]
+                report.left_out |= dict.fromkeys((call.key for call in others), DropReason.NOT_TARGETED)
                 report.tally.drop(DropReason.NOT_TARGETED, len(others))
                 if not calls:
                     report.lost[DropReason.NOT_TARGETED] += 1

@@ -86,7 +86,7 @@ def with_calls(
         assert isinstance(item, EpisodeItem)  # validated above
         message = _message(item)
         if item.role is EpisodeItemRole.ASSISTANT and (_sampled(item) or every):
-            reading = _Reading(f"{name}, item {position}", renderer, retokenize, drift or Drift())
+            reading = Reading(f"{name}, item {position}", renderer, retokenize, drift or Drift())
             calls.append(_call(item, message, _Request(list(messages), tools or [], len(calls)), reading).to_dict())
         messages.append(message)
     return trajectory.model_copy(update={"metadata": {**(trajectory.metadata or {}), CALLS_KEY: calls}})
@@ -162,7 +162,7 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """How an item is read: its name in messages, and see ``with_calls``."""
 
     where: str
@@ -171,8 +171,8 @@ class _Reading:
     drift: Drift
 
 
-def _call(item: EpisodeItem, reply: Message, request: _Request, reading: _Reading) -> Call:
-    tokens = _tokens(item, reply, reading)
+def _call(item: EpisodeItem, reply: Message, request: _Request, reading: Reading) -> Call:
+    tokens = reply_tokens(_entries(item.logprobs), reply, reading)
     return Call(
         call_id=f"episode-{uuid.uuid4().hex}",
         index=0,
@@ -194,15 +194,24 @@ def _call(item: EpisodeItem, reply: Message, request: _Request, reading: _Readin
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class ReplyTokens:
+    """What was sampled; see ``Call``."""
+
     ids: list[int]
     logprobs: list[float]
     stop_reason: StopReason
     retokenized: bool = False
 
 
-def _tokens(item: EpisodeItem, reply: Message, reading: _Reading) -> _Tokens:
-    entries = _entries(item.logprobs)
+def reply_tokens(entries: Sequence[Any], reply: Message, reading: Reading) -> ReplyTokens:
+    """The tokens of a reply.
+
+    Args:
+        entries: its logprobs in any of the forms of ``with_calls``; none where there are none.
+
+    Raises:
+        DataError: they are no logprobs, or they do not fit the text and ``retokenize`` is off.
+    """
     try:
         logprobs = [float(_part(entry, "logprob")) for entry in entries]
     except (TypeError, ValueError) as error:
@@ -214,11 +223,11 @@ def _tokens(item: EpisodeItem, reply: Message, reading: _Reading) -> _Tokens:
     if entries and all(named):
         ids = [int(match[1]) for match in named if match]
         reading.drift.compare(ids, rendered)
-        return _Tokens(ids, logprobs, "stop" if ids[-1] == rendered[-1] else "length")
+        return ReplyTokens(ids, logprobs, "stop" if ids[-1] == rendered[-1] else "length")
     if entries and len(rendered) - len(logprobs) in (0, 1):
-        return _Tokens(rendered[: len(logprobs)], logprobs, "stop" if len(rendered) == len(logprobs) else "length")
+        return ReplyTokens(rendered[: len(logprobs)], logprobs, "stop" if len(rendered) == len(logprobs) else "length")
     if reading.retokenize:
-        return _Tokens(rendered, [0.0] * len(rendered), "stop", retokenized=True)
+        return ReplyTokens(rendered, [0.0] * len(rendered), "stop", retokenized=True)
     raise DataError(
         f"{reading.where}: {len(logprobs)} logprobs for a text of {len(rendered) - 1} tokens and the end of the turn; "
         "it was sampled in other tokens. Give token_id:<id> entries, use evsys_trajectory_builder, or set the "

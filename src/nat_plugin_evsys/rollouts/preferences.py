@@ -7,16 +7,29 @@ from dataclasses import dataclass
 
 from nat.data_models.finetuning import DPOItem, EpisodeItem, Trajectory
 
+from nat_plugin_evsys.calls import CallKey
 from nat_plugin_evsys.errors import DataError
+
+PAIRED_CALLS_KEY = "paired_calls"
+"""Key of ``Trajectory.metadata``: ``(call_id, index)`` of the recorded calls whose replies the pairs are made of."""
+
+PAIRED_ATTEMPTS_KEY = "paired_attempts"
+"""Key of ``Trajectory.metadata``: how many recorded attempts the pairs are made of; 1 unless given."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceTrajectory:
-    """The preference items of one trajectory (at least one), and where it stands in its collection."""
+    """The preference items of one trajectory (at least one), and where it stands in its collection.
+
+    Attributes:
+        calls, attempts: what the pairs are made of, if they are recorded.
+    """
 
     group: int
     position: int
     items: list[DPOItem]
+    calls: tuple[CallKey, ...] = ()
+    attempts: int = 1
 
     @property
     def name(self) -> str:
@@ -49,7 +62,10 @@ def preference_trajectories(rows: Sequence[Sequence[Trajectory]]) -> list[Prefer
                 items.append(item)
             if not items:
                 raise DataError(f"{_name(group, position)}: the episode is empty; it must hold preference pairs")
-            found.append(PreferenceTrajectory(group, position, items))
+            metadata = trajectory.metadata or {}
+            calls = tuple((str(name), int(index)) for name, index in metadata.get(PAIRED_CALLS_KEY, ()))
+            attempts = int(metadata.get(PAIRED_ATTEMPTS_KEY, 1))
+            found.append(PreferenceTrajectory(group, position, items, calls, attempts))
     return found
 
 

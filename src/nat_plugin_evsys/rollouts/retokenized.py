@@ -22,9 +22,14 @@ class Drift:
         """Compare a reply's own tokens with those of its text; a reply that was cut off has no end of its turn."""
         self._count(list(ids) not in (list(rendered), list(rendered[:-1])))
 
-    def compare_length(self, tokens: int, rendered: int) -> None:
-        """The same where only their number is known, with or without the end of the turn."""
-        self._count(tokens not in (rendered, rendered - 1))
+    def compare_length(self, tokens: int, rendered: int, *, exactly: bool = False) -> None:
+        """The same where only their number is known; unless ``exactly``, with or without the end of the turn."""
+        self._count(tokens != rendered and (exactly or tokens != rendered - 1))
+
+    @property
+    def share(self) -> float | None:
+        """Of the compared replies, how many drifted; None where none could be compared."""
+        return self.drifted / self.compared if self.compared else None
 
     def _count(self, differs: bool) -> None:
         self.compared += 1

@@ -97,9 +97,7 @@ class GroupMaterial:
             return {}
         calls = sum(span.retokenized for origin in trained for span in origin.spans)
         figures: dict[str, float] = {"retokenized_datums": len(trained), "retokenized_calls": calls}
-        if self._drift.compared:
-            figures["drift"] = self._drift.drifted / self._drift.compared
-        return figures
+        return figures if self._drift.share is None else figures | {"drift": self._drift.share}
 
 
 def _figures(groups: Sequence[TrajectoryGroup], sets: Sequence[DatumSet]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nat_plugin_evsys.backends.base import Backend
-from nat_plugin_evsys.calls import DropReason
+from nat_plugin_evsys.calls import CallFate, DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.rollouts.plain_episodes import Renderer
 from nat_plugin_evsys.rollouts.preferences import PreferenceTrajectory
@@ -59,11 +59,19 @@ class PairMaterial:
         return [record for index in new for record in self._records(index, taken.step.number)]
 
     def account(self, lost_reason: DropReason) -> Account:
-        """Where every trajectory went, trained if one of its pairs was; there are no calls."""
+        """Where every trajectory went, trained if one of its pairs was, and the recorded calls in its pairs."""
         trained = {self._origins[index][0] for index in self._trained}
-        account = Account(trained_trajectories=len(trained))
-        if lost := len(self._trajectories) - len(trained):
-            account.dropped_trajectories[lost_reason] = lost
+        account = Account()
+        for number, trajectory in enumerate(self._trajectories):
+            reason = None if number in trained else lost_reason
+            account.calls.calls += len(trajectory.calls)
+            account.fates |= dict.fromkeys(trajectory.calls, CallFate(reason))
+            if reason is None:
+                account.trained_trajectories += trajectory.attempts
+                account.calls.trained += len(trajectory.calls)
+            else:
+                account.dropped_trajectories[reason] += trajectory.attempts
+                account.calls.drop(reason, len(trajectory.calls))
         return account
 
     def _render(self, renderer: Renderer) -> list[Pair]:

@@ -78,6 +78,15 @@ def check_dataset(config: Config, dataset: EvalDatasetBaseConfig | None = None, 
     _check_rows(_rows(source, what), source, f"{what} {Path(source.file_path).absolute()}", _reads_answers(config))
 
 
+def rows_by_question(dataset: EvalDatasetBaseConfig) -> dict[str, dict[str, Any]]:
+    """The rows of a dataset that is a file, by their questions; their answers are at ``answer`` in any case."""
+    structure = dataset.structure
+    if structure.disable or dataset.remote_file_path or dataset.type == "custom":
+        return {}
+    rows = _rows(dataset, "dataset").to_dict("records")
+    return {str(row[structure.question_key]): {**row, "answer": row.get(structure.answer_key, "")} for row in rows}
+
+
 def _reads_answers(config: Config) -> str | None:
     """The ``_type`` of the reward's evaluator if it scores no row without an answer."""
     reward = config.finetuning.reward_function

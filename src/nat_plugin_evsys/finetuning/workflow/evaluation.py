@@ -18,6 +18,7 @@ from nat_plugin_evsys.errors import causes
 from nat_plugin_evsys.finetuning.checks.addresses import with_dead_addresses
 from nat_plugin_evsys.finetuning.telemetry import without_exporters
 from nat_plugin_evsys.finetuning.workflow.limits import bound_items, exits_are_errors
+from nat_plugin_evsys.finetuning.workflow.scores import evaluator_problem, number_of
 from nat_plugin_evsys.finetuning.workflow.sessions import RecordedSessions, Rollouts
 from nat_plugin_evsys.report.quiet import quiet_tqdm
 from nat_plugin_evsys.rollouts.attempts import Attempt
@@ -164,7 +165,7 @@ def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
         number=number,
         run_id=run_id or "",
         calls=calls,
-        reward=_number(score.score) if lost is None else None,
+        reward=number_of(score.score) if lost is None else None,
         lost=lost,
         error=error,
         cause=cause,
@@ -189,19 +190,8 @@ def _loss(run_id: str | None, score: Any, rollouts: Rollouts) -> tuple[DropReaso
         return DropReason.ROLLOUT_TIMEOUT, f"cut off after {rollouts.timeout} s"
     if infrastructure or _is_connection_error(failure):
         return DropReason.INFRASTRUCTURE_ERROR, str(infrastructure[0]) if infrastructure else error
-    problem = _evaluator_problem(score)
+    problem = evaluator_problem(score)
     return (None, error) if problem is None else (DropReason.EVALUATOR_ERROR, problem)
-
-
-def _number(score: Any) -> float | None:
-    """A finite score as a float: Python's numbers (True is 1), numpy's and Decimal; None for anything else."""
-    if isinstance(score, str | bytes) or not hasattr(score, "__float__"):
-        return None
-    try:
-        number = float(score)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _step_rewards(score: Any) -> Any:
@@ -250,20 +240,6 @@ def _is_connection_error(error: BaseException | None) -> bool:
 
     failures = (APIConnectionError, InternalServerError)
     return any(isinstance(cause, failures) for cause in causes(error, implicit=True))
-
-
-def _evaluator_problem(score: Any) -> str | None:
-    """Why this is not a score, or None. NAT turns an evaluator's exception into score 0.0 with ``reasoning.error``."""
-    if score is None:
-        return "the evaluator returned nothing for this item, or took longer than evaluator_timeout allows"
-    if score.error:
-        return str(score.error)
-    reasoning = score.reasoning
-    if isinstance(reasoning, dict) and str(reasoning.get("error", "")).startswith("Evaluator error"):
-        return str(reasoning["error"])
-    if _number(score.score) is None:
-        return f"the evaluator's score is {score.score!r}, not a finite number"
-    return None
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Trajectories that NAT's exporters wrote."""
