@@ -90,9 +90,10 @@ test-interop: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_art.py
 	@PYTHON=$(CURDIR)/$(BIN)/python scripts/cookbook-acceptance
 
-# LlamaIndex, CrewAI, … in an environment each: they cannot be installed together. FRAMEWORK=agno: one of them.
+# LlamaIndex, CrewAI, … in an environment each: they cannot be installed together. FRAMEWORK=agno: one of them. Two at a
+# time: an install waits for the index.
 test-frameworks: $(INSTALLED_DEV)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_frameworks.py interop/test_gallery.py \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 interop/test_frameworks.py interop/test_gallery.py \
 		$(if $(FRAMEWORK),-k "$(FRAMEWORK)")
 
 # Half an hour; what is done stands in .tmp/models-table and is not done again.

@@ -33,6 +33,6 @@ def python_with(name: str, needs: tuple[str, ...], forced: tuple[str, ...] = ())
     # pip also complains about packages of the project whose needs are others; that is meant.
     for arguments in [needs, ("--no-deps", *forced)] if forced else [needs]:
         installed = subprocess.run([*pip, *arguments], capture_output=True, text=True)
-        assert installed.returncode == 0, installed.stderr
+        assert installed.returncode == 0, f"pip cannot install {' '.join(arguments)}:\n{installed.stderr}"
     done.write_text(wanted)
     return python
