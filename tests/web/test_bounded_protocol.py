@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import httpx
@@ -109,6 +110,18 @@ def test_a_slow_request_is_told_408(url: str, hurried: None) -> None:
         with connect(url) as connection:
             send(connection, half)
             assert answer(connection).startswith(b"HTTP/1.1 408 ")
+
+
+def test_openais_routes_are_told_in_openais_error_object(url: str, hurried: None) -> None:
+    said = {}
+    for path in ("/v1/chat/completions", "/oai/api/v1/chat/completions", "/rollouts/a/v1/models", "/api/v1/optim_step"):
+        with connect(url) as connection:
+            send(connection, f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode())
+            said[path] = json.loads(answer(connection).split(b"\r\n\r\n", 1)[1])
+    assert said.pop("/api/v1/optim_step") == {"error": "Request Timeout", "category": "user"}
+    for body in said.values():
+        assert (body["error"]["type"], body["error"]["code"]) == ("invalid_request_error", "request_timeout")
+        assert "its body" in body["error"]["message"]
 
 
 def test_a_long_answer_is_not_cut(url: str, hurried: None) -> None:

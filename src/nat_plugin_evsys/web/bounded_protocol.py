@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10
 """Of a request line and its headers; and of anything else that is no body, such as the trailers behind one."""
@@ -19,6 +24,15 @@ HEAD_SECONDS = 30.0
 
 BODY_SECONDS = 120.0
 """From the end of the headers to the end of the body."""
+
+_WHY = {
+    HTTPStatus.REQUEST_TIMEOUT: f"its headers took longer than {HEAD_SECONDS:g} s or its body {BODY_SECONDS:g} s",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: f"it has more than {MAX_HEADERS} headers or {MAX_HEAD_BYTES} bytes of "
+    "them",
+}
+
+_OPENAI = (b"/v1/", b"/oai/api/v1/", b"/rollouts/")
+"""Where the routes of ``policy.chat_routes`` are, on either server."""
 
 _READ_BYTES = 16 << 10  # read at once: what is parsed in one go, while everybody else waits
 
@@ -119,7 +133,21 @@ class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.abort()
             return
-        message = f'{{"error": "{status.phrase}", "category": "user"}}'.encode()
+        message = _body(status, getattr(self, "url", b""))
+        _say_once(status)
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
         self.transport.write(head.encode() + f"content-length: {len(message)}\r\n\r\n".encode() + message)
         self.transport.close()
+
+
+def _body(status: HTTPStatus, url: bytes) -> bytes:
+    """The error as JSON: OpenAI's object where its routes are, elsewhere Tinker's."""
+    if url.startswith(_OPENAI):
+        error = {"message": f"{status.phrase}: {_WHY[status]}", "type": "invalid_request_error", "param": None}
+        return json.dumps({"error": {**error, "code": status.name.lower()}}).encode()
+    return json.dumps({"error": status.phrase, "category": "user"}).encode()
+
+
+@cache
+def _say_once(status: HTTPStatus) -> None:
+    logger.warning("a request was refused (%d): %s; later ones are not logged", status, _WHY[status])

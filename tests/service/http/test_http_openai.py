@@ -42,6 +42,21 @@ def step(client: Any, model: str, seq: int) -> None:
     client.result(client.post("optim_step", model_id=model, seq_id=seq + 1, adam_params={"learning_rate": 0.05}))
 
 
+def test_every_error_under_v1_is_openais_object(keyed_server: ServerProcess) -> None:
+    auth = {"authorization": f"Bearer {ALICE}"}
+    for prefix in ("/v1", "/oai/api/v1"):
+        asked = [
+            (404, httpx.post(f"{keyed_server.url}{prefix}/embeddings", json={}, headers=auth)),
+            (405, httpx.get(f"{keyed_server.url}{prefix}/chat/completions", headers=auth)),
+            (401, httpx.post(f"{keyed_server.url}{prefix}/chat/completions", json={})),
+            (400, httpx.post(f"{keyed_server.url}{prefix}/chat/completions", content=b"{", headers=auth)),
+            (413, httpx.post(f"{keyed_server.url}{prefix}/chat/completions", content=b" " * (9 << 20), headers=auth)),
+        ]
+        for status, answered in asked:
+            assert answered.status_code == status, answered.text
+            assert answered.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
 @pytest.fixture(scope="module")
 def trained(keyed_server: ServerProcess, served_model: Path) -> dict[str, str]:
     """Alice's sampler, training and external checkpoints of one trained model, by kind."""

@@ -7,8 +7,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nat_plugin_evsys.errors import Refusal
+from nat_plugin_evsys.errors import ApiError, Refusal
+from nat_plugin_evsys.policy.chat_routes import error_response
 from nat_plugin_evsys.service.http.context import API, Handler, ServiceContext
+from nat_plugin_evsys.service.http.openai import PREFIXES
 from nat_plugin_evsys.service.http.refusals import not_offered, response_of
 
 _ACCOUNTS = "there are no accounts and projects here; each API key stands for itself"
@@ -53,8 +55,10 @@ async def unknown_route(request: Request, error: Exception) -> Response:
     """Starlette's 404 and 405, with a body."""
     assert isinstance(error, HTTPException)
     # Not request.url: a Host header that is no host has none.
+    path = request.scope["path"]
     message = (
-        f"{request.method} {request.scope['path'][:200]} is not served here; the protocol is under {API}/, chat "
-        "completions under /v1/"
+        f"{request.method} {path[:200]} is not served here; the protocol is under {API}/, chat completions under /v1/"
     )
+    if path.startswith(tuple(f"{prefix}/" for prefix in PREFIXES)):
+        return error_response(ApiError(error.status_code, message, code="unknown_url"))
     return response_of(Refusal(error.status_code, message, headers=dict(error.headers or {})))
