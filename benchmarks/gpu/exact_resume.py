@@ -13,7 +13,8 @@ from tinker import types
 from worker import as_datums
 from workloads import workload
 
-from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import load_checkpoint
+from nat_plugin_evsys.engine.checkpoints import save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 
 HALF = 2

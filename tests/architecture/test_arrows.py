@@ -23,7 +23,7 @@ MOST_MODULES = 25
 
 GROUND = {"errors", "files", "json_lines", "defaults"}
 ENGINE = {"engine/machine", "engine/model", "engine/tree", "engine/gradient", "engine/sampling", "engine/spans"}
-DRIVERS = ENGINE | {"engine/checkpoints", "engine/sampler"}
+DRIVERS = ENGINE | {"engine/checkpoints", "engine/checkpoint_loading", "engine/sampler"}
 
 ARROWS: dict[str, set[str]] = {
     # What every room may stand on. ``defaults`` is runtime/defaults.py, which config reads: constants alone.
@@ -41,6 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "engine/sampling": GROUND | {"calls", "engine/machine", "engine/model"},
     "engine/spans": GROUND | {"engine/machine", "engine/model", "engine/sampling", "engine/tree"},
     "engine/checkpoints": GROUND | {"engine/model", "engine/gradient"},
+    "engine/checkpoint_loading": GROUND | {"engine/model", "engine/gradient", "engine/checkpoints"},
     "engine/sampler": GROUND | {"engine/machine", "engine/model", "engine/sampling", "engine/spans"},
     # Its drivers.
     "runtime": GROUND | DRIVERS,

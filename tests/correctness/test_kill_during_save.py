@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 from tinker import types
 from nat_plugin_evsys import files
-from nat_plugin_evsys.engine.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import load_checkpoint
+from nat_plugin_evsys.engine.checkpoints import list_checkpoints, save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter

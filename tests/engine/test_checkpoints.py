@@ -14,7 +14,8 @@ from tinker import types
 from torch import Tensor
 
 from nat_plugin_evsys.engine import checkpoints
-from nat_plugin_evsys.engine.checkpoints import list_checkpoints, load_adapter, load_checkpoint, save_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import load_adapter, load_checkpoint
+from nat_plugin_evsys.engine.checkpoints import list_checkpoints, save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.errors import CheckpointError

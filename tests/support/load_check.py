@@ -30,7 +30,8 @@ from serve_process import start_server
 from tinker import types
 from tiny import save_byte_model
 
-from nat_plugin_evsys.engine.checkpoints import load_checkpoint, save_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import load_checkpoint
+from nat_plugin_evsys.engine.checkpoints import save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.runtime.bases import BaseModels
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nat_plugin_evsys.backends.base import LossCallable, SamplingClient
+from nat_plugin_evsys.engine.checkpoint_loading import load_adapter, load_checkpoint, start_from
 from nat_plugin_evsys.engine.checkpoints import (
     Kind,
     checkpoint_path,
     delete_checkpoint,
-    load_adapter,
-    load_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
@@ -203,8 +202,15 @@ class LocalBackend:
         return await self._submit(self._saving("training", name, user_metadata))
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
-        """Replace the current weights (and moments) by a checkpoint's: ``checkpoints.load_checkpoint``."""
-        await self._submit(lambda model, _: load_checkpoint(path, model, with_optimizer=with_optimizer))
+        """Replace the weights by a checkpoint's (``start_from``), or with the moments (``load_checkpoint``)."""
+
+        def load(model: TrainableModel, _: Progress) -> None:
+            if with_optimizer:
+                load_checkpoint(path, model, with_optimizer=True)
+            else:
+                start_from(path, model)
+
+        await self._submit(load)
 
     async def delete_checkpoint(self, path: str) -> None:
         """See ``Backend``. Runs after earlier operations, so a pending save finishes first."""

@@ -70,7 +70,8 @@ def export_command(
 
     What is written is loaded back and compared before it is kept.
     """
-    from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
+    from nat_plugin_evsys.engine.checkpoint_loading import load_adapter
+    from nat_plugin_evsys.engine.checkpoints import read_checkpoint
     from nat_plugin_evsys.engine.model.loading import load_base_model
     from nat_plugin_evsys.runtime.export import export_adapter, export_merged
 
@@ -87,9 +88,9 @@ def export_command(
 def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
     """Raises CheckpointError: there is none here."""
     from nat_plugin_evsys.errors import CheckpointError
-    from nat_plugin_evsys.runs.checkpoints import MANIFEST
+    from nat_plugin_evsys.runs.checkpoints import MANIFEST, PEFT_CONFIG
 
-    if (Path(run) / MANIFEST).is_file():
+    if (Path(run) / MANIFEST).is_file() or (Path(run) / PEFT_CONFIG).is_file():
         return Path(run)
     found = find_run(output_dir, run)
     record = found.state.best_checkpoint() if which == "best" else found.state.last_checkpoint()

@@ -23,7 +23,8 @@ from nat_plugin_evsys.clients.rest import RestClient
 from nat_plugin_evsys.clients.sampling import SamplingClient, SamplingClientFuture, Weights
 from nat_plugin_evsys.clients.training import TrainingClient, TrainingClientFuture
 from nat_plugin_evsys.clients.wandb_stream import WandbStream, check_wandb_config
-from nat_plugin_evsys.engine.checkpoints import load_adapter, read_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import load_adapter
+from nat_plugin_evsys.engine.checkpoints import read_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.builtin import available_builtins
 from nat_plugin_evsys.engine.model.loading import BaseModel

@@ -24,7 +24,8 @@ from nat_plugin_evsys.clients.sampling import (
     Weights,
 )
 from nat_plugin_evsys.clients.wandb_stream import WandbStream
-from nat_plugin_evsys.engine.checkpoints import FrozenWeights, Kind, load_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import load_checkpoint
+from nat_plugin_evsys.engine.checkpoints import FrozenWeights, Kind
 from nat_plugin_evsys.engine.gradient.custom_loss import CustomLoss, checked_loss
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import ModelAction, TrainingQueue

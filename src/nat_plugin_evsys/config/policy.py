@@ -64,8 +64,8 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     checkpoint: str = Field(
         default="latest",
         description="What `nat run`, `nat eval` and `nat serve` serve: `none` (the base model), `latest` or `best` (of "
-        "the newest run in output_dir with a trained epoch), or the path of a checkpoint (with base_url: a "
-        "tinker:// path). `nat finetune` starts a new adapter unless this is a path.",
+        "the newest run in output_dir with a trained epoch), or the path of a checkpoint or of a LoRA adapter that "
+        "PEFT wrote (with base_url: a tinker:// path). `nat finetune` starts a new adapter unless this is a path.",
     )
     lora_rank: int = Field(default=defaults.RANK, ge=1, description="Rank of the LoRA adapter.")
     lora_alpha: float = Field(

@@ -4,6 +4,9 @@
   adapter_config.json, adapter_model.safetensors      what ``peft.PeftModel.from_pretrained(base, dir)`` loads
   optimizer.safetensors                               AdamW's moments (kind "training" only)
   manifest.json                                       step, base model identity, LoRA shape, SHA-256 of each file
+
+A PEFT directory without a manifest is one of another program (``foreign_adapter``): its weights are as good, but only
+their shapes say that it is whole and made for the base model.
 """
 
 from __future__ import annotations
@@ -17,16 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.foreign_adapter import read_foreign_adapter
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_check import say_if_peft_differs
-from nat_plugin_evsys.engine.model.peft_format import adapter_config, from_peft_names, to_peft_names
+from nat_plugin_evsys.engine.model.peft_format import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    adapter_config,
+    to_peft_names,
+)
 from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.files import atomic_directory, atomic_write, remove_directory, restore_set_aside
 
@@ -34,8 +41,6 @@ Kind = Literal["sampler", "training", "external"]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")
@@ -73,6 +78,11 @@ class CheckpointInfo:
     user_metadata: dict[str, Any]
     expires_at: float | None = None
     request_id: str | None = None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program wrote it, so that there is no manifest."""
+        return not self.base_identity
 
 
 @dataclass(frozen=True)
@@ -138,58 +148,8 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(path: Path | str, model: TrainableModel, *, with_optimizer: bool) -> CheckpointInfo:
-    """Load a checkpoint's weights (and moments; without them the optimizer starts afresh) into ``model``.
-
-    Everything is checked before anything is changed. An accumulated gradient is dropped.
-
-    Raises:
-        CheckpointError: missing, torn, made for another base model or LoRA shape, or without the optimizer asked for.
-    """
-    info = read_checkpoint(path)
-    check_base(info, model.base)
-    _check_lora_shape(info, model.adapter)
-    if with_optimizer and info.kind != "training":
-        raise CheckpointError(
-            f"checkpoint {info.path} has no {OPTIMIZER}: it was saved for sampling; load it without the optimizer"
-        )
-    weights = from_peft_names(_load_tensors(info.path / ADAPTER), info.targets, info.path)
-    state = _load_tensors(info.path / OPTIMIZER) if with_optimizer else {}
-    _check_shapes(weights, model.parameters, info.path / ADAPTER)
-    if state:
-        for moment in ("exp_avg", "exp_avg_sq"):
-            expected = {f"{name}.{moment}": parameter for name, parameter in model.parameters.items()}
-            _check_shapes(state, expected, info.path / OPTIMIZER)
-    with torch.no_grad():
-        for name, parameter in model.parameters.items():
-            parameter.copy_(weights[name])
-    model.optimizer.load_state_tensors(state)
-    model.discard_gradient()
-    model.step = info.step
-    return info
-
-
-def load_adapter(path: Path | str, base: BaseModel, *, like: LoraAdapter | None = None) -> LoraAdapter:
-    """A frozen adapter for sampling, with the LoRA shape of ``like``, or any shape.
-
-    Raises:
-        CheckpointError: missing, torn, or made for another base model or LoRA shape.
-    """
-    info = read_checkpoint(path)
-    check_base(info, base)
-    if like is not None:
-        _check_lora_shape(info, like)
-    tensors = from_peft_names(_load_tensors(info.path / ADAPTER), info.targets, info.path)
-
-    def on_device(name: str, side: str) -> Tensor:
-        return tensors[f"{name}.lora_{side}.weight"].to(base.model.get_parameter(f"{name}.weight").device)
-
-    weights = {name: (on_device(name, "A"), on_device(name, "B")) for name in info.targets}
-    return LoraAdapter(info.rank, info.alpha, weights)
-
-
 def read_checkpoint(path: Path | str) -> CheckpointInfo:
-    """The manifest, after every file has been checked against it.
+    """The manifest, after every file has been checked against it; of a foreign adapter what its own files say.
 
     Raises:
         CheckpointError: names the file that is missing or torn.
@@ -198,6 +158,8 @@ def read_checkpoint(path: Path | str) -> CheckpointInfo:
     restore_set_aside(directory)
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint {directory} does not exist; give the path that a save returned")
+    if _is_foreign(directory):
+        return _foreign(directory)
     manifest = _read_manifest(directory)
     for name, facts in manifest.files.items():
         file = directory / name
@@ -285,38 +247,27 @@ def _read_manifest(directory: Path) -> CheckpointInfo:
     return info
 
 
-def check_base(info: CheckpointInfo, base: BaseModel) -> None:
-    """Raises CheckpointError unless the checkpoint was made for this base model."""
-    differing = [key for key in base.identity if info.base_identity.get(key) != base.identity[key]]
-    if differing:
-        seen = ", ".join(f"{key} {info.base_identity.get(key)} / {base.identity[key]}" for key in differing[:2])
-        raise CheckpointError(
-            f"checkpoint {info.path} was made for another base model ({info.base_model}); checkpoint / loaded: {seen}"
-        )
+def _is_foreign(directory: Path) -> bool:
+    """Whether it has what PEFT writes, and nothing that only a checkpoint has: that would be one that lost a file."""
+    own = any((directory / name).exists() for name in (MANIFEST, OPTIMIZER))
+    return not own and (directory / ADAPTER_CONFIG).is_file()
 
 
-def _check_lora_shape(info: CheckpointInfo, adapter: LoraAdapter) -> None:
-    here = (adapter.rank, adapter.alpha, sorted(adapter.weights))
-    if (info.rank, info.alpha, sorted(info.targets)) != here:
-        raise CheckpointError(
-            f"checkpoint {info.path} has LoRA rank {info.rank}, alpha {info.alpha:g}, {len(info.targets)} modules; "
-            f"this model has rank {adapter.rank}, alpha {adapter.alpha:g}, {len(adapter.weights)} modules; create "
-            "it with the checkpoint's shape"
-        )
-
-
-def _check_shapes(tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor], file: Path) -> None:
-    for name, parameter in parameters.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise CheckpointError(f"{file}: {name} has shape {found}, expected {tuple(parameter.shape)}")
-
-
-def _load_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as exc:
-        raise CheckpointError(f"{file} cannot be read: {exc}") from exc
+def _foreign(directory: Path) -> CheckpointInfo:
+    found = read_foreign_adapter(directory)
+    return CheckpointInfo(
+        path=directory,
+        kind="sampler",
+        step=0,
+        created_at=(directory / ADAPTER).stat().st_mtime,
+        base_model=found.base_model,
+        base_identity={},
+        rank=found.rank,
+        alpha=found.alpha,
+        targets=found.targets,
+        files={},
+        user_metadata={},
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,9 @@ from nat_plugin_evsys.runs.latest import latest_to_serve
 from nat_plugin_evsys.runs.state import CheckpointRecord
 
 MANIFEST = "manifest.json"
+PEFT_CONFIG = "adapter_config.json"
+"""An adapter of another program has this, but no manifest."""
+
 SERVICE_SCHEME = "tinker://"
 
 
@@ -100,14 +103,14 @@ def _existing(run: RunDirectory, record: CheckpointRecord) -> Path | str:
 
 def _of_path(path: Path) -> Path:
     absolute = Path(os.path.abspath(path))
-    if (absolute / MANIFEST).is_file():
+    if (absolute / MANIFEST).is_file() or (absolute / PEFT_CONFIG).is_file():
         return absolute
     if (absolute / RunDirectory.STATE).is_file():
         run = RunDirectory.open(absolute)
         names = ", ".join(str(run.locate(record.adapter)) for record in run.state.checkpoints) or "none yet"
         raise CheckpointError(f"checkpoint: {path} is a run, not a checkpoint; it has: {names}")
     if absolute.exists():
-        raise CheckpointError(f"checkpoint: {path} is not a checkpoint: it has no {MANIFEST}")
+        raise CheckpointError(f"checkpoint: {path} is not a checkpoint: it has no {MANIFEST} and no {PEFT_CONFIG}")
     raise CheckpointError(
         f"checkpoint: there is no {absolute}; set it to none, latest, best or the path of a checkpoint directory"
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from nat_plugin_evsys.engine.checkpoints import CheckpointInfo, check_base, load_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import check_base, load_checkpoint, start_from
+from nat_plugin_evsys.engine.checkpoints import CheckpointInfo
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
@@ -88,13 +89,18 @@ class SharedBase:
             CheckpointError: torn, made for another base model, or without the optimizer asked for.
         """
         check_base(info, self.base)
+        if info.is_foreign and with_optimizer:
+            raise CheckpointError(f"checkpoint {info.path} is of another program and has no optimizer state to load")
         roles = linear_roles(self.base.model)
         if not set(info.targets) <= set(roles):
             raise CheckpointError(f"checkpoint {info.path} adapts modules that {self.base.name} does not have")
         trained = {f"train_{role}": role in {roles[target] for target in info.targets} for role in roles.values()}
         flags = {"train_attn": False, "train_mlp": False, "train_unembed": False, **trained}
         model = self.train(LoraAdapter.create(self.base.model, rank=info.rank, alpha=info.alpha, **flags))
-        load_checkpoint(info.path, model, with_optimizer=with_optimizer)
+        if with_optimizer:
+            load_checkpoint(info.path, model, with_optimizer=True)
+        else:
+            start_from(info.path, model)
         return model
 
     def is_healthy(self) -> bool:

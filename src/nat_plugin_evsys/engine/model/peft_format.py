@@ -14,6 +14,9 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.targets import fused_experts
 from nat_plugin_evsys.errors import CheckpointError
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+
 _PREFIX = "base_model.model."
 
 _EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})

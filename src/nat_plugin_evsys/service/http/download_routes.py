@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nat_plugin_evsys.engine.checkpoints import ADAPTER, ADAPTER_CONFIG
+from nat_plugin_evsys.engine.model.peft_format import ADAPTER, ADAPTER_CONFIG
 from nat_plugin_evsys.errors import Refusal
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, SEGMENTS
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted

@@ -6,7 +6,7 @@ import secrets
 import threading
 from typing import Any
 
-from nat_plugin_evsys.engine.checkpoints import check_base, load_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import check_base, load_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.targets import linear_roles, select_targets
 from nat_plugin_evsys.errors import CheckpointError, ConfigError, UnsupportedError

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nat_plugin_evsys.engine.checkpoints import ADAPTER, load_adapter, save_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import load_adapter
+from nat_plugin_evsys.engine.checkpoints import save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.peft_format import ADAPTER
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import CheckpointError, DataError, ModelError
 from nat_plugin_evsys.runtime.bases import SharedBase

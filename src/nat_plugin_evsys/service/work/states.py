@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nat_plugin_evsys.engine.checkpoints import load_checkpoint, read_checkpoint, save_checkpoint
+from nat_plugin_evsys.engine.checkpoint_loading import load_checkpoint
+from nat_plugin_evsys.engine.checkpoints import read_checkpoint, save_checkpoint
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.runtime.bases import SharedBase
 
