@@ -21,7 +21,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks models-table on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained models-table on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -31,6 +31,8 @@ help:
 	@echo "make test-wheel   build a wheel, install it in an empty environment, finetune with it"
 	@echo "make test-interop     others' programs against nat evsys serve, each in its own environment (docs/interop.md)"
 	@echo "make test-frameworks  an agent of each framework, and NAT's own agents, finetuned for an epoch (docs/agents.md)"
+	@echo "make test-clients     twelve clients, each in its own environment, against the endpoint (docs/agents.md)"
+	@echo "make test-constrained a real model learns through constrained tool calls"
 	@echo "make test-reliability kill runs and servers, fill the disk, attack (docs/reliability.md)"
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make models-table     check the engine on a tiny model of each family, and write the table of docs/models.md"
@@ -95,6 +97,14 @@ test-interop: $(INSTALLED_DEV)
 test-frameworks: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 interop/test_frameworks.py interop/test_gallery.py \
 		$(if $(FRAMEWORK),-k "$(FRAMEWORK)")
+
+# Clients as they come. CLIENTS="most used" is what CI tests, CLIENTS=litellm,dspy some of them.
+test-clients: $(INSTALLED_DEV)
+	@CLIENTS="$(or $(CLIENTS),all)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients_compat
+
+# SmolLM2 learns through constrained tool calls of two turns. Several minutes an epoch. EPOCHS=4: fewer of them.
+test-constrained: $(INSTALLED_DEV)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_constrained.py
 
 # Half an hour; what is done stands in .tmp/models-table and is not done again.
 models-table: $(INSTALLED_DEV)

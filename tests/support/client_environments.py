@@ -15,11 +15,13 @@ class Client:
     Attributes:
         needs: what it is installed with; nothing if the project has it.
         forced: installed after that, whatever other packages say of it.
+        lacks: what it has no call of its own for.
     """
 
     name: str
     needs: tuple[str, ...] = ()
     forced: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
 
     @property
     def python(self) -> Path | None:
@@ -33,12 +35,12 @@ CLIENTS = [
     Client("openai_agents", ("openai-agents>=0.3",)),
     Client("pydantic_ai", ("pydantic-ai-slim[openai]>=1",)),
     Client("litellm", ("litellm>=1.70",)),
-    Client("instructor", ("instructor>=1.10",)),
+    Client("instructor", ("instructor>=1.10",), lacks=("chat", "stream", "tool")),
     Client("smolagents", ("smolagents[openai]>=1.20",)),
     Client("llama_index", ("llama-index-llms-openai-like>=0.4",)),
     Client("strands", ("strands-agents[openai]>=1",)),
     Client("adk", ("google-adk>=1", "litellm>=1.70")),
-    Client("dspy", ("dspy>=3",)),
+    Client("dspy", ("dspy>=3",), lacks=("stream",)),
     Client("crewai", ("crewai[litellm]>=1",), ("huggingface_hub==2.4.0",)),
 ]
 
