@@ -12,11 +12,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from client_environments import CLIENTS, MOST_USED, Client
+from nat_process import ROOT
 
 from nat_plugin_evsys.engine.model.loading import load_tokenizer
 from nat_plugin_evsys.policy.chat import ChatRenderer
@@ -71,7 +71,7 @@ def endpoint() -> Iterator[PolicyEndpoint]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("client", [c for c in CLIENTS if c.name in NAMES], ids=lambda client: client.name)
 def test_a_client_is_answered(client: Client, endpoint: PolicyEndpoint) -> None:
-    program = Path(__file__).parent / "client_programs.py"
+    program = ROOT / "interop" / "client_programs.py"
     python = client.python or sys.executable
     quiet = {"OPENAI_AGENTS_DISABLE_TRACING": "1", "CREWAI_DISABLE_TELEMETRY": "true", "OTEL_SDK_DISABLED": "true"}
     bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OPENAI_API_KEY")}
