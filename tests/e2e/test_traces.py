@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from google.protobuf.json_format import MessageToDict
 from nat_process import ROOT, Finished, first_rows, newest_run, run_nat
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.rollouts.traces.files import read_records
@@ -74,10 +80,38 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     rows = first_rows(ROOT / general["dataset"]["file_path"], ROWS, directory / "rows.json")
     general["dataset"]["file_path"] = str(rows)
     path = directory / "record.yml"
-    path.write_text(yaml.safe_dump(config))
-    done = run_nat("eval", "--config_file", str(path), "--reps", str(REPS))
+    with collector(directory / "otlp.jsonl") as endpoint:
+        spans = {"_type": "otelcollector", "endpoint": endpoint, "project": "desk", "batch_size": 1}
+        config["general"]["telemetry"]["tracing"]["spans"] = spans
+        path.write_text(yaml.safe_dump(config))
+        done = run_nat("eval", "--config_file", str(path), "--reps", str(REPS))
     assert done.code == 0, done.text
     return Recorded(directory, config)
+
+
+@contextmanager
+def collector(target: Path) -> Iterator[str]:
+    """An OpenTelemetry collector with its ``file`` exporter: writes each batch that it receives as a line of JSON."""
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = ExportTraceServiceRequest()
+            request.ParseFromString(self.rfile.read(int(self.headers["Content-Length"])))
+            with target.open("a") as file:
+                file.write(json.dumps(MessageToDict(request)) + "\n")
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1/traces"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 class WordRenderer:
@@ -90,9 +124,10 @@ class WordRenderer:
         return [len(word) for word in message["content"].split()] + [0]
 
 
-def test_the_prompt_of_a_trace_is_what_the_model_read(recorded: Recorded) -> None:
+@pytest.mark.parametrize("name", ["traces.jsonl", "otlp.jsonl"])
+def test_the_prompt_of_a_trace_is_what_the_model_read(recorded: Recorded, name: str) -> None:
     """The exporter mixes the lines of runs that went on at once; its last lines may be cut off with the process."""
-    records = read_records([recorded.traces], KEYS, "files")
+    records = read_records([recorded.directory / name], KEYS, "files")
     assert len(records) > 1
     whole = [record for record in records if record.problem is None]
     assert whole

@@ -15,8 +15,9 @@ class EvsysTraceBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys
 
     files: list[Path] = Field(
         min_length=1,
-        description="What NAT wrote: the lines of its `file` telemetry exporter, `workflow_output.json` or "
-        "`workflow_output_atif.json` of `nat eval`, or trajectories in ATIF (also those of `rollouts/`).",
+        description="What NAT wrote: the lines of its `file` telemetry exporter, or of an OpenTelemetry collector's; "
+        "`workflow_output.json` or `workflow_output_atif.json` of `nat eval`; trajectories in ATIF (also those of "
+        "`rollouts/`).",
     )
     algorithm: Literal["sft", "dpo", "rl"] = Field(
         description="`sft`: learn every reply of the best records. `dpo`: learn from pairs of records of the same "

@@ -124,7 +124,8 @@ def _rows(source: Any, what: str) -> pd.DataFrame:
     try:
         return parser(source.file_path, **kwargs)
     except ImportError as error:
-        raise ConfigError(f"{what} {source.file_path}: {str(error).splitlines()[0]}") from error
+        install = " Type: pip install 'nat_plugin_evsys[parquet]'" if source.type == "parquet" else ""
+        raise ConfigError(f"{what} {source.file_path}: {str(error).splitlines()[0]}{install}") from error
     except ValueError as error:
         raise DataError(f"{what} {source.file_path}: cannot be parsed as {source.type}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Files of trajectories, told apart by what is in them.
 
 - the lines of NAT's ``file`` telemetry exporter: one intermediate step each, of runs that went on at once;
+- what an OpenTelemetry collector's ``file`` exporter writes of NAT's spans;
 - ``workflow_output.json`` and ``workflow_output_atif.json`` of ``nat eval``;
 - trajectories in ATIF, as an array, one in a line (also packed by gzip, as in ``rollouts/``), or one in a file;
 - beside any steps, lines ``{"workflow_run_id": …, …}``, which add their fields (a feedback) to that run's record.
@@ -18,6 +19,7 @@ from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
 from nat_plugin_evsys.rollouts.traces.atif_records import record_of_atif
+from nat_plugin_evsys.rollouts.traces.otlp import BATCH, steps_of_batches
 from nat_plugin_evsys.rollouts.traces.record import Record
 from nat_plugin_evsys.rollouts.traces.steps import is_step, read_calls, record_of_run, runs_of
 
@@ -43,6 +45,7 @@ def _records(path: Path, keys: Mapping[str, str], what: str) -> list[Record]:
     if not path.is_file():
         raise ConfigError(no_file(what, path))
     steps: list[Mapping[str, Any]] = []
+    batches: list[Mapping[str, Any]] = []
     notes: list[Mapping[str, Any]] = []
     records: list[Record] = []
     for number, entry in enumerate(_entries(path), start=1):
@@ -51,10 +54,13 @@ def _records(path: Path, keys: Mapping[str, str], what: str) -> list[Record]:
             records.append(Record(name, problem=DropReason.UNREADABLE_RECORD))
         elif is_step(entry):
             steps.append(entry)
+        elif BATCH in entry:
+            batches.append(entry)
         elif RUN_ID in entry:
             notes.append(entry)
         else:
             records.append(_record(entry, keys, name))
+    steps += steps_of_batches(batches)
     runs = [record_of_run(run, f"{path}, run {number}") for number, run in enumerate(runs_of(steps), start=1)]
     for note in notes:
         for run in runs:
