@@ -82,12 +82,19 @@ def _calls(
     """The calls of a rollout in their order; ATIF keeps messages, replies and sampled ids."""
     history, tools = History(), trajectory["agent"].get("tool_definitions") or []
     messages: list[dict[str, Any]] = []
+    new: list[dict[str, Any]] = []  # since the last reply
     before: Made | None = None
+    conversation = 0
     for step in trajectory["steps"]:
         ids = (step.get("metrics") or {}).get("completion_token_ids")
         message = _message(step)
         if ids is not None:
             extra = step["extra"]
+            if extra["conversation"] == conversation:
+                messages += new
+            else:
+                conversation, messages, before = extra["conversation"], new, None
+            new = []
             prompt = history.prompt(renderer, run, messages, tools)
             texts = text_ids(renderer, ids, extra["stop_reason"], stops)
             turn = turn_of(renderer, prompt, ids, len(texts), cut_at_stop(renderer.decode(texts), stops), message)
@@ -102,9 +109,9 @@ def _calls(
             kept = len(turn.ids) - len(prompt.ids)
             before = Made(call, prompt_ids + ids[:kept], before)
             yield before
-        messages.append(message)
+        (new if ids is None else messages).append(message)
         results = (step.get("observation") or {}).get("results") or []
-        messages += [{"role": "tool", "tool_call_id": r["source_call_id"], "content": r["content"]} for r in results]
+        new += [{"role": "tool", "tool_call_id": r["source_call_id"], "content": r["content"]} for r in results]
 
 
 def _message(step: dict[str, Any]) -> dict[str, Any]:
