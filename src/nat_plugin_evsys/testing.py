@@ -154,7 +154,8 @@ class ScriptedSamplingClient:
         stop = params.stop
         items: list[Any] = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
         strings = [item for item in items if isinstance(item, str)]
-        ends = {item for item in items if isinstance(item, int)} | {self._tokenizer.eos_token_id}
+        eos = set() if stop == [] else {self._tokenizer.eos_token_id}  # an empty list stops at nothing
+        ends = {item for item in items if isinstance(item, int)} | eos
         for length, token_id in enumerate(ids[:limit], start=1):
             text = self._tokenizer.decode(ids[:length]) if strings else ""
             if token_id in ends or any(string in text for string in strings):

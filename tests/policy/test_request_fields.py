@@ -139,3 +139,23 @@ async def test_tokens_may_be_named_by_id_and_end_a_reply(serve: Any, tokenizer: 
         assert choice.token_ids[-1] == stop
         assert [entry.token for entry in choice.logprobs.content] == [f"token_id:{i}" for i in choice.token_ids]
         assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_may_stay_and_the_end_be_ignored(serve: Any, tokenizer: Any, stream: bool) -> None:
+    served = serve(["one. two. three", [*tokenizer.encode("one"), tokenizer.eos_token_id, *tokenizer.encode(" two")]])
+    for fields, text, finish in (
+        ({"stop": [". ", "three"], "extra_body": {"include_stop_str_in_output": True}}, "one. ", "stop"),
+        ({"extra_body": {"ignore_eos": True}, "max_tokens": 3}, "one<|im_end|> two", "length"),
+    ):
+        async with served.client() as client:
+            answer = await client.chat.completions.create(**BODY, **fields, stream=stream)
+            if stream:
+                choices = [chunk.choices[0] async for chunk in answer]
+                seen = "".join(choice.delta.content or "" for choice in choices)
+            else:
+                choices, seen = answer.choices, answer.choices[0].message.content
+        assert (seen, choices[-1].finish_reason) == (text, finish)
+    assert served.sampling.requests[1].params.stop == []
+    with pytest.raises(ApiError, match="ignore_eos"):
+        ChatCompletionRequest.parse({**BODY, "ignore_eos": True, "stop": ["x"]})

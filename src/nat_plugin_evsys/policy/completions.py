@@ -184,7 +184,13 @@ class Completion:
 
     def record(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
         """Record a sampled sequence as a Call and build the client's choice from it."""
-        text = ReplyText(self.renderer, stops=self.request.stops, tools=self.tools, reply_id=self.reply_id(index))
+        text = ReplyText(
+            self.renderer,
+            stops=self.request.stops,
+            tools=self.tools,
+            reply_id=self.reply_id(index),
+            keep_stop=bool(self.request.include_stop_str_in_output),
+        )
         ids = [*self.forced_ids, *self.text_ids(sequence)]
         pieces = text.feed(self.renderer.decode(ids)) + text.finish()
         reply = assemble(pieces)
@@ -225,7 +231,9 @@ class Completion:
 
     def _remember(self, output_ids: Sequence[int], text_ids: Sequence[int], reply: dict[str, Any]) -> None:
         """Let the prompt of the conversation's next turn start with these ids."""
-        seen = cut_at_stop(self.renderer.decode(text_ids), self.request.stops)
+        seen = cut_at_stop(
+            self.renderer.decode(text_ids), self.request.stops, keep=bool(self.request.include_stop_str_in_output)
+        )
         turn = turn_of(self.renderer, self.prompt, output_ids, len(text_ids), seen, reply)
         self.history.add(self.prompt, turn)
 
@@ -283,7 +291,9 @@ def sampling_params(
 
 
 def _stop(request: ChatCompletionRequest, renderer: ChatRenderer) -> list[str] | list[int] | None:
-    """Tinker takes strings or ids, not both. EOS ends a sequence in either case."""
+    """Tinker takes strings or ids, not both. EOS ends a sequence in either case, unless the list is empty."""
+    if request.ignore_eos:
+        return []
     ids = [*dict.fromkeys([*renderer.stop_token_ids, *(request.stop_token_ids or [])])]
     if not request.stops:
         return ids or None

@@ -146,6 +146,7 @@ class _CompletionStream:
             StreamedReply(
                 completion.renderer,
                 stops=request.stops,
+                keep_stop=bool(request.include_stop_str_in_output),
                 tools=completion.tools,
                 reply_id=completion.reply_id(index),
                 forced_ids=completion.forced_ids,

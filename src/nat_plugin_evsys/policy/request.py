@@ -2,7 +2,7 @@
 
 ``request_fields`` says what becomes of every field that a client may send; this is what is read of those honoured.
 Besides OpenAI's own there are vLLM's ``top_k``, ``stop_token_ids``, ``chat_template_kwargs`` (``enable_thinking``),
-``return_token_ids`` and ``return_tokens_as_token_ids``.
+``return_token_ids``, ``return_tokens_as_token_ids``, ``ignore_eos`` and ``include_stop_str_in_output``.
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ class ChatCompletionRequest(_Request):
     chat_template_kwargs: ChatTemplateKwargs | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
 
     _ignored: tuple[str, ...] = PrivateAttr(default=())
 
@@ -134,6 +136,8 @@ class ChatCompletionRequest(_Request):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> ChatCompletionRequest:
+        if self.ignore_eos and (self.stops or self.stop_token_ids or self.hints):
+            raise ValueError("`ignore_eos` goes with no `stop`, no `stop_token_ids` and no form of the reply")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("`top_logprobs` needs `logprobs: true`")
         if self.stream_options is not None and not self.stream:

@@ -51,6 +51,8 @@ HONOURED = frozenset(
         "chat_template_kwargs",
         "return_token_ids",
         "return_tokens_as_token_ids",
+        "ignore_eos",
+        "include_stop_str_in_output",
     }
 )
 """The fields of ``ChatCompletionRequest``."""
@@ -93,8 +95,6 @@ REFUSED = {
     "min_tokens": Refused(f"only 0 is honoured: {_OTHER_DISTRIBUTION}", (0,)),
     "bad_words": Refused(f"is not honoured; leave it empty: {_OTHER_DISTRIBUTION}", ([],)),
     "allowed_token_ids": Refused(f"is not honoured: {_OTHER_DISTRIBUTION}"),
-    "ignore_eos": Refused("only false is honoured: a reply ends at the end-of-sequence token", (False,)),
-    "include_stop_str_in_output": Refused("only false is honoured", (False,)),
     "use_beam_search": Refused("only false is honoured: there is no beam search", (False,)),
     "best_of": Refused("only 1 is honoured; ask for several choices with `n`", (1,)),
     "echo": Refused(f"only false is honoured: {_NOT_OFFERED}", (False,)),

@@ -48,10 +48,11 @@ class TokenDecoder:
 
 
 class StopStrings:
-    """Passes text on up to the first stop string, which is not part of a reply's content."""
+    """Passes text on up to the first stop string, or with ``keep`` up to its end."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
         self._stops = list(stops)
+        self._keep = keep
         self._text = ""
         self._stopped = False
 
@@ -60,10 +61,11 @@ class StopStrings:
         if self._stopped or not self._stops:
             return "" if self._stopped else text
         self._text += text
-        found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
+        found = [(at, len(stop)) for stop in self._stops if (at := self._text.find(stop)) >= 0]
         if found:
             self._stopped = True
-            text, self._text = self._text[: min(found)], ""
+            at, length = min(found)
+            text, self._text = self._text[: at + length if self._keep else at], ""
             return text
         keep = held_back(self._text, self._stops)
         text, self._text = self._text[: len(self._text) - keep], self._text[len(self._text) - keep :]
@@ -75,9 +77,9 @@ class StopStrings:
         return text
 
 
-def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """A whole reply's text up to the first stop string."""
-    cutter = StopStrings(stops)
+def cut_at_stop(text: str, stops: Sequence[str], *, keep: bool = False) -> str:
+    """A whole reply's text up to the first stop string, or with ``keep`` up to its end."""
+    cutter = StopStrings(stops, keep=keep)
     return cutter.feed(text) + cutter.finish()
 
 
@@ -85,9 +87,15 @@ class ReplyText:
     """One reply's way from text to pieces; plain and streamed replies both go through it."""
 
     def __init__(
-        self, renderer: ChatRenderer, *, stops: Sequence[str], tools: Sequence[dict[str, Any]], reply_id: str
+        self,
+        renderer: ChatRenderer,
+        *,
+        stops: Sequence[str],
+        tools: Sequence[dict[str, Any]],
+        reply_id: str,
+        keep_stop: bool = False,
     ) -> None:
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, keep=keep_stop)
         self._parser = renderer.create_parser(tools=tools, reply_id=reply_id)
 
     @property
@@ -110,6 +118,7 @@ class StreamedReply:
     A control token is held back until it is clear whether it ended the reply: then it has no text.
 
     Args:
+        keep_stop: the stop string that ends the reply is part of its text.
         forced_ids: the reply's beginning, which is in the prompt and not among its ids.
     """
 
@@ -120,12 +129,13 @@ class StreamedReply:
         stops: Sequence[str],
         tools: Sequence[dict[str, Any]],
         reply_id: str,
+        keep_stop: bool = False,
         forced_ids: Sequence[int] = (),
     ) -> None:
         self._renderer = renderer
         self._forced_ids = list(forced_ids)
         self._decoder = TokenDecoder(renderer)
-        self._text = ReplyText(renderer, stops=stops, tools=tools, reply_id=reply_id)
+        self._text = ReplyText(renderer, stops=stops, tools=tools, reply_id=reply_id, keep_stop=keep_stop)
         self._decoded = 0
         self.ids: list[int] = []
         self.calls = 0  # tool calls given out so far
