@@ -113,8 +113,13 @@ def content_of(dataset: EvalDatasetBaseConfig) -> dict[str, Any]:
     path = Path(dataset.file_path)
     if dataset.remote_file_path or not path.is_file():
         return {}
-    content: dict[str, Any] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    content: dict[str, Any] = {"sha256": sha256_of(path)}
     return content if dataset.type == "custom" else {**content, "rows": len(_rows(dataset, "dataset"))}
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _rows(source: Any, what: str) -> pd.DataFrame:
