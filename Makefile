@@ -110,9 +110,9 @@ test-constrained: $(INSTALLED_DEV)
 models-table: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -W ignore scripts/models-table --write $(FAMILIES)
 
-# Killed runs and servers, full disks, hostile requests, many chats, many epochs: small, some ten minutes (docs/reliability.md).
+# Killed runs and servers, full disks, hostile requests, many epochs: small, some ten minutes (docs/reliability.md).
 test-reliability: $(INSTALLED_DEV)
-	@for each in kill_finetune kill_serve disk_full hostile chats long_run; do \
+	@for each in kill_finetune kill_serve disk_full hostile long_run; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/reliability/$$each.py --small || exit 1; \
 	done
 
