@@ -26,7 +26,7 @@ CONFIG = ROOT / "configs" / "function_calling.yml"
 DIRECTORY = ROOT / ".evsys" / "function_calling-data"
 CATEGORY = "simple_python"
 SIZES = {"heldout": 100, "demonstrations": 100, "train": 200}
-SMALL = {"heldout": 24, "demonstrations": 40, "train": 24}
+SMALL = {"heldout": 32, "demonstrations": 8, "train": 24}
 
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
 """The leaderboard's names of types that JSON Schema has not, and JSON Schema's."""
