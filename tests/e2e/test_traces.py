@@ -140,6 +140,14 @@ def test_the_prompt_of_a_trace_is_what_the_model_read(recorded: Recorded, name: 
     assert {record.problem for record in records} <= {None, DropReason.UNFINISHED_TRACE, DropReason.PROMPT_UNKNOWN}
 
 
+def test_a_line_that_names_a_run_adds_to_its_record(recorded: Recorded, tmp_path: Path) -> None:
+    traces = tmp_path / "traces.jsonl"
+    run = read_records([recorded.traces], KEYS, "files")[0].entry["workflow_run_id"]
+    traces.write_text(recorded.traces.read_text() + json.dumps({"workflow_run_id": run, "feedback": "up"}))
+    noted = [record for record in read_records([traces], KEYS, "files") if "feedback" in record.entry]
+    assert [(record.entry["workflow_run_id"], record.entry["feedback"]) for record in noted] == [(run, "up")]
+
+
 def test_a_record_without_the_prompt_is_not_trained_on(recorded: Recorded, tmp_path: Path) -> None:
     """By default `nat eval` leaves LLM_START out; its ATIF never has the system prompt."""
     bare = tmp_path / "workflow_output.json"
@@ -172,20 +180,20 @@ def test_it_learns_the_best_records(recorded: Recorded, tmp_path: Path) -> None:
 
 
 def test_pairs_by_feedback(recorded: Recorded, tmp_path: Path) -> None:
-    """Lines that name a run add a person's feedback to its record; runs without one are counted."""
-    traces = tmp_path / "traces.jsonl"
-    records = [each for each in read_records([recorded.traces], KEYS, "files") if each.problem is None]
-    notes = [
-        {"workflow_run_id": each.entry["workflow_run_id"], "feedback": "up" if each.output == "printing" else "down"}
-        for each in records[1:]
-    ]
-    traces.write_text(recorded.traces.read_text() + "".join(json.dumps(note) + "\n" for note in notes))
+    """In each question the first reply is liked, and so are those like it; records without a feedback are counted."""
+    traces = tmp_path / "workflow_output.json"
+    rows = json.loads(recorded.output.read_text())
+    first: dict[str, str] = {}
+    for row in rows[:-1]:
+        liked = first.setdefault(row["question"], row["generated_answer"])
+        row["feedback"] = "up" if row["generated_answer"] == liked else "down"
+    traces.write_text(json.dumps(rows))
     builder = {"algorithm": "dpo", "feedback": "feedback", "feedback_values": {"up": 1, "down": 0}}
     done = recorded.learn(tmp_path, [traces], builder, retokenize=True)
     assert done.code == 0, done.text
     summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())
     assert summary["trajectories"]["trained"] > 0
-    assert summary["trajectories"]["dropped"]["no_feedback"] >= 1
+    assert summary["trajectories"]["dropped"]["no_feedback"] == 1
     assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())
 
 
