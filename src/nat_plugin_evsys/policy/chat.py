@@ -10,33 +10,21 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.policy.chat_template import NO_CONTEXT, PROBE, ChatTemplate
 from nat_plugin_evsys.policy.messages import normalize_messages
 from nat_plugin_evsys.policy.plain_text import MARK, PlainText
 from nat_plugin_evsys.policy.reply_forms import ReplyForms
-from nat_plugin_evsys.policy.template_bounds import refuse_powers, render_bounded
 from nat_plugin_evsys.policy.token_bytes import TokenBytes
 from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble
-from nat_plugin_evsys.policy.tool_forms.create import create_parser, form_of
-from nat_plugin_evsys.policy.tool_prompt import without_tools
+from nat_plugin_evsys.policy.tool_forms.create import create_parser
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.config.policy import SpecialTokens
 
 logger = logging.getLogger(__name__)
 
-_PROBE = "probe"
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _PROBE,
-        "description": _PROBE,
-        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}},
-    },
-}
-_NO_CONTEXT = [{"role": "user", "content": _PROBE}]
 _QUICK_S = 5.0
-_TOO_MUCH = (RecursionError, MemoryError, OverflowError)
 _ENDS_OF_CALLS = {
     "llama3_json": ("<|eom_id|>",),  # of a turn that calls a built-in tool
     "harmony": ("<|call|>", "<|return|>"),
@@ -72,26 +60,14 @@ class ChatRenderer:
         split_thoughts: bool = False,
         special_tokens: SpecialTokens = "text",
     ) -> None:
-        self._said_prompted = False
         # A copy and a lock: a fast tokenizer's call may change its padding state, which fails ("Already borrowed")
         # beside another thread's call.
         self.tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
-        self._chat_template = chat_template
+        self._template = ChatTemplate(self.tokenizer, chat_template, enable_thinking)
         self._enable_thinking = enable_thinking
         self._split_thoughts = split_thoughts
         self._special_tokens = special_tokens
-        try:
-            self._source: str = tokenizer.get_chat_template(chat_template, None)
-            self._tools_source: str = tokenizer.get_chat_template(chat_template, [_PROBE_TOOL])
-        except ValueError as error:
-            raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template; set `chat_template` to a Jinja file"
-            ) from error
-        refuse_powers(self._source)
-        refuse_powers(self._tools_source)
-        if enable_thinking is not None:
-            self._check_thinking(ConfigError)
 
     # -- messages to ids --------------------------------------------------------------------------------------------
 
@@ -148,7 +124,7 @@ class ChatRenderer:
         """
         if message.get("role") != "assistant":
             raise DataError(f"a reply must have role `assistant`, not {message.get('role')!r}")
-        context = list(messages) if messages else _NO_CONTEXT
+        context = list(messages) if messages else NO_CONTEXT
         prompt = self._render_text(context, tools, True, None)
         full = self._render_text([*context, message], tools, False, None)
         if not full.startswith(prompt):
@@ -182,11 +158,13 @@ class ChatRenderer:
         if enable_thinking is None:
             enable_thinking = self._enable_thinking
         else:
-            self._check_thinking(DataError)
+            self._template.check_thinking(DataError)
         normal = normalize_messages(messages)
 
         def written(count: int) -> str:
-            return self._apply(*self._as_shown(normal[:count], tools or ()), add_generation_prompt, enable_thinking)
+            return self._template.write(
+                *self._as_shown(normal[:count], tools or ()), add_generation_prompt, enable_thinking
+            )
 
         started = time.monotonic()
         try:
@@ -199,61 +177,10 @@ class ChatRenderer:
     def _as_shown(
         self, messages: list[dict[str, Any]], tools: Sequence[dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Normalized messages and tools as this template takes them."""
-        shown, tools = self._with_thoughts(messages), list(tools)
-        if not self._shows_tools:
-            shown, tools = self._prompted(shown, tools), []
+        shown, tools = self._template.prepared(messages, tools)
         if self._special_tokens == "text":
             shown, tools = self._plain_text.marked(shown), self._plain_text.marked(tools)
         return shown, tools
-
-    def _with_thoughts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Reasoning where the template looks for it: in a field of the message, or in the content."""
-        if "reasoning_content" in self._source:
-            return messages
-        shown = []
-        for message in messages:
-            thoughts = message.get("reasoning_content")
-            if thoughts is not None:
-                message = {key: value for key, value in message.items() if key != "reasoning_content"}
-                if ".thinking" in self._source:
-                    message["thinking"] = thoughts
-                elif self.thinks:
-                    message["content"] = f"<think>\n{thoughts}\n</think>\n\n{message['content']}"
-                else:
-                    raise DataError("`reasoning_content` is not read by the model's chat template")
-            shown.append(message)
-        return shown
-
-    def _prompted(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if tools and not self._said_prompted:
-            self._said_prompted = True
-            logger.warning("the chat template has no place for tools: the system turn shows them in Hermes' form")
-        return without_tools(messages, tools, has_system=self._takes_system)
-
-    def _apply(
-        self,
-        messages: list[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        enable_thinking: bool | None,
-    ) -> str:
-        from jinja2 import TemplateError
-
-        extra = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        try:
-            return render_bounded(
-                lambda: self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=list(tools) if tools else None,
-                    chat_template=self._chat_template,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                    **extra,
-                )
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, *_TOO_MUCH) as error:
-            raise DataError(f"the model's chat template cannot render these messages: {error}") from error
 
     def encode(self, text: str) -> list[int]:
         """The token ids of rendered text."""
@@ -287,8 +214,8 @@ class ChatRenderer:
             self.tool_format,
             tools=tools,
             reply_id=reply_id,
-            thinking=self._prompt_opens_thinking,
-            split_thoughts=self._split_thoughts and self.thinks,
+            thinking=self._template.prompt_opens_thinking,
+            split_thoughts=self._split_thoughts and self._template.thinks,
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -317,8 +244,8 @@ class ChatRenderer:
         return ReplyForms(
             self.tool_format,
             lambda text: token_id if (token_id := self._vocabulary.get(text)) in self._control_ids else None,
-            thinks="<think>" in self._source,
-            thinking=self._prompt_opens_thinking,
+            thinks="<think>" in self._template.source,
+            thinking=self._template.prompt_opens_thinking,
         )
 
     # -- what the template says of itself ---------------------------------------------------------------------------
@@ -330,10 +257,10 @@ class ChatRenderer:
         ids |= {self.tokenizer.get_vocab().get(token) for token in _ENDS_OF_CALLS.get(self.tool_format or "", ())}
         return sorted(token_id for token_id in ids if token_id is not None)
 
-    @cached_property
+    @property
     def tool_format(self) -> ToolCallFormat | None:
-        """How the model writes tool calls, read from the template; None if the form is unknown."""
-        return form_of(self._tools_source) if self._shows_tools else "hermes"
+        """How the model writes tool calls; None if the form is unknown."""
+        return self._template.tool_format
 
     @property
     def supports_tools(self) -> bool:
@@ -341,33 +268,11 @@ class ChatRenderer:
         return self.tool_format is not None
 
     @cached_property
-    def thinks(self) -> bool:
-        """Whether the template knows ``<think>`` blocks."""
-        return "</think>" in self._source or self._prompt_opens_thinking
-
-    @cached_property
-    def _shows_tools(self) -> bool:
-        with_tool, without = (self._apply(_NO_CONTEXT, tools, True, None) for tools in ([_PROBE_TOOL], None))
-        return with_tool != without
-
-    @cached_property
-    def _takes_system(self) -> bool:
-        system = [{"role": "system", "content": _PROBE + _PROBE}, *_NO_CONTEXT]
-        try:
-            return _PROBE + _PROBE in self._apply(system, None, True, None)
-        except DataError:
-            return False
-
-    @cached_property
     def end_of_turn(self) -> int | None:
         """The control token that the template writes after an assistant's content."""
-        text = self._apply([*_NO_CONTEXT, {"role": "assistant", "content": "x" + _PROBE}], None, False, None)
-        tail = self.encode(text.rpartition("x" + _PROBE)[2].lstrip())
+        text = self._template.write([*NO_CONTEXT, {"role": "assistant", "content": "x" + PROBE}], None, False, None)
+        tail = self.encode(text.rpartition("x" + PROBE)[2].lstrip())
         return tail[0] if tail and tail[0] in self._control_ids else None
-
-    @cached_property
-    def _prompt_opens_thinking(self) -> bool:
-        return self._apply(_NO_CONTEXT, None, True, self._enable_thinking).rstrip().endswith("<think>")
 
     @cached_property
     def _vocabulary(self) -> dict[str, int]:
@@ -390,10 +295,6 @@ class ChatRenderer:
     @cached_property
     def _plain_text(self) -> PlainText:
         return PlainText(self.tokenizer, {text: id for text, id in self._vocabulary.items() if id in self._special_ids})
-
-    def _check_thinking(self, error: type[ConfigError] | type[DataError]) -> None:
-        if "enable_thinking" not in self._source:
-            raise error("`enable_thinking` is set, but the model's chat template does not use it; remove it")
 
 
 def _offender(written: Callable[[int], str], count: int) -> int:
