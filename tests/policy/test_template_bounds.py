@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nat_plugin_evsys.errors import DataError, ModelError
-from nat_plugin_evsys.policy import template_bounds
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.template_bounds import refuse_powers
+from nat_plugin_evsys.policy.rendering import template_bounds
+from nat_plugin_evsys.policy.rendering.template_bounds import refuse_powers
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -11,11 +11,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.policy.chat_template import NO_CONTEXT, PROBE, ChatTemplate
-from nat_plugin_evsys.policy.messages import normalize_messages
-from nat_plugin_evsys.policy.plain_text import MARK, PlainText
+from nat_plugin_evsys.policy.rendering.chat_template import NO_CONTEXT, PROBE, ChatTemplate
+from nat_plugin_evsys.policy.rendering.messages import normalize_messages
+from nat_plugin_evsys.policy.rendering.plain_text import MARK, PlainText
+from nat_plugin_evsys.policy.rendering.token_bytes import TokenBytes
 from nat_plugin_evsys.policy.reply_forms import ReplyForms
-from nat_plugin_evsys.policy.token_bytes import TokenBytes
 from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble
 from nat_plugin_evsys.policy.tool_forms.create import create_parser
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from nat_plugin_evsys.calls import PromptHistory
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.plain_text import unmarked
+from nat_plugin_evsys.policy.rendering.plain_text import unmarked
 
 Message = dict[str, Any]
 

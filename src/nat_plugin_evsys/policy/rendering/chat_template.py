@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
-from nat_plugin_evsys.policy.template_bounds import refuse_powers, render_bounded
+from nat_plugin_evsys.policy.rendering.template_bounds import refuse_powers, render_bounded
+from nat_plugin_evsys.policy.rendering.tool_prompt import without_tools
 from nat_plugin_evsys.policy.tool_calls import ToolCallFormat
 from nat_plugin_evsys.policy.tool_forms.create import form_of
-from nat_plugin_evsys.policy.tool_prompt import without_tools
 
 logger = logging.getLogger(__name__)
 
