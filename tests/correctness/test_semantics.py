@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -271,10 +271,15 @@ async def backend(base_of: Callable[[str], Any], tmp_path: Path) -> Any:
     await made.close()
 
 
-def kept_distribution(row: torch.Tensor, temperature: float, top_k: int, top_p: float) -> dict[int, float]:
-    """The rule as docs state it, one token after the other: temperature, then top_k, then top_p, renormalised."""
+def kept_distribution(
+    row: torch.Tensor, known: Iterable[int], temperature: float, top_k: int, top_p: float
+) -> dict[int, float]:
+    """The rule as docs state it, one token after the other: temperature, then top_k, then top_p, renormalised.
+
+    Only ids that the tokenizer has (``known``) take part.
+    """
     probs = (row / temperature).softmax(-1).tolist()
-    order = sorted(range(len(probs)), key=lambda i: (-probs[i], i))
+    order = sorted(known, key=lambda i: (-probs[i], i))
     if top_k > 0:
         order = order[:top_k]
     total, mass, kept = sum(probs[i] for i in order), 0.0, []
@@ -298,6 +303,7 @@ async def test_logprobs_are_those_of_the_distribution_that_was_sampled(
     plain: PlainModel = plain_of("qwen3")
     client = await backend.snapshot_sampling_client()
     prompt = [3, 14, 15, 92, 65]
+    known = set(backend.get_tokenizer().get_vocab().values())
     params = types.SamplingParams(max_tokens=24, temperature=temperature, top_k=top_k, top_p=top_p, seed=5, stop=[])
     result = await client.sample_async(types.ModelInput.from_ints(prompt), 4, params)
     worst, count = 0.0, 0
@@ -307,7 +313,7 @@ async def test_logprobs_are_those_of_the_distribution_that_was_sampled(
         for t, (token, logprob) in enumerate(zip(sequence.tokens, sequence.logprobs or [], strict=True)):
             # Where the sum of the likeliest lies on top_p, its last bit decides whether one more is kept.
             row, borders = rows[len(prompt) - 1 + t], {top_p - ROUNDING, top_p, top_p + ROUNDING}
-            rules = [kept_distribution(row, temperature, top_k, border) for border in borders]
+            rules = [kept_distribution(row, known, temperature, top_k, border) for border in borders]
             gaps = [abs(logprob - math.log(kept[token])) for kept in rules if token in kept]
             assert gaps, "a token that the rule drops was sampled"
             worst, count = max(worst, min(gaps)), count + 1

@@ -155,6 +155,13 @@ def use_every_route(client: Wire, base_model: str) -> None:
         assert get(f"{prefix}/models/{base_model}").status_code == 200
         chat = {"model": paths[1], "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
         assert client.http.post(f"{prefix}/chat/completions", json=chat).status_code == 200
+        for route, asked in (
+            ("completions", {"prompt": "hi", "max_tokens": 2}),
+            ("responses", {"input": "hi", "max_output_tokens": 16}),
+            ("tokenize", {"prompt": "hi"}),
+        ):
+            answer = client.http.post(f"{prefix}/{route}", json={"model": paths[1], **asked})
+            assert answer.status_code == 200, answer.text
     _dispose(client, f"{api}/training_runs/{model}/checkpoints")
     assert client.post(f"sessions/{session}/finish").status_code == 200
 
