@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nat_process import ROOT
+from nat_process import ROOT, newest_run
 from one_epoch import check_trained, finetune, write_config
 
 TEAMS = ("network", "printing", "accounts", "payroll")
@@ -74,6 +74,7 @@ TOOL_CALLING = {
     "max_iterations": 2,
     "description": "Answers a caller with the desk to go to.",
 }
+RESPONSES = {"_type": "responses_api_agent", "llm_name": "policy", "nat_tools": ["route_ticket"]}
 REACT_POLICY = {"temperature": 0.3, "max_tokens": 48}
 
 GALLERY = [
@@ -130,9 +131,18 @@ def test_an_agent_of_the_gallery_trains(example: Example, tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(1800)
-def test_the_responses_api_agent_is_refused_with_the_reason(tmp_path: Path) -> None:
-    """NAT asserts that its LLM speaks the Responses API, which the policy does not."""
-    workflow = {"_type": "responses_api_agent", "llm_name": "policy", "nat_tools": ["route_ticket"]}
-    done = finetune(write_config(tmp_path, workflow))
+def test_the_responses_api_agent_trains(tmp_path: Path) -> None:
+    done = finetune(write_config(tmp_path, RESPONSES, api_type="responses"))
+    assert done.code == 0, done.text[-4000:]
+    summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())
+    print({key: summary[key] for key in ("calls", "trained", "dropped", "prompts")})
+    assert summary["trained"] > 0
+    assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())
+
+
+@pytest.mark.timeout(1800)
+def test_the_responses_api_agent_is_refused_without_its_api(tmp_path: Path) -> None:
+    """NAT asserts that its LLM speaks the Responses API."""
+    done = finetune(write_config(tmp_path, RESPONSES))
     assert done.code == 1
     assert "Responses API Agent requires an LLM that supports the Responses API" in done.text
