@@ -112,7 +112,7 @@ models-table: $(INSTALLED_DEV)
 
 # Killed runs and servers, full disks, hostile requests, many epochs: small, some ten minutes (docs/reliability.md).
 test-reliability: $(INSTALLED_DEV)
-	@for each in kill_finetune kill_serve disk_full hostile long_run; do \
+	@for each in kill_finetune kill_serve disk_full hostile long_run chats; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -W ignore benchmarks/reliability/$$each.py --small || exit 1; \
 	done
 

@@ -6,6 +6,8 @@
 streams whose clients leave after the first event. Passes if every chat is answered, the second turns' prompts extend
 the first ones', ``/health`` never takes longer than 5 s (and what this process itself came late, as the machine may be
 busy), and the memory of the endpoint's process after each round is flat within 5 % over the last half of the rounds.
+
+The prefix cache, which fills its 2 GiB in the course of a day, is bounded at 64 MiB here, so that the bound is reached.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ def main() -> int:
     """Run the rounds and print what was seen."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--rounds", type=int, default=24)
-    arguments.add_argument("--small", action="store_true", help="4 rounds")
+    arguments.add_argument("--small", action="store_true", help="12 rounds")
     options = arguments.parse_args()
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     child = context.Process(target=_serve, args=(there,), daemon=True)
     child.start()
     url, key = here.recv()
-    summary = asyncio.run(_rounds(url, key, 4 if options.small else options.rounds, psutil.Process(child.pid)))
+    summary = asyncio.run(_rounds(url, key, 12 if options.small else options.rounds, psutil.Process(child.pid)))
     here.send("totals")
     summary |= here.recv()
     child.kill()
@@ -54,8 +56,10 @@ def main() -> int:
 def _serve(pipe: Connection) -> None:
     """The endpoint of a policy, as `nat serve` has it."""
     from nat_plugin_evsys.config.policy import EvsysPolicyConfig
+    from nat_plugin_evsys.engine import sampler
     from nat_plugin_evsys.policy.policy import Policy
 
+    sampler._PREFIX_BYTES = 64 * MIB
     policy = Policy.of(EvsysPolicyConfig(base_model=MODEL, checkpoint="none", max_tokens=24))
     asyncio.run(policy.ensure_loaded())
     pipe.send((policy.endpoint.base_url, policy.endpoint.api_key))
