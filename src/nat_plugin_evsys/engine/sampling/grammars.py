@@ -3,6 +3,8 @@
 A grammar is text in llguidance's Lark dialect. Its masks are exact over bytes, whatever the tokenizer: a token is
 allowed if the reply so far and the token's bytes can still become a sentence of the grammar. Text that the grammar
 leaves no choice about is allowed in one tokenisation only, the tokenizer's own.
+
+llguidance is imported when a grammar is: the engine samples without it.
 """
 
 from __future__ import annotations
@@ -10,15 +12,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from numpy.typing import NDArray
 
 from nat_plugin_evsys.errors import DataError, UnsupportedError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 
 class GrammarState:
@@ -59,6 +61,8 @@ class GrammarState:
         self.allowed = self._mask()
 
     def _mask(self) -> NDArray[np.bool_]:
+        from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
         constraint = self._constraint
         bits = allocate_token_bitmask(1, constraint.vocab_size)
         fill_next_token_bitmask(self._matcher, bits)
@@ -130,6 +134,8 @@ class Grammars:
             DataError: the grammar or one of its schemas is malformed or too complex.
             UnsupportedError: the tokenizer is not one that llguidance reads.
         """
+        from llguidance import LLMatcher
+
         wrapped = self._wrap()
         is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, wrapped)
         if is_error:
@@ -142,6 +148,8 @@ class Grammars:
         return Constraint(prefix, frozenset(ends), messages, self._vocab_size, eos, matcher)
 
     def _wrap(self) -> LLTokenizer:
+        from llguidance.hf import from_tokenizer
+
         with self._lock:
             if self._wrapped is None:
                 try:
