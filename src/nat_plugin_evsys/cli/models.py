@@ -88,9 +88,9 @@ def export_command(
 def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
     """Raises CheckpointError: there is none here."""
     from nat_plugin_evsys.errors import CheckpointError
-    from nat_plugin_evsys.runs.checkpoints import MANIFEST, PEFT_CONFIG
+    from nat_plugin_evsys.runs.checkpoints import is_checkpoint
 
-    if (Path(run) / MANIFEST).is_file() or (Path(run) / PEFT_CONFIG).is_file():
+    if is_checkpoint(Path(run)):
         return Path(run)
     found = find_run(output_dir, run)
     record = found.state.best_checkpoint() if which == "best" else found.state.last_checkpoint()

@@ -153,9 +153,15 @@ class Completion:
         """``system_fingerprint``: the policy version that samples all of it."""
         return f"policy-{self.client.policy_version}"
 
-    def reply_id(self, index: int) -> str:
-        """The id from which those of a choice's tool calls are derived."""
-        return f"{self.id}:{index}"
+    def reply_text(self, index: int) -> ReplyText:
+        """What turns a choice's text into its pieces."""
+        return ReplyText(
+            self.renderer,
+            stops=self.request.stops,
+            tools=self.tools,
+            reply_id=f"{self.id}:{index}",
+            keep_stop=bool(self.request.include_stop_str_in_output),
+        )
 
     async def sample(self, on_tokens: TokenCallback | None = None) -> Sequence[types.SampledSequence]:
         """Sample all choices.
@@ -184,17 +190,11 @@ class Completion:
 
     def record(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
         """Record a sampled sequence as a Call and build the client's choice from it."""
-        text = ReplyText(
-            self.renderer,
-            stops=self.request.stops,
-            tools=self.tools,
-            reply_id=self.reply_id(index),
-            keep_stop=bool(self.request.include_stop_str_in_output),
-        )
+        text = self.reply_text(index)
         ids = [*self.forced_ids, *self.text_ids(sequence)]
-        pieces = text.feed(self.renderer.decode(ids)) + text.finish()
-        reply = assemble(pieces)
-        self._remember([*self.forced_ids, *sequence.tokens], ids, reply.to_message())
+        whole = self.renderer.decode(ids)
+        reply = assemble(text.feed(whole) + text.finish())
+        self._remember([*self.forced_ids, *sequence.tokens], len(ids), whole, reply.to_message())
         recorder.record(
             Call(
                 call_id=self.id,
@@ -229,12 +229,10 @@ class Completion:
             token_ids=list(sequence.tokens) if self.request.return_token_ids else None,
         )
 
-    def _remember(self, output_ids: Sequence[int], text_ids: Sequence[int], reply: dict[str, Any]) -> None:
-        """Let the prompt of the conversation's next turn start with these ids."""
-        seen = cut_at_stop(
-            self.renderer.decode(text_ids), self.request.stops, keep=bool(self.request.include_stop_str_in_output)
-        )
-        turn = turn_of(self.renderer, self.prompt, output_ids, len(text_ids), seen, reply)
+    def _remember(self, output_ids: Sequence[int], with_text: int, text: str, reply: dict[str, Any]) -> None:
+        """Let the next turn's prompt start with these ids, of which the first ``with_text`` have the ``text``."""
+        seen = cut_at_stop(text, self.request.stops, keep=bool(self.request.include_stop_str_in_output))
+        turn = turn_of(self.renderer, self.prompt, output_ids, with_text, seen, reply)
         self.history.add(self.prompt, turn)
 
     def logprobs(

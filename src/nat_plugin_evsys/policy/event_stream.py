@@ -143,14 +143,7 @@ class _CompletionStream:
         self._completion = completion
         request = completion.request
         self._replies = [
-            StreamedReply(
-                completion.renderer,
-                stops=request.stops,
-                keep_stop=bool(request.include_stop_str_in_output),
-                tools=completion.tools,
-                reply_id=completion.reply_id(index),
-                forced_ids=completion.forced_ids,
-            )
+            StreamedReply(completion.renderer, completion.reply_text(index), completion.forced_ids)
             for index in range(request.n or 1)
         ]
         self._sent: list[list[float]] = [[] for _ in self._replies]  # the logprobs of the replies' ids

@@ -84,7 +84,11 @@ def cut_at_stop(text: str, stops: Sequence[str], *, keep: bool = False) -> str:
 
 
 class ReplyText:
-    """One reply's way from text to pieces; plain and streamed replies both go through it."""
+    """One reply's way from text to pieces; plain and streamed replies both go through it.
+
+    Args:
+        keep_stop: the stop string that ends the reply is part of its text.
+    """
 
     def __init__(
         self,
@@ -118,24 +122,15 @@ class StreamedReply:
     A control token is held back until it is clear whether it ended the reply: then it has no text.
 
     Args:
-        keep_stop: the stop string that ends the reply is part of its text.
+        text: takes the reply's text.
         forced_ids: the reply's beginning, which is in the prompt and not among its ids.
     """
 
-    def __init__(
-        self,
-        renderer: ChatRenderer,
-        *,
-        stops: Sequence[str],
-        tools: Sequence[dict[str, Any]],
-        reply_id: str,
-        keep_stop: bool = False,
-        forced_ids: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, renderer: ChatRenderer, text: ReplyText, forced_ids: Sequence[int] = ()) -> None:
         self._renderer = renderer
         self._forced_ids = list(forced_ids)
         self._decoder = TokenDecoder(renderer)
-        self._text = ReplyText(renderer, stops=stops, tools=tools, reply_id=reply_id, keep_stop=keep_stop)
+        self._text = text
         self._decoded = 0
         self.ids: list[int] = []
         self.calls = 0  # tool calls given out so far

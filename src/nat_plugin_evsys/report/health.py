@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nat_plugin_evsys.calls import DropReason
+from nat_plugin_evsys.report.diagnosis import ENTROPY_FLOOR
 from nat_plugin_evsys.report.metrics_log import EPOCH
 from nat_plugin_evsys.report.prompts import extended_share
 from nat_plugin_evsys.report.replies import ReplyNumbers
@@ -244,7 +245,7 @@ FIGURES: tuple[Figure, ...] = (
         "Entropy",
         "How undecided the policy is about its next token, in nats; at 0 it always says the same thing.",
         ("entropy:mean",),
-        threshold=Threshold("below", 0.1, of_first=True),
+        threshold=Threshold("below", ENTROPY_FLOOR, of_first=True),
         crossed="The policy has nearly stopped trying alternatives, so it can find nothing better: lower "
         "learning_rate, raise temperature, or stop here if the reward is what you want.",
     ),

@@ -21,6 +21,11 @@ PEFT_CONFIG = "adapter_config.json"
 SERVICE_SCHEME = "tinker://"
 
 
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a checkpoint, or an adapter of another program."""
+    return any((directory / name).is_file() for name in (MANIFEST, PEFT_CONFIG))
+
+
 def is_service_path(where: Path | str) -> bool:
     """True for a checkpoint of a Tinker service."""
     return isinstance(where, str) and where.startswith(SERVICE_SCHEME)
@@ -103,7 +108,7 @@ def _existing(run: RunDirectory, record: CheckpointRecord) -> Path | str:
 
 def _of_path(path: Path) -> Path:
     absolute = Path(os.path.abspath(path))
-    if (absolute / MANIFEST).is_file() or (absolute / PEFT_CONFIG).is_file():
+    if is_checkpoint(absolute):
         return absolute
     if (absolute / RunDirectory.STATE).is_file():
         run = RunDirectory.open(absolute)

@@ -7,7 +7,6 @@ not change, so every epoch trains on the same ones.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from nat_plugin_evsys.errors import ConfigError, RolloutsFailedError
 from nat_plugin_evsys.finetuning.checks.datasets import rows_by_question
 from nat_plugin_evsys.finetuning.preflight import check_policy
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
-from nat_plugin_evsys.finetuning.traces.rewards import answer_to, evaluator_scores, feedback_of
+from nat_plugin_evsys.finetuning.traces.rewards import answer_to, evaluator_scores, feedback_of, question_key
 from nat_plugin_evsys.finetuning.traces.selection import best, pairs
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
 from nat_plugin_evsys.finetuning.workflow.scores import evaluator_problem, number_of
@@ -129,7 +128,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
             calls, lost, error = await asyncio.to_thread(reader.calls, record, run_id)
             reward, unscored, why = self._reward(score)
             lost, error = (lost, error) if lost is not None else (unscored, why)
-            question = record.question if isinstance(record.question, str) else json.dumps(record.question, default=str)
+            question = question_key(record.question)
             row = str(rows.get(question, {}).get(self._dataset.id_key, question))
             attempts.append(
                 Attempt(

@@ -50,7 +50,7 @@ async def evaluator_scores(
     """
     entries = [
         {
-            **rows.get(_key(record.question), {}),
+            **rows.get(question_key(record.question), {}),
             "id": f"record-{number}",
             "question": record.question,
             "answer": answer_to(record, rows),
@@ -74,8 +74,9 @@ async def evaluator_scores(
 
 def answer_to(record: Record, rows: Rows) -> Any:
     """The expected answer, of the record or of the dataset's row with its question; "" if neither has one."""
-    return rows.get(_key(record.question), {}).get("answer", "") if record.expected is None else record.expected
+    return rows.get(question_key(record.question), {}).get("answer", "") if record.expected is None else record.expected
 
 
-def _key(question: Any) -> Any:
+def question_key(question: Any) -> str:
+    """What a question is known by: its text, or as JSON."""
     return question if isinstance(question, str) else json.dumps(question, sort_keys=True, default=str)

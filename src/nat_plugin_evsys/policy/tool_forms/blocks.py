@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from nat_plugin_evsys.policy.tool_calls import SPACE, Function, Piece, Thought, ToolCall, held_back, tool_call_id
+from nat_plugin_evsys.policy.tool_forms.stepping import SteppingParser
 
 Block = tuple[list[Function], int]
 """The calls of a block and its length, from behind its opening marker to behind its closing one."""
@@ -42,7 +43,7 @@ class Thoughts:
     split: bool = False
 
 
-class BlockParser:
+class BlockParser(SteppingParser):
     """Finds blocks of calls outside ``<think>`` blocks.
 
     A block that is no call stays in the content as it was written. One line end before a block belongs to it (the
@@ -59,24 +60,19 @@ class BlockParser:
         reply_id: str = "",
         call_id: Callable[[str, int], str] = tool_call_id,
     ) -> None:
-        self.malformed = 0
+        super().__init__()
         self._form = form
         self._thoughts = thoughts
         self._opens = () if form is None else tuple(form.opens)
         self._reply_id, self._call_id = reply_id, call_id
         self._state: Literal["content", "think", "call"] = "think" if thoughts.opened else "content"
         self._opening = ""
-        self._text = ""  # not decided yet
         self._space = ""  # white space that a tool call may follow
         self._calls = 0
         self._content_since_call = False
         self._thought = ""  # white space at the end of the thoughts so far
         self._thinking_began = False
         self._after_thoughts = False
-
-    def feed(self, text: str) -> list[Piece]:
-        """What is certain after ``text``."""
-        return self._advance(text, final=False)
 
     def finish(self) -> list[Piece]:
         """What is left at the end of the reply."""
@@ -85,13 +81,6 @@ class BlockParser:
         self._text = ""
         if self._space and (self._content_since_call or not self._calls):
             pieces.append(self._space)
-        return pieces
-
-    def _advance(self, text: str, *, final: bool) -> list[Piece]:
-        self._text += text
-        pieces: list[Piece] = []
-        while self._step(pieces, final):
-            pass
         return pieces
 
     def _step(self, pieces: list[Piece], final: bool) -> bool:

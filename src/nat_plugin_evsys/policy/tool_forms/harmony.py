@@ -6,6 +6,7 @@ import re
 
 from nat_plugin_evsys.policy.tool_calls import Piece, Thought, ToolCall, held_back, tool_call_id
 from nat_plugin_evsys.policy.tool_forms.functions import function_of, json_value
+from nat_plugin_evsys.policy.tool_forms.stepping import SteppingParser
 
 _START, _MESSAGE = "<|start|>", "<|message|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>", _START)
@@ -13,7 +14,7 @@ _CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=functions\.([\w.-]+)")
 
 
-class HarmonyParser:
+class HarmonyParser(SteppingParser):
     """``final`` (and ``commentary`` to nobody) is content, ``analysis`` reasoning, a message to a function a call.
 
     The prompt ends with ``<|start|>assistant``, so a reply begins within a header. One that begins as no header does is
@@ -24,17 +25,12 @@ class HarmonyParser:
     """
 
     def __init__(self, *, tools: bool, reply_id: str = "") -> None:
-        self.malformed = 0
+        super().__init__()
         self._tools = tools
         self._reply_id = reply_id
-        self._text = ""
         self._header: str | None = None  # of the message that is being read
         self._first = True
         self._calls = 0
-
-    def feed(self, text: str) -> list[Piece]:
-        """What is certain after ``text``."""
-        return self._advance(text, final=False)
 
     def finish(self) -> list[Piece]:
         """What is left at the end of the reply."""
@@ -42,13 +38,6 @@ class HarmonyParser:
         if self._header is None and self._text:  # a header that never became a message
             pieces.append(self._text)
         self._text = ""
-        return pieces
-
-    def _advance(self, text: str, *, final: bool) -> list[Piece]:
-        self._text += text
-        pieces: list[Piece] = []
-        while self._step(pieces, final):
-            pass
         return pieces
 
     def _step(self, pieces: list[Piece], final: bool) -> bool:
