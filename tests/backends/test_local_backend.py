@@ -268,6 +268,29 @@ async def test_closing(make_backend: Any, make_datums: Any) -> None:
     await backend.close()
 
 
+async def test_two_backends_share_one_base_and_learn_as_if_alone(make_backend: Any, make_datums: Any) -> None:
+    alone = await make_backend(seed=1)
+    await train(alone, make_datums, 0, 3)
+    expected, bare = weights(alone), await make_backend(context_length=32)
+    await alone.close()
+
+    one, other = await make_backend(seed=1), await make_backend(seed=2)
+    assert one.base is other.base
+    assert one.base is not alone.base, "whose last user has left"
+    assert one.base is not bare.base, "which has another limit"
+    await asyncio.gather(train(one, make_datums, 0, 3), train(other, make_datums, 5, 9))
+    assert equal(weights(one), expected)
+
+    await one.close()
+    await one.close()
+    client = await other.snapshot_sampling_client()
+    sampled = await client.sample_async(types.ModelInput.from_ints([1, 2]), 1, types.SamplingParams(max_tokens=3))
+    assert sampled.sequences[0].tokens
+    await other.close()
+    with pytest.raises(EngineClosedError):
+        await client.sample_async(types.ModelInput.from_ints([1, 2]), 1, types.SamplingParams(max_tokens=3))
+
+
 async def test_ill_health_is_seen(make_backend: Any) -> None:
     backend = await make_backend()
     with torch.no_grad():

@@ -17,7 +17,8 @@ from nat.plugins.eval.dataset_handler.dataset_handler import DatasetHandler
 
 from nat_plugin_evsys.config import EvsysExactMatchConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
-from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of
+from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of, rows_by_question
+from nat_plugin_evsys.rollouts.traces.record import question_key
 
 
 def config_of(rows: list[dict[str, Any]], tmp_path: Path, **dataset: Any) -> Config:
@@ -45,6 +46,14 @@ def test_a_filter_that_leaves_nothing_is_named(tmp_path: Path) -> None:
     empty = {"denylist": {"field": {"id": ["1"]}}}
     with pytest.raises(DataError, match="filter leaves none of its 1 rows"):
         check_dataset(config_of(rows, tmp_path, filter=empty), None)
+
+
+@pytest.mark.parametrize("question", ["Is it?", 5, {"b": [1, 2], "a": "x"}])
+def test_a_row_is_found_by_the_question_of_a_record(question: Any, tmp_path: Path) -> None:
+    dataset = config_of([{"id": "1", "question": question, "answer": "b"}], tmp_path).eval.general.dataset
+    assert dataset is not None
+    recorded = json.loads(json.dumps(question, sort_keys=True))
+    assert rows_by_question(dataset)[question_key(recorded)]["answer"] == "b"
 
 
 ROWS = [{"id": 1, "question": "a", "answer": "b"}, {"id": 2, "question": "c", "answer": "d"}]

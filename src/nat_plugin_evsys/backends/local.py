@@ -1,4 +1,4 @@
-"""The engine in this process as a ``Backend``: one model and its queue, over a shared base."""
+"""The engine in this process as a ``Backend``: one model and its queue, over a base that others may share."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
 from nat_plugin_evsys.engine.machine.fixed_order import compute_in_fixed_order
-from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
+from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.runtime import defaults
-from nat_plugin_evsys.runtime.bases import SharedBase
+from nat_plugin_evsys.runtime.bases import BASES_IN_USE, SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import SEGMENTS
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class LocalBackend:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: BaseModel | SharedBase,
         adapter: LoraAdapter,
         *,
         checkpoint_dir: Path,
@@ -61,11 +61,16 @@ class LocalBackend:
         untrained_logprobs: bool = True,
         deterministic: bool = False,
     ) -> None:
-        """``untrained_logprobs``: see ``TrainableModel``; ``deterministic``: see ``SharedBase``."""
-        self.base = base
+        """A ``SharedBase`` has a ``max_batch_size`` and is ``deterministic`` or not by itself.
+
+        ``untrained_logprobs``: see ``TrainableModel``; ``deterministic``: see ``SharedBase``.
+        """
+        if isinstance(base, BaseModel):
+            base = SharedBase(base, max_batch_size, deterministic=deterministic)
+        self.base = base.base
         self.checkpoint_dir = Path(checkpoint_dir)
         self.policy_version = -1
-        self._shared = SharedBase(base, max_batch_size, deterministic=deterministic)
+        self._shared = base
         self._model = self._shared.train(adapter, untrained_logprobs=untrained_logprobs)
         self._queue = TrainingQueue(self._model)
 
@@ -90,7 +95,9 @@ class LocalBackend:
         untrained_logprobs: bool = True,
         deterministic: bool = False,
     ) -> LocalBackend:
-        """Load the base model and put a fresh adapter on it. To start from a checkpoint, ``load_state`` it next.
+        """Put a fresh adapter on the base model, which is loaded unless another backend of this process has it.
+
+        To start from a checkpoint, ``load_state`` it next.
 
         Args:
             deterministic: the same operations give the same bits in every process; the process then computes on one
@@ -104,31 +111,30 @@ class LocalBackend:
         def build() -> LocalBackend:
             if deterministic:
                 compute_in_fixed_order()
-            base = load_base_model(
+            shared = BASES_IN_USE.take(
                 base_model,
+                max_batch_size=max_batch_size,
+                deterministic=deterministic,
                 device=device,
                 dtype=dtype,
                 context_length=context_length,
                 trust_remote_code=trust_remote_code,
                 cache_dir=cache_dir,
             )
-            adapter = LoraAdapter.create(
-                base.model,
-                rank=rank,
-                alpha=alpha,
-                seed=seed,
-                train_attn=train_attn,
-                train_mlp=train_mlp,
-                train_unembed=train_unembed,
-            )
-            return cls(
-                base,
-                adapter,
-                checkpoint_dir=checkpoint_dir,
-                max_batch_size=max_batch_size,
-                untrained_logprobs=untrained_logprobs,
-                deterministic=deterministic,
-            )
+            try:
+                adapter = LoraAdapter.create(
+                    shared.base.model,
+                    rank=rank,
+                    alpha=alpha,
+                    seed=seed,
+                    train_attn=train_attn,
+                    train_mlp=train_mlp,
+                    train_unembed=train_unembed,
+                )
+                return cls(shared, adapter, checkpoint_dir=checkpoint_dir, untrained_logprobs=untrained_logprobs)
+            except BaseException:
+                BASES_IN_USE.leave(shared)
+                raise
 
         return await asyncio.to_thread(build)
 
@@ -251,9 +257,11 @@ class LocalBackend:
         return not self._queue.closed and await asyncio.to_thread(self._shared.is_healthy)
 
     async def close(self) -> None:
-        """Stop the running operation at its next micro-batch, fail the queued ones, free the memory."""
+        """Stop the running operation at its next micro-batch, fail the queued ones, free the memory. Idempotent."""
+        is_first = not self._queue.closed
         await asyncio.to_thread(self._queue.close)
-        await asyncio.to_thread(self._shared.close)
+        if is_first:
+            await asyncio.to_thread(BASES_IN_USE.leave, self._shared)
         self._model.discard_gradient()
 
     # -- helpers ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Any
 
 import torch
@@ -174,3 +175,47 @@ class BaseModels:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("the ServiceClient has been closed; create a new one")
+
+
+class BasesInUse:
+    """The bases that this process's backends train on: what asks for the same one shares it until its last user leaves.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shared: dict[Any, SharedBase] = {}
+        self._users: Counter[int] = Counter()
+
+    def take(self, base_model: str, *, max_batch_size: int, deterministic: bool, **options: Any) -> SharedBase:
+        """The base of these settings, loaded unless it is in use. Give it back with ``leave``.
+
+        Args:
+            options: of ``load_base_model``.
+
+        Raises:
+            ModelError: it cannot be loaded. The next call tries again.
+        """
+        key = (local_key(base_model), max_batch_size, deterministic, *sorted(options.items()))
+        with self._lock:
+            if key not in self._shared:
+                base = load_base_model(base_model, **options)
+                self._shared[key] = SharedBase(base, max_batch_size, deterministic=deterministic)
+            shared = self._shared[key]
+            self._users[id(shared)] += 1
+            return shared
+
+    def leave(self, shared: SharedBase) -> None:
+        """Close a base, unless others that took it still use it."""
+        with self._lock:
+            self._users[id(shared)] -= 1
+            if self._users[id(shared)] > 0:
+                return
+            del self._users[id(shared)]
+            self._shared = {key: other for key, other in self._shared.items() if other is not shared}
+        shared.close()
+
+
+BASES_IN_USE = BasesInUse()
+"""Those of this process: two policies on one base are one model in memory."""

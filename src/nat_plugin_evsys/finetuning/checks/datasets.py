@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nat_plugin_evsys.config import EvsysExactMatchConfig, EvsysFunctionCallConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
+from nat_plugin_evsys.rollouts.traces.record import question_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,12 +80,14 @@ def check_dataset(config: Config, dataset: EvalDatasetBaseConfig | None = None, 
 
 
 def rows_by_question(dataset: EvalDatasetBaseConfig) -> dict[str, dict[str, Any]]:
-    """The rows of a dataset that is a file, by their questions; their answers are at ``answer`` in any case."""
+    """The rows of a dataset that is a file, by ``question_key``; their answers are at ``answer`` in any case."""
     structure = dataset.structure
     if structure.disable or dataset.remote_file_path or dataset.type == "custom":
         return {}
     rows = _rows(dataset, "dataset").to_dict("records")
-    return {str(row[structure.question_key]): {**row, "answer": row.get(structure.answer_key, "")} for row in rows}
+    return {
+        question_key(row[structure.question_key]): {**row, "answer": row.get(structure.answer_key, "")} for row in rows
+    }
 
 
 def _reads_answers(config: Config) -> str | None:

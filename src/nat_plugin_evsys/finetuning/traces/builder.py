@@ -19,14 +19,14 @@ from nat_plugin_evsys.errors import ConfigError, RolloutsFailedError
 from nat_plugin_evsys.finetuning.checks.datasets import rows_by_question
 from nat_plugin_evsys.finetuning.preflight import check_policy
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
-from nat_plugin_evsys.finetuning.traces.rewards import answer_to, evaluator_scores, feedback_of, question_key
+from nat_plugin_evsys.finetuning.traces.rewards import answer_to, evaluator_scores, feedback_of
 from nat_plugin_evsys.finetuning.traces.selection import best, pairs
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
 from nat_plugin_evsys.finetuning.workflow.scores import evaluator_problem, number_of
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.rollouts.preferences import PAIRED_CALLS_KEY
 from nat_plugin_evsys.rollouts.traces.files import read_records
-from nat_plugin_evsys.rollouts.traces.record import Record
+from nat_plugin_evsys.rollouts.traces.record import Record, question_key
 from nat_plugin_evsys.rollouts.traces.to_calls import CallReader
 from nat_plugin_evsys.rollouts.trajectories import calls_of
 

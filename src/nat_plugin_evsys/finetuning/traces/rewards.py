@@ -14,7 +14,7 @@ from nat.data_models.evaluate_runtime import EvaluationRunConfig
 from nat_plugin_evsys.finetuning.workflow.evaluation import PolicyEvaluation, evaluation_config, quiet_nat
 from nat_plugin_evsys.finetuning.workflow.limits import exits_are_errors
 from nat_plugin_evsys.report.quiet import quiet_tqdm
-from nat_plugin_evsys.rollouts.traces.record import Record, at_path
+from nat_plugin_evsys.rollouts.traces.record import Record, at_path, question_key
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config
@@ -75,8 +75,3 @@ async def evaluator_scores(
 def answer_to(record: Record, rows: Rows) -> Any:
     """The expected answer, of the record or of the dataset's row with its question; "" if neither has one."""
     return rows.get(question_key(record.question), {}).get("answer", "") if record.expected is None else record.expected
-
-
-def question_key(question: Any) -> str:
-    """What a question is known by: its text, or as JSON."""
-    return question if isinstance(question, str) else json.dumps(question, sort_keys=True, default=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,3 +66,8 @@ def at_path(entry: Mapping[str, Any], path: str) -> Any:
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def question_key(question: Any) -> str:
+    """What a question is known by: its text, or as JSON."""
+    return question if isinstance(question, str) else json.dumps(question, sort_keys=True, default=str)
