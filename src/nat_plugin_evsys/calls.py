@@ -138,10 +138,11 @@ class Call:
         policy_version: version of the adapter that sampled *all* of ``output_ids``.
         prompt_ids: token ids that the model read, length P.
         output_ids: sampled token ids, length T, including the stop token.
-        logprobs: log-probability of each output id under the distribution that was sampled, length T; of a constrained
-            call under the policy itself, as it samples without the grammar.
+        logprobs: log-probability of each output id under the distribution that was sampled, length T; where a grammar,
+            ``min_tokens`` or a ban ruled tokens out, under the policy itself, as it samples without them.
         stop_reason: why sampling ended.
         temperature, top_p, top_k: the sampling parameters; top_k -1 is off.
+        shaped: what else gave another distribution than the learner's, such as ``min_p``; it rules training out.
         messages: the request's messages in OpenAI form.
         tools: the request's tools in OpenAI form.
         reply: the assistant message that was returned, in OpenAI form.
@@ -177,6 +178,7 @@ class Call:
     forced: list[int] = field(default_factory=list)
     retokenized: bool = False
     malformed_calls: int = 0
+    shaped: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> CallKey:

@@ -4,7 +4,7 @@ Exception
 ├── EvsysError                       shown to the user as it is: what failed, what was seen, what to type
 │   ├── ConfigError                  a setting is wrong or does not fit another one (also a ValueError)
 │   ├── DataError                    a Datum, dataset row or demonstration is malformed (also a ValueError)
-│   │   ├── CutDistributionError     a call was sampled with top_p or top_k, which the learner cannot train on
+│   │   ├── ShapedDistributionError  a call was sampled from another distribution than the learner's (top_p, penalties)
 │   │   └── WireError                a protobuf message is malformed or too large
 │   ├── ModelError                   a base model or tokenizer cannot be loaded, or lacks what was asked of it
 │   ├── PromptTooLongError           prompt + max_tokens do not fit the context window (also a ValueError)
@@ -36,6 +36,7 @@ Exception
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 
 class EvsysError(Exception):
@@ -50,15 +51,16 @@ class DataError(EvsysError, ValueError):
     """A Datum, a dataset row or a demonstration is malformed."""
 
 
-class CutDistributionError(DataError):
-    """A call was sampled from a distribution that top_p or top_k had cut, which is not the learner's."""
+class ShapedDistributionError(DataError):
+    """A call was sampled from a distribution that is not the learner's: cut (top_p) or shifted (penalties)."""
 
-    def __init__(self, call: str, top_p: float, top_k: int) -> None:
-        self.top_p, self.top_k = top_p, top_k
+    def __init__(self, call: str, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        named = ", ".join(f"{name} {value}" for name, value in settings.items())
         super().__init__(
-            f"{call} was sampled with top_p {top_p:g} and top_k {top_k}: its probabilities come from a truncated "
-            "distribution, so the ratios of the loss would be wrong from the first step; set top_p: 1 (and no top_k) "
-            "in the policy and in the workflow's requests. Any temperature is fine"
+            f"{call} was sampled with {named}: its probabilities are not those that the learner computes, so the "
+            "ratios of the loss would be wrong from the first step; leave these out of the policy and of the "
+            "workflow's requests. Any temperature is fine"
         )
 
 

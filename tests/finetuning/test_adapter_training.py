@@ -17,7 +17,7 @@ from nat.data_models.finetuning import (
 )
 from tinker import types
 
-from nat_plugin_evsys.errors import ConfigError, CutDistributionError, DataError
+from nat_plugin_evsys.errors import ConfigError, DataError, ShapedDistributionError
 from nat_plugin_evsys.rollouts.trajectories import calls_of
 
 Fixture = Any
@@ -267,11 +267,11 @@ async def test_replies_that_were_cut_off_may_be_left_out(policy: Fixture, make_a
     assert (status.metadata["trained"], status.metadata["dropped"]) == (0, {"truncated": 4})
 
 
-@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 4}])
+@pytest.mark.parametrize("cut", [{"top_p": 0.8}, {"top_k": 4}, {"shaped": {"min_p": 0.1}}])
 async def test_calls_of_a_cut_distribution_are_refused(policy: Fixture, make_adapter: Fixture, cut: Any) -> None:
     collection = await policy.collection(groups=1, size=2)
     collection.trajectories[0][0].metadata["calls"][0] |= cut
-    with pytest.raises(CutDistributionError, match="Any temperature is fine"):
+    with pytest.raises(ShapedDistributionError, match="Any temperature is fine"):
         await make_adapter(policy).submit(collection)
 
 

@@ -70,10 +70,9 @@ def served(serve: Any, sampler: Sampler, adapter: LoraAdapter) -> Any:
 async def ask(served: Any, run: str | None = None, **options: Any) -> Any:
     headers = {RUN_ID_HEADER: run} if run else {}
     request: dict[str, Any] = dict(model=MODEL, messages=MESSAGES, temperature=1.0, max_tokens=24)
+    extra = {"return_token_ids": True, **options.pop("extra_body", {})}
     async with served.client() as client:
-        answer = await client.chat.completions.create(
-            **{**request, **options}, extra_headers=headers, extra_body={"return_token_ids": True}
-        )
+        answer = await client.chat.completions.create(**{**request, **options}, extra_headers=headers, extra_body=extra)
         return [chunk async for chunk in answer] if options.get("stream") else answer
 
 
@@ -196,3 +195,30 @@ async def test_a_client_that_goes_away_frees_the_sampler(served: Any, sampler: S
         await asyncio.sleep(0.2)
     assert before < 3000
     assert (await ask(served, max_tokens=2)).usage.completion_tokens <= 2
+
+
+async def test_what_shapes_the_distribution_is_sampled_and_recorded(
+    served: Any, base: BaseModel, adapter: LoraAdapter, renderer: ChatRenderer
+) -> None:
+    """Penalties, biases and min_p are named in the call, for no learner computes them; min_tokens and bans are not."""
+    served.recorder.open_run("run", "rollout", 5)
+    banned = renderer.encode("abcdefgh")
+    shaped = {"frequency_penalty": 0.5, "presence_penalty": 0.25, "logit_bias": {"5": 3, "9": -100}}
+    extra = {"min_p": 0.001, "repetition_penalty": 1.25, "min_tokens": 4}
+    await ask(served, "run", max_tokens=6, **shaped, extra_body=extra)
+    await ask(served, "run", max_tokens=6, logit_bias={str(i): -100 for i in banned}, extra_body={"min_tokens": 4})
+    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
+    await ask(served, "run", max_tokens=6, **neutral, extra_body={"min_p": 0, "repetition_penalty": 1, "min_tokens": 0})
+    first, second, third = served.recorder.close_run("run")
+    assert first.shaped == {
+        **{"repetition_penalty": 1.25, "frequency_penalty": 0.5, "presence_penalty": 0.25, "min_p": 0.001},
+        "logit_bias": {5: 3.0},
+    }
+    assert (second.shaped, third.shaped) == ({}, {})
+    assert not set(banned) & set(second.output_ids)
+    for call in (second, third):
+        with torch.no_grad(), applied(adapter):
+            logits = base.model(input_ids=torch.tensor([call.prompt_ids + call.output_ids])).logits[0].float()
+        own = logits[len(call.prompt_ids) - 1 : -1].log_softmax(-1)
+        expected = own[torch.arange(len(call.output_ids)), call.output_ids]
+        assert torch.tensor(call.logprobs) == pytest.approx(expected.numpy(), abs=1e-4)

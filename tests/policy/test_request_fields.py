@@ -113,7 +113,7 @@ async def test_hints_are_followed_as_the_setting_says(serve: Any, caplog: Any, n
 async def test_a_refusal_is_said_once_per_kind_and_counted(serve: Any, caplog: Any) -> None:
     served = serve([])
     served.recorder.open_run("run", "rollout", None)
-    bodies = [{**BODY, "logit_bias": {"3": 5}}, *({**BODY, "n": n} for n in (0, -1)), {**BODY, "max_tokens": -7}]
+    bodies = [{**BODY, "bad_words": ["x"]}, *({**BODY, "n": n} for n in (0, -1)), {**BODY, "max_tokens": -7}]
     async with httpx.AsyncClient(headers={**served.auth(), RUN_ID_HEADER: "run"}) as client:
         for body in bodies * 2:
             assert (await client.post(f"{served.endpoint.base_url}/chat/completions", json=body)).status_code == 400

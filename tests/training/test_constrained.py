@@ -1,4 +1,4 @@
-"""Calls that a grammar constrained: the learner starts at ratio 1, and what was forced carries no loss."""
+"""Calls of which tokens were ruled out: the learner starts at ratio 1, and what a grammar forced carries no loss."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from tinker import types
 
 from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
+from nat_plugin_evsys.runtime.extensions import SamplingParams
 
 GRAMMAR = 'start: "The team is " ("billing" | "network" | "hardware") ", " /[a-z]{3,9}/ "."'
 PROMPT = [1, 2, 3]
 END = 256
 
 
-async def constrained_group(backend: Any, temperature: float) -> TrajectoryGroup:
+async def sampled_group(backend: Any, grammar: str | None, temperature: float, **fields: Any) -> TrajectoryGroup:
     client = await backend.snapshot_sampling_client()
-    constraint = client.grammars.compile(GRAMMAR, [END])
-    prompt = [*PROMPT, *constraint.prefix]
-    params = types.SamplingParams(max_tokens=40, temperature=temperature, seed=1)
+    constraint = None if grammar is None else client.grammars.compile(grammar, [END])
+    prompt = [*PROMPT, *([] if constraint is None else constraint.prefix)]
+    params = SamplingParams(max_tokens=40, temperature=temperature, seed=1, **fields)
     response = await client.sample_async(types.ModelInput.from_ints(prompt), 6, params, constraint=constraint)
     calls = [
         Call(
@@ -40,18 +41,18 @@ async def constrained_group(backend: Any, temperature: float) -> TrajectoryGroup
             tools=[],
             reply={},
             sequence=index,
-            constrained=True,
-            forced=constraint.forced(sequence.tokens),
+            constrained=constraint is not None,
+            forced=[] if constraint is None else constraint.forced(sequence.tokens),
         )
         for index, sequence in enumerate(response.sequences)
     ]
-    return TrajectoryGroup("constrained", [float(n % 3) for n in range(len(calls))], [[call] for call in calls])
+    return TrajectoryGroup("group", [float(n % 3) for n in range(len(calls))], [[call] for call in calls])
 
 
 @pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo", "gspo", "dro"])
 async def test_the_ratio_is_1_and_what_was_forced_has_no_loss(loss_fn: str, make_backend: Any) -> None:
     backend = await make_backend(perturbed=True)
-    group = await constrained_group(backend, 0.8)
+    group = await sampled_group(backend, GRAMMAR, 0.8)
     (step,) = await steps_of(backend, [group], loss_fn=loss_fn, kl_beta=0.05 if loss_fn != "dro" else 0.0)
     output = await backend.forward_backward_async(step.data, loss_fn=step.loss.name, loss_fn_config=step.loss.config)
     assert output.metrics["ratio:mean"] == pytest.approx(1.0, abs=1e-4)
@@ -72,3 +73,22 @@ async def test_the_ratio_is_1_and_what_was_forced_has_no_loss(loss_fn: str, make
         learner = np.array(result["logprobs"].tolist())
         np.testing.assert_allclose(logprobs[start:], learner[start:], atol=1e-4)
         assert logprobs[sorted(forced)].min() < -1, "the policy itself would have said something else"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"min_tokens": 12, "stop": [END, 7, 8, 9]}, {"logit_bias": dict.fromkeys(range(16, 256), -100.0)}],
+    ids=["min_tokens", "bans"],
+)
+async def test_the_ratio_is_1_where_tokens_were_ruled_out(fields: dict[str, Any], make_backend: Any) -> None:
+    backend = await make_backend(perturbed=True)
+    group = await sampled_group(backend, None, 0.8, **fields)
+    calls = [call for calls in group.calls_G for call in calls]
+    bias = fields.get("logit_bias", {})
+    assert not {token for call in calls for token in call.output_ids} & set(bias)
+    assert min(len(call.output_ids) for call in calls) >= fields.get("min_tokens", 1)
+    (step,) = await steps_of(backend, [group], loss_fn="ppo", kl_beta=0.0)
+    output = await backend.forward_backward_async(step.data, loss_fn=step.loss.name, loss_fn_config=step.loss.config)
+    assert output.metrics["ratio:mean"] == pytest.approx(1.0, abs=1e-4)
+    assert output.metrics["ratio:max"] == pytest.approx(1.0, abs=1e-3)
+    assert step.sampled_tokens == sum(len(call.output_ids) for call in calls)

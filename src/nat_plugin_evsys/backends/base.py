@@ -9,7 +9,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from nat_plugin_evsys.engine.sampling.params import LARGEST_BIAS as LARGEST_BIAS
+from nat_plugin_evsys.engine.sampling.params import extensions_of as extensions_of
 from nat_plugin_evsys.engine.sampling.params import given_params as given_params
+from nat_plugin_evsys.engine.sampling.params import shaped_by as shaped_by
 
 if TYPE_CHECKING:
     import tinker
@@ -68,8 +71,9 @@ class SamplingClient(Protocol):
         The parameters are ``sampling_params`` (Tinker's name) or ``params`` (evsys's).
 
         The stop token (or the tokens of the stop string) is part of ``tokens`` and has logprobs. Logprobs are those of
-        the distribution that was sampled (temperature, top_k and top_p applied). Under a ``constraint`` (*extension*,
-        compiled by this client's ``grammars``) they are the policy's own: without the grammar, top_k and top_p.
+        the distribution that was sampled (temperature, top_k and top_p applied). Where tokens are ruled out, by a
+        ``constraint`` (*extension*, compiled by this client's ``grammars``), ``min_tokens`` or a ban, they are the
+        policy's own: those of the temperature alone.
 
         Raises:
             PromptTooLongError: the prompt leaves no room in the context window.

@@ -18,6 +18,7 @@ from nat_plugin_evsys.errors import (
     ModelError,
     PromptTooLongError,
     Refusal,
+    UnsupportedError,
 )
 
 INVALID_REQUEST = "invalid_request_error"
@@ -51,6 +52,8 @@ def api_error_of(error: Exception) -> ApiError:
         return bad_request(str(error), param="messages", code=TOO_LONG)
     if isinstance(error, DataError):
         return bad_request(str(error), code="invalid_value")
+    if isinstance(error, UnsupportedError):
+        return bad_request(str(error), code="unsupported_parameter")
     if isinstance(error, EngineClosedError):
         return ApiError(503, str(error), type="server_error", code="engine_closed")
     if isinstance(error, ConfigError | ModelError | CheckpointError):

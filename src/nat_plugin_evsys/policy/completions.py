@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nat_plugin_evsys.backends.base import shaped_by
 from nat_plugin_evsys.calls import Call, RunKind
 from nat_plugin_evsys.errors import ApiError, DataError, EvsysError, UnsupportedError
 from nat_plugin_evsys.policy.api_errors import bad_request
@@ -218,6 +219,7 @@ class Completion:
                 constrained=self.constraint is not None,
                 forced=[] if self.constraint is None else self.constraint.forced(sequence.tokens),
                 malformed_calls=text.malformed,
+                shaped=shaped_by(self.params),
             )
         )
         finish: FinishReason = "tool_calls" if reply.tool_calls and sequence.stop_reason == "stop" else "stop"
@@ -274,17 +276,18 @@ class Completion:
 def sampling_params(
     request: ChatCompletionRequest, renderer: ChatRenderer, source: PolicySource, run_id: str | None
 ) -> types.SamplingParams:
-    """Tinker's sampling parameters of a request: its own values, then the run's seed and the policy's defaults."""
-    from tinker import types
+    """The sampling parameters of a request: its own values, then the run's seed and the policy's defaults."""
+    from nat_plugin_evsys.backends.sampling_params import SamplingParams
 
     defaults = source.defaults(source.recorder.kind_of(run_id))
-    return types.SamplingParams(
+    return SamplingParams(
         max_tokens=request.token_limit if request.token_limit is not None else defaults.max_tokens,
         seed=request.seed if request.seed is not None else source.recorder.next_seed(run_id),
         stop=_stop(request, renderer),
         temperature=request.temperature if request.temperature is not None else defaults.temperature,
         top_k=request.top_k or -1,
         top_p=request.top_p if request.top_p is not None else defaults.top_p,
+        **request.shaping,
     )
 
 

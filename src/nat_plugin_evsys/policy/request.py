@@ -1,8 +1,9 @@
 """OpenAI's chat completion request as this endpoint reads it.
 
 ``request_fields`` says what becomes of every field that a client may send; this is what is read of those honoured.
-Besides OpenAI's own there are vLLM's ``top_k``, ``stop_token_ids``, ``chat_template_kwargs`` (``enable_thinking``),
-``return_token_ids``, ``return_tokens_as_token_ids``, ``ignore_eos`` and ``include_stop_str_in_output``.
+Besides OpenAI's own there are vLLM's ``top_k``, ``min_p``, ``min_tokens``, ``repetition_penalty``, ``stop_token_ids``,
+``chat_template_kwargs`` (``enable_thinking``), ``return_token_ids``, ``return_tokens_as_token_ids``, ``ignore_eos`` and
+``include_stop_str_in_output``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from nat_plugin_evsys.backends.base import LARGEST_BIAS
 from nat_plugin_evsys.errors import ApiError
 from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.request_fields import read_fields
@@ -18,6 +20,7 @@ from nat_plugin_evsys.policy.request_fields import read_fields
 MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
+MAX_BIASES = 1024
 
 
 class _Request(BaseModel):
@@ -102,6 +105,12 @@ class ChatCompletionRequest(_Request):
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=MAX_BIASES)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -126,6 +135,16 @@ class ChatCompletionRequest(_Request):
                 raise ValueError("each tool's function must have a name")
         return tools
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _bias_of_ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for token, value in (bias or {}).items():
+            if not (token.isascii() and token.isdigit()) or not abs(value) <= LARGEST_BIAS:
+                raise ValueError(
+                    f"{{{token!r}: {value}}} must be a token id and a number from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g}"
+                )
+        return bias
+
     @field_validator("stop", mode="before")
     @classmethod
     def _stops(cls, stop: Any) -> Any:
@@ -136,6 +155,8 @@ class ChatCompletionRequest(_Request):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> ChatCompletionRequest:
+        if self.min_tokens and self.stops:
+            raise ValueError("`min_tokens` goes with no `stop`; send `stop_token_ids`")
         if self.ignore_eos and (self.stops or self.stop_token_ids or self.hints):
             raise ValueError("`ignore_eos` goes with no `stop`, no `stop_token_ids` and no form of the reply")
         if self.top_logprobs and not self.logprobs:
@@ -183,6 +204,14 @@ class ChatCompletionRequest(_Request):
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def shaping(self) -> dict[str, Any]:
+        """What shapes the distribution, as the extensions of Tinker's sampling parameters have it."""
+        names = ("min_p", "min_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        return {**given, "logit_bias": bias} if bias else given
 
     @property
     def token_limit(self) -> int | None:

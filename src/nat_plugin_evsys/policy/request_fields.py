@@ -1,10 +1,10 @@
 """What the endpoint does with each field of a chat completion request: one table.
 
-Clients send more than a policy under training can follow. A field that cannot change what is sampled is ignored, as
-vLLM does. One that changes the sampled distribution is honoured if the learner computes the same distribution;
-otherwise it is refused by name, unless its value is neutral. A name that the table does not know may be a misspelt
-setting, so it is refused. Inside messages and tools, which clients echo with additions of their own, unknown names are
-ignored.
+Clients send more than a policy can follow. A field that cannot change what is sampled is ignored, as vLLM does. One
+that changes the sampled distribution is honoured and recorded; `nat finetune` stops at a call whose distribution the
+learner does not compute. What cannot be honoured is refused by name, unless its value is neutral. A name that the
+table does not know may be a misspelt setting, so it is refused. Inside messages and tools, which clients echo with
+additions of their own, unknown names are ignored.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ HONOURED = frozenset(
         "chat_template_kwargs",
         "return_token_ids",
         "return_tokens_as_token_ids",
+        "frequency_penalty",
+        "presence_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "min_p",
+        "min_tokens",
         "ignore_eos",
         "include_stop_str_in_output",
     }
@@ -86,13 +92,7 @@ IGNORED = frozenset(
 """Fields that change nothing that is sampled."""
 
 REFUSED = {
-    "frequency_penalty": Refused(f"only 0 is honoured: {_OTHER_DISTRIBUTION}", (0,)),
-    "presence_penalty": Refused(f"only 0 is honoured: {_OTHER_DISTRIBUTION}", (0,)),
-    "repetition_penalty": Refused(f"only 1.0 is honoured: {_OTHER_DISTRIBUTION}", (1,)),
     "length_penalty": Refused("there is no beam search", (1,)),
-    "logit_bias": Refused(f"is not honoured; leave it empty: {_OTHER_DISTRIBUTION}", ({},)),
-    "min_p": Refused(f"only 0 is honoured: {_OTHER_DISTRIBUTION}", (0,)),
-    "min_tokens": Refused(f"only 0 is honoured: {_OTHER_DISTRIBUTION}", (0,)),
     "bad_words": Refused(f"is not honoured; leave it empty: {_OTHER_DISTRIBUTION}", ([],)),
     "allowed_token_ids": Refused(f"is not honoured: {_OTHER_DISTRIBUTION}"),
     "use_beam_search": Refused("only false is honoured: there is no beam search", (False,)),

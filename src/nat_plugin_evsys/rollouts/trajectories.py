@@ -9,7 +9,7 @@ from typing import Any
 from nat.data_models.finetuning import Trajectory
 
 from nat_plugin_evsys.calls import Call, DropReason
-from nat_plugin_evsys.errors import CutDistributionError, DataError
+from nat_plugin_evsys.errors import DataError, ShapedDistributionError
 from nat_plugin_evsys.rollouts.episodes import episode_of
 from nat_plugin_evsys.rollouts.roles import validate_episode_order
 
@@ -116,8 +116,10 @@ def _checked_call(entry: Any, name: str) -> Call:
         raise DataError(f"{name}: not a recorded call: {error}") from error
     if len(call.output_ids) != len(call.logprobs):
         raise DataError(f"{name} ({call.call_id}): {len(call.output_ids)} output_ids, {len(call.logprobs)} logprobs")
-    if call.top_p < 1 or call.top_k > 0:
-        raise CutDistributionError(f"{name} ({call.call_id})", call.top_p, call.top_k)
+    cut = {"top_p": call.top_p} if call.top_p < 1 else {}
+    cut |= {"top_k": call.top_k} if call.top_k > 0 else {}
+    if cut or call.shaped:
+        raise ShapedDistributionError(f"{name} ({call.call_id})", {**cut, **call.shaped})
     for what, ids in (("prompt_ids", call.prompt_ids), ("output_ids", call.output_ids)):
         wrong = next((token for token in ids if type(token) is not int or token < 0), None)
         if wrong is not None:

@@ -9,16 +9,32 @@ from tinker import types
 
 
 class SamplingParams(types.SamplingParams):
-    """Tinker's sampling parameters, plus ``repetition_penalty``; an unknown field is an error, not ignored.
+    """Tinker's sampling parameters, and vLLM's others; an unknown field is an error, not ignored.
 
-    ``top_k`` is off at -1 and, as in Weaver, at 0.
+    ``top_k`` is off at -1 and, as in Weaver, at 0. The returned logprobs are those of the distribution that results.
+    ``min_tokens`` and bans say what may be sampled: with one of them, as with a grammar, the logprobs are the policy's
+    own, those of the temperature alone. ``engine.sampling.shaping`` has the formulas and their order.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     repetition_penalty: float = 1.0
-    """Divides (multiplies, where negative) the logits of tokens seen in the prompt or the sequence; 1 is off.
-    The returned logprobs are those of the distribution that results."""
+    """Divides (multiplies, where negative) the logits of tokens seen in the prompt or the sequence; 1 is off."""
+
+    frequency_penalty: float = 0.0
+    """Lowers a token's logit by this for each time that it was sampled."""
+
+    presence_penalty: float = 0.0
+    """Lowers a token's logit by this once it was sampled."""
+
+    min_p: float = 0.0
+    """Drops tokens with less than this share of the likeliest token's probability."""
+
+    min_tokens: int = 0
+    """No token ends a sequence before this many were sampled."""
+
+    logit_bias: dict[int, float] | None = None
+    """Is added to the logits of token ids; -100 bans one."""
 
 
 class Datum(types.Datum):

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 from tinker import types
 
-from nat_plugin_evsys.backends.base import Backend, SamplingClient
+from nat_plugin_evsys.backends.base import Backend, SamplingClient, shaped_by
 from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.rollouts.seeds import rollout_seed
@@ -144,8 +144,9 @@ async def train_rl(
         reward: ``(row, reply text) -> number``, or a coroutine of it.
         settings: the loss and its optimizer steps; a schedule of the learning rate is over all iterations.
         group_size: replies to each row.
-        sampling: for every reply. The learner has its temperature; ``top_p`` and ``top_k`` must be left alone, since
-            the learner's distribution is not cut. Its ``seed`` must be None: seeds derive from ``seed``.
+        sampling: for every reply. The learner has its temperature; what cuts or shapes the distribution besides
+            (``top_p``, penalties, …) must be left alone, since the learner's is not. Its ``seed`` must be None: seeds
+            derive from ``seed``.
         on_iteration: called after each iteration with its record and the groups that it trained on.
 
     Raises:
@@ -159,10 +160,10 @@ async def train_rl(
             f"rl needs group_size >= 1 and sampling.seed None (seeds derive from `seed`), got group_size={group_size}, "
             f"sampling.seed={sampling.seed}"
         )
-    if sampling.top_p < 1 or sampling.top_k > 0 or getattr(sampling, "repetition_penalty", 1.0) != 1:
+    if sampling.top_p < 1 or sampling.top_k > 0 or shaped_by(sampling):
         raise ConfigError(
-            "rl cannot train on replies sampled with top_p, top_k or repetition_penalty; leave them at their defaults "
-            "(any temperature is fine)"
+            "rl cannot train on replies sampled with top_p, top_k or repetition_penalty, nor with min_p, another "
+            "penalty or a logit_bias that is no ban; leave them at their defaults (any temperature is fine)"
         )
     if not rows:
         raise DataError("rl has no rows to sample from; give at least one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nat_plugin_evsys.backends.base import TokenCallback, given_params
+from nat_plugin_evsys.backends.base import TokenCallback, extensions_of, given_params
 from nat_plugin_evsys.backends.remote.waiting import ServiceWatch, sdk_future
 from nat_plugin_evsys.errors import DataError, PromptTooLongError, ServiceError, UnsupportedError
 
@@ -110,9 +110,8 @@ def _plain(params: types.SamplingParams, max_tokens: int | None) -> types.Sampli
     """The parameters that the protocol has, with ``max_tokens``."""
     from tinker import types
 
-    penalty = float(getattr(params, "repetition_penalty", 1.0))
-    if penalty != 1.0:
-        raise UnsupportedError(f"repetition_penalty {penalty}: the Tinker protocol has none; leave it at 1")
+    if asked := extensions_of(params):
+        raise UnsupportedError(f"the Tinker protocol has no {', '.join(asked)}; leave them out")
     fields = {name: getattr(params, name) for name in types.SamplingParams.model_fields}
     # The protocol does not say how long a seed may be; SkyRL's server takes 31 bits.
     seed = None if params.seed is None else params.seed % 2**31

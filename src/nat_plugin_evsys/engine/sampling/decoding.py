@@ -2,23 +2,25 @@
 
 The sampled distribution of a row is built in this order, and logprobs are those of the result:
 
-0. repetition penalty, if any: ``penalised`` changes the logits of tokens that were seen before;
+0. what ``shaping`` changes of the logits, if anything;
 1. temperature: ``z = logits / T`` (fp32);
-2. top_k: keep the k largest z (ties at the border: the lower token ids);
-3. top_p: over what top_k left, renormalised, in falling order, keep each token whose predecessors sum to less than
+2. min_p: keep the tokens with at least min_p times the probability of the likeliest; top_k: of these, the k largest z
+   (ties at the border: the lower token ids);
+3. top_p: over what they left, renormalised, in falling order, keep each token whose predecessors sum to less than
    top_p; that is the smallest set that reaches top_p, and always at least one token;
 4. ``log p = log_softmax`` over the kept tokens.
 
 Token ids that the tokenizer does not have are never drawn. Their probability stays in the logprobs, which are those of
-the policy as training computes them; of rows with top_k or top_p it is left out in step 2.
+the policy as training computes them; of rows with min_p, top_k or top_p it is left out in step 2.
 
-Temperature 0 is greedy: the argmax (ties: the lowest id); top_k and top_p play no part, and the logprob reported is
-that of temperature 1, since the greedy distribution itself is a point mass.
+Temperature 0 is greedy: the argmax (ties: the lowest id); min_p, top_k and top_p play no part, and the logprob reported
+is that of temperature 1, since the greedy distribution itself is a point mass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,7 +68,8 @@ class RowParams:
         greedy: (B,) bool.
         top_k: (B,) int64, the vocabulary's size when off.
         top_p: (B,) float64, infinity when off.
-        filtered: indices of the rows with top_k or top_p on, or None if there are none.
+        floor: (B,) fp32, the logarithm of min_p, -infinity when off.
+        filtered: indices of the rows with min_p, top_k or top_p on, or None if there are none.
         unit_temperature, any_greedy, all_greedy: what a step may skip.
         never: (N,) int64 token ids that are not drawn, or None if there are none.
     """
@@ -75,6 +78,7 @@ class RowParams:
     greedy: Tensor
     top_k: Tensor
     top_p: Tensor
+    floor: Tensor
     filtered: Tensor | None
     unit_temperature: bool
     any_greedy: bool
@@ -83,19 +87,31 @@ class RowParams:
 
     @classmethod
     def build(
-        cls, rows: list[tuple[float, int, float]], vocab_size: int, device: torch.device, never: Tensor | None = None
+        cls,
+        rows: list[tuple[float, int, float]],
+        vocab_size: int,
+        device: torch.device,
+        never: Tensor | None = None,
+        *,
+        min_p: Sequence[float] = (),
     ) -> RowParams:
-        """From one ``(temperature, top_k, top_p)`` a row, with Tinker's values for "off" (top_k <= 0, top_p >= 1)."""
+        """From one ``(temperature, top_k, top_p)`` a row, with Tinker's values for "off" (top_k <= 0, top_p >= 1).
+
+        ``min_p`` has one number a row, 0 is off; or none at all.
+        """
         greedy = [t == 0 for t, _, _ in rows]
         top_k = [vocab_size if g or k <= 0 else min(k, vocab_size) for g, (_, k, _) in zip(greedy, rows, strict=True)]
         top_p = [float("inf") if g or p >= 1 else p for g, (_, _, p) in zip(greedy, rows, strict=True)]
-        on = [i for i in range(len(rows)) if top_k[i] < vocab_size or top_p[i] < 1]
+        floor = [math.log(p) if p > 0 and not g else -math.inf for g, p in zip(greedy, min_p, strict=False)]
+        floor = floor or [-math.inf] * len(rows)
+        on = [i for i in range(len(rows)) if top_k[i] < vocab_size or top_p[i] < 1 or floor[i] > -math.inf]
         temperature = [1.0 if g else t for g, (t, _, _) in zip(greedy, rows, strict=True)]
         return cls(
             temperature=torch.tensor(temperature, dtype=torch.float32, device=device).unsqueeze(1),
             greedy=torch.tensor(greedy, device=device),
             top_k=torch.tensor(top_k, device=device),
             top_p=torch.tensor(top_p, dtype=torch.float64, device=device),
+            floor=torch.tensor(floor, dtype=torch.float32, device=device),
             filtered=torch.tensor(on, device=device) if on else None,
             unit_temperature=all(t == 1.0 for t in temperature),
             any_greedy=any(greedy),
@@ -104,25 +120,12 @@ class RowParams:
         )
 
 
-def penalised(logits: Tensor, rows: Iterable[tuple[int, Sequence[int], float]]) -> Tensor:
-    """``logits`` (B, V) where each ``(row, seen token ids, penalty)`` has made seen tokens less likely in its row.
-
-    A seen token's logit is divided by the penalty where positive and multiplied by it where negative, once however
-    often it was seen (CTRL, arXiv 1909.05858, section 4.1; transformers' RepetitionPenaltyLogitsProcessor).
-    """
-    logits = logits.clone()
-    for row, seen, penalty in rows:
-        ids = torch.tensor(sorted(set(seen)), device=logits.device)
-        values = logits[row, ids]
-        logits[row, ids] = torch.where(values > 0, values / penalty, values * penalty)
-    return logits
-
-
-def restrict(z: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """``z`` (R, V) with -inf where top_k (R,) and then top_p (R,) drop a token; see the module's docstring."""
+def restrict(z: Tensor, top_k: Tensor, top_p: Tensor, floor: Tensor) -> Tensor:
+    """``z`` (R, V) with -inf where min_p, top_k and then top_p drop a token, (R,) each; see the module's docstring."""
     values, order = z.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(z.shape[-1], device=z.device)
-    values = values.masked_fill(rank >= top_k.unsqueeze(1), float("-inf"))
+    too_small = (rank >= top_k.unsqueeze(1)) | (values < values[:, :1] + floor.unsqueeze(1))
+    values = values.masked_fill(too_small, float("-inf"))
     probs = values.double().softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
     drop = (before >= top_p.unsqueeze(1)) & (rank > 0)
@@ -139,8 +142,8 @@ def sampled_logprobs(logits: Tensor, params: RowParams) -> Tensor:
     return z.log_softmax(dim=-1)
 
 
-def _of(params: RowParams, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _without(z[rows], params.never), params.top_k[rows], params.top_p[rows]
+def _of(params: RowParams, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _without(z[rows], params.never), params.top_k[rows], params.top_p[rows], params.floor[rows]
 
 
 def _without(z: Tensor, never: Tensor | None) -> Tensor:

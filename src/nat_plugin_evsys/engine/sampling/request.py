@@ -20,6 +20,7 @@ from nat_plugin_evsys.engine.sampling.decoding import stream_keys
 from nat_plugin_evsys.engine.sampling.grammars import Constraint
 from nat_plugin_evsys.engine.sampling.prompt_scores import PromptScores
 from nat_plugin_evsys.engine.sampling.result import SampledSequence, SampleResult
+from nat_plugin_evsys.engine.sampling.shaping import Shaping
 from nat_plugin_evsys.engine.sampling.stopping import StopRule, StopTextMatcher
 from nat_plugin_evsys.errors import DataError, PromptTooLongError
 
@@ -48,6 +49,7 @@ class SampleSequence:
         "logprobs",
         "matcher",
         "request",
+        "seen",
         "stop_reason",
         "tokens",
         "topk_ids",
@@ -60,6 +62,7 @@ class SampleSequence:
         self.key = key
         self.matcher = matcher
         self.grammar = None if request.constraint is None else request.constraint.begin()
+        self.seen = None if request.shaping is None else request.shaping.seen(request.prompt)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.topk_ids: list[np.ndarray] = []
@@ -76,6 +79,8 @@ class SampleSequence:
         request = self.request
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        if self.seen is not None:
+            self.seen.add(token)
         if self._is_last(token):
             self.stop_reason = "stop"
         elif len(self.tokens) >= request.max_tokens:
@@ -111,8 +116,8 @@ class SampleRequest:
     Args:
         prompt: text-only ``ModelInput`` or token ids, length P >= 1.
         num_samples: sequences wanted.
-        params: Tinker's sampling parameters, with or without a ``repetition_penalty`` (*extension*). ``max_tokens`` is
-            cut to the room that the context leaves.
+        params: Tinker's sampling parameters, with or without this package's extensions. ``max_tokens`` is cut to the
+            room that the context leaves.
         tokenizer: for stop strings and ``text``.
         prompt_last_n: give the logprobs of the last n prompt tokens only.
         prompt_targets, prompt_draws: see ``PromptScores``.
@@ -150,8 +155,11 @@ class SampleRequest:
         _check_params(params, num_samples, limits, topk_prompt, topk_sample)
         self.max_tokens = _room(len(self.prompt), num_samples, params.max_tokens, limits.context_length)
         self.temperature, self.top_k, self.top_p = float(params.temperature), int(params.top_k), float(params.top_p)
-        self.repetition_penalty = _repetition_penalty(params)
         self.stop = StopRule.parse(params.stop, limits.eos, limits.vocab_size)
+        ends = self.stop.ids | (frozenset() if constraint is None else constraint.ends)
+        self.shaping = Shaping.of(params, ends, limits.vocab_size)
+        if self.stop.strings and self.shaping is not None and self.shaping.min_tokens:
+            raise DataError("min_tokens goes with no stop strings; give stop token ids")
         if self.stop.strings and tokenizer is None:
             raise DataError("stop strings need a tokenizer, and this base model has none; give stop token ids")
         self.want_prompt_logprobs = prompt_logprobs
@@ -170,6 +178,11 @@ class SampleRequest:
         keys = stream_keys(seed, num_samples)
         self.sequences = [SampleSequence(self, i, key, self._matcher(tokenizer)) for i, key in enumerate(keys.tolist())]
         self.unfinished = num_samples
+
+    @property
+    def masks(self) -> bool:
+        """Whether tokens are ruled out: by a grammar, ``min_tokens`` or a ban."""
+        return self.constraint is not None or (self.shaping is not None and self.shaping.masks)
 
     @property
     def needs_scoring(self) -> bool:
@@ -259,13 +272,6 @@ def _plain_ids(prompt: Any) -> list[int]:
         raise DataError(
             f"the prompt is a {type(prompt).__name__}; give a tinker.ModelInput, or a list of token ids"
         ) from exc
-
-
-def _repetition_penalty(params: types.SamplingParams) -> float:
-    penalty = float(getattr(params, "repetition_penalty", 1.0))
-    if not (math.isfinite(penalty) and penalty > 0):
-        raise DataError(f"repetition_penalty must be a positive number (1 is off), got {penalty}")
-    return penalty
 
 
 def _checked_last_n(last_n: int | None, prompt_tokens: int, prompt_logprobs: bool) -> int | None:
