@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nat_plugin_evsys.calls import DropReason
-from nat_plugin_evsys.report.diagnosis import ENTROPY_FLOOR
+from nat_plugin_evsys.report.diagnosis import CUT_SHARE, ENTROPY_FLOOR, SHRUNK_TO
 from nat_plugin_evsys.report.metrics_log import EPOCH
 from nat_plugin_evsys.report.prompts import extended_share
 from nat_plugin_evsys.report.replies import ReplyNumbers
@@ -174,7 +174,7 @@ FIGURES: tuple[Figure, ...] = (
         _tokens_per_reply,
         "tokens",
         1,
-        Threshold("below", 0.2, of_first=True),
+        Threshold("below", SHRUNK_TO, of_first=True),
         "The replies have shrunk to a fraction of what they were: check that they still say what you want.",
     ),
     Figure(
@@ -184,7 +184,7 @@ FIGURES: tuple[Figure, ...] = (
         _calls_cut,
         "%",
         0,
-        Threshold("above", 0.2),
+        Threshold("above", CUT_SHARE),
         "Many replies are judged before they are finished: raise the policy's max_tokens, or ask for shorter replies.",
     ),
     Figure(
