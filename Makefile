@@ -21,7 +21,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained models-table on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained test-quantized models-table on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -33,6 +33,7 @@ help:
 	@echo "make test-frameworks  an agent of each framework, and NAT's own agents, finetuned for an epoch (docs/agents.md)"
 	@echo "make test-clients     twelve clients, each in its own environment, against the endpoint (docs/agents.md)"
 	@echo "make test-constrained a real model learns through constrained tool calls"
+	@echo "make test-quantized   base models of 4 and 8 bits, with bitsandbytes, against PEFT (docs/models.md)"
 	@echo "make test-reliability kill runs and servers, fill the disk, attack (docs/reliability.md)"
 	@echo "make test-gpu-rehearsal   the GPU check (benchmarks/README.md), small and on the CPU"
 	@echo "make models-table     check the engine on a tiny model of each family, and write the table of docs/models.md"
@@ -105,6 +106,11 @@ test-clients: $(INSTALLED_DEV)
 # SmolLM2 learns through constrained tool calls of two turns. Several minutes an epoch. EPOCHS=4: fewer of them.
 test-constrained: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_constrained.py
+
+# The tests that `make test` skips where bitsandbytes is not installed.
+test-quantized: $(INSTALLED_DEV)
+	@$(PIP) --no-deps bitsandbytes
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/engine/model/test_quantized.py
 
 # Half an hour; what is done stands in .tmp/models-table and is not done again.
 models-table: $(INSTALLED_DEV)

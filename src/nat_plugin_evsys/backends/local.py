@@ -88,6 +88,7 @@ class LocalBackend:
         checkpoint_dir: Path,
         device: str = defaults.DEVICE,
         dtype: str = defaults.DTYPE,
+        quantization: str = defaults.QUANTIZATION,
         context_length: int | None = None,
         max_batch_size: int = defaults.MAX_BATCH_SIZE,
         trust_remote_code: bool = False,
@@ -105,7 +106,7 @@ class LocalBackend:
 
         Raises:
             ModelError: the model cannot be loaded or lacks a selected LoRA target.
-            ConfigError: unknown device or dtype.
+            ConfigError: unknown device, dtype or quantization.
         """
 
         def build() -> LocalBackend:
@@ -117,6 +118,7 @@ class LocalBackend:
                 deterministic=deterministic,
                 device=device,
                 dtype=dtype,
+                quantization=quantization,
                 context_length=context_length,
                 trust_remote_code=trust_remote_code,
                 cache_dir=cache_dir,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from nat_plugin_evsys.cli.options import find_run, output_dir_options, readable_errors
+from nat_plugin_evsys.config.quantization import Quantization
 
 _CELLS = ("training", "sampling", "loss", "gradient", "sampler", "adapter")
 
@@ -21,8 +23,11 @@ def _precision(command: Callable[..., None]) -> Callable[..., None]:
 @click.command(name="check")
 @click.argument("model")
 @_precision
+@click.option(
+    "--quantization", type=click.Choice(get_args(Quantization)), default="none", show_default=True, help="At load."
+)
 @readable_errors
-def check_command(model: str, device: str, dtype: str) -> None:
+def check_command(model: str, device: str, dtype: str, quantization: str) -> None:
     """Check the engine on MODEL (a Hugging Face id, a directory, a .gguf file, or builtin/…) before training it.
 
     Trains an adapter for five steps and compares gradient, sampler and saved adapter with independent computations.
@@ -31,7 +36,7 @@ def check_command(model: str, device: str, dtype: str) -> None:
     from nat_plugin_evsys.engine.model.loading import load_base_model
     from nat_plugin_evsys.runtime.model_check import check_model
 
-    row = check_model(load_base_model(model, device=device, dtype=dtype))
+    row = check_model(load_base_model(model, device=device, dtype=dtype, quantization=quantization))
     if row.refused:
         raise click.ClickException(row.refused)
     for cell in _CELLS:
@@ -79,7 +84,8 @@ def export_command(
         raise click.UsageError("give --merge (the whole model) or --adapter (the adapter alone)")
     path = _checkpoint(output_dir, run, checkpoint)
     info = read_checkpoint(path)
-    base = load_base_model(base_model or info.base_model, device=device, dtype=dtype)
+    packed = info.base_identity.get("quantization", "none")
+    base = load_base_model(base_model or info.base_model, device=device, dtype=dtype, quantization=packed)
     target = output or path.parent / f"{path.name}-{form}"
     gap = (export_merged if form == "merged" else export_adapter)(base, load_adapter(path, base), target)
     click.echo(f"{target}  (loaded back: logits within {gap:.1e} of the engine's)")

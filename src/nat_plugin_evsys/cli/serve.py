@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from nat_plugin_evsys.cli.options import config_file_option, read_config, readable_errors
+from nat_plugin_evsys.config.quantization import Quantization
 from nat_plugin_evsys.errors import ConfigError, EvsysError
 from nat_plugin_evsys.files import others_may_read
 
@@ -61,6 +62,13 @@ _STATUS_SECONDS = 10.0
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option(
+    "--quantization",
+    type=click.Choice(get_args(Quantization)),
+    default="none",
+    show_default=True,
+    help="Pack the frozen layers with bitsandbytes at load.",
+)
 @click.option("--context-length", type=int, help="Limit of tokens in a sequence; default: the model's own.")
 @click.option("--max-batch-size", type=int, default=64, show_default=True, help="Largest sampling batch, in sequences.")
 @click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Where builtin models are kept.")

@@ -70,7 +70,7 @@ class ServiceClient:
         project_id, display_name, base_url, default_headers_overrides: refused, as there is no server.
         store: directory of the checkpoints; default ``$EVSYS_HOME/checkpoints``, else ``./.evsys/checkpoints``.
             *Extension*, as are all below.
-        device, dtype: see ``engine.model.loading.load_base_model``.
+        device, dtype, quantization: see ``engine.model.loading.load_base_model``.
         context_length: most tokens of a sequence, if fewer than the model's own.
         max_batch_size: most sequences of one policy version that are decoded together.
         trust_remote_code: let a model run its own code.
@@ -93,6 +93,7 @@ class ServiceClient:
         store: Path | str | None = None,
         device: str = defaults.DEVICE,
         dtype: str = defaults.DTYPE,
+        quantization: str = defaults.QUANTIZATION,
         context_length: int | None = None,
         max_batch_size: int = defaults.MAX_BATCH_SIZE,
         trust_remote_code: bool = False,
@@ -114,6 +115,7 @@ class ServiceClient:
             "max_batch_size": check_int("max_batch_size", max_batch_size, least=1),
             "device": check_text("device", device),
             "dtype": check_text("dtype", dtype),
+            "quantization": check_text("quantization", quantization),
             "context_length": context_length,
             "trust_remote_code": check_flag("trust_remote_code", trust_remote_code),
             "cache_dir": None if cache_dir is None else str(cache_dir),

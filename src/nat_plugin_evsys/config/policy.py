@@ -8,6 +8,7 @@ from nat.data_models.common import OptionalSecretStr
 from nat.data_models.llm import LLMBaseConfig
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from nat_plugin_evsys.config.quantization import QUANTIZATION, Quantization
 from nat_plugin_evsys.config.strict import StrictConfig
 from nat_plugin_evsys.runtime import defaults
 
@@ -22,6 +23,7 @@ NOT_OVER_A_SERVICE = {
     "lora_alpha": "a Tinker service has 32",
     "device": "the service has its own",
     "dtype": "the service has its own",
+    "quantization": "the service has its own",
     "max_batch_size": "the service has its own",
     "deterministic": "the service computes",
     "trust_remote_code": "the service loads the model",
@@ -100,6 +102,7 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="`auto`: bfloat16 on CUDA, float32 on CPU."
     )
+    quantization: Quantization = Field(default="none", description=QUANTIZATION)
     max_batch_size: int = Field(
         default=defaults.MAX_BATCH_SIZE, ge=1, description="Largest sampling batch, in sequences."
     )

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from nat_plugin_evsys.config.quantization import QUANTIZATION, Quantization
 from nat_plugin_evsys.config.strict import StrictConfig
 from nat_plugin_evsys.runtime import defaults
 
@@ -57,6 +58,7 @@ class ServeConfig(StrictConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="`auto`: bfloat16 on CUDA, float32 on CPU."
     )
+    quantization: Quantization = Field(default="none", description=QUANTIZATION)
     context_length: int | None = Field(
         default=None, ge=2, description="Limit of tokens in a sequence; default is the model's own limit."
     )

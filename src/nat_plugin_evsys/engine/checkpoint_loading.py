@@ -104,9 +104,11 @@ def check_base(info: CheckpointInfo, base: BaseModel) -> None:
     """Raises CheckpointError unless the checkpoint was made for this base model, as far as its manifest says."""
     if info.is_foreign:
         return
-    differing = [key for key in base.identity if info.base_identity.get(key) != base.identity[key]]
+    differing = [
+        key for key in info.base_identity | base.identity if info.base_identity.get(key) != base.identity.get(key)
+    ]
     if differing:
-        seen = ", ".join(f"{key} {info.base_identity.get(key)} / {base.identity[key]}" for key in differing[:2])
+        seen = ", ".join(f"{key} {info.base_identity.get(key)} / {base.identity.get(key)}" for key in differing[:2])
         raise CheckpointError(
             f"checkpoint {info.path} was made for another base model ({info.base_model}); checkpoint / loaded: {seen}"
         )

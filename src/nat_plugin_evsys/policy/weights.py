@@ -98,6 +98,7 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
         alpha=config.lora_alpha,
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization,
         max_batch_size=config.max_batch_size,
         deterministic=config.deterministic,
         trust_remote_code=config.trust_remote_code,

@@ -20,6 +20,7 @@ TINKER_TRAIN_UNEMBED = True
 
 DEVICE = "auto"
 DTYPE = "auto"
+QUANTIZATION = "none"
 
 MAX_BATCH_SIZE = 64
 """Largest sampling batch of one policy version, in sequences."""

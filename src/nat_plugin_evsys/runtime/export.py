@@ -15,6 +15,7 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.peft_check import load_in_peft, trains_tied_head, write_adapter
 from nat_plugin_evsys.engine.model.plain_copy import plain_copy
+from nat_plugin_evsys.engine.model.quantized import unpack
 from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.files import atomic_directory
 
@@ -56,8 +57,12 @@ def export_adapter(base: BaseModel, adapter: LoraAdapter, target: Path) -> float
 
 
 def merged(base: BaseModel, adapter: LoraAdapter) -> PreTrainedModel:
-    """transformers' model with ``W + scale * B A`` for each adapted weight; the others are those of ``base``."""
+    """transformers' model with ``W + scale * B A`` for each adapted weight; the others are those of ``base``.
+
+    Packed layers are unpacked, whether they are adapted or not.
+    """
     model = plain_copy(base.model)
+    unpack(model, base.dtype)
     if trains_tied_head(base, adapter):
         _untie(model)
     with torch.no_grad():

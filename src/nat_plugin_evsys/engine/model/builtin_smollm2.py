@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nat_plugin_evsys.engine.model import gguf
+from nat_plugin_evsys.engine.model import gguf, quantized
 from nat_plugin_evsys.errors import ModelError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SmolLM2Recipe:
         model = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, local_files_only=True, **gguf.loading_options(file)
         )
-        gguf.forget_file(model)
+        quantized.forget(model)
         model.save_pretrained(directory)
 
 

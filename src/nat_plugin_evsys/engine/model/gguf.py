@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nat_plugin_evsys.errors import ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SUFFIX = ".gguf"
 READERS = ("accelerate", "gguf")
@@ -51,14 +48,3 @@ def loading_options(file: Path) -> dict[str, Any]:
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return options
-
-
-def forget_file(model: PreTrainedModel) -> None:
-    """Make a model that was unpacked from a GGUF file like any other: it can be saved, and it is the same model
-    (``identity.model_identity``) when it is loaded from what was saved.
-    """
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    for name in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, name):
-            delattr(model, name)

@@ -9,20 +9,34 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from nat_plugin_evsys.engine.model.quantized import packed_name
+
 _SAMPLES_PER_TENSOR = 16
 
 # Settings that differ between two loads of the same weights.
-_VOLATILE = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"})
+_VOLATILE = frozenset(
+    {
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "architectures",
+        "quantization_config",
+    }
+)
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:
     """Facts that a checkpoint records about its base model: all must match when it is loaded again.
 
     Keys: ``model_type``, ``hidden_size``, ``num_hidden_layers``, ``vocab_size``, ``config_sha256`` (the configuration
-    without what changes from load to load), ``weights_sha256`` (``weight_fingerprint``). Paths are not part of it.
+    without what changes from load to load), ``weights_sha256`` (``weight_fingerprint``), and ``quantization`` if its
+    layers are packed. Paths are not part of it.
     """
+    packed = packed_name(model)
     config = model.config.get_text_config()
-    return {
+    return ({} if packed is None else {"quantization": packed}) | {
         "model_type": model.config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from nat_plugin_evsys.engine.model import gguf, long_rope, lora
+from nat_plugin_evsys.engine.model import long_rope, lora, quantized
 from nat_plugin_evsys.engine.model.builtin import PREFIX, builtin_tokenizer
 from nat_plugin_evsys.engine.model.identity import model_identity
 from nat_plugin_evsys.engine.model.source import WHAT_TO_TYPE, LocalSource, find_local
 from nat_plugin_evsys.errors import ConfigError, ModelError
+from nat_plugin_evsys.runtime.defaults import QUANTIZATION
 
 logger = logging.getLogger(__name__)
 
@@ -60,19 +61,26 @@ def load_base_model(
     context_length: int | None = None,
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
+    quantization: str = QUANTIZATION,
 ) -> BaseModel:
     """Load ``builtin/<name>``, a local directory, a GGUF file (or the one in a directory) or a Hugging Face hub id.
 
     ``device="auto"`` is CUDA when present, else the CPU. ``dtype="auto"`` is bfloat16 on a GPU that has it and float32
     elsewhere. A hub model that is already in the Hugging Face cache is loaded from there without any network access.
+    ``quantization``: ``none``, or one of ``quantized.PACKED``, which packs the linear layers.
 
     Raises:
         ModelError: the model cannot be found or loaded, or its tokenizer is larger; the message says what to type.
-        ConfigError: unknown device or dtype.
+        ConfigError: unknown device, dtype or quantization.
     """
     where = _resolve_device(device)
     precision = _resolve_dtype(dtype, where)
-    options: dict[str, Any] = {"dtype": precision, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": precision,
+        "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
+        "device": where,
+    }
     source = find_local(base_model, cache_dir or default_cache_dir())
     if source is not None:
         tokenizer, model = _load(base_model, source, **options)
@@ -111,11 +119,13 @@ def wrap_model(name: str, model: PreTrainedModel, tokenizer: Any, *, context_len
         ModelError: ``context_length`` is larger than the model was built for, or it has no output head.
     """
     model.eval().requires_grad_(False)
+    quantized.keep_differentiable(model)
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(
             f"base_model {name!r}: {type(model).__name__} has no output head; choose a causal language model"
         )
+    quantized.check_head(name, model)
     lora.install(model)
     long_rope.install(model)
     return BaseModel(
@@ -208,6 +218,8 @@ def _load(
     *,
     dtype: torch.dtype,
     trust_remote_code: bool,
+    quantization: str,
+    device: torch.device,
     local_files_only: bool = False,
 ) -> tuple[Any, PreTrainedModel]:
     """Tokenizer and model from ``source``, else from the hub (or, with ``local_files_only``, from its cache)."""
@@ -215,8 +227,14 @@ def _load(
     common: dict[str, Any] = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
     for_tokenizer = common | (source.tokenizer_options() if source else {})
     for_model = common | (source.model_options() if source else {})
+    if source and source.gguf_file:
+        if quantization != QUANTIZATION:
+            raise ConfigError(f"base_model {base_model!r} is a GGUF file, which is unpacked; set quantization to none")
+    else:
+        stored = _stored_quantization(where, common)
+        for_model |= quantized.loading_options(base_model, quantization, stored, dtype, device)
     try:
-        with _LOADING:
+        with _LOADING, quantized.quiet_about_merging():
             tokenizer = AutoTokenizer.from_pretrained(where, **for_tokenizer)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, output_loading_info=True, **for_model
@@ -231,9 +249,26 @@ def _load(
             f"base_model {base_model!r}: the weight files lack {len(missing)} tensors (first: {missing[0]}); "
             "the directory is incomplete, download or save the model again"
         )
-    if source and source.gguf_file:
-        gguf.forget_file(model)
+    if quantized.packed_layers(model):
+        quantized.compute_in(model, dtype)
+    elif quantization != QUANTIZATION:
+        raise ModelError(
+            f"base_model {base_model!r} has no layer that quantization {quantization} reaches; set it to none"
+        )
+    elif for_model.keys() & {"gguf_file", "quantization_config"}:
+        quantized.forget(model)
     return tokenizer, model
+
+
+def _stored_quantization(where: str | Path, options: dict[str, Any]) -> dict[str, Any] | None:
+    """``quantization_config`` of a checkpoint's config.json, None without one; what is wrong there, the load says."""
+    options = {name: value for name, value in options.items() if name != "trust_remote_code"}
+    try:
+        config, _ = PretrainedConfig.get_config_dict(where, **options)
+    except (OSError, ValueError):
+        return None
+    found: dict[str, Any] | None = config.get("quantization_config")
+    return found
 
 
 def one_line(exc: BaseException) -> str:

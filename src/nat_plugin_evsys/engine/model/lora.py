@@ -118,9 +118,12 @@ def _initial_pair(linear: nn.Module, rank: int, key: str) -> tuple[Tensor, Tenso
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """``(out, in)``; ``Conv1D`` keeps its weight the other way round."""
-    rows, columns = linear.get_parameter("weight").shape
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+    """``(out, in)``; ``Conv1D`` keeps its weight the other way round, and a packed weight has another shape."""
+    if isinstance(linear, Conv1D):
+        inputs, outputs = linear.weight.shape
+        return outputs, inputs
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features, linear.in_features
 
 
 @contextmanager

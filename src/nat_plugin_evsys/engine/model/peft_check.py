@@ -24,6 +24,7 @@ from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear, applied
 from nat_plugin_evsys.engine.model.peft_format import adapter_config, to_peft_names
 from nat_plugin_evsys.engine.model.plain_copy import plain_copy
+from nat_plugin_evsys.engine.model.quantized import keep_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def load_in_peft(model: PreTrainedModel, directory: Path, *, trainable: bool = F
         warnings.simplefilter("ignore")
         loaded = PeftModel.from_pretrained(plain_copy(model), str(directory), is_trainable=trainable)
     module: torch.nn.Module = loaded.eval()
+    keep_differentiable(module)
     return module
 
 

@@ -8,8 +8,15 @@ import itertools
 from torch import nn
 from transformers import PreTrainedModel
 
+from nat_plugin_evsys.engine.model import quantized
 from nat_plugin_evsys.engine.model.long_rope import LongRotary
 from nat_plugin_evsys.engine.model.lora import LoraLinear
+
+
+def copy_of_modules(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules, over the same tensors."""
+    shared = itertools.chain(model.parameters(), model.buffers(), quantized.shared_states(model))
+    return copy.deepcopy(model, {id(each): each for each in shared})
 
 
 def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -17,8 +24,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
 
     Whoever changes a weight must put a new tensor in its place.
     """
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    plain = copy.deepcopy(model, {id(t): t for t in tensors})
+    plain = copy_of_modules(model)
     for name, module in list(plain.named_modules()):
         if type(module) is LoraLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]  # mypy takes it for a variable

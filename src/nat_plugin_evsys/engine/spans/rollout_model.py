@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.forward import OutputHead
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model.plain_copy import copy_of_modules
 from nat_plugin_evsys.engine.model.targets import text_decoder
 from nat_plugin_evsys.engine.spans.attention import SpanPlan, attending, install
 from nat_plugin_evsys.engine.spans.packed_linear import PackedVersions, replace_linears
@@ -30,8 +28,7 @@ class RolloutModel:
     """
 
     def __init__(self, base: BaseModel) -> None:
-        tensors = itertools.chain(base.model.parameters(), base.model.buffers())
-        model = copy.deepcopy(base.model, {id(t): t for t in tensors})
+        model = copy_of_modules(base.model)
         self.versions = PackedVersions(replace_linears(model), base.dtype)
         self._head = OutputHead(model)
         self._decoder = text_decoder(model)

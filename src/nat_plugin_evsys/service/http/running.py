@@ -59,6 +59,7 @@ def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore) -> 
         base_models=config.base_models,
         device=config.device,
         dtype=config.dtype,
+        quantization=config.quantization,
         context_length=config.context_length,
         max_batch_size=config.max_batch_size,
         cache_dir=config.cache_dir,

@@ -42,7 +42,7 @@ class Engine:
         store: keeps operations and outcomes, and is this engine's only source for them.
         checkpoints: keeps named checkpoints.
         base_models: ``builtin/…``, directories or hub ids.
-        device, dtype, context_length, cache_dir, trust_remote_code: see ``load_base_model``.
+        device, dtype, quantization, context_length, cache_dir, trust_remote_code: see ``load_base_model``.
         max_batch_size: see ``Sampler``.
         retain_operations: keep the payloads of operations that a saved state covers.
         state_policy: when the states of models are saved.
@@ -57,6 +57,7 @@ class Engine:
         base_models: Sequence[str],
         device: str = "auto",
         dtype: str = "auto",
+        quantization: str = defaults.QUANTIZATION,
         context_length: int | None = None,
         max_batch_size: int = defaults.MAX_BATCH_SIZE,
         cache_dir: Path | None = None,
@@ -71,6 +72,7 @@ class Engine:
             max_batch_size=max_batch_size,
             device=device,
             dtype=dtype,
+            quantization=quantization,
             context_length=context_length,
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
