@@ -18,10 +18,12 @@ PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CP
 SELECTION := tests/packaging tests/rollouts tests/runs tests/report tests/e2e/test_life_of_a_run.py
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+RAY_VENV := $(VENV)-ray
+INSTALLED_RAY := $(RAY_VENV)/.installed
 SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained test-quantized models-table on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained test-quantized test-ray models-table on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -32,6 +34,7 @@ help:
 	@echo "make test-interop     others' programs against nat evsys serve, each in its own environment (docs/interop.md)"
 	@echo "make test-frameworks  an agent of each framework, and NAT's own agents, finetuned for an epoch (docs/agents.md)"
 	@echo "make test-clients     twelve clients, each in its own environment, against the endpoint (docs/agents.md)"
+	@echo "make test-ray         replicas on a small Ray cluster, in an environment that has Ray (docs/scaling.md)"
 	@echo "make test-constrained a real model learns through constrained tool calls"
 	@echo "make test-quantized   base models of 4 and 8 bits, with bitsandbytes, against PEFT (docs/models.md)"
 	@echo "make test-reliability kill runs and servers, fill the disk, attack (docs/reliability.md)"
@@ -112,6 +115,10 @@ test-quantized: $(INSTALLED_DEV)
 	@$(PIP) --no-deps bitsandbytes
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/engine/model/test_quantized.py
 
+# In an environment of its own, which sees the packages of .venv: what has to work without Ray is tested without it.
+test-ray: $(INSTALLED_RAY)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RAY_VENV)/bin/python -m pytest $(or $(TESTS),tests/replicas)
+
 # Half an hour; what is done stands in .tmp/models-table and is not done again.
 models-table: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -W ignore scripts/models-table --write $(FAMILIES)
@@ -161,4 +168,8 @@ $(INSTALLED): pyproject.toml constraints.txt $(EXAMPLES:%=%/pyproject.toml) | $(
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "Installing the test tools into $(VENV)"
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(INSTALLED_RAY): $(INSTALLED_DEV)
+	@scripts/extend-venv $(VENV) $(RAY_VENV) $(PIP_ARGS) 'ray>=2.50,<3'
 	@touch $@

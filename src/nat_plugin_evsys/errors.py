@@ -17,6 +17,7 @@ Exception
 │   ├── CollapseError                a run was stopped because its policy had collapsed
 │   ├── JobError                     a training job failed; carries the first cause
 │   ├── EngineClosedError            an operation was sent to an engine that has been closed
+│   ├── ReplicaError                 a replica on a Ray cluster failed, or died too often in one call
 │   ├── StoreError                   the server's store on disk could not write or read what was asked
 │   ├── RestoreError                 the server cannot rebuild a model's state after a restart
 │   ├── QueueFullError               too many operations wait already; nothing was stored, try again later
@@ -119,6 +120,10 @@ class JobError(EvsysError):
 
 class EngineClosedError(EvsysError):
     """The engine has been closed and takes no more operations."""
+
+
+class ReplicaError(EvsysError):
+    """A replica on a Ray cluster failed, or died too often in one call; nothing of the operation was kept."""
 
 
 class StoreError(EvsysError):

@@ -45,8 +45,9 @@ ARROWS: dict[str, set[str]] = {
     "engine/sampler": GROUND | {"engine/machine", "engine/model", "engine/sampling", "engine/spans"},
     # Its drivers.
     "runtime": GROUND | DRIVERS,
+    "replicas": GROUND | DRIVERS | {"runtime"},
     "clients": GROUND | DRIVERS | {"runtime"},
-    "backends": GROUND | DRIVERS | {"runtime", "config", "calls"},
+    "backends": GROUND | DRIVERS | {"runtime", "replicas", "config", "calls"},
     # Rollouts and training, without and with an engine.
     "rollouts": GROUND | {"calls"},
     "training": GROUND | {"calls", "rollouts", "backends"},
@@ -75,11 +76,21 @@ ARROWS: dict[str, set[str]] = {
 }
 
 STANDARD_LIBRARY_ONLY = ("errors", "files", "json_lines", "calls", "defaults")
-NO_NAT = (*DRIVERS, "runtime", "clients", "backends", "service/wire", "service/store", "service/work", "types")
+NO_NAT = (
+    *DRIVERS,
+    "runtime",
+    "replicas",
+    "clients",
+    "backends",
+    "service/wire",
+    "service/store",
+    "service/work",
+    "types",
+)
 ONLY = {"config": {"pydantic", "nat"}}
 """Rooms that may use these third-party packages and no others, so that reading a config stays fast."""
 NOTHING_HEAVY = ("config", "register", "runs", "cli")
-HEAVY = {"torch", "transformers", "peft", "art", "tinker", "matplotlib"}
+HEAVY = {"torch", "transformers", "peft", "art", "tinker", "matplotlib", "ray"}
 
 
 def room(path: Path) -> str:
@@ -177,7 +188,9 @@ def test_the_engine_and_its_drivers_know_nothing_of_nat(name: str) -> None:
 
 
 def test_the_engine_and_its_drivers_load_where_nat_is_not_installed() -> None:
-    names = [name for name, path in modules().items() if room(path) in {*DRIVERS, "runtime", "clients", "types"}]
+    names = [
+        name for name, path in modules().items() if room(path) in {*DRIVERS, "runtime", "replicas", "clients", "types"}
+    ]
     code = (
         "import importlib, sys\n"
         "sys.modules['nat'] = None\n"  # importing it raises ModuleNotFoundError

@@ -17,10 +17,11 @@ import pytest
 import nat_plugin_evsys
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.backends.local import LocalBackend
+from nat_plugin_evsys.backends.ray import RayBackend
 from nat_plugin_evsys.backends.remote.backend import TinkerBackend
 
 SOURCE = Path(nat_plugin_evsys.__file__).parent
-BACKENDS = (LocalBackend, TinkerBackend)
+BACKENDS = (LocalBackend, RayBackend, TinkerBackend)
 MEMBERS = {name: member for name, member in vars(Backend).items() if not name.startswith("_")}
 """Methods and properties; the attribute ``checkpoint_dir`` is what instances are asked for elsewhere."""
 

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-_EXTRAS = ("art", "peft", "tensorboard", "wandb", "mlflow")
+_EXTRAS = ("art", "peft", "ray", "tensorboard", "wandb", "mlflow")
 EXTRAS = [each for name in _EXTRAS for each in PROJECT["optional-dependencies"][name]]
 RUNTIME = [*PROJECT["dependencies"], *EXTRAS]
 DEV = PROJECT["optional-dependencies"]["dev"]
@@ -32,6 +32,7 @@ NOT_IMPORTED = {
 NOT_INSTALLED = {
     "art": "openpipe-art",
     "mlflow": "mlflow-skinny",
+    "ray": "ray",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }

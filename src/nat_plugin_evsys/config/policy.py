@@ -9,6 +9,7 @@ from nat.data_models.llm import LLMBaseConfig
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from nat_plugin_evsys.config.quantization import QUANTIZATION, Quantization
+from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.config.strict import StrictConfig
 from nat_plugin_evsys.runtime import defaults
 
@@ -25,6 +26,7 @@ NOT_OVER_A_SERVICE = {
     "dtype": "the service has its own",
     "quantization": "the service has its own",
     "max_batch_size": "the service has its own",
+    "ray": "the service has its own replicas: `nat evsys serve --ray`",
     "deterministic": "the service computes",
     "trust_remote_code": "the service loads the model",
 }
@@ -110,6 +112,11 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         default=False,
         description="The same run gives the same weights, bit for bit, also if it was killed and resumed: every "
         "sequence is sampled alone, and the process computes on one thread. Slower; see training.md.",
+    )
+    ray: RayConfig | None = Field(
+        default=None,
+        description="Train and sample on several devices: `{replicas: N}` copies of the base model on a Ray cluster, "
+        "which is started on this machine unless `address` names one. Needs `nat_plugin_evsys[ray]`; see scaling.md.",
     )
     chat_template: Path | None = Field(
         default=None, description="A Jinja chat template file that replaces the tokenizer's own."

@@ -1,4 +1,4 @@
-"""Where a policy's weights come from: the backend, here or on a service, and the checkpoint to start from."""
+"""Where a policy's weights come from: a backend in this process, on a cluster or a service, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_place(checkpoint: Path | str, base_url: str | None) -> None:
 
 
 async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
-    """The engine in this process, or with ``base_url`` a session on the service there.
+    """The engine in this process, with ``ray`` on a cluster, or with ``base_url`` a session on the service there.
 
     Args:
         train: a fresh adapter is going to be trained; without it a service makes none before it is needed.
@@ -90,20 +90,24 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
         return await TinkerBackend.create(
             config.base_model, service=service, tokenizer=config.tokenizer, train=train, **lora
         )
+    embedded: dict[str, Any] = {
+        "untrained_logprobs": False,  # no job reads them
+        "alpha": config.lora_alpha,
+        "device": config.device,
+        "dtype": config.dtype,
+        "quantization": config.quantization,
+        "max_batch_size": config.max_batch_size,
+        "deterministic": config.deterministic,
+        "trust_remote_code": config.trust_remote_code,
+        **lora,
+    }
+    if config.ray is not None:
+        from nat_plugin_evsys.backends.ray import RayBackend
+
+        return await RayBackend.start(config.base_model, config.ray, **embedded)
     from nat_plugin_evsys.backends.local import LocalBackend
 
-    return await LocalBackend.create(
-        config.base_model,
-        untrained_logprobs=False,  # no job reads them
-        alpha=config.lora_alpha,
-        device=config.device,
-        dtype=config.dtype,
-        quantization=config.quantization,
-        max_batch_size=config.max_batch_size,
-        deterministic=config.deterministic,
-        trust_remote_code=config.trust_remote_code,
-        **lora,
-    )
+    return await LocalBackend.create(config.base_model, **embedded)
 
 
 async def first_client(backend: Backend, start: Path | str | None, *, training: bool) -> SamplingClient:

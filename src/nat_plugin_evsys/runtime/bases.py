@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
 from nat_plugin_evsys.engine.checkpoint_loading import check_base, load_checkpoint, start_from
 from nat_plugin_evsys.engine.checkpoints import CheckpointInfo
+from nat_plugin_evsys.engine.gradient.steps import LocalSteps, Steps
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.source import local_key
 from nat_plugin_evsys.engine.model.targets import linear_roles
 from nat_plugin_evsys.engine.sampler import Sampler
+from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
+from nat_plugin_evsys.engine.sampling.grammars import Grammars
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
 from nat_plugin_evsys.runtime import defaults
+
+
+class AnySampler(Protocol):
+    """What is needed of a ``Sampler``, wherever it samples."""
+
+    grammars: Grammars | None
+
+    def client(self, adapter: LoraAdapter | None, policy_version: int) -> LocalSamplingClient:
+        """See ``Sampler.client``."""
+        ...
+
+    def close(self) -> None:
+        """See ``Sampler.close``."""
+        ...
 
 
 class SharedBase:
@@ -36,11 +54,11 @@ class SharedBase:
         self._max_batch_size = max_batch_size
         self._deterministic = deterministic
         self._lock = threading.Lock()
-        self._sampler: Sampler | None = None
+        self._sampler: AnySampler | None = None
         self._closed = False
 
     @property
-    def sampler(self) -> Sampler:
+    def sampler(self) -> AnySampler:
         """The sampler.
 
         Raises:
@@ -53,7 +71,7 @@ class SharedBase:
                 self._sampler = self._new_sampler()
             return self._sampler
 
-    def _new_sampler(self) -> Sampler:
+    def _new_sampler(self) -> AnySampler:
         if self._deterministic:
             return Sampler(self.base, max_batch_size=1, prefix_cache_bytes=0, path="plain")
         return Sampler(self.base, max_batch_size=self._max_batch_size)
@@ -81,7 +99,17 @@ class SharedBase:
         """
         budget = defaults.DETERMINISTIC_TOKENS if self._deterministic else None
         with self._lock:
-            return TrainableModel(self.base, adapter, token_budget=budget, untrained_logprobs=untrained_logprobs)
+            return TrainableModel(
+                self.base,
+                adapter,
+                token_budget=budget,
+                untrained_logprobs=untrained_logprobs,
+                steps=self._steps(adapter),
+            )
+
+    def _steps(self, adapter: LoraAdapter) -> Steps:
+        """What computes the passes of an adapter."""
+        return LocalSteps(self.base, adapter)
 
     def train_checkpoint(self, info: CheckpointInfo, *, with_optimizer: bool) -> TrainableModel:
         """A model of a checkpoint's LoRA shape and weights, with its moments if asked for.
@@ -124,16 +152,31 @@ class SharedBase:
             sampler.close()
 
 
+def open_here(
+    base_model: str, *, max_batch_size: int = defaults.MAX_BATCH_SIZE, deterministic: bool = False, **options: Any
+) -> SharedBase:
+    """Load a base model into this process.
+
+    Args:
+        max_batch_size, deterministic: see ``SharedBase``.
+        options: of ``load_base_model``.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return SharedBase(load_base_model(base_model, **options), max_batch_size, deterministic=deterministic)
+
+
 class BaseModels:
     """Loads base models on demand. Safe to use from several threads.
 
     Args:
-        max_batch_size: see ``Sampler``.
-        options: of ``load_base_model``.
+        open_base: ``open_here``, or what opens a base elsewhere.
+        options: of ``open_base``.
     """
 
-    def __init__(self, *, max_batch_size: int, **options: Any) -> None:
-        self._max_batch_size = max_batch_size
+    def __init__(self, open_base: Callable[..., SharedBase] = open_here, **options: Any) -> None:
+        self._open = open_base
         self._options = options
         self._lock = threading.Lock()
         self._loading: dict[str, threading.Lock] = {}
@@ -153,7 +196,7 @@ class BaseModels:
         with loading:
             self._check_open()
             if key not in self._loaded:
-                shared = SharedBase(load_base_model(base_model, **self._options), self._max_batch_size)
+                shared = self._open(base_model, **self._options)
                 with self._lock:
                     self._check_open()
                     self._loaded[key] = shared
@@ -188,20 +231,20 @@ class BasesInUse:
         self._shared: dict[Any, SharedBase] = {}
         self._users: Counter[int] = Counter()
 
-    def take(self, base_model: str, *, max_batch_size: int, deterministic: bool, **options: Any) -> SharedBase:
+    def take(self, base_model: str, open_base: Callable[..., SharedBase] = open_here, **options: Any) -> SharedBase:
         """The base of these settings, loaded unless it is in use. Give it back with ``leave``.
 
         Args:
-            options: of ``load_base_model``.
+            open_base: ``open_here``, or what opens a base elsewhere.
+            options: of ``open_base``.
 
         Raises:
             ModelError: it cannot be loaded. The next call tries again.
         """
-        key = (local_key(base_model), max_batch_size, deterministic, *sorted(options.items()))
+        key = (local_key(base_model), open_base, *sorted(options.items()))
         with self._lock:
             if key not in self._shared:
-                base = load_base_model(base_model, **options)
-                self._shared[key] = SharedBase(base, max_batch_size, deterministic=deterministic)
+                self._shared[key] = open_base(base_model, **options)
             shared = self._shared[key]
             self._users[id(shared)] += 1
             return shared

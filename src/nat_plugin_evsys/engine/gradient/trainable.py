@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,19 +19,17 @@ from nat_plugin_evsys.engine.gradient.custom_loss import (
 )
 from nat_plugin_evsys.engine.gradient.datums import check_datums, check_thresholds
 from nat_plugin_evsys.engine.gradient.losses import resolve_config
-from nat_plugin_evsys.engine.gradient.micro_batches import Loss, MicroBatches
+from nat_plugin_evsys.engine.gradient.micro_batches import Loss
 from nat_plugin_evsys.engine.gradient.optimizer import AdamW, check_adam
-from nat_plugin_evsys.engine.gradient.results import DatumResult, build_output
-from nat_plugin_evsys.engine.machine.allocator import keep_memory
+from nat_plugin_evsys.engine.gradient.results import build_output
+from nat_plugin_evsys.engine.gradient.steps import LocalSteps, Pass, Steps
+from nat_plugin_evsys.engine.gradient.steps import Progress as Progress
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import DataError, NonFiniteGradientError
 
 if TYPE_CHECKING:
     import tinker
-
-Progress = Callable[[int, int], None]
-"""``(done tokens, total tokens)``, called after each micro-batch. Raising from it abandons the operation."""
 
 
 class TrainableModel:
@@ -58,8 +56,14 @@ class TrainableModel:
         token_budget: int | None = None,
         path: Literal["auto", "plain"] = "auto",
         untrained_logprobs: bool = True,
+        steps: Steps | None = None,
     ) -> None:
-        """``path="plain"`` computes padded batches operation by operation: the reference for the fast path."""
+        """Put the adapter under training.
+
+        Args:
+            path: ``"plain"`` computes padded batches operation by operation: the reference for the fast path.
+            steps: what computes passes; None is this process.
+        """
         self.base = base
         self.adapter = adapter
         self.parameters: dict[str, Tensor] = dict(adapter.named_tensors())
@@ -68,9 +72,7 @@ class TrainableModel:
         self.token_budget = token_budget
         self.untrained_logprobs = untrained_logprobs
         self._gradient: dict[str, Tensor] | None = None
-        if base.device.type == "cpu":
-            keep_memory()
-        self._steps = MicroBatches(base, adapter, path)
+        self._steps: Steps = steps or LocalSteps(base, adapter, path)
 
     @property
     def gradient(self) -> Mapping[str, Tensor] | None:
@@ -204,14 +206,6 @@ class TrainableModel:
         config = resolve_config(loss_fn, loss_fn_config)
         check_thresholds(examples, config)
         loss = Loss(loss_fn, config, all_logprobs=self.untrained_logprobs or not backward)
-        total, done = sum(len(e) for e in examples), 0
-        gradient = {name: torch.zeros_like(p) for name, p in self.parameters.items()} if backward else {}
-        results: dict[int, DatumResult] = {}
-        work = self._steps.plan(examples, loss, self.token_budget)
-        for batch in work:
-            results.update(zip(batch.members, self._steps.run(batch, examples, loss, gradient, bare=bare), strict=True))
-            done += sum(len(examples[i]) for i in batch.members)
-            if progress is not None:
-                progress(done, total)
-        output = build_output([results[i] for i in range(len(examples))], examples)
-        return dataclasses.replace(output, metrics={**output.metrics, **self._steps.metrics(work, examples)}), gradient
+        found = self._steps.run(examples, Pass(loss, backward, bare, self.token_budget), progress)
+        output = build_output(found.datums, examples)
+        return dataclasses.replace(output, metrics={**output.metrics, **found.metrics}), found.gradient

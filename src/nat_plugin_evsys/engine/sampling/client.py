@@ -87,7 +87,7 @@ class LocalSamplingClient:
         """
         if num_samples < 1:
             return _failed(DataError(f"num_samples must be at least 1, got {num_samples}"))
-        return self._submit(
+        return self.submit(
             prompt,
             num_samples,
             sampling_params,
@@ -137,7 +137,7 @@ class LocalSamplingClient:
             DataError: a malformed prompt.
         """
         params = types.SamplingParams()
-        return self._submit(prompt, 0, params, prompt_logprobs=True, prompt_last_n=prompt_logprobs_last_n)
+        return self.submit(prompt, 0, params, prompt_logprobs=True, prompt_last_n=prompt_logprobs_last_n)
 
     async def compute_logprobs_async(self, prompt: Prompt) -> list[float | None]:
         """Like ``compute_logprobs``; raises what its future raises."""
@@ -147,7 +147,8 @@ class LocalSamplingClient:
         """The base model's Hugging Face tokenizer."""
         return self._engine.tokenizer
 
-    def _submit(self, prompt: Prompt, num_samples: int, params: types.SamplingParams, **options: Any) -> Future[Any]:
+    def submit(self, prompt: Prompt, num_samples: int, params: types.SamplingParams, **options: Any) -> Future[Any]:
+        """Submit a request, with ``options`` as ``SampleRequest`` names them; errors come through the future."""
         try:
             request = SampleRequest(prompt, num_samples, params, self._engine.limits, self._engine.tokenizer, **options)
         except EvsysError as exc:

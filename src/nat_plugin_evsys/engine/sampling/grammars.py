@@ -84,6 +84,7 @@ class Constraint:
         prefix: token ids that the grammar forces before any choice; they end the prompt and are not sampled.
         ends: ids that end a sequence once the grammar's sentence is complete.
         ignored: what of the grammar's JSON schemas has no effect, in llguidance's words.
+        source: the grammar's text, from which another process compiles the same.
     """
 
     prefix: list[int]
@@ -92,6 +93,7 @@ class Constraint:
     vocab_size: int
     eos: frozenset[int]
     matcher: LLMatcher
+    source: str
 
     def begin(self) -> GrammarState:
         """The state after ``prefix``."""
@@ -145,7 +147,7 @@ class Grammars:
         if matcher.is_error() or not matcher.consume_tokens(prefix):
             raise _broken(matcher)
         eos = frozenset([*self._eos, *wrapped.eos_tokens])
-        return Constraint(prefix, frozenset(ends), messages, self._vocab_size, eos, matcher)
+        return Constraint(prefix, frozenset(ends), messages, self._vocab_size, eos, matcher, grammar)
 
     def _wrap(self) -> LLTokenizer:
         from llguidance.hf import from_tokenizer

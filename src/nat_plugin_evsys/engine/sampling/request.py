@@ -207,9 +207,14 @@ class SampleRequest:
         return self.future.done()
 
     def complete(self, policy_version: int) -> None:
-        """Answer the request."""
+        """Answer the request with what its sequences have become."""
         if self._settle():
             self.future.set_result(self._result(policy_version))
+
+    def answer(self, result: SampleResult | list[float | None]) -> None:
+        """Answer the request with what was sampled elsewhere."""
+        if self._settle():
+            self.future.set_result(result)
 
     def fail(self, error: Exception) -> None:
         """End the request with an error, if it has not ended."""

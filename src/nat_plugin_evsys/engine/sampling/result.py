@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, KeysView, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -83,6 +83,14 @@ class SampleResult(FieldAccess, types.SampleResponse):
     KEYS: ClassVar[tuple[str, ...]] = ("sequences", "policy_version", "prompt_logprobs", "topk_prompt_logprobs")
 
     policy_version: int = field(kw_only=True)
+
+    def decoded_by(self, decode: Callable[[list[int]], str] | None) -> SampleResult:
+        """A copy whose sequences have their ``text`` from ``decode``: without it, none refers to a tokenizer."""
+        sequences: list[types.SampledSequence] = []
+        for sequence in self.sequences:
+            assert isinstance(sequence, SampledSequence)
+            sequences.append(replace(sequence, decode=decode))
+        return replace(self, sequences=sequences)
 
 
 def top_columns(logprobs: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,206 @@
+"""One copy of the base model, in a process of its own that Ray keeps alive.
+
+A replica keeps nothing that could be lost: every call brings the weights that it is about, and every result goes back
+to the caller, who adds gradients up and takes the steps. So Ray may run a call of a killed replica again as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nat_plugin_evsys.engine.gradient.datums import Example
+from nat_plugin_evsys.engine.gradient.results import DatumResult
+from nat_plugin_evsys.engine.gradient.steps import LocalSteps, Pass
+from nat_plugin_evsys.engine.machine.fixed_order import compute_in_fixed_order
+from nat_plugin_evsys.engine.machine.memory import peak_bytes
+from nat_plugin_evsys.engine.model.loading import load_base_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
+from nat_plugin_evsys.engine.sampling.result import SampleResult
+from nat_plugin_evsys.errors import OperationCancelled, ReplicaError
+from nat_plugin_evsys.replicas.orders import Item, SampleOrder, Tokens
+from nat_plugin_evsys.replicas.weights import Flat, Shape, Weights, digest, empty_adapter, fill, flatten
+from nat_plugin_evsys.runtime.bases import SharedBase
+
+_KEPT_VERSIONS = 16
+"""Policy versions that stay ready to be sampled from; older ones are fetched again."""
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """What a replica is started with, now and after its death.
+
+    Attributes:
+        options: of ``load_base_model``.
+        threads: it computes on.
+    """
+
+    base_model: str
+    options: dict[str, Any]
+    max_batch_size: int
+    deterministic: bool
+    threads: int
+
+
+@dataclass(frozen=True)
+class ShareResult:
+    """A replica's part of a pass.
+
+    Attributes:
+        gradient: in the form of ``weights.flatten``; None without a backward pass.
+        seconds: that it took.
+        pid: of the process that computed it.
+    """
+
+    datums: list[DatumResult]
+    gradient: Flat | None
+    metrics: dict[str, float]
+    seconds: float
+    pid: int
+
+
+@dataclass
+class _Trained:
+    """What passes over adapters of one shape need, and the weights that are in it."""
+
+    adapter: LoraAdapter
+    steps: LocalSteps
+    key: str = ""
+
+
+class Replica:
+    """The actor. Its methods run in one event loop; passes run in one thread, and samples in the sampler's."""
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        torch.set_num_threads(settings.threads)
+        if settings.deterministic:
+            compute_in_fixed_order()
+        base = load_base_model(settings.base_model, **settings.options)
+        self._shared = SharedBase(base, settings.max_batch_size, deterministic=settings.deterministic)
+        self._trained: dict[Shape, _Trained] = {}
+        self._sampled: OrderedDict[tuple[str, int], LocalSamplingClient] = OrderedDict()
+        self._opening = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="evsys-pass")
+
+    async def facts(self) -> dict[str, Any]:
+        """Where it is: ``pid``, ``host``, ``device``, ``memory`` (peak bytes), and the base model's ``identity``."""
+        base = self._shared.base
+        return {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "device": str(base.device) if base.device.type == "cpu" else torch.cuda.get_device_name(base.device),
+            "memory": peak_bytes(base.device),
+            "identity": base.identity,
+        }
+
+    async def is_healthy(self) -> bool:
+        """See ``SharedBase.is_healthy``."""
+        return await asyncio.to_thread(self._shared.is_healthy)
+
+    async def compute(self, weights: Weights, examples: Sequence[Example], of: Pass) -> ShareResult:
+        """A share of a pass. Cancelling it stops the work at the next micro-batch.
+
+        Raises:
+            ReplicaError: the weights here are not those that were sent.
+        """
+        stop = threading.Event()
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._compute, weights, examples, of, stop)
+        try:
+            return await work
+        finally:
+            stop.set()
+
+    def _compute(self, weights: Weights, examples: Sequence[Example], of: Pass, stop: threading.Event) -> ShareResult:
+        started = time.perf_counter()
+
+        def progress(done: int, total: int) -> None:
+            if stop.is_set():
+                raise OperationCancelled
+
+        trained = self._prepared(weights)
+        found = trained.steps.run(examples, of, progress)
+        gradient = (
+            flatten(dataclasses.replace(trained.adapter, weights=_pairs(found.gradient))) if of.backward else None
+        )
+        return ShareResult(found.datums, gradient, found.metrics, time.perf_counter() - started, os.getpid())
+
+    def _prepared(self, weights: Weights) -> _Trained:
+        trained = self._trained.get(weights.shape)
+        if trained is None:
+            adapter = empty_adapter(weights.shape, self._shared.base.model)
+            trained = self._trained[weights.shape] = _Trained(adapter, LocalSteps(self._shared.base, adapter))
+        if trained.key != weights.key:
+            trained.key = ""
+            fill(trained.adapter, _fetched(weights))
+            if weights.digest is not None and digest(flatten(trained.adapter)) != weights.digest:
+                raise ReplicaError(
+                    f"the replica of process {os.getpid()} on {socket.gethostname()} has other weights than were sent "
+                    "to it: its memory or its network is at fault; take the machine out of the cluster"
+                )
+            trained.key = weights.key
+        return trained
+
+    async def sample(self, weights: Weights | None, version: int, order: SampleOrder) -> AsyncIterator[Item]:
+        """The tokens as they come, if the order asks for that, and then the result.
+
+        Args:
+            weights: None is the bare base model.
+        """
+        client = await asyncio.to_thread(self._client, weights, version)
+        loop = asyncio.get_running_loop()
+        items: asyncio.Queue[Tokens | None] = asyncio.Queue()
+
+        def put(item: Tokens | None) -> None:
+            loop.call_soon_threadsafe(items.put_nowait, item)
+
+        future: Future[Any] = await asyncio.to_thread(order.submit, client, put)
+        future.add_done_callback(lambda _: put(None))
+        try:
+            while (item := await items.get()) is not None:
+                yield item
+            result = future.result()
+            # Not with the tokenizer: the receiver has its own.
+            yield result.decoded_by(None) if isinstance(result, SampleResult) else result
+        finally:
+            future.cancel()
+
+    def _client(self, weights: Weights | None, version: int) -> LocalSamplingClient:
+        if weights is None:
+            return self._shared.sampler.client(None, version)
+        with self._opening:
+            key = (weights.key, version)
+            client = self._sampled.pop(key, None)
+            if client is None:
+                adapter = empty_adapter(weights.shape, self._shared.base.model)
+                fill(adapter, _fetched(weights))
+                client = self._shared.sampler.client(adapter, version)
+            self._sampled[key] = client
+            while len(self._sampled) > _KEPT_VERSIONS:
+                self._sampled.popitem(last=False)
+            return client
+
+
+def _fetched(weights: Weights) -> Flat:
+    import ray
+
+    values: Flat = ray.get(weights.values)
+    return values
+
+
+def _pairs(gradient: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A gradient by tensor name in the form of an adapter's weights."""
+    suffix = ".lora_A.weight"
+    names = [name.removesuffix(suffix) for name in gradient if name.endswith(suffix)]
+    return {name: (gradient[f"{name}.lora_A.weight"], gradient[f"{name}.lora_B.weight"]) for name in names}
