@@ -97,7 +97,7 @@ def check_room(replicas: int, cpus: int, gpus: int) -> None:
         if replicas * each > free.get(name, 0.0):
             raise ConfigError(
                 f"ray: replicas: {replicas} with {each} {name} each needs {replicas * each} {name}, and the cluster "
-                f"has {free.get(name, 0.0):g} free; set fewer replicas, or add machines (`ray start --address=HOST:PORT`)"
+                f"has {free.get(name, 0.0):g} free; set fewer, or add machines (`ray start --address=HOST:PORT`)"
             )
 
 
