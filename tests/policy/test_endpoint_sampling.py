@@ -222,3 +222,20 @@ async def test_what_shapes_the_distribution_is_sampled_and_recorded(
         own = logits[len(call.prompt_ids) - 1 : -1].log_softmax(-1)
         expected = own[torch.arange(len(call.output_ids)), call.output_ids]
         assert torch.tensor(call.logprobs) == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+async def test_prompt_logprobs_are_the_models(served: Any, base: BaseModel, adapter: LoraAdapter) -> None:
+    answer = await ask(served, max_tokens=1, extra_body={"prompt_logprobs": 3, "return_tokens_as_token_ids": True})
+    ids, found = answer.model_extra["prompt_token_ids"], answer.model_extra["prompt_logprobs"]
+    with torch.no_grad(), applied(adapter):
+        own = base.model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    assert found[0] is None
+    assert len(found) == len(ids)
+    for at, entries in enumerate(found[1:], 1):
+        assert {str(ids[at])} < set(entries)
+        ranked = {entry["rank"]: token for token, entry in entries.items()}
+        assert {1, 2, 3} <= set(ranked)
+        assert float(own[at - 1].max()) == pytest.approx(entries[ranked[1]]["logprob"], abs=1e-4)
+        for token, entry in entries.items():
+            assert entry["decoded_token"] == f"token_id:{token}"
+            assert entry["logprob"] == pytest.approx(float(own[at - 1, int(token)]), abs=1e-4)

@@ -74,7 +74,7 @@ async def test_a_text_may_be_echoed(serve: Any) -> None:
         ("completions", {"prompt": [1, -2]}, "one text or one list"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("completions", {"prompt": "a", "logprobs": True}, "logprobs"),
-        ("completions", {"prompt": "a", "logit_bias": {"3": 1}}, "logit_bias"),
+        ("completions", {"prompt": "a", "bad_words": ["x"]}, "bad_words"),
         ("completions", [], "must be a JSON object"),
         ("responses", {"input": []}, "`input`"),
         ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),

@@ -96,15 +96,16 @@ class ChatRenderer:
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
         *,
         enable_thinking: bool | None = None,
     ) -> str:
-        """The text that ``render`` encodes, up to the opening of an assistant turn.
+        """The text that ``render`` encodes.
 
         Raises:
             DataError: see ``render``.
         """
-        return self._render_text(messages, tools, True, enable_thinking)
+        return self._render_text(messages, tools, add_generation_prompt, enable_thinking)
 
     def render_reply(
         self,
@@ -208,13 +209,19 @@ class ChatRenderer:
         parser = self.create_parser(tools=tools, reply_id=reply_id)
         return assemble(parser.feed(text) + parser.finish())
 
-    def create_parser(self, *, tools: Sequence[dict[str, Any]] | None = None, reply_id: str = "") -> ReplyParser:
-        """A parser that reads a reply's text piece by piece; see ``parse``."""
+    def create_parser(
+        self, *, tools: Sequence[dict[str, Any]] | None = None, reply_id: str = "", thinking: bool | None = None
+    ) -> ReplyParser:
+        """A parser that reads a reply's text piece by piece; see ``parse``.
+
+        Args:
+            thinking: whether the prompt ends inside a ``<think>`` block; None: if the template opens one.
+        """
         return create_parser(
             self.tool_format,
             tools=tools,
             reply_id=reply_id,
-            thinking=self._template.prompt_opens_thinking,
+            thinking=self._template.prompt_opens_thinking if thinking is None else thinking,
             split_thoughts=self._split_thoughts and self._template.thinks,
         )
 
@@ -261,6 +268,11 @@ class ChatRenderer:
     def tool_format(self) -> ToolCallFormat | None:
         """How the model writes tool calls; None if the form is unknown."""
         return self._template.tool_format
+
+    @property
+    def hidden_ids(self) -> frozenset[int]:
+        """Special tokens, which a text without them does not show; none where replies are written with them."""
+        return frozenset() if self.tool_format == "harmony" else self._special_ids
 
     @property
     def supports_tools(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -183,16 +183,18 @@ class ChatRoutes:
         if parsed.stream:
             return await self._stream(preparing, peer, dialect)
         try:
-            completion, sequences = await peer.guard(_sampled(preparing))
+            completion, response = await peer.guard(_sampled(preparing))
             answer = ChatCompletion(
                 id=completion.id,
                 created=completion.created,
                 model=parsed.model,
                 system_fingerprint=completion.fingerprint,
                 choices=[
-                    completion.record(index, sequence, self._recorder) for index, sequence in enumerate(sequences)
+                    completion.record(index, sequence, self._recorder)
+                    for index, sequence in enumerate(response.sequences)
                 ],
-                usage=completion.usage(sequences),
+                usage=completion.usage(response.sequences),
+                prompt_logprobs=completion.prompt_logprobs(response),
                 prompt_token_ids=completion.prompt_ids if parsed.return_token_ids else None,
             )
         finally:
@@ -245,7 +247,7 @@ def _run_id(request: Request) -> str | None:
 
 async def _sampled(
     preparing: Coroutine[Any, Any, Completion],
-) -> tuple[Completion, Sequence[types.SampledSequence]]:
+) -> tuple[Completion, types.SampleResponse]:
     completion = await preparing
     return completion, await completion.sample()
 

@@ -8,24 +8,20 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.base import shaped_by
 from nat_plugin_evsys.calls import Call, RunKind
-from nat_plugin_evsys.errors import ApiError, DataError, EvsysError, UnsupportedError
-from nat_plugin_evsys.policy.api_errors import bad_request
+from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.history import History, Prompt, turn_of
-from nat_plugin_evsys.policy.protocol import (
-    Choice,
-    ChoiceLogprobs,
-    FinishReason,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from nat_plugin_evsys.policy.logprobs import TokenNames
+from nat_plugin_evsys.policy.open_ended import open_ended_text
+from nat_plugin_evsys.policy.protocol import Choice, ChoiceLogprobs, FinishReason, PromptLogprobs, Usage
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
+from nat_plugin_evsys.policy.sampling import SamplingDefaults, check_hints, constraint_of, sampling_params
 from nat_plugin_evsys.policy.streaming import ReplyText, cut_at_stop, text_ids
 from nat_plugin_evsys.policy.tool_calls import assemble
 
@@ -38,15 +34,6 @@ if TYPE_CHECKING:
 
 PlainPrompt = Callable[[ChatRenderer], tuple[str, list[int]]]
 """Gives the text and the ids of a prompt that has no messages."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """Sampling settings of requests that do not set them."""
-
-    temperature: float
-    top_p: float
-    max_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +54,7 @@ class Completion:
     """A request that is ready to be sampled, with everything its record needs.
 
     Attributes:
+        opens_turn: whether the prompt ends with the template's opening of an assistant turn.
         constraint: the grammar of the form that the request asks for; None samples freely.
         unmet: why the request's ``hints`` are not followed; empty where they are.
     """
@@ -84,6 +72,7 @@ class Completion:
     prompt: Prompt
     history: History
     params: types.SamplingParams
+    opens_turn: bool
     constraint: Constraint | None
     unmet: str
 
@@ -106,20 +95,25 @@ class Completion:
         Raises:
             EvsysError: the messages cannot be rendered, or the policy cannot be loaded.
         """
-        _check_hints(request, source.hints)
+        check_hints(request, source.hints)
         renderer = await resolved(source.renderer)
         messages, tools = request.message_dicts(), request.shown_tools
         thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
         history = source.history or History()
         scope = run_id or ""
+        if plain is None and not request.opens_turn:
+            plain = partial(_open_end, messages, tools, request.continue_final_message, thinking)
         if plain is None:
             prompt = await asyncio.to_thread(history.prompt, renderer, scope, messages, tools, enable_thinking=thinking)
         else:
             text, ids = await asyncio.to_thread(plain, renderer)
             prompt = Prompt(ids, text, uuid.uuid4().bytes)
         client = await _client(source, run_id)
-        constraint, unmet = await asyncio.to_thread(_constraint, request, source.hints, renderer, client)
-        params = sampling_params(request, renderer, source, run_id)
+        constraint, unmet = await asyncio.to_thread(constraint_of, request, source.hints, renderer, client)
+        defaults = source.defaults(source.recorder.kind_of(run_id))
+        params = sampling_params(
+            request, renderer, defaults, source.recorder.next_seed(run_id) if request.seed is None else None
+        )
         source.recorder.begin_call(run_id)
         return cls(
             id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -135,6 +129,7 @@ class Completion:
             prompt=prompt,
             history=history,
             params=params,
+            opens_turn=plain is None,
             constraint=constraint,
             unmet=unmet,
         )
@@ -154,6 +149,17 @@ class Completion:
         """``system_fingerprint``: the policy version that samples all of it."""
         return f"policy-{self.client.policy_version}"
 
+    @property
+    def hidden(self) -> frozenset[int]:
+        """Ids that the reply's text does not show. Where there are tools, calls may be written with special tokens."""
+        return self.renderer.hidden_ids if self.request.skip_special_tokens and not self.tools else frozenset()
+
+    @property
+    def _thinking(self) -> bool | None:
+        """Whether the prompt ends inside a ``<think>`` block, where that is not the template's to say."""
+        text = self.prompt.text
+        return None if self.opens_turn else text.rfind("<think>") > text.rfind("</think>")
+
     def reply_text(self, index: int) -> ReplyText:
         """What turns a choice's text into its pieces."""
         return ReplyText(
@@ -162,9 +168,10 @@ class Completion:
             tools=self.tools,
             reply_id=f"{self.id}:{index}",
             keep_stop=bool(self.request.include_stop_str_in_output),
+            thinking=self._thinking,
         )
 
-    async def sample(self, on_tokens: TokenCallback | None = None) -> Sequence[types.SampledSequence]:
+    async def sample(self, on_tokens: TokenCallback | None = None) -> types.SampleResponse:
         """Sample all choices.
 
         Raises:
@@ -176,6 +183,8 @@ class Completion:
             types.ModelInput.from_ints(self.prompt_ids),
             self.request.n or 1,
             self.params,
+            include_prompt_logprobs=self.request.prompt_logprobs is not None,
+            topk_prompt_logprobs=self.request.prompt_logprobs or 0,
             topk_sample_logprobs=self.request.top_logprobs or 0,
             on_tokens=on_tokens,
             constraint=self.constraint,
@@ -183,7 +192,7 @@ class Completion:
         for sequence in response.sequences:
             if sequence.logprobs is None or len(sequence.logprobs) != len(sequence.tokens):
                 raise EvsysError("the sampling client returned tokens without their logprobs; nothing can be recorded")
-        return response.sequences
+        return response
 
     def text_ids(self, sequence: types.SampledSequence) -> list[int]:
         """The output ids that have text."""
@@ -194,7 +203,9 @@ class Completion:
         text = self.reply_text(index)
         ids = [*self.forced_ids, *self.text_ids(sequence)]
         whole = self.renderer.decode(ids)
-        reply = assemble(text.feed(whole) + text.finish())
+        hidden = self.hidden
+        shown = self.renderer.decode([each for each in ids if each not in hidden]) if hidden else whole
+        reply = assemble(text.feed(shown) + text.finish())
         self._remember([*self.forced_ids, *sequence.tokens], len(ids), whole, reply.to_message())
         recorder.record(
             Call(
@@ -223,9 +234,12 @@ class Completion:
             )
         )
         finish: FinishReason = "tool_calls" if reply.tool_calls and sequence.stop_reason == "stop" else "stop"
+        message = reply.to_message()
+        if self.request.echoed:
+            message["content"] = self.request.echoed + (message["content"] or "")
         return Choice(
             index=index,
-            message=reply.to_message(),
+            message=message,
             logprobs=self.logprobs(sequence.tokens, sequence.logprobs or [], getattr(sequence, "topk_logprobs", None)),
             finish_reason=finish if sequence.stop_reason == "stop" else "length",
             token_ids=list(sequence.tokens) if self.request.return_token_ids else None,
@@ -244,27 +258,17 @@ class Completion:
         top: Sequence[list[tuple[int, float]] | None] | None = None,
     ) -> ChoiceLogprobs | None:
         """OpenAI's ``logprobs`` of sampled tokens, or None if the request does not ask for them."""
-        if not self.request.logprobs:
-            return None
-        tops = top if top is not None else [None] * len(ids)
-        return ChoiceLogprobs(
-            content=[
-                TokenLogprob(
-                    **self._token(token_id, logprob),
-                    top_logprobs=[TopLogprob(**self._token(*candidate)) for candidate in candidates or ()],
-                )
-                for token_id, logprob, candidates in zip(ids, logprobs, tops, strict=True)
-            ]
-        )
+        return self._names.of_choice(ids, logprobs, top) if self.request.logprobs else None
 
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        data, by_id = self.renderer.token_bytes(token_id), self.request.return_tokens_as_token_ids
-        # OpenAI writes an impossible token as -9999.0; JSON has no -Infinity.
-        return {
-            "token": f"token_id:{token_id}" if by_id else data.decode("utf-8", "replace"),
-            "logprob": max(logprob, -9999.0),
-            "bytes": list(data),
-        }
+    def prompt_logprobs(self, response: types.SampleResponse) -> PromptLogprobs | None:
+        """vLLM's ``prompt_logprobs``, or None if the request does not ask for them."""
+        if self.request.prompt_logprobs is None:
+            return None
+        return self._names.of_prompt(self.prompt_ids, response.prompt_logprobs or [], response.topk_prompt_logprobs)
+
+    @property
+    def _names(self) -> TokenNames:
+        return TokenNames(self.renderer, by_id=bool(self.request.return_tokens_as_token_ids))
 
     def usage(self, sequences: Sequence[types.SampledSequence]) -> Usage:
         """Token counts over all choices."""
@@ -273,33 +277,15 @@ class Completion:
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
 
 
-def sampling_params(
-    request: ChatCompletionRequest, renderer: ChatRenderer, source: PolicySource, run_id: str | None
-) -> types.SamplingParams:
-    """The sampling parameters of a request: its own values, then the run's seed and the policy's defaults."""
-    from nat_plugin_evsys.backends.sampling_params import SamplingParams
-
-    defaults = source.defaults(source.recorder.kind_of(run_id))
-    return SamplingParams(
-        max_tokens=request.token_limit if request.token_limit is not None else defaults.max_tokens,
-        seed=request.seed if request.seed is not None else source.recorder.next_seed(run_id),
-        stop=_stop(request, renderer),
-        temperature=request.temperature if request.temperature is not None else defaults.temperature,
-        top_k=request.top_k or -1,
-        top_p=request.top_p if request.top_p is not None else defaults.top_p,
-        **request.shaping,
-    )
-
-
-def _stop(request: ChatCompletionRequest, renderer: ChatRenderer) -> list[str] | list[int] | None:
-    """Tinker takes strings or ids, not both. EOS ends a sequence in either case, unless the list is empty."""
-    if request.ignore_eos:
-        return []
-    ids = [*dict.fromkeys([*renderer.stop_token_ids, *(request.stop_token_ids or [])])]
-    if not request.stops:
-        return ids or None
-    eos = renderer.tokenizer.eos_token_id
-    return [*request.stops, *(renderer.decode([token_id]) for token_id in ids if token_id != eos)]
+def _open_end(
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    continued: bool | None,
+    enable_thinking: bool | None,
+    renderer: ChatRenderer,
+) -> tuple[str, list[int]]:
+    text = open_ended_text(renderer, messages, tools, continued=bool(continued), enable_thinking=enable_thinking)
+    return text, renderer.encode(text)
 
 
 async def _client(source: PolicySource, run_id: str | None) -> SamplingClient:
@@ -314,38 +300,6 @@ async def resolved(source: Callable[[], Any]) -> Any:
         return await source()
     value = await asyncio.to_thread(source)
     return await value if inspect.isawaitable(value) else value
-
-
-def _check_hints(request: ChatCompletionRequest, mode: HintMode) -> None:
-    if mode == "refuse" and request.hints:
-        asked = ", ".join(f"`{name}`" for name in request.hints)
-        raise bad_request(
-            f"{asked}: not honoured, because `hints: refuse` of the policy turns constrained decoding off; remove it, "
-            "or set `hints: honour` or `ignore`",
-            param=request.hints[0],
-            code="unsupported_parameter",
-        )
-
-
-def _constraint(
-    request: ChatCompletionRequest, mode: HintMode, renderer: ChatRenderer, client: SamplingClient
-) -> tuple[Constraint | None, str]:
-    """The grammar of the form that a request asks for, or why there is none."""
-    if not request.hints:
-        return None, ""
-    if mode == "ignore":
-        return None, "`hints: ignore` of the policy turns constrained decoding off"
-    if client.grammars is None:
-        return None, "the policy is sampled by a service, which cannot constrain decoding"
-    grammar = renderer.reply_forms.grammar(request)
-    if grammar is None:
-        return None, "how this model writes tool calls cannot be constrained"
-    try:
-        return client.grammars.compile(grammar, renderer.stop_token_ids), ""
-    except UnsupportedError as error:
-        return None, str(error)
-    except DataError as error:
-        raise bad_request(f"`{request.hints[0]}`: {error}", param=request.hints[0], code="invalid_value") from error
 
 
 def check_model(model: str, known: Sequence[str]) -> None:

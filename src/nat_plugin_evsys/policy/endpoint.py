@@ -23,9 +23,10 @@ from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.attribution import CALL_ATTRIBUTION
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import FUNCTIONS, ROLLOUT, ChatRoutes, error_response
-from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults, check_model
+from nat_plugin_evsys.policy.completions import PolicySource, check_model
 from nat_plugin_evsys.policy.history import History
 from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.sampling import SamplingDefaults
 from nat_plugin_evsys.web.origin import refuse_web_pages
 
 if TYPE_CHECKING:

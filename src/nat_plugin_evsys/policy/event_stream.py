@@ -143,7 +143,7 @@ class _CompletionStream:
         self._completion = completion
         request = completion.request
         self._replies = [
-            StreamedReply(completion.renderer, completion.reply_text(index), completion.forced_ids)
+            StreamedReply(completion.renderer, completion.reply_text(index), completion.forced_ids, completion.hidden)
             for index in range(request.n or 1)
         ]
         self._sent: list[list[float]] = [[] for _ in self._replies]  # the logprobs of the replies' ids
@@ -166,7 +166,7 @@ class _CompletionStream:
                     self._sent[index].extend(logprobs)
                     for chunk in self._tokens(index, ids, completion.logprobs(ids, logprobs)):
                         yield chunk
-            sequences = await peer.guard(_result(sampling))
+            sequences = (await peer.guard(_result(sampling))).sequences
         finally:
             await _cancel(sampling)
         if not opened:
@@ -230,8 +230,9 @@ class _CompletionStream:
 
     def _roles(self) -> list[bytes]:
         prompt = self._completion.prompt_ids if self._completion.request.return_token_ids else None
+        echoed = self._completion.request.echoed
         return [
-            self._chunk([_choice(index, {"role": "assistant", "content": ""})], prompt_token_ids=prompt)
+            self._chunk([_choice(index, {"role": "assistant", "content": echoed})], prompt_token_ids=prompt)
             for index in range(len(self._replies))
         ]
 

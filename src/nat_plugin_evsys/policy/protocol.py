@@ -50,6 +50,10 @@ class Choice(BaseModel):
     token_ids: list[int] | None = None
 
 
+PromptLogprobs = list[dict[str, dict[str, Any]] | None]
+"""vLLM's: of each prompt token, by token id, ``logprob``, ``rank`` and ``decoded_token``; None for the first."""
+
+
 class ChatCompletion(BaseModel):
     """The answer to a plain request. ``system_fingerprint`` names the policy version."""
 
@@ -60,6 +64,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str
     choices: list[Choice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
 
 
@@ -88,7 +93,8 @@ class ChatCompletionChunk(BaseModel):
 
 def to_json(model: BaseModel) -> bytes:
     """JSON with OpenAI's nulls, but without the extensions that were not asked for."""
-    optional = {"token_ids", "prompt_token_ids"} | ({"usage"} if isinstance(model, ChatCompletionChunk) else set())
+    optional = {"token_ids", "prompt_token_ids", "prompt_logprobs"}
+    optional |= {"usage"} if isinstance(model, ChatCompletionChunk) else set()
     data = model.model_dump()
     for part in [data, *data["choices"]]:
         for name in optional:

@@ -2,8 +2,9 @@
 
 ``request_fields`` says what becomes of every field that a client may send; this is what is read of those honoured.
 Besides OpenAI's own there are vLLM's ``top_k``, ``min_p``, ``min_tokens``, ``repetition_penalty``, ``stop_token_ids``,
-``chat_template_kwargs`` (``enable_thinking``), ``return_token_ids``, ``return_tokens_as_token_ids``, ``ignore_eos`` and
-``include_stop_str_in_output``.
+``chat_template_kwargs`` (``enable_thinking``), ``return_token_ids``, ``return_tokens_as_token_ids``, ``ignore_eos``,
+``include_stop_str_in_output``, ``skip_special_tokens``, ``prompt_logprobs``, ``add_generation_prompt``,
+``continue_final_message`` and ``echo``.
 """
 
 from __future__ import annotations
@@ -121,6 +122,11 @@ class ChatCompletionRequest(_Request):
     return_tokens_as_token_ids: bool | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    echo: bool | None = None
 
     _ignored: tuple[str, ...] = PrivateAttr(default=())
 
@@ -155,6 +161,10 @@ class ChatCompletionRequest(_Request):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> ChatCompletionRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("`continue_final_message` goes with `add_generation_prompt: false`")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("`prompt_logprobs` goes with no `stream`")
         if self.min_tokens and self.stops:
             raise ValueError("`min_tokens` goes with no `stop`; send `stop_token_ids`")
         if self.ignore_eos and (self.stops or self.stop_token_ids or self.hints):
@@ -204,6 +214,17 @@ class ChatCompletionRequest(_Request):
     def stops(self) -> list[str]:
         """The stop strings."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+    @property
+    def opens_turn(self) -> bool:
+        """Whether the reply is a turn of its own, which the chat template opens."""
+        return not self.continue_final_message and self.add_generation_prompt is not False
+
+    @property
+    def echoed(self) -> str:
+        """What a reply is shown after: with ``echo``, the text of a last message that is the assistant's too."""
+        last = self.messages[-1]
+        return last.content if self.echo and last.role == "assistant" and isinstance(last.content, str) else ""
 
     @property
     def shaping(self) -> dict[str, Any]:

@@ -57,6 +57,11 @@ HONOURED = frozenset(
         "logit_bias",
         "min_p",
         "min_tokens",
+        "add_generation_prompt",
+        "continue_final_message",
+        "echo",
+        "prompt_logprobs",
+        "skip_special_tokens",
         "ignore_eos",
         "include_stop_str_in_output",
     }
@@ -78,12 +83,11 @@ IGNORED = frozenset(
         "store",
         "user",
         "verbosity",
-        # vLLM: scheduling, caching, and how text is shown (special tokens that the policy samples are always shown).
+        # vLLM: scheduling, caching, and how text is shown.
         "cache_salt",
         "include_reasoning",
         "priority",
         "request_id",
-        "skip_special_tokens",
         "spaces_between_special_tokens",
         # Anthropic's, which gateways pass on.
         "thinking",
@@ -97,11 +101,7 @@ REFUSED = {
     "allowed_token_ids": Refused(f"is not honoured: {_OTHER_DISTRIBUTION}"),
     "use_beam_search": Refused("only false is honoured: there is no beam search", (False,)),
     "best_of": Refused("only 1 is honoured; ask for several choices with `n`", (1,)),
-    "echo": Refused(f"only false is honoured: {_NOT_OFFERED}", (False,)),
-    "add_generation_prompt": Refused("only true is honoured: a reply is a turn of its own", (True,)),
-    "continue_final_message": Refused("only false is honoured: a reply is a turn of its own", (False,)),
     "add_special_tokens": Refused("only false is honoured: the chat template writes them", (False,)),
-    "prompt_logprobs": Refused(_NOT_OFFERED),
     "truncate_prompt_tokens": Refused("a prompt that is too long is refused, never cut"),
     "chat_template": Refused("set `chat_template` of the policy in the YAML"),
     "documents": Refused(_NOT_OFFERED, ([],)),

@@ -88,6 +88,7 @@ class ReplyText:
 
     Args:
         keep_stop: the stop string that ends the reply is part of its text.
+        thinking: whether the prompt ends inside a ``<think>`` block; None: if the template opens one.
     """
 
     def __init__(
@@ -98,9 +99,10 @@ class ReplyText:
         tools: Sequence[dict[str, Any]],
         reply_id: str,
         keep_stop: bool = False,
+        thinking: bool | None = None,
     ) -> None:
         self._stops = StopStrings(stops, keep=keep_stop)
-        self._parser = renderer.create_parser(tools=tools, reply_id=reply_id)
+        self._parser = renderer.create_parser(tools=tools, reply_id=reply_id, thinking=thinking)
 
     @property
     def malformed(self) -> int:
@@ -124,10 +126,18 @@ class StreamedReply:
     Args:
         text: takes the reply's text.
         forced_ids: the reply's beginning, which is in the prompt and not among its ids.
+        hidden: ids without text.
     """
 
-    def __init__(self, renderer: ChatRenderer, text: ReplyText, forced_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        renderer: ChatRenderer,
+        text: ReplyText,
+        forced_ids: Sequence[int] = (),
+        hidden: frozenset[int] = frozenset(),
+    ) -> None:
         self._renderer = renderer
+        self._hidden = hidden
         self._forced_ids = list(forced_ids)
         self._decoder = TokenDecoder(renderer)
         self._text = text
@@ -148,7 +158,7 @@ class StreamedReply:
     def _decode(self, ids: Sequence[int]) -> str:
         self._decoded += len(ids)
         forced, self._forced_ids = self._forced_ids, []
-        return self._decoder.feed([*forced, *ids])
+        return self._decoder.feed([token_id for token_id in [*forced, *ids] if token_id not in self._hidden])
 
 
 def text_ids(renderer: ChatRenderer, ids: Sequence[int], stop_reason: StopReason, stops: Sequence[str]) -> list[int]:

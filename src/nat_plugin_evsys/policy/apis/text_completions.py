@@ -37,7 +37,7 @@ class TextDialect:
         top = body.get("logprobs")
         if self._echo and top is not None:
             raise bad_request(
-                "`echo` with `logprobs` would need those of the prompt, which this endpoint does not offer",
+                "`echo` with `logprobs` is not offered; send `prompt_logprobs` instead of `echo`",
                 param="echo",
                 code="unsupported_parameter",
             )
@@ -61,6 +61,8 @@ class TextDialect:
         choices = [
             self._choice(choice, choice["message"]["content"] or "", choice["token_ids"]) for choice in data["choices"]
         ]
+        if data["prompt_logprobs"] is not None:
+            choices = [{**choice, "prompt_logprobs": data["prompt_logprobs"]} for choice in choices]
         return dumps(self._object(data) | {"choices": choices, "usage": data["usage"]})
 
     async def events(self, chat: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -6,7 +6,9 @@ import asyncio
 from typing import Any
 
 from nat_plugin_evsys.policy.api_errors import bad_request
+from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.completions import PolicySource, resolved
+from nat_plugin_evsys.policy.open_ended import open_ended_text
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 
 
@@ -41,6 +43,13 @@ class TokenizeRequest:
         if self._prompt is not None:
             ids = await asyncio.to_thread(renderer.encode, self._prompt)
         else:
-            ids = await asyncio.to_thread(renderer.render, self._chat.message_dicts(), self._chat.shown_tools)
+            ids = await asyncio.to_thread(self._rendered, renderer)
         texts = {"token_strs": [renderer.decode([token_id]) for token_id in ids]} if self._texts else {}
         return {"count": len(ids), "tokens": ids, **texts}
+
+    def _rendered(self, renderer: ChatRenderer) -> list[int]:
+        messages, tools = self._chat.message_dicts(), self._chat.shown_tools
+        if self._chat.opens_turn:
+            return renderer.render(messages, tools)
+        text = open_ended_text(renderer, messages, tools, continued=bool(self._chat.continue_final_message))
+        return renderer.encode(text)

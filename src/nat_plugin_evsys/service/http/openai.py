@@ -14,8 +14,9 @@ from nat_plugin_evsys.errors import ApiError, CheckpointError, ModelError
 from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import ChatRoutes
-from nat_plugin_evsys.policy.completions import PolicySource, SamplingDefaults
+from nat_plugin_evsys.policy.completions import PolicySource
 from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.sampling import SamplingDefaults
 from nat_plugin_evsys.runtime.checkpoint_store import parse_path
 from nat_plugin_evsys.service.http.context import ServiceContext
 from nat_plugin_evsys.service.http.logs import OWNER, ROUTE
