@@ -13,7 +13,7 @@ SOURCE = Path(nat_plugin_evsys.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "drop-reasons.md"
 
 OTHER_MEANING = {
-    ("finetuning/run.py", "curriculum_percentile"): "a column of metrics.jsonl",
+    ("finetuning/learner.py", "curriculum_percentile"): "a column of metrics.jsonl",
     ("finetuning/trainer.py", "validation"): "NAT's dataset_type",
     ("report/metrics_log.py", "validation"): "an event of metrics.jsonl",
 }

@@ -133,8 +133,8 @@ async def evsys_trainer_adapter(
 
 
 @register_trainer(config_type=EvsysTrainerConfig)
-async def evsys_trainer(config: EvsysTrainerConfig, _builder: Builder) -> "AsyncIterator[EvsysTrainer]":
+async def evsys_trainer(config: EvsysTrainerConfig, builder: Builder) -> "AsyncIterator[EvsysTrainer]":
     """The epochs."""
-    from nat_plugin_evsys.finetuning.trainer import EvsysTrainer
+    from nat_plugin_evsys.finetuning.trainer import EvsysTrainer, more_adapters
 
-    yield EvsysTrainer(config)
+    yield EvsysTrainer(config, await more_adapters(config, builder))

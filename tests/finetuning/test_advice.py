@@ -20,7 +20,7 @@ def said(arguments: list[str], checkpoint: str = "latest") -> list[str]:
     @click.option("--config_file", type=click.Path(path_type=Path, resolve_path=True))
     @click.option("--override", "-o", multiple=True, type=(str, str))
     def finetune(**_: object) -> None:
-        click.echo(serve_command("policy", checkpoint))
+        click.echo(serve_command({"policy": checkpoint}))
 
     result = CliRunner().invoke(finetune, arguments)
     assert result.exit_code == 0, result.output
@@ -50,7 +50,7 @@ def test_a_checkpoint_that_was_trained_from_is_not_served_instead(tmp_path: Path
 
 
 def test_outside_of_a_command() -> None:
-    assert serve_command("policy", "best") == 'nat run --config_file CONFIG.yml --input "…"'
+    assert serve_command({"policy": "best"}) == 'nat run --config_file CONFIG.yml --input "…"'
 
 
 class TestWhyNothingWasTrained:

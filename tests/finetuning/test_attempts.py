@@ -18,7 +18,7 @@ from nat.data_models.invocation_node import InvocationNode
 from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 
 from nat_plugin_evsys.calls import Call, DropReason
-from nat_plugin_evsys.finetuning.workflow.evaluation import _attempt
+from nat_plugin_evsys.finetuning.workflow.evaluation import attempts_of
 from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.policy.recorder import Recorder
 
@@ -58,7 +58,7 @@ def attempt(reasoning: Any, calls: int = 2, score: Any = 1.0) -> Any:
         id="row_rep1", input_obj="q", expected_output_obj="a", full_dataset_entry={"id": "row"}, trajectory=[step]
     )
     scored = EvalOutputItem(id=item.id, score=score, reasoning=reasoning)
-    return _attempt(item, scored, Rollouts("run", "rollout", 0, recorder, exporters=None))  # type: ignore[arg-type]
+    return attempts_of(item, [scored], Rollouts("run", "rollout", 0, recorder, exporters=None))[0]  # type: ignore[arg-type]
 
 
 def test_an_evaluator_may_reward_each_call() -> None:

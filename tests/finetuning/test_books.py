@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.training.job_ledger import JobLedger
@@ -112,3 +113,28 @@ def test_a_checkpoint_that_someone_deletes_is_not_named_any_more(
     commit(books, 2)
     assert [record.epoch for record in books.state.checkpoints] == [1, 2]
     assert "checkpoint epoch-0000 is no longer in" in caplog.text
+
+
+def test_a_further_policy_is_brought_to_where_the_run_is(tmp_path: Path) -> None:
+    own = RunBooks.open(tmp_path, CONFIG, resume=False)
+    other = RunBooks.of_policy(own, "checker", CONFIG)
+    for books in (other, own):
+        commit(books, 0)
+    for epoch in (1, 2):
+        other.state.tally["calls"] = epoch
+        commit(other, epoch)
+    commit(own, 1)  # and the process was killed before it committed epoch 2
+
+    other.run_dir.unlock()
+    again = RunBooks.of_policy(own, "checker", CONFIG)
+    assert again.state.epochs_done == 2
+    again.go_to(own.state.committed_epoch)
+    assert (again.state.epochs_done, again.state.status) == (1, "running")
+    assert [row["epoch"] for row in again.metrics.rows()] == [1]
+    assert sorted(path.name for path in again.run_dir.checkpoints_dir.iterdir()) == ["epoch-0000", "epoch-0001"]
+    with pytest.raises(CheckpointError, match="policies/checker has no state of epoch 2"):
+        again.go_to(2)
+    again.go_to(-1)
+    assert again.state.last_checkpoint() is None
+    assert again.metrics.rows() == []
+    assert list(again.run_dir.checkpoints_dir.iterdir()) == []

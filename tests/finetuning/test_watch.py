@@ -10,8 +10,8 @@ import pytest
 
 from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.finetuning.replies import reply_of
-from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.watch import Watch
+from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.report.findings import FindingId
 from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
 from nat_plugin_evsys.rollouts.attempts import Attempt

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
-from nat_plugin_evsys.runs import RunDirectory, resolve_checkpoint
+from nat_plugin_evsys.runs import RunDirectory, policy_directory, resolve_checkpoint
 
 
 def run_with(output_dir: Path, rewards: dict[int, float | None], *, trained: bool = True) -> RunDirectory:
-    run = RunDirectory.create(output_dir)
+    return saved(RunDirectory.create(output_dir), rewards, trained=trained)
+
+
+def saved(run: RunDirectory, rewards: dict[int, float | None], *, trained: bool = True) -> RunDirectory:
     for epoch, reward in rewards.items():
         path = run.checkpoints_dir / f"epoch-{epoch}"
         path.mkdir()
@@ -28,6 +31,17 @@ def test_the_words(tmp_path: Path) -> None:
     assert resolve_checkpoint(tmp_path, "none") is None
     assert resolve_checkpoint(tmp_path, "latest") == run.checkpoints_dir / "epoch-3"
     assert resolve_checkpoint(tmp_path, "best") == run.checkpoints_dir / "epoch-2"
+
+
+def test_a_run_of_several_policies_has_a_checkpoint_of_each(tmp_path: Path) -> None:
+    run = run_with(tmp_path, {1: 0.5, 2: 0.8})
+    checker = saved(policy_directory(run, "checker", {}), {1: 0.9, 2: 0.1})
+    saved(policy_directory(run, "idle", {}), {0: None}, trained=False)
+    assert resolve_checkpoint(tmp_path, "latest", {"checker"}.__contains__) == checker.checkpoints_dir / "epoch-2"
+    assert resolve_checkpoint(tmp_path, "best", {"checker"}.__contains__) == checker.checkpoints_dir / "epoch-1"
+    assert resolve_checkpoint(tmp_path, "best", {"proposer"}.__contains__) == run.checkpoints_dir / "epoch-2"
+    with pytest.raises(CheckpointError, match=r"policies/idle has trained nothing .*set checkpoint: none"):
+        resolve_checkpoint(tmp_path, "latest", {"idle"}.__contains__)
 
 
 def test_a_path_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

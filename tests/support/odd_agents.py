@@ -128,6 +128,47 @@ async def relay(config: RelayConfig, builder: Builder) -> AsyncIterator[Function
     yield FunctionInfo.from_fn(_relay, description="Relays.")
 
 
+class ChoirConfig(FunctionBaseConfig, name="choir"):
+    """Gives its input to each function; what they say is joined by ``|``."""
+
+    functions: list[FunctionRef]
+
+
+@register_function(config_type=ChoirConfig)
+async def choir(config: ChoirConfig, builder: Builder) -> AsyncIterator[FunctionInfo]:
+    """Yield the workflow as NAT knows it."""
+    functions = [await builder.get_function(name) for name in config.functions]
+
+    async def _choir(question: str) -> str:
+        said = [str(await function.ainvoke(question, to_type=str)).replace("|", " ") for function in functions]
+        return "|".join(said)
+
+    yield FunctionInfo.from_fn(_choir, description="Speaks with one voice.")
+
+
+class VoiceJudgeConfig(EvaluatorBaseConfig, name="voice_judge"):
+    """Rewards the vowels in what one function of a choir said."""
+
+    voice: int = 0
+
+
+class _VoiceJudge(BaseEvaluator):
+    def __init__(self, config: VoiceJudgeConfig) -> None:
+        super().__init__(max_concurrency=8)
+        self._voice = config.voice
+
+    async def evaluate_item(self, item: EvalInputItem) -> EvalOutputItem:
+        said = str(item.output_obj).split("|")[self._voice]
+        return EvalOutputItem(id=item.id, score=sum(letter in "aeiou" for letter in said), reasoning="its vowels")
+
+
+@register_evaluator(config_type=VoiceJudgeConfig)
+async def voice_judge(config: VoiceJudgeConfig, _builder: Any) -> AsyncIterator[EvaluatorInfo]:
+    """Yield the evaluator as NAT knows it."""
+    judge = _VoiceJudge(config)
+    yield EvaluatorInfo(config=config, evaluate_fn=judge.evaluate, description="Vowels.")  # type: ignore[arg-type]
+
+
 class SpeakerConfig(FunctionBaseConfig, name="speaker"):
     """One call of its LLM."""
 

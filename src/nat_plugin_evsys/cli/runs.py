@@ -46,14 +46,17 @@ evsys.add_command(status_command)
 def runs_command(output_dir: Path) -> None:
     """List the runs: epochs finished, rewards, and the path of the newest adapter."""
     from nat_plugin_evsys.errors import CheckpointError
-    from nat_plugin_evsys.runs import RunDirectory
+    from nat_plugin_evsys.runs import RunDirectory, further_policies
 
     found = RunDirectory.paths(output_dir)
     if not found:
         raise click.ClickException(no_run_under(output_dir))
     for path in found:
         try:
-            click.echo(_line(RunDirectory.open(path)))
+            run = RunDirectory.open(path)
+            click.echo(_line(run))
+            for name, policy in further_policies(run).items():
+                click.echo(f"  and {_line(policy, name)}")
         except CheckpointError as error:
             click.echo(f"{path.name}  unreadable: {error}")
 
@@ -64,14 +67,16 @@ def runs_command(output_dir: Path) -> None:
 def show_command(output_dir: Path, run: str) -> None:
     """Print the summary of RUN (a name, a path, or `latest`)."""
     from nat_plugin_evsys.report.summary import RunSummary
+    from nat_plugin_evsys.runs import further_policies
 
     found = find_run(output_dir, run)
-    if found.summary_path.is_file():
-        click.echo(RunSummary.read(found.summary_path).format(found.summary_path))
-    else:
-        click.echo(_line(found))
-        if found.state.error:
-            click.echo(f"  {found.state.error}")
+    for name, policy in {**further_policies(found), found.path.name: found}.items():  # its own last, as the run ends
+        if policy.summary_path.is_file():
+            click.echo(RunSummary.read(policy.summary_path).format(policy.summary_path))
+        else:
+            click.echo(_line(policy, name))
+            if policy.state.error:
+                click.echo(f"  {policy.state.error}")
 
 
 @evsys.command(name="plot")
@@ -91,7 +96,7 @@ def plot_command(output_dir: Path, run: str, output: Path | None) -> None:
     click.echo(target)
 
 
-def _line(run: RunDirectory) -> str:
+def _line(run: RunDirectory, name: str | None = None) -> str:
     state = run.state
     last = state.last_checkpoint()
     base = "" if state.heldout_reward_base is None else f"{_reward(state.heldout_reward_base)} -> "
@@ -107,7 +112,7 @@ def _line(run: RunDirectory) -> str:
     if last is not None and not state.has_trained:
         adapter = "nothing trained"
     epochs = f"{state.epochs_done} epoch{'' if state.epochs_done == 1 else 's'}"
-    return "  ".join([run.path.name, state.status, epochs, *rewards, adapter])
+    return "  ".join([name or run.path.name, state.status, epochs, *rewards, adapter])
 
 
 def _reward(value: float | None) -> str:

@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from nat.data_models.component_ref import LLMRef
-from nat.data_models.finetuning import TrainerAdapterConfig, TrainerConfig, TrajectoryBuilderConfig
+from nat.data_models.component_ref import LLMRef, TrainerAdapterRef
+from nat.data_models.finetuning import (
+    RewardFunctionConfig,
+    TrainerAdapterConfig,
+    TrainerConfig,
+    TrajectoryBuilderConfig,
+)
 from pydantic import Field, model_validator
 
 from nat_plugin_evsys.config.strict import StrictConfig
@@ -48,6 +53,10 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     """Trains the policy's LoRA adapter on rewarded trajectory groups, or on preference pairs with DPO."""
 
     policy: LLMRef = Field(description="Name of the `evsys_policy` LLM to train.")
+    reward: RewardFunctionConfig | None = Field(
+        default=None,
+        description="`name:` of the evaluator that rewards this policy; default `finetuning.reward_function`.",
+    )
     loss_fn: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo", "cross_entropy"] = Field(
         default="importance_sampling",
         description="Loss of rewarded trajectories, by Tinker's name. `cross_entropy` is supervised: it learns every "
@@ -228,6 +237,11 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
         description="What to do when the policy has lost what it had learned (the console says so in any case). "
         "`continue`: nothing. `stop`: end the run with an error that names the best checkpoint. `reload_best`: load "
         "the best measured checkpoint (see `validation_interval`) and continue at half the learning rate.",
+    )
+    also_train: list[TrainerAdapterRef] = Field(
+        default_factory=list,
+        description="Further trainer adapters: each trains its own policy on the same rollouts, by the evaluator that "
+        "its `reward` names (default: `finetuning.reward_function`). See agents.md.",
     )
     keep_checkpoints: int = Field(
         default=2, ge=1, description="Epoch checkpoints to keep in addition to the last and the best."

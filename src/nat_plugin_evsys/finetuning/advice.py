@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,12 @@ def how_to_resume(trainer_name: str | None) -> str:
     return f"To continue from the last finished epoch: -o trainers.{trainer_name}.resume true"
 
 
-def serve_command(policy_name: str, checkpoint: str) -> str:
+def serve_command(checkpoints: Mapping[str, str]) -> str:
     """The command that serves what the run trained: the same `nat` on the same YAML with the same overrides.
 
     Args:
-        policy_name: what the YAML calls the policy.
-        checkpoint: its ``checkpoint`` setting; a path there would be served instead of the trained adapter.
+        checkpoints: by what the YAML calls the policy, its ``checkpoint`` setting; a path there would be served instead
+            of the trained adapter.
     """
     import click
 
@@ -37,8 +38,9 @@ def serve_command(policy_name: str, checkpoint: str) -> str:
     words = [_nat_command() if context else "nat", "run", "--config_file", str(config_file)]
     for name, value in given.get("override") or ():
         words += ["--override", name, value]  # `nat run` has no -o
-    if checkpoint not in ("latest", "best"):
-        words += ["--override", f"llms.{policy_name}.checkpoint", "latest"]
+    for policy_name, checkpoint in checkpoints.items():
+        if checkpoint not in ("latest", "best"):
+            words += ["--override", f"llms.{policy_name}.checkpoint", "latest"]
     return f'{shlex.join(words)} --input "…"'
 
 

@@ -14,13 +14,13 @@ from nat.data_models.finetuning import TrainingJobStatus
 
 from nat_plugin_evsys.calls import CallTally, DropReason
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
-from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
+from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.policy.recorder import RecorderTotals
 from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.report.prompts import total_prompts
 from nat_plugin_evsys.report.summary import RunSummary
-from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path
+from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path, policy_directory
 from nat_plugin_evsys.runs.environment import add_environment
 from nat_plugin_evsys.training.job_ledger import JobLedger
 
@@ -60,6 +60,17 @@ class RunBooks:
         add_environment(newest.path)
         return cls(newest)
 
+    @classmethod
+    def of_policy(cls, own: RunBooks, name: str, config: Mapping[str, Any]) -> RunBooks:
+        """Those of a further policy of the run whose own books are open; raises as ``policy_directory``.
+
+        Args:
+            config: the run's, with the policy's own trainer adapter and reward.
+        """
+        run_dir = policy_directory(own.run_dir, name, config)
+        add_environment(run_dir.path)
+        return cls(run_dir)
+
     @property
     def state(self) -> RunState:
         """What has been committed, plus what the next ``commit`` will add."""
@@ -96,6 +107,23 @@ class RunBooks:
         self._load_counts()
         self.rewind()
         return True
+
+    def go_to(self, epoch: int) -> None:
+        """Go to what was committed after ``epoch`` epochs, or with -1 to the very start.
+
+        A run's further policies are committed before the run itself, so they may be an epoch ahead of it.
+
+        Raises:
+            CheckpointError: it is no longer there.
+        """
+        if self.state.committed_epoch != epoch:
+            older = RunState() if epoch < 0 else self.run_dir.history.at(epoch)
+            if older is None:
+                raise CheckpointError(f"{self.run_dir.path} has no state of epoch {epoch}, where the run is")
+            self.run_dir.state = older
+            self.run_dir.forget_missing()
+            self._load_counts()
+        self.rewind()
 
     # -- counting ---------------------------------------------------------------------------------------------------
 
@@ -187,8 +215,11 @@ class RunBooks:
         self.state.status, self.state.error = status, why
         self.run_dir.save_state()
 
-    def finish(self, serve_command: str, trackers: dict[str, dict[str, Any]]) -> RunSummary:
+    def finish(self, serve_command: str, trackers: dict[str, dict[str, Any]], policy: str | None = None) -> RunSummary:
         """Write ``summary.json``; the run is done. If nothing was trained, it names no adapter.
+
+        Args:
+            policy: whose books these are, if the run trains several.
 
         Raises:
             CheckpointError: someone has deleted what the run has trained.
@@ -226,6 +257,7 @@ class RunBooks:
             findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(rows)],
             prompts=total_prompts(rows),
             malformed_calls=sum(row.get("malformed_calls", 0) for row in rows),
+            policy=policy,
         )
         summary.write(self.run_dir.summary_path)
         return summary

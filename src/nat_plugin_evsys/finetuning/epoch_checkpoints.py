@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from nat_plugin_evsys.errors import CheckpointError, EvsysError
@@ -15,8 +16,51 @@ from nat_plugin_evsys.runs.state import CheckpointRecord
 logger = logging.getLogger(__name__)
 
 
+async def reload(policies: Sequence[EpochCheckpoints], *, previous: bool) -> str:
+    """Load the last epoch of all policies of a run and publish them; returns where that of the first is.
+
+    Args:
+        policies: the first one's state commits the run; the others are brought to its epoch.
+        previous: where a checkpoint is gone or torn, go back to the newest epoch before whose are whole.
+
+    Raises:
+        CheckpointError: gone, torn, or another model's; says what to type.
+        ConfigError: the run's checkpoints are on a service and there is no base_url, or vice versa.
+    """
+    own, *others = (each.books for each in policies)
+    while True:
+        epoch = own.state.epochs_done
+        try:
+            for books in others:
+                books.go_to(epoch)
+            source, *_ = [await each.load_committed() for each in policies]
+            return source
+        except CheckpointError as error:
+            if not previous:
+                raise CheckpointError(f"{error}. {_what_previous_does(own, epoch)}") from error
+            if not own.fall_back():
+                raise
+            lost = epoch - own.state.epochs_done
+            logger.warning(
+                "%s. Continuing from the checkpoint before it: %d epoch%s will run again",
+                error,
+                lost,
+                "" if lost == 1 else "s",
+            )
+
+
+def _what_previous_does(books: RunBooks, epoch: int) -> str:
+    older = books.run_dir.history.newest(before=epoch)
+    if older is None:
+        return "The run has no earlier checkpoint; set resume: false to start again"
+    return (
+        f"To resume from the newest whole checkpoint before it (of epoch {older.epochs_done}; later epochs run "
+        "again), set the trainer's resume: previous"
+    )
+
+
 class EpochCheckpoints:
-    """Checkpoints of one run.
+    """Checkpoints of one policy of a run.
 
     Args:
         keep: how many to keep in addition to the last and the best.
@@ -24,61 +68,38 @@ class EpochCheckpoints:
 
     def __init__(self, policy: Policy, books: RunBooks, keep: int) -> None:
         self._policy = policy
-        self._books = books
+        self.books = books
         self._keep = keep
 
     async def save(self, epochs_done: int, reward: float | None, curriculum: dict[str, Any]) -> None:
         """Save weights with optimizer state; they are written before the state file names them."""
-        self._books.run_dir.check_present()
+        self.books.run_dir.check_present()
         name = f"epoch-{epochs_done:04d}"
         backend = self._policy.backend
         state = await backend.save_full_state(name)
         # On disk one directory is both; a service samples from other checkpoints than it trains from.
         adapter = await backend.save_for_sampler(name) if is_service_path(state) else state
-        stale = self._books.commit(epochs_done, name, adapter, state, reward, curriculum=curriculum, keep=self._keep)
+        stale = self.books.commit(epochs_done, name, adapter, state, reward, curriculum=curriculum, keep=self._keep)
         for path in stale:
             await self._delete(path)
 
-    async def reload(self, *, previous: bool) -> str:
+    async def load_committed(self) -> str:
         """Load the last epoch's weights and optimizer state and publish them; returns their location.
 
-        Args:
-            previous: where they are gone or torn, go back to the newest epoch before whose are whole.
-
         Raises:
-            CheckpointError: gone, torn, or another model's; says what to type.
+            CheckpointError: gone, torn, or another model's.
             ConfigError: the run's checkpoints are on a service and there is no base_url, or vice versa.
         """
-        while True:
-            epoch, record = self._books.state.epochs_done, self._books.state.last_checkpoint()
-            assert record is not None
-            try:
-                return await self.load(record)
-            except CheckpointError as error:
-                if not previous:
-                    raise CheckpointError(f"{error}. {self._what_previous_does(epoch)}") from error
-                if not self._books.fall_back():
-                    raise
-                lost = epoch - self._books.state.epochs_done
-                logger.warning(
-                    "%s. Continuing from the checkpoint before it: %d epoch%s will run again",
-                    error,
-                    lost,
-                    "" if lost == 1 else "s",
-                )
-
-    def _what_previous_does(self, epoch: int) -> str:
-        older = self._books.run_dir.history.newest(before=epoch)
-        if older is None:
-            return "The run has no earlier checkpoint; set resume: false to start again"
-        return (
-            f"To resume from the newest whole checkpoint before it (of epoch {older.epochs_done}; later epochs run "
-            "again), set the trainer's resume: previous"
-        )
+        record = self.books.state.last_checkpoint()
+        if record is None or record.epoch != self.books.state.epochs_done:
+            raise CheckpointError(
+                f"{self.books.run_dir.path} has no checkpoint of epoch {self.books.state.epochs_done}"
+            )
+        return await self.load(record)
 
     async def load(self, record: CheckpointRecord) -> str:
-        """Load a checkpoint's weights and optimizer state and publish them; raises as ``reload``."""
-        source = self._books.run_dir.locate(record.training_state or record.adapter)
+        """Load a checkpoint's weights and optimizer state and publish them; raises as ``load_committed``."""
+        source = self.books.run_dir.locate(record.training_state or record.adapter)
         check_place(source, self._policy.config.base_url)
         await self._policy.backend.load_state(str(source), with_optimizer=True)
         await self._policy.publish()

@@ -16,6 +16,7 @@ from nat_plugin_evsys.config import (
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_of
 from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses, judge_notice
+from nat_plugin_evsys.finetuning.checks.trained_policies import TrainedPolicy, check_several, trained_policies
 from nat_plugin_evsys.finetuning.telemetry import check_exporters
 from nat_plugin_evsys.rollouts.targets import GROUP_SEPARATOR, WORKFLOW
 
@@ -38,19 +39,22 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     if run is not None and run.endpoint is not None:
         raise ConfigError("--endpoint: rollouts must run in this process so that their tokens are recorded; remove it")
     check_profiler()
-    check_reward(config, finetuning)
-    policy_name, policy, adapter = check_policy(config, finetuning)
-    check_workflow_uses(config, policy_name)
-    if finetuning.reward_function and (notice := judge_notice(config, finetuning.reward_function.name, policy_name)):
-        logger.warning("%s", notice)
-    check_targets(config, finetuning, policy_name, policy)
-    check_output_dirs(policy_name, policy, finetuning.output_dir)
-    check_group_size(config, finetuning, adapter)
+    trained = trained_policies(config, finetuning)
+    check_several(config, finetuning, trained)
+    check_targets(config, finetuning, trained[0])
+    for each in trained:
+        check_workflow_uses(config, each.name)
+        for reward in dict.fromkeys(other.reward for other in trained):
+            if notice := judge_notice(config, reward, each.name):
+                logger.warning("%s", notice)
+        check_output_dirs(each.name, each.policy, finetuning.output_dir)
+        check_group_size(config, finetuning, each.adapter)
     check_exporters(config)
     given = None if run is None else run.dataset
     what = "--dataset" if given else "eval.general.dataset"
     check_dataset(config, dataset_of(config, given, what), what)
-    check_service(policy)
+    for each in trained:
+        check_service(each.policy)
 
 
 def check_profiler() -> None:
@@ -61,45 +65,7 @@ def check_profiler() -> None:
         )
 
 
-def check_reward(config: Config, finetuning: FinetuneConfig) -> None:
-    """The reward must name a configured evaluator."""
-    evaluators = sorted(config.eval.evaluators)
-    reward = finetuning.reward_function
-    if reward is None:
-        raise ConfigError(
-            f"finetuning.reward_function is not set; set `reward_function: {{name: …}}` to one of {evaluators}"
-        )
-    if reward.name not in config.eval.evaluators:
-        raise ConfigError(
-            f"finetuning.reward_function names `{reward.name}`, but eval.evaluators has {evaluators}; name one of these"
-        )
-
-
-def check_policy(
-    config: Config, finetuning: FinetuneConfig
-) -> tuple[str, EvsysPolicyConfig, EvsysTrainerAdapterConfig]:
-    """The adapter's policy must be an ``evsys_policy`` LLM of this YAML."""
-    adapter = config.trainer_adapters.get(finetuning.trainer_adapter or "")
-    if not isinstance(adapter, EvsysTrainerAdapterConfig):
-        raise ConfigError(
-            f"finetuning.trainer_adapter is `{finetuning.trainer_adapter}`, which is not an evsys_trainer_adapter; "
-            "the evsys trainer needs `_type: evsys_trainer_adapter`"
-        )
-    policy = config.llms.get(adapter.policy)
-    if not isinstance(policy, EvsysPolicyConfig):
-        policies = sorted(name for name, llm in config.llms.items() if isinstance(llm, EvsysPolicyConfig))
-        raise ConfigError(
-            f"trainer adapter: policy `{adapter.policy}` is not an evsys_policy LLM; `llms:` has {policies}"
-        )
-    if policy.top_p < 1:
-        raise ConfigError(
-            f"llms.{adapter.policy}.top_p is {policy.top_p:g}, but calls that were sampled from a cut distribution "
-            "cannot be trained on; set top_p: 1 for `nat finetune` (any temperature is fine)"
-        )
-    return adapter.policy, policy, adapter
-
-
-def check_targets(config: Config, finetuning: FinetuneConfig, policy_name: str, policy: EvsysPolicyConfig) -> None:
+def check_targets(config: Config, finetuning: FinetuneConfig, trained: TrainedPolicy) -> None:
     """``target_functions`` name functions of the workflow, and ``target_model`` the policy under training."""
     known = [WORKFLOW, *config.functions, *config.function_groups]
     for name in finetuning.target_functions:
@@ -109,10 +75,10 @@ def check_targets(config: Config, finetuning: FinetuneConfig, policy_name: str, 
             )
     if not finetuning.target_functions:
         raise ConfigError(f"finetuning.target_functions is empty, so nothing would be trained; name some of {known}")
-    if finetuning.target_model not in (None, policy_name, policy.base_model):
+    if finetuning.target_model not in (None, trained.name, trained.policy.base_model):
         raise ConfigError(
-            f"finetuning.target_model is `{finetuning.target_model}`, but the policy `{policy_name}` "
-            f"({policy.base_model}) is what is trained; remove target_model, or name the policy"
+            f"finetuning.target_model is `{finetuning.target_model}`, but the policy `{trained.name}` "
+            f"({trained.policy.base_model}) is what is trained; remove target_model, or name the policy"
         )
 
 

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
-import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from nat.data_models.finetuning import TrainingJobRef, TrainingJobStatus, TrainingStatusEnum
 
-from nat_plugin_evsys.calls import CallFate, DropReason, PromptHistory
 from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError, RunLostError
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
-from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
-from nat_plugin_evsys.finetuning.collapse import RATE_FACTOR, RELOADED, collapse_of, rate_after, reload_best, stopped
-from nat_plugin_evsys.finetuning.curriculum import Curriculum
-from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
+from nat_plugin_evsys.finetuning.collapse import RATE_FACTOR, collapse_of, rate_after, stopped
+from nat_plugin_evsys.finetuning.epoch_checkpoints import reload
 from nat_plugin_evsys.finetuning.garbage import gc_frozen
 from nat_plugin_evsys.finetuning.job_queue import BACKEND
+from nat_plugin_evsys.finetuning.learner import Learner
 from nat_plugin_evsys.finetuning.overlap import hold_next_rollouts, hold_resumed_rollouts
-from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
-from nat_plugin_evsys.finetuning.run_pages import RunPages
 from nat_plugin_evsys.finetuning.scoring import Scoring, ScoringTrainer
-from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
 from nat_plugin_evsys.finetuning.warm_start import warm_start
-from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.findings import Finding
 from nat_plugin_evsys.report.metrics_log import EPOCH, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
-from nat_plugin_evsys.report.trackers.tracking import Tracking
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.training.sdft import SdftStep
 from nat_plugin_evsys.training.sft import SftStep
@@ -41,7 +34,7 @@ if TYPE_CHECKING:
     from nat.data_models.finetuning import FinetuneConfig
 
     from nat_plugin_evsys.config import EvsysTrainerConfig, WarmStartConfig
-    from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
+    from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
     from nat_plugin_evsys.report.display import Display
 
 logger = logging.getLogger(__name__)
@@ -55,54 +48,32 @@ class SessionTrainer(ScoringTrainer, Protocol):
 
     config: EvsysTrainerConfig
     run_config: FinetuneConfig
-    trainer_adapter: EvsysTrainerAdapter
-
-    @property
-    def held_back(self) -> Mapping[str, DropReason]:
-        """Why each rollout that the curriculum held back in the last epoch was, by rollout id."""
-
-    @property
-    def last_report(self) -> RolloutReport:
-        """The result of the last epoch's rollouts."""
+    trajectory_builder: EvsysTrajectoryBuilder
 
     async def start_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
-        """Roll out and submit one training job; None when no trajectory is left to train on."""
+        """Roll out and submit the first policy's job; None when no trajectory is left to train on."""
 
     def log_progress(self, epoch: int, metrics: dict[str, Any]) -> None:
-        """Record an epoch's row of metrics."""
+        """Record an epoch's row of metrics of the first policy."""
 
 
 class RunSession:
-    """One process's part of a run. Epochs count from 0 here and from 1 in anything shown."""
+    """One process's part of a run. Epochs count from 0 here and from 1 in anything shown.
+
+    Args:
+        learners: one for each policy under training. NAT's hooks are about the first, whose state commits the run.
+    """
 
     def __init__(
-        self,
-        trainer: SessionTrainer,
-        books: RunBooks,
-        inputs: RunInputs,
-        curriculum: Curriculum,
-        display: Display,
-        tracking: Tracking,
+        self, trainer: SessionTrainer, learners: Sequence[Learner], inputs: RunInputs, display: Display
     ) -> None:
         self._trainer = trainer
-        self._policy = trainer.trajectory_builder.policy
-        self._books = books
+        self._learners = learners
+        self._own = learners[0]
+        self._books = self._own.books
         self._inputs = inputs
-        self._curriculum = curriculum
         self._display = display
-        self._tracking = tracking
-        self._pages = RunPages(books.run_dir, books.metrics)
-        self._watch = Watch(books.metrics)
-        self._checkpoints = EpochCheckpoints(self._policy, books, trainer.config.keep_checkpoints)
-        self._keeper = RolloutKeeper(
-            books.run_dir.rollouts,
-            lambda token_id: self._policy.renderer.token_bytes(token_id),
-            rows=trainer.config.keep_rollouts,
-            session=books.run_dir.path.name,
-            agent=inputs.workflow,
-            model=inputs.policy.base_model,
-        )
-        self._scoring = Scoring(trainer, books, inputs, self._keeper, display, tracking)
+        self._scoring = Scoring(trainer, learners, inputs, display)
 
     async def run(self, num_epochs: int) -> list[TrainingJobStatus]:
         """Run (or resume) all epochs.
@@ -122,10 +93,11 @@ class RunSession:
             first = self._books.state.epochs_done
             with gc_frozen():
                 for epoch in range(first, num_epochs):
-                    collapse = await self._epoch(epoch, num_epochs)
-                    if collapse is not None and self._trainer.config.on_collapse == "stop":
+                    collapsed = await self._epoch(epoch, num_epochs)
+                    if collapsed is not None and self._trainer.config.on_collapse == "stop":
+                        learner, finding = collapsed
                         await self._finish()
-                        raise stopped(collapse, self._books.state)
+                        raise stopped(finding, learner.books.state)
                 summary = await self._finish()
         except asyncio.CancelledError:
             self._stop("interrupted", self._how_to_resume())
@@ -140,17 +112,16 @@ class RunSession:
         books = self._books
         books.rewind()
         if books.state.last_checkpoint() is None:
+            for learner in self._learners[1:]:
+                learner.books.go_to(books.state.committed_epoch)
             await self._begin()
             return
-        source = await self._checkpoints.reload(previous=self._trainer.config.resume == "previous")
-        if self._trainer.config.overlap_rollouts:
-            await hold_resumed_rollouts(self._policy, books.run_dir)
-        self._curriculum.load_state(books.state.curriculum)
-        rows = books.metrics.rows()
-        self._trainer.trainer_adapter.scale_rate(rate_after(rows))
-        trained = [row["job"] for row in rows if row["event"] == EPOCH and (row.get("job") or {}).get("steps")]
-        if trained:
-            self._trainer.trainer_adapter.resume_after(trained[-1])
+        checkpoints = [learner.checkpoints for learner in self._learners]
+        source = await reload(checkpoints, previous=self._trainer.config.resume == "previous")
+        for learner in self._learners:
+            if self._trainer.config.overlap_rollouts:
+                await hold_resumed_rollouts(learner.policy, learner.books.run_dir)
+            learner.resume()
         self._display.phase("resume", f"after epoch {books.state.epochs_done} of {num_epochs}, from {source}")
 
     async def _already_finished(self) -> RunSummary:
@@ -161,141 +132,192 @@ class RunSession:
             self._books.state.epochs_done,
         )
         summary = RunSummary.read(path)
-        await asyncio.to_thread(self._tracking.close, "finished")
+        await asyncio.to_thread(self._own.tracking.close, "finished")
         print_at_exit(summary.format(path))
         return summary
 
     async def _begin(self) -> None:
-        state, config = self._books.state, self._trainer.config.warm_start
+        config = self._trainer.config.warm_start
         if config is not None:
             await self._scoring.base()
             await self._warm_start(config)
-        state.train_reward_before = await self._scoring.training_rows(0)
-        state.heldout_reward_before = await self._scoring.heldout(0)
-        await self._checkpoints.save(0, state.heldout_reward_before, {})
+        for learner, reward in zip(self._learners, await self._scoring.training_rows(0), strict=True):
+            learner.books.state.train_reward_before = reward
+        rewards = await self._scoring.heldout(0)
+        for learner, reward in zip(self._learners, rewards, strict=True):
+            learner.books.state.heldout_reward_before = reward
+        await self._commit(0, rewards)
+
+    async def _commit(self, epochs_done: int, rewards: Sequence[float | None]) -> None:
+        """Save every policy; the first one last, since its state commits the run."""
+        for learner, reward in reversed(list(zip(self._learners, rewards, strict=True))):
+            curriculum = learner.curriculum.state() if epochs_done else {}
+            await learner.checkpoints.save(epochs_done, reward, curriculum)
 
     async def _warm_start(self, config: WarmStartConfig) -> None:
         self._display.phase("warm start", str(config.demonstrations))
         started = time.monotonic()
-        metrics = await warm_start(self._policy, config, self._show_warm_start)
+        metrics = await warm_start(self._own.policy, config, self._show_warm_start)
         metrics["seconds"] = round(time.monotonic() - started, 3)
         self._books.metrics.append(WARM_START, 0, **metrics)
-        self._tracking.warm_start(metrics)
+        self._own.tracking.warm_start(metrics)
         self._books.state.warm_started = True
 
-    async def _epoch(self, epoch: int, num_epochs: int) -> Finding | None:
-        """Run one epoch, from rollouts to checkpoint. Returns the finding of a collapse, if there is one."""
+    async def _epoch(self, epoch: int, num_epochs: int) -> tuple[Learner, Finding] | None:
+        """Run one epoch, from rollouts to checkpoint. Returns who has collapsed, with the finding, or None."""
         self._books.run_dir.check_present()
         started = time.monotonic()
         run_id = self._books.run_dir.path.name
         ref = await self._roll_out(epoch, run_id)
-        report = self._trainer.last_report
-        attempts, held_back = self._trainer.trajectory_builder.take_attempts(), self._trainer.held_back
-        self._policy.release_rollouts()
+        for learner in self._learners:
+            learner.policy.release_rollouts()
         if self._trainer.config.overlap_rollouts and epoch + 1 < num_epochs:
-            hold_next_rollouts(self._policy)
+            for learner in self._learners:
+                hold_next_rollouts(learner.policy)
             await self._trainer.trajectory_builder.start_run(run_id, {"epoch": epoch + 1})
-        rolled_out = time.monotonic()
-        try:
-            status = None if ref is None else await self._wait(ref)
-        finally:
-            fates = {} if ref is None else self._trainer.trainer_adapter.take_fates(ref)
-            fates |= {key: CallFate(reason) for key, reason in report.left_out.items()}
-            await self._keeper.keep(Collection("epoch", epoch + 1), attempts, fates=fates, held_back=held_back)
-        if status is not None:
-            self._books.count_job(status)
-        row = {
-            **_row(report, status, rolled_out - started, time.monotonic() - rolled_out),
-            "policy_version": self._policy.version,
-            "curriculum_percentile": self._curriculum.percentile(epoch),
-        }
+        rolled_out = time.monotonic() - started
+        rows = [await self._train(learner, ref, epoch, rolled_out) for learner in self._learners]
         if self._inputs.validation_dataset is None:
-            self._books.reward_of_last_checkpoint(row["reward_mean"])
-        validated = self._inputs.is_validation_due(epoch + 1, num_epochs)
-        heldout = await self._scoring.heldout(epoch + 1) if validated else None
-        columns, found = self._watch.look(
-            epoch + 1, report, row["job"], self._trainer.last_evaluation if validated else None
-        )
-        row |= columns
-        collapse = collapse_of(row)
-        best = None
-        if collapse is not None and self._trainer.config.on_collapse == "reload_best":
-            best = await reload_best(self._checkpoints, self._books.state)
-            row |= {} if best is None else {RELOADED: best.name}
-        self._trainer.log_progress(epoch + 1, row)
-        self._tracking.epoch(epoch + 1, row)
-        await self._checkpoints.save(epoch + 1, heldout if best is None else best.reward, self._curriculum.state())
-        self._display.epoch_done(epoch + 1, num_epochs, row)
-        for finding in found:
-            self._display.finding(finding)
-        if best is not None:
-            self._trainer.trainer_adapter.scale_rate(rate_after(self._books.metrics.rows()))
-            self._display.phase("reload", f"{best.name}, continuing at {RATE_FACTOR:g} times the learning rate")
-        self._pages.after_epoch()
-        return collapse
+            for learner, row in zip(self._learners, rows, strict=True):
+                learner.books.reward_of_last_checkpoint(row["reward_mean"])
+        rewards: list[float | None] = [None for _ in self._learners]
+        if validated := self._inputs.is_validation_due(epoch + 1, num_epochs):
+            rewards = await self._scoring.heldout(epoch + 1)
+        reloaded, found = [], []
+        for at, (learner, row) in enumerate(zip(self._learners, rows, strict=True)):
+            found.append(learner.look(epoch, row, validated=validated))
+            best = None
+            if self._trainer.config.on_collapse == "reload_best":
+                best = await learner.reload_if_collapsed(row)
+                rewards[at] = rewards[at] if best is None else best.reward
+            reloaded.append(best)
+            self._log(learner, epoch, row)
+        await self._commit(epoch + 1, rewards)
+        collapsed = None
+        for learner, row, findings, best in zip(self._learners, rows, found, reloaded, strict=True):
+            self._display.epoch_done(epoch + 1, num_epochs, row)
+            for finding in findings:
+                self._display.finding(self._named(learner, finding))
+            if best is not None:
+                learner.adapter.scale_rate(rate_after(learner.books.metrics.rows()))
+                self._display.phase("reload", f"{best.name}, continuing at {RATE_FACTOR:g} times the learning rate")
+            learner.pages.after_epoch()
+            if (collapse := collapse_of(row)) is not None:
+                collapsed = collapsed or (learner, self._named(learner, collapse))
+        return collapsed
+
+    def _log(self, learner: Learner, epoch: int, row: dict[str, Any]) -> None:
+        if learner is self._own:
+            self._trainer.log_progress(epoch + 1, row)
+        else:
+            learner.books.metrics.append(EPOCH, epoch + 1, **row)
+        learner.tracking.epoch(epoch + 1, row)
 
     async def _roll_out(self, epoch: int, run_id: str) -> TrainingJobRef | None:
-        """Roll out and submit a job; if that fails, the rollouts are kept nonetheless."""
+        """Roll out and submit the first job; if that fails, the rollouts are kept nonetheless."""
         try:
             return await self._trainer.start_epoch(epoch, run_id)
         except EvsysError:
             await self._scoring.keep(Collection("epoch", epoch + 1))
             raise
 
-    async def _wait(self, ref: TrainingJobRef) -> TrainingJobStatus:
+    async def _train(
+        self, learner: Learner, own_ref: TrainingJobRef | None, epoch: int, rollout_seconds: float
+    ) -> dict[str, Any]:
+        """Train a policy on the epoch's rollouts and keep these; returns its row of metrics.jsonl so far.
+
+        Policies are trained one after another: each job may use the memory that is free.
+        """
+        started = time.monotonic()
+        ref = own_ref
+        if learner is not self._own:
+            self._display.phase("training", f"epoch {epoch + 1}, {learner.name}")
+            ref = await learner.submit(self._books.run_dir.path.name, epoch)
+        try:
+            status = None if ref is None else await self._wait(learner, ref)
+        finally:
+            await learner.keep_epoch(epoch, ref)
+        row = learner.row(epoch, status, rollout_seconds, time.monotonic() - started)
+        return row if len(self._learners) == 1 else {"policy": learner.name, **row}
+
+    async def _wait(self, learner: Learner, ref: TrainingJobRef) -> TrainingJobStatus:
         """Wait for the job and show its progress.
 
         Raises:
             JobError: it did not complete.
         """
-        adapter = self._trainer.trainer_adapter
+        adapter = learner.adapter
         done = asyncio.ensure_future(adapter.wait_until_complete(ref, poll_interval=60.0))
-        steps_before = self._policy.version
+        steps_before = learner.policy.version
         tracked = 0
         try:
             while not (await asyncio.wait({done}, timeout=_STATUS_INTERVAL))[0]:
                 self._display.job(await adapter.status(ref))
-                tracked = self._track_steps(ref, steps_before, tracked)
+                tracked = self._track_steps(learner, ref, steps_before, tracked)
         finally:
             done.cancel()
-            self._track_steps(ref, steps_before, tracked)
+            self._track_steps(learner, ref, steps_before, tracked)
         status = done.result()
         self._display.job(status)
         if status.status != TrainingStatusEnum.COMPLETED:
             raise JobError(f"training job {status.status.value}: {status.message}. {self._how_to_resume()}")
         return status
 
-    def _track_steps(self, ref: TrainingJobRef, steps_before: int, tracked: int) -> int:
+    @staticmethod
+    def _track_steps(learner: Learner, ref: TrainingJobRef, steps_before: int, tracked: int) -> int:
         """Tell the trackers of the steps after the first ``tracked`` ones; returns how many they know now."""
-        by_step = self._trainer.trainer_adapter.metrics_by_step(ref)
+        by_step = learner.adapter.metrics_by_step(ref)
         for number, metrics in enumerate(by_step[tracked:], start=steps_before + tracked + 1):
-            self._tracking.step(number, metrics)
+            learner.tracking.step(number, metrics)
         return len(by_step)
 
     async def _finish(self) -> RunSummary:
-        """Measure the last policy, write the summary, and print it when the process ends.
+        """Measure the last policies, write the summaries, and print them when the process ends.
+
+        Returns:
+            The first policy's.
 
         Raises:
-            NothingTrainedError: nothing was trained, neither by an epoch nor by a warm start.
+            NothingTrainedError: a policy was not trained, neither by an epoch nor by a warm start.
         """
-        books = self._books
-        reward = await self._scoring.training_rows(books.state.epochs_done)
-        books.state.train_reward_after = reward
-        if self._inputs.validation_dataset is None and reward is not None:
-            books.reward_of_last_checkpoint(reward)
-        others = [policy.recorder.totals for policy in Policy.all() if policy is not self._policy]
-        books.count_stray_calls(self._policy.recorder.totals, others)
-        await asyncio.to_thread(self._tracking.close, "finished" if books.has_trained else "failed")
-        adapter = self._trainer.trainer_adapter.config
-        summary = books.finish(
-            serve_command=serve_command(adapter.policy, self._policy.config.checkpoint),
-            trackers=self._tracking.counts(),
-        )
-        self._pages.write()
-        print_at_exit(summary.format(books.run_dir.summary_path))
-        if not books.has_trained:
-            raise NothingTrainedError(why_nothing_was_trained(summary))
-        return summary
+        rewards = await self._scoring.training_rows(self._books.state.epochs_done)
+        for learner, reward in zip(self._learners, rewards, strict=True):
+            learner.books.state.train_reward_after = reward
+            if self._inputs.validation_dataset is None and reward is not None:
+                learner.books.reward_of_last_checkpoint(reward)
+        self._count_stray_calls()
+        has_trained = all(learner.books.has_trained for learner in self._learners)
+        await asyncio.to_thread(self._own.tracking.close, "finished" if has_trained else "failed")
+        command = serve_command({learner.name: learner.policy.config.checkpoint for learner in self._learners})
+        trackers = self._own.tracking.counts()
+        several = len(self._learners) > 1
+        summaries, texts = [], []
+        for learner in reversed(self._learners):
+            summary = learner.books.finish(
+                command, trackers if learner is self._own else {}, learner.name if several else None
+            )
+            learner.pages.write()
+            summaries.append(summary)
+            texts.append(summary.format(learner.books.run_dir.summary_path))
+        print_at_exit("\n\n".join(texts))
+        for learner, summary in zip(self._learners, reversed(summaries), strict=True):
+            if not learner.books.has_trained:
+                name = f"{learner.name}: " if several else ""
+                raise NothingTrainedError(f"{name}{why_nothing_was_trained(summary)}")
+        return summaries[-1]
+
+    def _count_stray_calls(self) -> None:
+        trained = [learner.policy for learner in self._learners]
+        others = [policy.recorder.totals for policy in Policy.all() if policy not in trained]
+        for learner in self._learners:
+            totals = learner.policy.recorder.totals
+            learner.books.count_stray_calls(totals, others if learner is self._own else ())
+
+    def _named(self, learner: Learner, finding: Finding) -> Finding:
+        """The finding, which says whose it is if there are several policies."""
+        if len(self._learners) == 1:
+            return finding
+        return dataclasses.replace(finding, sentence=f"{learner.name}: {finding.sentence}")
 
     def _outcome(self, summary: RunSummary) -> TrainingJobStatus:
         return TrainingJobStatus(
@@ -307,44 +329,16 @@ class RunSession:
         )
 
     def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
-        try:
-            self._books.stop(status, why)
-        except (RunLostError, OSError) as error:  # what stopped the run is the error to show
-            logger.warning("the run directory does not say that the run %s: %s", status, error)
-            return
-        self._pages.write()
+        for learner in reversed(self._learners):
+            try:
+                learner.books.stop(status, why)
+            except (RunLostError, OSError) as error:  # what stopped the run is the error to show
+                logger.warning("the run directory does not say that the run %s: %s", status, error)
+                return
+            learner.pages.write()
 
     def _show_warm_start(self, step: SftStep | SdftStep) -> None:
         self._display.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")
 
     def _how_to_resume(self) -> str:
         return how_to_resume(self._trainer.run_config.trainer)
-
-
-def _row(
-    report: RolloutReport, status: TrainingJobStatus | None, rollout_seconds: float, training_seconds: float
-) -> dict[str, Any]:
-    """An epoch's row of metrics.jsonl."""
-    rewards = report.rewards
-    job = dict(status.metadata or {}) if status is not None else {}
-    return {
-        "reward_mean": report.mean_reward,
-        "reward_min": min(rewards),
-        "reward_max": max(rewards),
-        "reward_std": statistics.pstdev(rewards),
-        "rollouts": len(report.replies),
-        "failed_rollouts": report.failed_rollouts,
-        "extra_rollouts": report.extra_rollouts,
-        "errors": report.errors,
-        "calls": report.tally.calls,
-        "malformed_calls": report.malformed_calls,
-        "prompts": {each.value: report.prompts[each] for each in PromptHistory},
-        "staleness": {str(age): count for age, count in sorted(report.staleness.items())},
-        **({} if report.drift is None else {"drift": report.drift}),
-        "trained": job.get("trained", 0),
-        "loss": job.get("loss"),
-        "seconds": round(rollout_seconds + training_seconds, 3),
-        "rollout_seconds": round(rollout_seconds, 3),
-        "training_seconds": round(training_seconds, 3),
-        "job": job,
-    }

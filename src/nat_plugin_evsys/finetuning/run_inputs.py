@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nat_plugin_evsys.config import EvsysPolicyConfig, EvsysTraceBuilderConfig, EvsysTrainerConfig
+from nat_plugin_evsys.config import EvsysTraceBuilderConfig, EvsysTrainerConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of, sha256_of
-from nat_plugin_evsys.finetuning.preflight import check_policy, resolve_config
+from nat_plugin_evsys.finetuning.checks.trained_policies import TrainedPolicy, trained_policies
+from nat_plugin_evsys.finetuning.preflight import resolve_config
 from nat_plugin_evsys.finetuning.warm_start import load_demonstrations
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class RunInputs:
     """The inputs of one run, checked.
 
     Attributes:
-        policy: the configuration of the policy under training.
+        policies: what is trained, with what, on which reward; the first is that of ``finetuning.trainer_adapter``.
         workflow: the workflow's type.
         validation_dataset: held-out rows; `--validation_dataset` overrides the trainer's setting.
         validation_config: of `--validation_config_file`, or None for the run's own.
@@ -34,7 +35,7 @@ class RunInputs:
         dump: the configuration in JSON's types, with what the command line adds and what is in the files of rows.
     """
 
-    policy: EvsysPolicyConfig
+    policies: list[TrainedPolicy]
     workflow: str
     validation_dataset: EvalDatasetBaseConfig | None
     validation_config: Config | None
@@ -53,8 +54,8 @@ class RunInputs:
         """
         run = finetuning.run_configuration
         config = resolve_config(run)
-        policy = check_policy(config, finetuning)[1]
-        validation_config = _validation_config(finetuning, policy)
+        policies = trained_policies(config, finetuning)
+        validation_config = _validation_config(finetuning, policies)
         given = run.validation_dataset if run is not None else None
         what = "--validation_dataset" if given else f"trainers.{finetuning.trainer}.validation_dataset"
         heldout = given or trainer.validation_dataset
@@ -69,7 +70,7 @@ class RunInputs:
             )
         start = trainer.warm_start
         return cls(
-            policy=policy,
+            policies=policies,
             workflow=str(config.workflow.type),
             validation_dataset=validation,
             validation_config=validation_config,
@@ -80,20 +81,26 @@ class RunInputs:
             dump=_dump(config, finetuning, validation),
         )
 
+    def dump_of(self, policy: str) -> dict[str, Any]:
+        """The configuration as a policy of ``also_train`` has it: with its own trainer adapter and reward."""
+        trained = next(each for each in self.policies if each.name == policy)
+        own = {"trainer_adapter": trained.adapter_name, "reward_function": {"name": trained.reward}}
+        return {**self.dump, "finetuning": {**self.dump["finetuning"], **own}}
+
     def is_validation_due(self, epochs_done: int, num_epochs: int) -> bool:
         """True after every ``validation_interval`` epochs and after the last, where there are held-out rows."""
         due = epochs_done % self.validation_interval == 0 or epochs_done == num_epochs
         return self.validation_dataset is not None and due
 
 
-def _validation_config(finetuning: FinetuneConfig, policy: EvsysPolicyConfig) -> Config | None:
+def _validation_config(finetuning: FinetuneConfig, policies: list[TrainedPolicy]) -> Config | None:
     run = finetuning.run_configuration
     if run is None or run.validation_config_file is None:
         return None
     from nat.runtime.loader import load_config
 
     config = load_config(Path(run.validation_config_file))
-    if check_policy(config, finetuning)[1] != policy:
+    if [each.policy for each in trained_policies(config, finetuning)] != [each.policy for each in policies]:
         raise ConfigError(f"{run.validation_config_file}: its policy differs from the trained one; make both the same")
     return config
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nat.builder.builder import Builder
 from nat.data_models.config import Config
 from nat.data_models.dataset_handler import EvalDatasetBaseConfig
 from nat.data_models.finetuning import FinetuneConfig, TrainingJobRef, TrainingJobStatus, TrajectoryCollection
 from nat.finetuning.interfaces.finetuning_runner import Trainer
 
-from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.config import EvsysTrainerConfig
 from nat_plugin_evsys.errors import ConfigError, JobError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.checks.batch_check import failure_notices
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
+from nat_plugin_evsys.finetuning.learner import Learner
 from nat_plugin_evsys.finetuning.readable import readable_failures
 from nat_plugin_evsys.finetuning.run import RunSession
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
@@ -26,7 +27,8 @@ from nat_plugin_evsys.finetuning.signals import signals_cancel
 from nat_plugin_evsys.finetuning.telemetry import run_logging
 from nat_plugin_evsys.finetuning.traces.builder import EvsysTraceBuilder
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
-from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
+from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
+from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.displays import create_display
 from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
@@ -38,27 +40,41 @@ from nat_plugin_evsys.runs import redact
 logger = logging.getLogger(__name__)
 
 
+async def more_adapters(config: EvsysTrainerConfig, builder: Builder) -> list[EvsysTrainerAdapter]:
+    """The trainer adapters of ``also_train``.
+
+    Raises:
+        ConfigError: one is of another type.
+    """
+    found = []
+    for name in config.also_train:
+        adapter = await builder.get_trainer_adapter(name)
+        if not isinstance(adapter, EvsysTrainerAdapter):
+            raise ConfigError(f"also_train names `{name}`, which is not an evsys_trainer_adapter; name one")
+        found.append(adapter)
+    return found
+
+
 class EvsysTrainer(Trainer):
     """NAT's Trainer for the evsys builder and adapter. Epochs count from 0 here and from 1 in anything shown.
 
-    Attributes:
-        held_back: rollout id -> why the curriculum held it back in the last epoch.
+    Args:
+        more_adapters: those of ``also_train``, in its order.
     """
 
     trajectory_builder: EvsysTrajectoryBuilder
     trainer_adapter: EvsysTrainerAdapter
 
-    def __init__(self, trainer_config: EvsysTrainerConfig) -> None:
+    def __init__(self, trainer_config: EvsysTrainerConfig, more_adapters: Sequence[EvsysTrainerAdapter] = ()) -> None:
         super().__init__(trainer_config)
         self.config = trainer_config
+        self._more_adapters = more_adapters
         self._display = create_display(trainer_config.progress)
-        self.last_evaluation: RolloutReport | None = None
         self._trackers: dict[str, Tracker] = {}
         self._tracking: Tracking | None = None
-        self._open_books: RunBooks | None = None
+        self._learners: list[Learner] = []
         self._curriculum: Curriculum | None = None
         self._inputs: RunInputs | None = None
-        self.held_back: Mapping[str, DropReason] = {}
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
         """Check everything, then load the model.
@@ -78,11 +94,15 @@ class EvsysTrainer(Trainer):
         self._curriculum = Curriculum(run_config.curriculum_learning, self.config.seed)
         self._inputs = RunInputs.check(run_config, self.config)
         self._trackers = {name: create_tracker(name) for name in self.config.trackers}
-        Policy.of(self._inputs.policy).begin_training(resuming=bool(self.config.resume))
+        for trained in self._inputs.policies:
+            Policy.of(trained.policy).begin_training(resuming=bool(self.config.resume))
         await super().initialize(run_config)
+        for adapter in self._more_adapters:
+            await adapter.initialize(run_config)
         self.trajectory_builder.on_rollout = self._display.rollouts
         if self.config.overlap_rollouts:
-            self.trainer_adapter.expect_stale_calls()
+            for adapter in self._adapters:
+                adapter.expect_stale_calls()
         if isinstance(self.trajectory_builder, EvsysTraceBuilder):
             self.trajectory_builder.prepare(self.trainer_adapter)
 
@@ -99,15 +119,7 @@ class EvsysTrainer(Trainer):
         async with run_logging(self._require_inputs.general):
             with self._display, signals_cancel(), readable_failures():
                 self._open()
-                self._tracking = self._track()
-                session = RunSession(
-                    self,
-                    self._books,
-                    self._require_inputs,
-                    self._require_curriculum,
-                    self._display,
-                    self._tracking,
-                )
+                session = RunSession(self, self._learners, self._require_inputs, self._display)
                 return await session.run(num_epochs)
 
     async def run_epoch(self, epoch: int, run_id: str) -> TrainingJobRef:
@@ -122,12 +134,16 @@ class EvsysTrainer(Trainer):
         return ref
 
     async def start_epoch(self, epoch: int, run_id: str) -> TrainingJobRef | None:
-        """Roll out, apply the curriculum and submit one training job; None when no trajectory is left to train on."""
+        """Roll out, apply the curriculum and submit one training job; None when no trajectory is left to train on.
+
+        The job is that of ``trainer_adapter``; the rollouts of all policies are counted.
+        """
         self._display.phase("rollouts", f"epoch {epoch + 1}")
         if not self.trajectory_builder.is_started(run_id):
             await self.trajectory_builder.start_run(run_id, {"epoch": epoch})
         collection = await self.trajectory_builder.finalize(run_id, {"epoch": epoch})
-        self._books.count_rollouts(self.last_report)
+        for learner in self._learners:
+            learner.books.count_rollouts(learner.report)
         self._tell_failures(self.last_report)
         if extra := self.last_report.extra_rollouts:
             self._display.notice(f"{extra} more rollouts, since all attempts at a row had the same reward")
@@ -135,17 +151,15 @@ class EvsysTrainer(Trainer):
         if not collection.trajectories:
             logger.warning("epoch %d: no trajectory is left to train on; the policy is unchanged", epoch + 1)
             return None
-        self._display.phase("training", f"epoch {epoch + 1}")
+        several = f", {self._own.name}" if len(self._learners) > 1 else ""
+        self._display.phase("training", f"epoch {epoch + 1}{several}")
         return await self.trainer_adapter.submit(collection, epoch=epoch)
 
     def apply_curriculum_learning(
         self, trajectory_collection: TrajectoryCollection, epoch: int
     ) -> TrajectoryCollection:
         """Drop what the curriculum holds back in this epoch and count it under the curriculum's reasons."""
-        selection = self._require_curriculum.select(trajectory_collection, epoch)
-        self.held_back = selection.reasons
-        self._books.count_dropped(selection.dropped_calls, selection.dropped_trajectories)
-        return selection.collection
+        return self._own.select(trajectory_collection, epoch)
 
     def get_curriculum_state(self) -> dict[str, Any]:
         """NAT's keys: current_percentile, last_expansion_epoch, total_groups, included_groups, config."""
@@ -171,37 +185,45 @@ class EvsysTrainer(Trainer):
     async def evaluate(
         self, name: str, dataset: EvalDatasetBaseConfig | None = None, config: Config | None = None
     ) -> RolloutReport:
-        """Score the current policy once on each row (``train``: the run's own rows) and count its calls."""
+        """Score the current policies once on each row (``train``: the run's own rows) and count their calls.
+
+        Returns:
+            What the policy of ``trainer_adapter`` earned; the others' are in ``trajectory_builder.by_policy``.
+        """
         self._display.phase("evaluation", name)
         report = await self.trajectory_builder.evaluate(name, dataset, config)
-        self._books.count_rollouts(report)
+        self._own.books.count_rollouts(report)
+        for learner in self._learners[1:]:
+            if learner.rollouts.evaluation is not None:
+                learner.books.count_rollouts(learner.rollouts.evaluation)
         self._tell_failures(report)
-        self.last_evaluation = report
         return report
 
     async def get_metrics(self, run_id: str) -> dict[str, Any]:
         """The numbers of the last epoch's row of metrics.jsonl (NAT logs them in one line); empty before the first."""
-        rows = [row for row in self._books.metrics.rows() if row["event"] == EPOCH]
+        rows = [row for row in self._own.books.metrics.rows() if row["event"] == EPOCH]
         return {name: value for name, value in rows[-1].items() if isinstance(value, int | float)} if rows else {}
 
     def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:
         """Append an epoch's row to metrics.jsonl (of ``output_dir`` where given)."""
-        log = MetricsLog(Path(output_dir) / "metrics.jsonl") if output_dir else self._books.metrics
+        log = MetricsLog(Path(output_dir) / "metrics.jsonl") if output_dir else self._own.books.metrics
         log.append(EPOCH, epoch, **metrics)
 
     async def cleanup(self) -> None:
         """Stop everything in flight; the run directory stays resumable."""
         self._display.close()
         if self._tracking is not None:
-            interrupted = self._books.state.status == "interrupted"
+            interrupted = bool(self._learners) and self._own.books.state.status == "interrupted"
             await asyncio.to_thread(self._tracking.close, "interrupted" if interrupted else "failed", 10.0)
-        if self._open_books is not None:
-            self._open_books.run_dir.unlock()
+        for learner in self._learners:
+            learner.books.run_dir.unlock()
         if isinstance(self.trajectory_builder, EvsysTrajectoryBuilder):
             await self.trajectory_builder.cancel()
         if isinstance(self.trainer_adapter, EvsysTrainerAdapter):
-            await self.trainer_adapter.close()
-            await self.trajectory_builder.policy.close()
+            for adapter in self._adapters:
+                await adapter.close()
+            for rollouts in self.trajectory_builder.by_policy:
+                await rollouts.policy.close()
 
     @property
     def last_report(self) -> RolloutReport:
@@ -215,16 +237,22 @@ class EvsysTrainer(Trainer):
             self._display.notice(f"WARNING: {notice}")
 
     def _open(self) -> None:
-        self._open_books = RunBooks.open(
-            self.run_config.output_dir, self._require_inputs.dump, resume=self.config.resume
-        )
-        run_dir = self._open_books.run_dir
-        self.trainer_adapter.run_dir = run_dir.path
-        self.trajectory_builder.policy.set_checkpoint_dir(run_dir.checkpoints_dir)
-        logger.info("run directory: %s", run_dir.path)
+        inputs = self._require_inputs
+        own = RunBooks.open(self.run_config.output_dir, inputs.dump, resume=self.config.resume)
+        logger.info("run directory: %s", own.run_dir.path)
+        self._tracking = self._track(own.run_dir.path)
+        for rollouts, adapter in zip(self.trajectory_builder.by_policy, self._adapters, strict=True):
+            books, curriculum, tracking = own, self._require_curriculum, self._tracking
+            if self._learners:
+                books = RunBooks.of_policy(own, rollouts.name, inputs.dump_of(rollouts.name))
+                curriculum = Curriculum(self.run_config.curriculum_learning, self.config.seed)
+                tracking = tracking.of_policy(rollouts.name)
+            adapter.run_dir = books.run_dir.path
+            rollouts.policy.set_checkpoint_dir(books.run_dir.checkpoints_dir)
+            learner = Learner(rollouts, adapter, books, curriculum, tracking, self.config, agent=inputs.workflow)
+            self._learners.append(learner)
 
-    def _track(self) -> Tracking:
-        directory = self._books.run_dir.path
+    def _track(self, directory: Path) -> Tracking:
         run = TrackedRun(
             name=directory.name,
             project=directory.parent.name,
@@ -234,10 +262,15 @@ class EvsysTrainer(Trainer):
         return Tracking(self._trackers, run, self._display.notice)
 
     @property
-    def _books(self) -> RunBooks:
-        if self._open_books is None:
+    def _adapters(self) -> list[EvsysTrainerAdapter]:
+        return [self.trainer_adapter, *self._more_adapters]
+
+    @property
+    def _own(self) -> Learner:
+        """The policy of ``trainer_adapter``."""
+        if not self._learners:
             raise ConfigError("the run has not been opened; call run()")
-        return self._open_books
+        return self._learners[0]
 
     @property
     def _require_inputs(self) -> RunInputs:

@@ -89,7 +89,9 @@ class EvsysTrainerAdapter(TrainerAdapter):
         Raises:
             ModelError: the model cannot be loaded, or its backend does not answer.
         """
-        await super().initialize(run_config)
+        reward = self.config.reward
+        await super().initialize(run_config)  # sets the run's reward over one of its own
+        self.adapter_config.reward = reward or run_config.reward_function
         self._num_epochs = run_config.num_epochs
         self._work = JobWork(self.config, self.policy, self._num_epochs)
         await self.policy.ensure_loaded()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nat_plugin_evsys.finetuning.trajectory_builder import RolloutReport
+from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
 from nat_plugin_evsys.report.findings import Finding, findings_of

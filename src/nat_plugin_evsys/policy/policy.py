@@ -103,8 +103,10 @@ class Policy:
 
     def answers_to(self, name: str) -> bool:
         """Whether requests may ask for the policy by this name: its base model's, or one that the YAML gives it."""
-        if name == self.config.base_model:
-            return True
+        return name == self.config.base_model or self.is_named(name)
+
+    def is_named(self, name: str) -> bool:
+        """Whether the YAML calls the policy by this name."""
         try:
             return self._builder is not None and self._builder.get_llm_config(name) == self.config
         except ValueError:  # no LLM of that name
@@ -224,7 +226,7 @@ class Policy:
             CheckpointError, ConfigError: ``checkpoint`` leads to none.
         """
         if is_serving() and self._backend is None:
-            starting_checkpoint(self.config, training=self._training)
+            starting_checkpoint(self.config, training=self._training, is_named=self.is_named)
 
     async def ensure_loaded(self) -> None:
         """Load the base model and the starting checkpoint, once, whichever thread or event loop asks first."""
@@ -248,7 +250,7 @@ class Policy:
             done.set_result(None)
 
     async def _load_async(self) -> None:
-        start = starting_checkpoint(self.config, training=self._training)
+        start = starting_checkpoint(self.config, training=self._training, is_named=self.is_named)
         if not self._training:
             warn_of_newer_runs(self.config)
         fresh = self._training and start is None and not self._resuming

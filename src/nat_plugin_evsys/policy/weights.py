@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def starting_checkpoint(config: EvsysPolicyConfig, *, training: bool) -> Path | str | None:
+def starting_checkpoint(
+    config: EvsysPolicyConfig, *, training: bool, is_named: Callable[[str], bool]
+) -> Path | str | None:
     """The checkpoint that the policy starts from: a directory, a tinker:// path, or None for none.
+
+    Args:
+        is_named: whether the YAML calls the policy by this name.
 
     Raises:
         CheckpointError: there is no such run or checkpoint.
@@ -28,7 +34,7 @@ def starting_checkpoint(config: EvsysPolicyConfig, *, training: bool) -> Path | 
     spec = config.checkpoint
     if training and spec in ("none", "latest", "best"):
         return None
-    found = resolve_checkpoint(config.output_dir, spec)
+    found = resolve_checkpoint(config.output_dir, spec, is_named)
     if found is not None:
         check_place(found, config.base_url)
     return found

@@ -44,8 +44,12 @@ class Display:
             row: its row of metrics.jsonl.
         """
 
-    def validation(self, epoch: int, reward: float, when: str | None = None) -> None:
-        """The held-out reward after ``epoch`` epochs (0: before training), or at the time that ``when`` names."""
+    def validation(self, epoch: int, reward: float, when: str | None = None, policy: str | None = None) -> None:
+        """The held-out reward after ``epoch`` epochs (0: before training), or at the time that ``when`` names.
+
+        Args:
+            policy: whose it is, if the run trains several.
+        """
 
     def notice(self, text: str) -> None:
         """Something that a person should look at. Always shown: without a display it is logged as a warning."""

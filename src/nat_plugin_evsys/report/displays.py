@@ -51,9 +51,9 @@ class PlainDisplay(Display):
         """See Display."""
         self._write(epoch_text(epoch, epochs, row))
 
-    def validation(self, epoch: int, reward: float, when: str | None = None) -> None:
+    def validation(self, epoch: int, reward: float, when: str | None = None, policy: str | None = None) -> None:
         """See Display."""
-        self._write(validation_text(epoch, reward, when))
+        self._write(validation_text(epoch, reward, when, policy))
 
     def notice(self, text: str) -> None:
         """See Display."""

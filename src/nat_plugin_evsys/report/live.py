@@ -61,9 +61,9 @@ class LiveDisplay(Display):
         """See Display."""
         self._say(epoch_text(epoch, epochs, row))
 
-    def validation(self, epoch: int, reward: float, when: str | None = None) -> None:
+    def validation(self, epoch: int, reward: float, when: str | None = None, policy: str | None = None) -> None:
         """See Display."""
-        self._say(validation_text(epoch, reward, when))
+        self._say(validation_text(epoch, reward, when, policy))
 
     def notice(self, text: str) -> None:
         """See Display."""

@@ -103,13 +103,15 @@ def _setup(run: RunDirectory) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(text) or {}
     settings = flat_settings(config)
     sessions = read_environments(run.path)
-    policy: dict[str, Any] = next(
-        (llm for llm in config.get("llms", {}).values() if llm.get("_type") == "evsys_policy"), {}
-    )
+    finetuning: dict[str, Any] = config.get("finetuning") or {}
+    adapter: dict[str, Any] = (config.get("trainer_adapters") or {}).get(finetuning.get("trainer_adapter")) or {}
+    llms: dict[str, dict[str, Any]] = config.get("llms") or {}
+    first = next((llm for llm in llms.values() if llm.get("_type") == "evsys_policy"), {})
+    policy = llms.get(adapter.get("policy", ""), first)
     return {
         "model": policy.get("base_model"),
         "workflow": (config.get("workflow") or {}).get("_type"),
-        "reward": ((config.get("finetuning") or {}).get("reward_function") or {}).get("name"),
+        "reward": (adapter.get("reward") or finetuning.get("reward_function") or {}).get("name"),
         "config": text,
         "settings": settings,
         "seeds": {name: value for name, value in settings.items() if name.endswith("seed")},

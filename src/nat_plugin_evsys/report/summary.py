@@ -38,6 +38,7 @@ class RunSummary:
         prompts: how the prompts of the training rollouts hold the turn before them (``PromptHistory``) -> their number.
         malformed_calls: what looked like a tool call in those rollouts, could not be read as one, and stayed text.
         findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.
+        policy: whose summary it is, if the run trains several policies.
     """
 
     train_reward_before: float | None
@@ -59,6 +60,7 @@ class RunSummary:
     findings: list[dict[str, Any]] = field(default_factory=list)
     prompts: dict[str, int] = field(default_factory=dict)
     malformed_calls: int = 0
+    policy: str | None = None
 
     def write(self, path: Path) -> None:
         """Write ``summary.json`` atomically."""
@@ -81,6 +83,7 @@ class RunSummary:
         """The text that ends a run; its last line is ``path``, where the summary was written."""
         trajectories = self.trajectories
         lines = [
+            *([] if self.policy is None else [f"Policy {self.policy}"]),
             f"Finished {_count(self.epochs, 'epoch')} in {self.seconds:.1f} s",
             f"  training reward  {_change(self.train_reward_before, self.train_reward_after)}",
             f"  held-out reward  {self._heldout_change()}",

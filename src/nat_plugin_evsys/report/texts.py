@@ -39,7 +39,8 @@ def job_text(status: TrainingJobStatus) -> str:
 def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
     """``epoch 2/4 done: sampled reward 0.500 (0.000 to 1.000), loss …, 48 calls trained, 16 dropped, 12.3 s``.
 
-    What the row lacks is looked up in its ``job``, the metadata of the training job's last status.
+    What the row lacks is looked up in its ``job``, the metadata of the training job's last status. A run that trains
+    several policies says whose row it is.
     """
     facts = {**(row.get("job") or {}), **row}
     parts = []
@@ -57,11 +58,12 @@ def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
     seconds = [facts[name] for name in ("rollout_seconds", "training_seconds") if facts.get(name) is not None]
     if seconds:
         parts.append(f"{sum(seconds):.1f} s")
-    return f"epoch {epoch}/{epochs} done" + (f": {', '.join(parts)}" if parts else "")
+    name = f" for {row['policy']}" if "policy" in row else ""
+    return f"epoch {epoch}/{epochs} done{name}" + (f": {', '.join(parts)}" if parts else "")
 
 
-def validation_text(epoch: int, reward: float, when: str | None = None) -> str:
-    """``held-out reward 0.625 after 2 epochs``."""
+def validation_text(epoch: int, reward: float, when: str | None = None, policy: str | None = None) -> str:
+    """``held-out reward 0.625 after 2 epochs``, behind the policy's name if there are several."""
     if when is None:
         when = "before training" if epoch == 0 else f"after {epoch} epoch{'' if epoch == 1 else 's'}"
-    return f"held-out reward {reward:.3f} {when}"
+    return f"{'' if policy is None else f'{policy}: '}held-out reward {reward:.3f} {when}"

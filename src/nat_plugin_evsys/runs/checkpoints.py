@@ -7,11 +7,13 @@ so a half-written one is never seen here. A ``tinker://`` path is left to the se
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.runs.directory import RunDirectory
 from nat_plugin_evsys.runs.latest import latest_to_serve
+from nat_plugin_evsys.runs.policies import further_policies
 from nat_plugin_evsys.runs.state import CheckpointRecord
 
 MANIFEST = "manifest.json"
@@ -31,13 +33,16 @@ def is_service_path(where: Path | str) -> bool:
     return isinstance(where, str) and where.startswith(SERVICE_SCHEME)
 
 
-def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | str | None:
+def resolve_checkpoint(
+    output_dir: Path | str, spec: str, is_named: Callable[[str], bool] = lambda name: False
+) -> Path | str | None:
     """The checkpoint that ``spec`` means: an absolute path, a tinker:// path, or None for ``none`` (the base model).
 
     Args:
         output_dir: directory of the runs (``finetuning.output_dir``).
         spec: ``none``, ``latest`` or ``best`` (of the newest run with a trained epoch; see ``latest_to_serve``), or the
             path of a checkpoint.
+        is_named: whether a policy of this name is meant; a run that trains several has a checkpoint of each.
 
     Raises:
         ConfigError: ``spec`` is empty.
@@ -49,7 +54,7 @@ def resolve_checkpoint(output_dir: Path | str, spec: str) -> Path | str | None:
     if word == "none":
         return None
     if word in ("latest", "best"):
-        return _of_newest_run(Path(output_dir), word)
+        return _of_newest_run(Path(output_dir), word, is_named)
     if is_service_path(word):
         return word
     return _of_path(Path(word).expanduser())
@@ -63,11 +68,16 @@ def newer_runs_notice(output_dir: Path | str, spec: str) -> str | None:
     return f"{latest.notice}. To serve another run, set checkpoint: to the path of one of its checkpoints"
 
 
-def _of_newest_run(output_dir: Path, word: str) -> Path | str:
+def _of_newest_run(output_dir: Path, word: str, is_named: Callable[[str], bool]) -> Path | str:
     latest = latest_to_serve(output_dir)
     if latest is None:
         raise CheckpointError(f"checkpoint: {word}: {_why_none(output_dir)}")
-    run = latest.run
+    run = next((each for name, each in further_policies(latest.run).items() if is_named(name)), latest.run)
+    if not run.state.has_trained:
+        raise CheckpointError(
+            f"checkpoint: {word}: {run.path} has trained nothing (the policy `{run.path.name}`); set checkpoint: none "
+            "to serve the base model"
+        )
     record = run.state.last_checkpoint() if word == "latest" else run.state.best_checkpoint()
     if record is None:
         raise CheckpointError(

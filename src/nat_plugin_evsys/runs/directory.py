@@ -13,6 +13,7 @@
         summary.json     the result
         checkpoints/     weights
         rollouts/        the rollouts (runs/rollouts.py)
+        policies/        further policies that the run trains (runs/policies.py)
 
 ``state.json`` is the commit: what it does not name did not happen, whatever else is in the directory.
 """

@@ -44,6 +44,10 @@ class StateHistory:
         names = (_NAME.fullmatch(path.name) for path in self.directory.glob("*.json"))
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
+    def at(self, epoch: int) -> RunState | None:
+        """The state of an epoch, if it was kept and can be read."""
+        return next((state for state in self._readable(epoch + 1) if state.epochs_done == epoch), None)
+
     def newest(self, before: int | None = None) -> RunState | None:
         """The newest state that can be read, of an epoch before ``before`` if that is given."""
         return next(self._readable(before), None)

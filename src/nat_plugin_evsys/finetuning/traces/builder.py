@@ -17,11 +17,12 @@ from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.config import EvsysTraceBuilderConfig, EvsysTrajectoryBuilderConfig
 from nat_plugin_evsys.errors import ConfigError, RolloutsFailedError
 from nat_plugin_evsys.finetuning.checks.datasets import rows_by_question
-from nat_plugin_evsys.finetuning.preflight import check_policy
+from nat_plugin_evsys.finetuning.checks.trained_policies import trained_policies
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
 from nat_plugin_evsys.finetuning.traces.rewards import answer_to, evaluator_scores, feedback_of
 from nat_plugin_evsys.finetuning.traces.selection import best, pairs
-from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder, RolloutReport
+from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
+from nat_plugin_evsys.finetuning.workflow.policy_rollouts import PolicyRollouts, RolloutReport
 from nat_plugin_evsys.finetuning.workflow.scores import evaluator_problem, number_of
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.rollouts.preferences import PAIRED_CALLS_KEY
@@ -67,7 +68,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
             ConfigError, DataError: see ``preflight`` and ``read_records``.
         """
         await super().initialize(run_config)
-        self._retokenize = check_policy(self._config, run_config)[2].retokenize
+        self._retokenize = trained_policies(self._config, run_config)[0].adapter.retokenize
         if self.traces.algorithm == "rl" and self._retokenize:
             raise ConfigError(
                 "algorithm `rl` weighs replies by the logprobs that they were sampled with, which text does not have; "
@@ -105,11 +106,11 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
         }
         return read_records(self.traces.files, keys, "trajectory_builders.*.files")
 
-    async def _roll_out_groups(self, rollouts: Rollouts) -> list[Attempt]:
+    async def _roll_out_groups(self, rollouts: Rollouts) -> list[list[Attempt]]:
         """The records as attempts, with their rewards."""
         if self._recorded is None:
             self._recorded = await self._attempts_of(await asyncio.to_thread(self._read), rollouts)
-        return list(self._recorded)
+        return [list(self._recorded)]
 
     async def _attempts_of(self, records: list[Record], rollouts: Rollouts) -> list[Attempt]:
         await self.policy.ensure_loaded()
@@ -117,7 +118,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
             self.policy.renderer,
             self._retokenize,
             self.traces.temperature,
-            frozenset({self._policy_name, self.policy.config.base_model}),
+            frozenset({self._own.name, self.policy.config.base_model}),
         )
         rows = rows_by_question(self._dataset)
         scores = await self._scores(records, rows, rollouts)
@@ -154,14 +155,12 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
         path, values = self.traces.feedback, self.traces.feedback_values
         if path is not None:
             return [feedback_of(record, path, values) for record in records]
-        reward = self.run_config.reward_function
-        assert reward is not None  # preflight has checked it
         return await evaluator_scores(
             records,
             rows,
             rollouts,
             config=self._config,
-            reward_name=reward.name,
+            reward_name=self._own.reward,
             evaluator_timeout=self.traces.evaluator_timeout,
         )
 
@@ -179,19 +178,20 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
     def _check(self, rollouts: Rollouts) -> None:
         if rollouts.kind == "evaluation":
             super()._check(rollouts)
-        elif all(attempt.untrainable for attempt in self._attempts):
-            raise RolloutsFailedError(f"none of the {len(self._attempts)} records can be trained on. {self._advice()}")
+        elif all(attempt.untrainable for attempt in self._own.attempts):
+            count = len(self._own.attempts)
+            raise RolloutsFailedError(f"none of the {count} records can be trained on. {self._advice()}")
 
     def _advice(self) -> str:
         """The reasons with their counts, the first cause, and what to type."""
-        reasons = Counter(attempt.untrainable for attempt in self._attempts if attempt.untrainable)
+        reasons = Counter(attempt.untrainable for attempt in self._own.attempts if attempt.untrainable)
         said = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-        first = next((attempt.error for attempt in self._attempts if attempt.error), None)
+        first = next((attempt.error for attempt in self._own.attempts if attempt.error), None)
         advice = next((_WHAT_TO_DO[reason] for reason, _ in reasons.most_common() if reason in _WHAT_TO_DO), None)
         return ". ".join(filter(None, [said, first, advice and advice[0].upper() + advice[1:]]))
 
-    def _build(self, attempts: list[Attempt]) -> tuple[list[list[Trajectory]], RolloutReport]:
-        groups, report = super()._build(attempts)
+    def _build(self, rollouts: PolicyRollouts) -> tuple[list[list[Trajectory]], RolloutReport]:
+        groups, report = super()._build(rollouts)
         report.drift = self._drift
         match self.traces.algorithm:
             case "rl":

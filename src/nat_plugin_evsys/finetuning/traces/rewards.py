@@ -64,7 +64,7 @@ async def evaluator_scores(
         path.write_text(json.dumps(entries), encoding="utf-8")
         dataset = EvalDatasetJsonConfig(file_path=path)
         run = EvaluationRunConfig(
-            config_file=evaluation_config(config, reward_name, dataset, None), skip_workflow=True, write_output=False
+            config_file=evaluation_config(config, [reward_name], dataset, None), skip_workflow=True, write_output=False
         )
         with quiet_tqdm(), quiet_nat(), exits_are_errors():
             output = await PolicyEvaluation(run, rollouts, None, evaluator_timeout).run_and_evaluate()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from nat.data_models.dataset_handler import EvalDatasetBaseConfig
     from nat.data_models.evaluator import EvalInputItem
     from nat.runtime.session import SessionManager
+
+    from nat_plugin_evsys.policy.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -78,54 +80,56 @@ async def evaluate_policy(
     config: Config,
     rollouts: Rollouts,
     *,
-    reward_name: str,
+    rewards: Sequence[str],
     dataset: EvalDatasetBaseConfig,
     reps: int,
     max_concurrency: int | None,
     evaluator_timeout: float,
     rows: Collection[str] | None = None,
-) -> list[Attempt]:
+) -> list[list[Attempt]]:
     """Run the workflow ``reps`` times on each dataset row and score every attempt.
 
     Args:
         config: the resolved NAT configuration; it is not changed.
-        reward_name: the evaluator whose score is the reward.
+        rewards: the evaluator whose score is the reward, for each policy that ``rollouts`` record.
         dataset: the rows, instead of the configuration's own.
         evaluator_timeout: seconds to score one rollout; an evaluator that scores all at once has as many for each.
         rows: ids of the rows to run; all by default.
 
     Returns:
-        Every attempt, scored or not; see ``check_batch``.
+        For each policy every attempt with its own calls and reward, scored or not; see ``check_batch``.
     """
     run_config = EvaluationRunConfig(
-        config_file=evaluation_config(config, reward_name, dataset, max_concurrency),
+        config_file=evaluation_config(config, rewards, dataset, max_concurrency),
         reps=reps,
         write_output=False,
     )
     with quiet_tqdm(), quiet_nat(), exits_are_errors():
         output = await PolicyEvaluation(run_config, rollouts, rows, evaluator_timeout).run_and_evaluate()
     scores = {
-        str(item.id): item
-        for name, result in output.evaluation_results
-        if name == reward_name
-        for item in result.eval_output_items
+        (name, str(item.id)): item for name, result in output.evaluation_results for item in result.eval_output_items
     }
     items = output.eval_input.eval_input_items
     run_ids = [run_id for item in items if (run_id := _run_id(item)) is not None]
-    await asyncio.to_thread(rollouts.recorder.wait_until_answered, run_ids, _ENDING_SECONDS)
-    attempts = [_attempt(item, scores.get(str(item.id)), rollouts) for item in items]
-    return await asyncio.to_thread(with_dead_addresses, attempts, config, reward_name)
+    for recorder in rollouts.recorders:
+        await asyncio.to_thread(recorder.wait_until_answered, run_ids, _ENDING_SECONDS)
+    by_item = [attempts_of(item, [scores.get((name, str(item.id))) for name in rewards], rollouts) for item in items]
+    by_policy = [[attempts[at] for attempts in by_item] for at in range(len(rewards))]
+    return [
+        await asyncio.to_thread(with_dead_addresses, attempts, config, name)
+        for attempts, name in zip(by_policy, rewards, strict=True)
+    ]
 
 
 def evaluation_config(
-    config: Config, reward_name: str, dataset: EvalDatasetBaseConfig, max_concurrency: int | None
+    config: Config, rewards: Sequence[str], dataset: EvalDatasetBaseConfig, max_concurrency: int | None
 ) -> Config:
     """A copy of the configuration with only what one evaluation run needs.
 
     Without the finetuning components (NAT would build and close them each time), without ``run_configuration`` (it
     contains the configuration itself: NAT logs it and ends in a RecursionError), without NAT's own output directory
-    (it is wiped at every evaluation), without exporters and log handlers (the run has them), and with the reward's
-    evaluator alone.
+    (it is wiped at every evaluation), without exporters and log handlers (the run has them), and with the evaluators of
+    the rewards alone.
     """
     general = config.eval.general.model_copy(
         update={
@@ -135,7 +139,7 @@ def evaluation_config(
             "max_concurrency": max_concurrency or config.eval.general.max_concurrency,
         }
     )
-    evaluators = {reward_name: config.eval.evaluators[reward_name]}
+    evaluators = {name: config.eval.evaluators[name] for name in rewards}
     return config.model_copy(
         update={
             "general": without_exporters(config.general),
@@ -148,12 +152,27 @@ def evaluation_config(
     )
 
 
-def _attempt(item: EvalInputItem, score: Any, rollouts: Rollouts) -> Attempt:
+def attempts_of(item: EvalInputItem, scores: Sequence[Any], rollouts: Rollouts) -> list[Attempt]:
+    """The attempt as each recorded policy made it: its own calls, and its own score."""
+    losses = [_loss(_run_id(item), score, rollouts) for score in scores]  # all recorders know the rollout still
+    return [
+        _attempt(item, score, loss, rollouts, recorder)
+        for score, loss, recorder in zip(scores, losses, rollouts.recorders, strict=True)
+    ]
+
+
+def _attempt(
+    item: EvalInputItem,
+    score: Any,
+    loss: tuple[DropReason | None, str | None],
+    rollouts: Rollouts,
+    recorder: Recorder,
+) -> Attempt:
     run_id = _run_id(item)
-    lost, error = _loss(run_id, score, rollouts)
-    refusals = [] if run_id is None else rollouts.recorder.refusals(run_id)
+    lost, error = loss
+    refusals = [] if run_id is None else recorder.refusals(run_id)
     row_id, number = _row_and_attempt(item)
-    calls = [] if run_id is None else rollouts.recorder.close_run(run_id)
+    calls = [] if run_id is None else recorder.close_run(run_id)
     cause = None if run_id not in rollouts.failures else DropReason.WORKFLOW_ERROR
     if refusals and (cause or not calls):
         cause, error = refusals[-1].reason, error or f"the policy refused the call: {refusals[-1].message}"
@@ -183,7 +202,7 @@ def _loss(run_id: str | None, score: Any, rollouts: Rollouts) -> tuple[DropReaso
     """Why a rollout has no reward, or None, and the error to show (which a rollout with a reward may also have)."""
     if run_id is None:
         return DropReason.INFRASTRUCTURE_ERROR, "NAT recorded no WORKFLOW_START step"
-    infrastructure = rollouts.recorder.failures(run_id)
+    infrastructure = [failure for recorder in rollouts.recorders for failure in recorder.failures(run_id)]
     failure = rollouts.failures.get(run_id)
     error = None if failure is None else f"{type(failure).__name__}: {failure}"
     if run_id in rollouts.timeouts:

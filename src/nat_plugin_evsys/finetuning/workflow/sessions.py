@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nat.builder.context import ContextState
 from nat.runtime.runner import Runner, RunnerState
@@ -33,18 +33,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Recording(NamedTuple):
+    """Where the calls of a policy are recorded, and the seed that the seeds of its calls derive from."""
+
+    recorder: Recorder
+    seed: int
+
+
 @dataclass(slots=True)
 class Rollouts:
     """The rollouts of one evaluation run: their ids, what ended them early, and how many are done.
 
     Attributes:
         name: prefix of the run ids; unique per evaluation run.
+        seed, recorder: see ``Recording``.
+        others: of further policies, if the run trains several.
         failures: run id -> the exception that ended the rollout.
         timeouts: ids of rollouts that were cut off.
         seconds: run id -> how long the workflow ran.
         start_gate: lets the rollouts start a few at a time.
         exporters: NAT's telemetry, which every rollout is exported to.
-        unattributed_before: calls of no rollout that the recorder had counted when these began.
+        unattributed_before: calls of no rollout that the recorders had counted when these began.
     """
 
     name: str
@@ -52,6 +61,7 @@ class Rollouts:
     seed: int
     recorder: Recorder
     exporters: RunExporters
+    others: Sequence[Recording] = ()
     result_json_path: str = "$"
     timeout: float | None = None
     unattributed_before: int = 0
@@ -64,13 +74,19 @@ class Rollouts:
     start_gate: StartGate = field(default_factory=StartGate)
     _attempts: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def recorders(self) -> list[Recorder]:
+        """The recorders of all policies under training, in their order."""
+        return [self.recorder, *(other.recorder for other in self.others)]
+
     async def open(self, message: Any) -> str:
         """Open a recorded run for the next attempt at ``message``, with a seed of its own, when its turn has come."""
         begun = await self.start_gate.take()
         attempt = self._attempts.get(key := str(message), 0)
         self._attempts[key] = attempt + 1
         run_id = f"{self.name}/{sum(self._attempts.values()) - 1:06d}"
-        self.recorder.open_run(run_id, self.kind, rollout_seed(self.seed, self.name, key, attempt), begun)
+        for recorder, seed in (Recording(self.recorder, self.seed), *self.others):
+            recorder.open_run(run_id, self.kind, rollout_seed(seed, self.name, key, attempt), begun)
         return run_id
 
     def close(self, run_id: str, error: Exception | None, seconds: float) -> None:

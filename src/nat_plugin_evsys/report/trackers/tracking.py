@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,13 @@ class Tracking:
         self._tell = tell
         self._told: set[str] = set()
         self._closed = False
+        self._prefix = ""
+
+    def of_policy(self, name: str) -> Tracking:
+        """The same trackers for a further policy of the run: what they receive has names that start with its name."""
+        part = copy.copy(self)
+        part._prefix = f"{name}/"
+        return part
 
     def warm_start(self, metrics: Mapping[str, Any]) -> None:
         """The result of the warm start."""
@@ -72,7 +80,7 @@ class Tracking:
             (each.row, each.question, each.expected, each.text, each.reward, each.verdict) for each in replies[:SAMPLES]
         ]
         for worker in self._workers:
-            worker.table(Table(f"{kind}/samples", epochs_done, COLUMNS, rows))
+            worker.table(Table(f"{self._prefix}{kind}/samples", epochs_done, COLUMNS, rows))
         self._tell_failures()
 
     def close(self, ending: Ending, timeout: float = CLOSE_TIMEOUT) -> None:
@@ -89,6 +97,7 @@ class Tracking:
         return {worker.name: asdict(worker.count) for worker in self._workers}
 
     def _metrics(self, values: Mapping[str, float], axis: Axis, at: int) -> None:
+        values = {f"{self._prefix}{name}": value for name, value in values.items()}
         if values:
             for worker in self._workers:
                 worker.metrics(values, axis, at)
