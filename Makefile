@@ -23,7 +23,7 @@ INSTALLED_RAY := $(RAY_VENV)/.installed
 SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained test-quantized test-ray models-table on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained test-quantized test-ray test-ray-kills bench-ray models-table on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -35,6 +35,7 @@ help:
 	@echo "make test-frameworks  an agent of each framework, and NAT's own agents, finetuned for an epoch (docs/agents.md)"
 	@echo "make test-clients     twelve clients, each in its own environment, against the endpoint (docs/agents.md)"
 	@echo "make test-ray         replicas on a small Ray cluster, in an environment that has Ray (docs/scaling.md)"
+	@echo "make test-ray-kills   kill replicas at random moments, compare with a run without kills; bench-ray: efficiency"
 	@echo "make test-constrained a real model learns through constrained tool calls"
 	@echo "make test-quantized   base models of 4 and 8 bits, with bitsandbytes, against PEFT (docs/models.md)"
 	@echo "make test-reliability kill runs and servers, fill the disk, attack (docs/reliability.md)"
@@ -118,6 +119,13 @@ test-quantized: $(INSTALLED_DEV)
 # In an environment of its own, which sees the packages of .venv: what has to work without Ray is tested without it.
 test-ray: $(INSTALLED_RAY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RAY_VENV)/bin/python -m pytest $(or $(TESTS),tests/replicas)
+
+# ARGS=--small: 5 kills and not 50; short sequences. What came of it stands in docs/scaling.md.
+test-ray-kills: $(INSTALLED_RAY)
+	@OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -W ignore benchmarks/scale/kills.py $(ARGS)
+
+bench-ray: $(INSTALLED_RAY)
+	@OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -W ignore benchmarks/scale/efficiency.py $(ARGS)
 
 # Half an hour; what is done stands in .tmp/models-table and is not done again.
 models-table: $(INSTALLED_DEV)

@@ -63,10 +63,10 @@ ARROWS: dict[str, set[str]] = {
     "service/proto": set(),
     "service/wire": GROUND | {"runtime", "service/proto", *DRIVERS},
     "service/store": GROUND | {"runtime", "service/wire"},
-    "service/work": GROUND | DRIVERS | {"runtime", "service/wire", "service/store"},
+    "service/work": GROUND | DRIVERS | {"runtime", "replicas", "service/wire", "service/store"},
     "service/http": GROUND
     | DRIVERS
-    | {"calls", "config", "policy", "runtime", "web", "service/store", "service/wire", "service/work"},
+    | {"calls", "config", "policy", "replicas", "runtime", "web", "service/store", "service/wire", "service/work"},
     # What people call.
     "types": {"clients", "runtime", *DRIVERS},
     "art": GROUND | {"config", "finetuning", "policy", "rollouts"},

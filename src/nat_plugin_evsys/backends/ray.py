@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
-from nat_plugin_evsys.replicas.base import ReplicatedBase
+from nat_plugin_evsys.replicas.base import Replicas, ReplicatedBase
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.bases import BASES_IN_USE
 
@@ -58,10 +58,7 @@ class RayBackend(LocalBackend):
             shared = BASES_IN_USE.take(
                 base_model,
                 ReplicatedBase.open,
-                replicas=ray.replicas,
-                cpus=ray.cpus_per_replica,
-                gpus=ray.gpus_per_replica,
-                address=ray.address,
+                replicas=Replicas(ray.replicas, ray.cpus_per_replica, ray.gpus_per_replica, ray.address),
                 max_batch_size=max_batch_size,
                 deterministic=deterministic,
                 **options,

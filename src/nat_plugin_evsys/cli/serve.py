@@ -73,6 +73,11 @@ _STATUS_SECONDS = 10.0
 @click.option("--max-batch-size", type=int, default=64, show_default=True, help="Largest sampling batch, in sequences.")
 @click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Where builtin models are kept.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run code shipped with the model.")
+@click.option("--ray", is_flag=True, help="Compute on replicas of each model on a Ray cluster (docs/scaling.md).")
+@click.option("--replicas", type=click.IntRange(1), help="With --ray: copies of each model.")
+@click.option("--gpus-per-replica", type=int, help="With --ray: 0 or 1; default: 1 if the cluster has GPUs.")
+@click.option("--cpus-per-replica", type=click.IntRange(1), help="With --ray: cores and threads of each; default: 1.")
+@click.option("--address", help="With --ray: a running cluster, HOST:PORT; default: a new one on this machine.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 @click.option(
     "--session-timeout", type=float, default=1800.0, show_default=True, help="Seconds idle before a session is parked."
@@ -105,6 +110,7 @@ def serve_command(
     try:
         settings["api_keys"] = [*api_keys, *_keys_of_environment(), *_keys_of_file(api_key_file)]
         settings["policies"] = dict(_named(policy) for policy in policies)
+        settings["ray"] = _ray(settings)
         config = _config({**settings, **({} if store is None else {"store": store})})
         from nat_plugin_evsys.service.http.server import serve
 
@@ -174,6 +180,18 @@ def _keys_of_file(path: Path | None) -> Iterable[str]:
     if not keys:
         raise ConfigError(f"--api-key-file {path} has no key in it; write one tml-… key a line")
     return keys
+
+
+def _ray(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the options that are about replicas out of ``settings``."""
+    wanted = settings.pop("ray")
+    names = ("replicas", "gpus_per_replica", "cpus_per_replica", "address")
+    given = {name: value for name in names if (value := settings.pop(name)) is not None}
+    if not wanted and given:
+        raise ConfigError(f"--{min(given).replace('_', '-')} has no effect without --ray; add it")
+    if wanted and "replicas" not in given:
+        raise ConfigError("--ray needs --replicas N, the number of copies of each model")
+    return given if wanted else None
 
 
 def _named(policy: str) -> tuple[str, str]:

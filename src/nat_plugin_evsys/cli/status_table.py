@@ -9,7 +9,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def status_table(status: dict[str, Any]) -> str:
-    """The answer of ``GET /status`` as text: a line for the server, then a table of the caller's models."""
+    """The answer of ``GET /status`` as text: lines for the server, tables of its replicas and the caller's models."""
     lines = [
         f"base models   {', '.join(status['base_models'])}",
         f"queue         {_counts(status['queued'])}",
@@ -20,6 +20,8 @@ def status_table(status: dict[str, Any]) -> str:
         f"sessions      {status['sessions']}   clients waiting {status['long_polls']}   up {_time(status['uptime'])}",
         "",
     ]
+    if status.get("replicas"):
+        lines += [*_replicas(status["replicas"]), ""]
     if not status["models"]:
         return "\n".join([*lines, "no models"])
     head = ("MODEL", "BASE", "STATE", "STEP", "QUEUED", "SECONDS", "TOKENS")
@@ -36,6 +38,26 @@ def status_table(status: dict[str, Any]) -> str:
         for model in status["models"]
     ]
     return "\n".join([*lines, *_columns([head, *rows])])
+
+
+def _replicas(replicas: Sequence[dict[str, Any]]) -> list[str]:
+    head = ("REPLICA", "BASE", "STATE", "HOST", "DEVICE", "MEMORY", "TOKENS/S", "TOKENS", "SAMPLING", "RESTARTS")
+    rows = [
+        (
+            str(each["replica"]),
+            each["base_model"],
+            "straggles" if each["straggles"] else each["state"],
+            each["host"],
+            each["device"],
+            _bytes(each["memory"]),
+            _text(each["tokens_per_second"]),
+            _text(each["tokens"]),
+            _text(each["sampling"]),
+            _text(each["restarts"]),
+        )
+        for each in replicas
+    ]
+    return _columns([head, *rows])
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from nat_plugin_evsys.config.quantization import QUANTIZATION, Quantization
+from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.config.strict import StrictConfig
 from nat_plugin_evsys.runtime import defaults
 
@@ -67,6 +68,9 @@ class ServeConfig(StrictConfig):
     )
     cache_dir: Path | None = Field(default=None, description="Where `builtin/…` models are kept.")
     trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")
+    ray: RayConfig | None = Field(
+        default=None, description="Replicas of every base model on a Ray cluster; default is this process alone."
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="Format of the log on stderr.")
     session_timeout: float = Field(
         default=1800.0, gt=0, description="Seconds without a request after which a session's models leave memory."

@@ -9,9 +9,11 @@ from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import ModelError
 from nat_plugin_evsys.replicas.pool import ReplicaPool
+from nat_plugin_evsys.replicas.pool import Replicas as Replicas
 from nat_plugin_evsys.replicas.replica import ReplicaSettings
 from nat_plugin_evsys.replicas.sampling import ReplicaSampler
 from nat_plugin_evsys.replicas.steps import ReplicaSteps
+from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.bases import SharedBase
 
 
@@ -27,18 +29,14 @@ class ReplicatedBase(SharedBase):
         cls,
         base_model: str,
         *,
-        replicas: int,
-        cpus: int = 1,
-        gpus: int | None = None,
-        address: str | None = None,
-        max_batch_size: int,
+        replicas: Replicas,
+        max_batch_size: int = defaults.MAX_BATCH_SIZE,
         deterministic: bool = False,
         **options: Any,
     ) -> ReplicatedBase:
         """Start the replicas.
 
         Args:
-            replicas, cpus, gpus, address: see ``ReplicaPool``.
             options: of ``load_base_model``; ``device`` is that of the replicas.
 
         Raises:
@@ -46,8 +44,8 @@ class ReplicatedBase(SharedBase):
             ModelError: the base model cannot be loaded, or is another one on the cluster.
         """
         base = load_base_model(base_model, **{**options, "device": "cpu"})
-        settings = ReplicaSettings(base_model, options, max_batch_size, deterministic, cpus)
-        pool = ReplicaPool(settings, replicas=replicas, gpus=gpus, address=address)
+        settings = ReplicaSettings(base_model, options, max_batch_size, deterministic, replicas.cpus)
+        pool = ReplicaPool(settings, replicas)
         if pool.identity != base.identity:
             pool.close()
             raise ModelError(f"ray: {base_model} is another model on the cluster than here; give the same files to all")

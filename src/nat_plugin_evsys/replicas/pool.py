@@ -21,13 +21,29 @@ RETRIES = 5
 """How often Ray runs a call again whose replica has died, so that a call that kills its replica ends."""
 
 _POLL_S = 0.1
-_FACTS_S = 5.0
+_FACTS_S = 2.0
 _STRAGGLES = 0.5
 """A replica straggles if it computes fewer than this many times the tokens per second that the fastest one does."""
 _FEWEST_PASSES = 5
 """Before that many passes a replica's speed is that of a first one, which also checks the fast path."""
 _MEMORY = 0.7
 """Share of the older calls in a replica's measured speed."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many replicas of a base model, of what size, and where.
+
+    Attributes:
+        cpus: cores of each, and threads that it computes on.
+        gpus: of each; None is one if the cluster has any.
+        address: of a running cluster; None starts one on this machine.
+    """
+
+    count: int
+    cpus: int = 1
+    gpus: int | None = None
+    address: str | None = None
 
 
 @dataclass
@@ -66,24 +82,20 @@ class ReplicaPool:
 
     Args:
         settings: of each replica.
-        replicas, cpus, gpus: how many, and of what size; ``gpus`` None is one if the cluster has any.
-        address: of a running cluster; None starts one on this machine.
 
     Raises:
         ConfigError: Ray is not installed, there is no such cluster, or it is too small.
         ModelError: the base model cannot be loaded there.
     """
 
-    def __init__(
-        self, settings: ReplicaSettings, *, replicas: int, gpus: int | None = None, address: str | None = None
-    ) -> None:
-        cluster.join(address)
+    def __init__(self, settings: ReplicaSettings, replicas: Replicas) -> None:
+        cluster.join(replicas.address)
         self._lock = threading.Lock()
         self._closed = False
         self._named: set[int] = set()
         self.members: list[Member] = []
         try:
-            self.members = self._start(settings, replicas, cluster.gpus_each(gpus))
+            self.members = self._start(settings, replicas)
         except BaseException:
             self.close()
             raise
@@ -91,18 +103,19 @@ class ReplicaPool:
     def __len__(self) -> int:
         return len(self.members)
 
-    def _start(self, settings: ReplicaSettings, replicas: int, gpus: int) -> list[Member]:
+    def _start(self, settings: ReplicaSettings, replicas: Replicas) -> list[Member]:
         import ray
 
-        cluster.check_room(replicas, settings.threads, gpus)
+        gpus = cluster.gpus_each(replicas.gpus)
+        cluster.check_room(replicas.count, replicas.cpus, gpus)
         actor = ray.remote(Replica).options(
-            num_cpus=settings.threads,
+            num_cpus=replicas.cpus,
             num_gpus=gpus,
             max_restarts=-1,
             max_task_retries=RETRIES,
             scheduling_strategy="SPREAD",
         )
-        members = [Member(actor.remote(settings)) for _ in range(replicas)]
+        members = [Member(actor.remote(settings)) for _ in range(replicas.count)]
         self.members = members
         for member in members:
             member.facts = self._answer(member.actor.facts.remote())

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 from nat_plugin_evsys.config.serve import ServeConfig
 from nat_plugin_evsys.files import others_may_read
+from nat_plugin_evsys.replicas.base import Replicas
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.http.auth import Keys
 from nat_plugin_evsys.service.http.context import ServiceContext
@@ -53,6 +54,10 @@ async def running(config: ServeConfig, closing: asyncio.Event) -> AsyncIterator[
 
 
 def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore) -> Engine:
+    ray = config.ray
+    replicas = None
+    if ray is not None:
+        replicas = Replicas(ray.replicas, ray.cpus_per_replica, ray.gpus_per_replica, ray.address)
     return Engine(
         store,
         checkpoints,
@@ -65,4 +70,5 @@ def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore) -> 
         cache_dir=config.cache_dir,
         trust_remote_code=config.trust_remote_code,
         retain_operations=config.retain_operations,
+        replicas=replicas,
     )

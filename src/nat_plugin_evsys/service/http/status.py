@@ -31,6 +31,7 @@ def server_status(context: ServiceContext, owner: str | None) -> dict[str, Any]:
         "tokens": {**engine["tokens"], "chat": chat.total},
         "tokens_per_second": {**engine["tokens_per_second"], "chat": chat.rate()},
         "memory": engine["memory"],
+        "replicas": engine["replicas"],
         "long_polls": context.pending.waiting,
         "uptime": time.monotonic() - _STARTED,
         "models": [] if owner is None else _models(context, engine["models"], owner),

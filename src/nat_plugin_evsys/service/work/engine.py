@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import CheckpointError, EvsysError
+from nat_plugin_evsys.replicas.base import Replicas
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.store.operations import Operation
@@ -47,6 +48,7 @@ class Engine:
         retain_operations: keep the payloads of operations that a saved state covers.
         state_policy: when the states of models are saved.
         gap_timeout: seconds after which operations waiting for a missing one are abandoned.
+        replicas: of every base model, on a Ray cluster; None computes in this process.
     """
 
     def __init__(
@@ -65,10 +67,12 @@ class Engine:
         retain_operations: bool = False,
         state_policy: StatePolicy | None = None,
         gap_timeout: float = GAP_TIMEOUT_S,
+        replicas: Replicas | None = None,
     ) -> None:
         self._store = store
         self._bases = ServedBases(
             base_models,
+            replicas,
             max_batch_size=max_batch_size,
             device=device,
             dtype=dtype,
@@ -160,7 +164,7 @@ class Engine:
 
     def status(self) -> dict[str, Any]:
         """The engine's activity; see ``engine_status``."""
-        return engine_status(self._store, self._hosting, self._sampling, self._samplers)
+        return engine_status(self._store, self._hosting, self._sampling, self._samplers, self._bases)
 
     def close(self, timeout: float = 30.0) -> None:
         """Finish running operations, or stop them after ``timeout`` seconds; save the models' state; free everything.

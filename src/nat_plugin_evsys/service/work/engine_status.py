@@ -12,6 +12,7 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.service.work.hosting import Hosting
 from nat_plugin_evsys.service.work.samplers import Samplers
 from nat_plugin_evsys.service.work.sampling import SampleRunner
+from nat_plugin_evsys.service.work.served_bases import ServedBases
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.rows import ModelRow
@@ -37,14 +38,16 @@ def model_facts(row: ModelRow, base: BaseModel) -> dict[str, Any]:
     }
 
 
-def engine_status(store: Store, hosting: Hosting, sampling: SampleRunner, samplers: Samplers) -> dict[str, Any]:
+def engine_status(
+    store: Store, hosting: Hosting, sampling: SampleRunner, samplers: Samplers, bases: ServedBases
+) -> dict[str, Any]:
     """The engine's activity.
 
     Returns:
         ``models``: by model id ``base_model``, ``state`` (loaded, parked), ``step`` (None where unknown, as it has not
         been in memory), ``queued``, ``engine_seconds`` and ``tokens_trained`` since the start; ``seconds``, ``tokens``
         and ``tokens_per_second`` (over a minute) of ``training`` and ``sampling``; ``sampling``: ``requests`` and
-        ``sequences`` in flight; ``memory`` in bytes.
+        ``sequences`` in flight; ``memory`` in bytes; ``replicas``: see ``ServedBases.replicas``.
     """
     live = {model_id: each for model_id, each in hosting.models().items() if not each.gone}
     execution = hosting.execution
@@ -67,6 +70,7 @@ def engine_status(store: Store, hosting: Hosting, sampling: SampleRunner, sample
         "tokens_per_second": {"trained": execution.throughput.rate(), "sampled": sampling.throughput.rate()},
         "sampling": {"requests": requests, "sequences": sequences},
         "memory": {**_memory(), "adapters": samplers.memory()},
+        "replicas": bases.replicas(),
     }
 
 

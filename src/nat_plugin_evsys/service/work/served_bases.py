@@ -9,6 +9,7 @@ from typing import Any
 from nat_plugin_evsys.engine.checkpoints import CheckpointInfo
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.errors import CheckpointError, ModelError
+from nat_plugin_evsys.replicas.base import Replicas, ReplicatedBase
 from nat_plugin_evsys.runtime.bases import BaseModels, SharedBase
 
 
@@ -17,13 +18,16 @@ class ServedBases:
 
     Args:
         names: ``builtin/…``, directories or hub ids.
-        max_batch_size: see ``Sampler``.
-        options: of ``load_base_model``.
+        replicas: of each model, on a Ray cluster; None loads it into this process.
+        options: of ``open_here``.
     """
 
-    def __init__(self, names: Sequence[str], *, max_batch_size: int, **options: Any) -> None:
+    def __init__(self, names: Sequence[str], replicas: Replicas | None = None, **options: Any) -> None:
         self.names = list(dict.fromkeys(names))
-        self._models = BaseModels(max_batch_size=max_batch_size, **options)
+        if replicas is None:
+            self._models = BaseModels(**options)
+        else:
+            self._models = BaseModels(ReplicatedBase.open, replicas=replicas, **options)
         self._shared: dict[str, SharedBase] = {}
 
     def load(self) -> list[SharedBase]:
@@ -45,6 +49,15 @@ class ServedBases:
     def models(self) -> list[BaseModel]:
         """The base models themselves."""
         return [shared.base for shared in self._shared.values()]
+
+    def replicas(self) -> list[dict[str, Any]]:
+        """The state of each replica of each model; empty without a cluster. See ``ReplicaPool.status``."""
+        return [
+            {"base_model": shared.base.name, **facts}
+            for shared in self._shared.values()
+            if isinstance(shared, ReplicatedBase)
+            for facts in shared.pool.status()
+        ]
 
     def find(self, name: str) -> SharedBase | None:
         """The model of that name, or of that directory however it is spelled."""

@@ -1,0 +1,142 @@
+"""How much of a second replica arrives: training steps and rollouts on one and on two replicas of one thread each.
+
+    make bench-ray [ARGS="--small"]
+
+The workloads and the model are those of benchmarks/cpu. Of every part it prints
+
+- wall seconds, with one and with two replicas, and their efficiency, ``wall_1 / (2 wall_2)``;
+- the same by CPU seconds: those of the busier replica plus those of the process that drives them, as if nothing of
+  the two overlapped. On a machine that other work keeps busy this is the figure that says something.
+- bytes that a step moves: the weights and each replica's gradient.
+
+Medians over the repeats; what comes first (checks of the fast paths, imports) is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from tinker import types
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
+
+from models import ALPHA, RANK, build_model
+from workloads import FULL, SMALL, Shape, workload
+
+from nat_plugin_evsys.backends.ray import RayBackend
+from nat_plugin_evsys.config.ray import RayConfig
+from nat_plugin_evsys.engine.model.loading import load_tokenizer
+
+TRAINING = ("W1", "W2")
+PROMPTS, SAMPLES, PROMPT_TOKENS, TOKENS = 8, 8, 256, 64
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument(
+        "--small", action="store_true", help="a small model and short sequences: a check, no figures"
+    )
+    arguments.add_argument("--repeats", type=int, default=3)
+    options = arguments.parse_args()
+    shape = SMALL if options.small else FULL
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory) / "model"
+        build_model(shape).save_pretrained(model)
+        load_tokenizer("builtin/tiny").save_pretrained(model)
+        ray.init(num_cpus=2, object_store_memory=400 << 20, include_dashboard=False, log_to_driver=False)
+        try:
+            found = {n: asyncio.run(_measured(model, n, shape, options.repeats)) for n in (1, 2)}
+        finally:
+            ray.shutdown()
+    print(json.dumps({name: _compared(found[1][name], found[2][name]) for name in found[1]}, indent=1))
+
+
+def _compared(one: dict[str, float], two: dict[str, float]) -> dict[str, Any]:
+    efficiency = {clock: round(one[clock] / (2 * two[clock]), 3) for clock in ("wall", "cpu")}
+    return {
+        "efficiency": efficiency,
+        "one": {key: round(value, 3) for key, value in one.items()},
+        "two": {key: round(value, 3) for key, value in two.items()},
+    }
+
+
+async def _measured(model: Path, replicas: int, shape: Shape, repeats: int) -> dict[str, dict[str, float]]:
+    backend = await RayBackend.start(
+        str(model),
+        RayConfig(replicas=replicas),
+        rank=RANK,
+        alpha=ALPHA,
+        checkpoint_dir=model.parent / f"checkpoints-{replicas}",
+        untrained_logprobs=False,
+        device="cpu",
+    )
+    try:
+        found = {}
+        for name in TRAINING:
+            data = [_datum(ids, mask) for ids, mask in workload(name, shape)]
+            found[name] = await _median(backend, lambda data=data: _step(backend, data), repeats)
+        found["rollouts"] = await _median(backend, lambda: _rollout(backend, shape), repeats)
+        return found
+    finally:
+        await backend.close()
+
+
+async def _median(
+    backend: RayBackend, run: Callable[[], Awaitable[dict[str, float]]], repeats: int
+) -> dict[str, float]:
+    rows = []
+    for repeat in range(repeats + 1):
+        processes = [psutil.Process(each["pid"]) for each in await asyncio.to_thread(backend.replicas)]
+        before, started = _cpu(processes), time.perf_counter()
+        facts = await run()
+        wall, after = time.perf_counter() - started, _cpu(processes)
+        here, *theirs = (b - a for a, b in zip(before, after, strict=True))
+        if repeat:
+            rows.append({"wall": wall, "cpu": here + max(theirs), "cpu_here": here, **facts})
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def _cpu(processes: list[psutil.Process]) -> list[float]:
+    """CPU seconds of this process and of each replica, so far."""
+    times = [process.cpu_times() for process in (psutil.Process(), *processes)]
+    return [each.user + each.system for each in times]
+
+
+async def _step(backend: RayBackend, data: list[types.Datum]) -> dict[str, float]:
+    output = await backend.forward_backward_async(data, loss_fn="importance_sampling")
+    await backend.optim_step_async(types.AdamParams(learning_rate=1e-4))
+    names = ("computed_tokens:sum", "replica_imbalance:max", "replica_repeated_tokens:sum")
+    weights = 4 * sum(tensor.numel() for _, tensor in backend._model.adapter.named_tensors())
+    replicas = output.metrics["replicas:max"]
+    return {**{name: output.metrics[name] for name in names}, "weight_bytes": weights, "moved": weights * 2 * replicas}
+
+
+async def _rollout(backend: RayBackend, shape: Shape) -> dict[str, float]:
+    client = await backend.snapshot_sampling_client()
+    params = types.SamplingParams(max_tokens=TOKENS // shape.divide, temperature=1.0, stop=[], seed=0)
+    prompts = [list(range(i, i + PROMPT_TOKENS // shape.divide)) for i in range(PROMPTS)]
+    calls = [client.sample_async(types.ModelInput.from_ints(p), 1, params) for p in prompts for _ in range(SAMPLES)]
+    responses = await asyncio.gather(*calls)
+    return {"sampled_tokens": float(sum(len(s.tokens) for r in responses for s in r.sequences))}
+
+
+def _datum(ids: list[int], mask: list[bool]) -> types.Datum:
+    advantages = [float(trained) for trained in mask[1:]]
+    inputs: Any = {"target_tokens": ids[1:], "logprobs": [-10.0 * a for a in advantages], "advantages": advantages}
+    return types.Datum(types.ModelInput.from_ints(ids[:-1]), inputs)
+
+
+if __name__ == "__main__":
+    main()

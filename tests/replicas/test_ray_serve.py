@@ -1,0 +1,84 @@
+"""``nat evsys serve --ray``: the official SDK, unmodified, against a server whose models are replicas."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from nat_process import run_nat
+from serve_process import ServerProcess, add_chat_template, start_server
+from tiny import save_byte_model
+
+pytest.importorskip("ray", reason="needs Ray: make test-ray")
+
+SCRIPT = Path(__file__).parents[1] / "service" / "sdk_script.py"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_chat_template(save_byte_model(tmp_path_factory.mktemp("served") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    store = tmp_path_factory.mktemp("ray") / "store"
+    running = start_server(model, store, "--ray", "--replicas", "2", "--gpus-per-replica", "0", "--poll-seconds", "3")
+    yield running
+    assert running.stop() == 0
+
+
+def replicas(server: ServerProcess) -> list[dict[str, Any]]:
+    status = run_nat("evsys", "status", "--url", server.url, "--json")
+    found: list[dict[str, Any]] = json.loads(status.out)["replicas"]
+    return found
+
+
+def test_every_call_of_the_sdk_does_what_it_says(server: ServerProcess, model: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), server.url, str(model)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.stdout.strip(), done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["problems"] == []
+    both = replicas(server)
+    assert [each["state"] for each in both] == ["up", "up"]
+    assert all(each["tokens"] > 0 for each in both)
+
+
+def test_the_status_shows_the_replicas_and_one_that_was_killed(server: ServerProcess, model: Path) -> None:
+    for each in replicas(server):
+        os.kill(each["pid"], signal.SIGKILL)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="tml-local", max_retries=0, timeout=120)
+    messages: Any = [{"role": "user", "content": "hi"}]
+    for _ in range(2):
+        assert client.chat.completions.create(model=str(model), messages=messages, max_tokens=8).choices
+    shown = run_nat("evsys", "status", "--url", server.url).out
+    assert "REPLICA" in shown
+    assert "TOKENS/S" in shown
+    assert max(each["restarts"] for each in replicas(server)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--replicas", "2"], "--replicas has no effect without --ray"),
+        (["--ray"], "--ray needs --replicas N"),
+        (["--ray", "--replicas", "1", "--gpus-per-replica", "2"], "not split over GPUs yet"),
+    ],
+)
+def test_options_that_cannot_take_effect_are_refused(options: list[str], message: str) -> None:
+    refused = run_nat("evsys", "serve", "--base-model", "builtin/tiny", *options)
+    assert refused.code != 0
+    assert message in refused.err
