@@ -33,7 +33,6 @@ PROMPT = types.ModelInput.from_ints(list(range(5, 60)))
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

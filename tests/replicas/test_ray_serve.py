@@ -33,6 +33,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     running = start_server(model, store, "--ray", "--replicas", "2", "--gpus-per-replica", "0", "--poll-seconds", "3")
     yield running
     assert running.stop() == 0
+    assert "SIGTERM received" not in running.log.read_text()  # Ray's own handler, with a stack
 
 
 def replicas(server: ServerProcess) -> list[dict[str, Any]]:

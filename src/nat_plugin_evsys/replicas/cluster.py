@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import threading
 from typing import Any
 
@@ -79,6 +80,17 @@ def leave() -> None:
         if _users == 0 and _keeper is not None:
             _keeper.end()
             _keeper = None
+
+
+def keep_signal_handlers() -> None:
+    """Install this process's handlers again over Ray's, which print a stack first. Has no effect off the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handler = signal.getsignal(number)
+        if handler is not None:
+            signal.signal(number, handler)
+            signal.siginterrupt(number, False)  # as asyncio sets it
 
 
 def gpus_each(wanted: int | None) -> int:

@@ -168,7 +168,7 @@ class ReplicaPool:
         return sum(member.restarts for member in self.members)
 
     def status(self) -> list[dict[str, Any]]:
-        """Of each replica: ``replica``, ``host``, ``pid``, ``device``, ``memory`` (peak bytes), ``state`` (``up``, or
+        """Of each replica: ``replica``, ``host``, ``node``, ``pid``, ``device``, ``memory`` (peak bytes), ``state`` (``up``, or
         ``starting`` if it does not answer), ``restarts``, ``tokens``, ``tokens_per_second`` (of recent passes, None
         before the first), ``sampling`` (sequences) and ``straggles``."""
         import ray

@@ -95,10 +95,13 @@ class Replica:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evsys-pass")
 
     async def facts(self) -> dict[str, Any]:
-        """Where it is: ``pid``, ``host``, ``device``, ``memory`` (peak bytes), and the base model's ``identity``."""
+        """Where it is: ``pid``, ``host``, ``node`` (Ray's id of it), ``device``, ``memory`` (peak bytes), and the base model's ``identity``."""
+        import ray
+
         base = self._shared.base
         return {
             "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
             "device": str(base.device) if base.device.type == "cpu" else torch.cuda.get_device_name(base.device),
             "memory": peak_bytes(base.device),

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from nat_plugin_evsys.config.serve import ServeConfig
 from nat_plugin_evsys.files import others_may_read
 from nat_plugin_evsys.replicas.base import Replicas
+from nat_plugin_evsys.replicas.cluster import keep_signal_handlers
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore
 from nat_plugin_evsys.service.http.auth import Keys
 from nat_plugin_evsys.service.http.context import ServiceContext
@@ -43,6 +44,8 @@ async def running(config: ServeConfig, closing: asyncio.Event) -> AsyncIterator[
         engine = _engine(config, store, checkpoints)
         try:
             await asyncio.to_thread(engine.start)
+            if config.ray is not None:
+                keep_signal_handlers()
             keys = Keys([key.get_secret_value() for key in config.api_keys])
             yield ServiceContext(config, store, checkpoints, engine, keys, pending, Presence(store), metrics, closing)
         finally:
