@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nat_plugin_evsys.engine.gradient.steps import Steps
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
-from nat_plugin_evsys.errors import ModelError
+from nat_plugin_evsys.errors import EvsysError, ModelError
 from nat_plugin_evsys.replicas.pool import ReplicaPool
 from nat_plugin_evsys.replicas.pool import Replicas as Replicas
 from nat_plugin_evsys.replicas.replica import ReplicaSettings
@@ -43,9 +44,19 @@ class ReplicatedBase(SharedBase):
             ConfigError: Ray is not installed, there is no such cluster, or it is too small.
             ModelError: the base model cannot be loaded, or is another one on the cluster.
         """
-        base = load_base_model(base_model, **{**options, "device": "cpu"})
         settings = ReplicaSettings(base_model, options, max_batch_size, deterministic, replicas.cpus)
-        pool = ReplicaPool(settings, replicas)
+        with ThreadPoolExecutor(1) as executor:
+            loading = executor.submit(load_base_model, base_model, **{**options, "device": "cpu"})
+            try:
+                pool = ReplicaPool(settings, replicas)
+            except EvsysError:
+                loading.result()  # if it cannot be loaded here either, that says it best
+                raise
+        try:
+            base = loading.result()
+        except BaseException:
+            pool.close()
+            raise
         if pool.identity != base.identity:
             pool.close()
             raise ModelError(f"ray: {base_model} is another model on the cluster than here; give the same files to all")

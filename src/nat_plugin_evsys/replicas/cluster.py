@@ -83,7 +83,7 @@ def leave() -> None:
 
 
 def keep_signal_handlers() -> None:
-    """Install this process's handlers again over Ray's, which print a stack first. Has no effect off the main thread."""
+    """Install this process's handlers again over Ray's, which print a stack first. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         return
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -168,9 +168,13 @@ class ReplicaPool:
         return sum(member.restarts for member in self.members)
 
     def status(self) -> list[dict[str, Any]]:
-        """Of each replica: ``replica``, ``host``, ``node``, ``pid``, ``device``, ``memory`` (peak bytes), ``state`` (``up``, or
-        ``starting`` if it does not answer), ``restarts``, ``tokens``, ``tokens_per_second`` (of recent passes, None
-        before the first), ``sampling`` (sequences) and ``straggles``."""
+        """The state of each replica.
+
+        Returns:
+            ``replica``, ``host``, ``node``, ``pid``, ``device``, ``memory`` (peak bytes), ``state`` (``up``, or
+            ``starting`` if it does not answer), ``restarts``, ``tokens``, ``tokens_per_second`` (of recent passes, None
+            before the first), ``sampling`` (sequences) and ``straggles``.
+        """
         import ray
 
         asked = [member.actor.facts.remote() for member in self.members]
@@ -256,12 +260,13 @@ def readable(error: Exception) -> Exception:
 
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
         return ReplicaError(
-            f"a replica died {RETRIES + 1} times in the same call, or cannot be started again: {_first_line(error)}; "
+            f"a replica died {RETRIES + 1} times in the same call, or cannot be started again: {_last_line(error)}; "
             "`nat evsys status` shows the replicas, and Ray's logs are in /tmp/ray/session_latest/logs there"
         )
-    return ReplicaError(f"a replica failed: {_first_line(cause or error)}")
+    return ReplicaError(f"a replica failed: {_last_line(cause or error)}")
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
+    """Where Ray quotes the error of a replica that could not start, that is the error itself."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    return f"{type(error).__name__}: {text.splitlines()[-1].strip()[:300] if text else ''}"

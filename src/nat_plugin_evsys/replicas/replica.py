@@ -95,7 +95,7 @@ class Replica:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evsys-pass")
 
     async def facts(self) -> dict[str, Any]:
-        """Where it is: ``pid``, ``host``, ``node`` (Ray's id of it), ``device``, ``memory`` (peak bytes), and the base model's ``identity``."""
+        """``pid``, ``host``, ``node`` (Ray's id), ``device``, ``memory`` (peak bytes), ``identity`` (of the base)."""
         import ray
 
         base = self._shared.base
