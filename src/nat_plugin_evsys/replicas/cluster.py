@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import signal
+import socket
 import threading
 from typing import Any
 
@@ -17,6 +18,7 @@ from nat_plugin_evsys.errors import ConfigError
 INSTALL = "pip install 'nat_plugin_evsys[ray]'"
 
 _MOST_OBJECT_BYTES = 2 * 2**30
+_CONNECT_S = 10.0
 _lock = threading.Lock()
 _users = 0
 _keeper: _Keeper | None = None
@@ -116,6 +118,10 @@ def check_room(replicas: int, cpus: int, gpus: int) -> None:
 def _start(address: str | None) -> None:
     import ray
 
+    host, separator, port = (address or "").rpartition(":")
+    if separator and port.isdigit() and "://" not in host:
+        # Ray itself asks for a minute or more.
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
     options: dict[str, Any] = {"address": address}
     if address is None:
         # Ray's own default takes a third of the machine. What passes through are weights and gradients of adapters.
