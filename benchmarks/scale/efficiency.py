@@ -9,6 +9,10 @@ The workloads and the model are those of benchmarks/cpu. Of every part it prints
   the two overlapped. On a machine that other work keeps busy this is the figure that says something.
 - bytes that a step moves: the weights and each replica's gradient.
 
+Before that, what the way of a gradient and of the weights costs on this machine, in GB/s: ``put`` and ``get`` by Ray's object
+store, ``sum`` of one more gradient, ``hash``. The model on paper in docs/scaling.md stands on these; ``--constants``
+measures nothing else.
+
 Medians over the repeats; what comes first (checks of the fast paths, imports) is left out.
 """
 
@@ -25,8 +29,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import ray
+import torch
 from tinker import types
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
@@ -37,8 +43,10 @@ from workloads import FULL, SMALL, Shape, workload
 from nat_plugin_evsys.backends.ray import RayBackend
 from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.engine.model.loading import load_tokenizer
+from nat_plugin_evsys.replicas.weights import digest
 
 TRAINING = ("W1", "W2")
+_BYTES = 100_000_000
 PROMPTS, SAMPLES, PROMPT_TOKENS, TOKENS = 8, 8, 256, 64
 
 
@@ -49,6 +57,7 @@ def main() -> None:
         "--small", action="store_true", help="a small model and short sequences: a check, no figures"
     )
     arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--constants", action="store_true", help="only what moving weights and gradients costs")
     options = arguments.parse_args()
     shape = SMALL if options.small else FULL
     with tempfile.TemporaryDirectory() as directory:
@@ -57,10 +66,37 @@ def main() -> None:
         load_tokenizer("builtin/tiny").save_pretrained(model)
         ray.init(num_cpus=2, object_store_memory=400 << 20, include_dashboard=False, log_to_driver=False)
         try:
+            print(json.dumps({"gigabytes_per_second": _constants()}))
+            if options.constants:
+                return
             found = {n: asyncio.run(_measured(model, n, shape, options.repeats)) for n in (1, 2)}
         finally:
             ray.shutdown()
     print(json.dumps({name: _compared(found[1][name], found[2][name]) for name in found[1]}, indent=1))
+
+
+def _constants() -> dict[str, float]:
+    values = np.ones(_BYTES // 4, np.float32)
+    total = torch.from_numpy(values.copy())
+
+    @ray.remote(num_cpus=1)
+    def fetched(reference: list[Any]) -> float:
+        started = time.perf_counter()
+        ray.get(reference[0]).copy()
+        return time.perf_counter() - started
+
+    def timed(run: Callable[[], Any]) -> float:
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    seconds: dict[str, list[float]] = {"put": [], "get": [], "sum": [], "hash": []}
+    for _ in range(5):
+        seconds["put"].append(timed(lambda: ray.put(values)))
+        seconds["get"].append(ray.get(fetched.remote([ray.put(values)])))
+        seconds["sum"].append(timed(lambda: total.add_(torch.from_numpy(values.copy()))))
+        seconds["hash"].append(timed(lambda: digest(values)))
+    return {name: round(_BYTES / 1e9 / statistics.median(each), 2) for name, each in seconds.items()}
 
 
 def _compared(one: dict[str, float], two: dict[str, float]) -> dict[str, Any]:

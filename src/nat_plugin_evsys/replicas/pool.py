@@ -76,6 +76,20 @@ class Member:
             logger.warning("a replica died and was started again (process %s is now %s)", self.facts["pid"], pid)
         self.facts["pid"] = pid
 
+    def computed(self, tokens: int, seconds: float, pid: int) -> None:
+        """Note a pass."""
+        self.seen(pid)
+        self.tokens += tokens
+        self.passes += 1
+        speed = tokens / max(seconds, 1e-9)
+        self.speed = speed if self.speed is None else _MEMORY * self.speed + (1 - _MEMORY) * speed
+
+
+def stragglers_of(members: Sequence[Member]) -> list[int]:
+    """Numbers of the replicas that compute less than half of the tokens per second that the fastest one does."""
+    speeds = {number: m.speed or 0.0 for number, m in enumerate(members) if m.passes >= _FEWEST_PASSES}
+    return [number for number, speed in speeds.items() if speed < _STRAGGLES * max(speeds.values())]
+
 
 class ReplicaPool:
     """N replicas of one base model. Safe to use from several threads.
@@ -202,10 +216,9 @@ class ReplicaPool:
         return found
 
     def stragglers(self) -> list[int]:
-        """Replicas that compute less than half of the tokens per second that the fastest one does."""
+        """See ``stragglers_of``."""
         with self._lock:
-            speeds = {n: m.speed or 0.0 for n, m in enumerate(self.members) if m.passes >= _FEWEST_PASSES}
-        return [number for number, speed in speeds.items() if speed < _STRAGGLES * max(speeds.values())]
+            return stragglers_of(self.members)
 
     def close(self) -> None:
         """End the replicas, and the cluster if it was started here. Idempotent."""
@@ -220,13 +233,8 @@ class ReplicaPool:
         cluster.leave()
 
     def _took(self, number: int, share: ShareResult) -> ShareResult:
-        member, tokens = self.members[number], int(share.metrics.get("computed_tokens:sum", 0))
         with self._lock:
-            member.seen(share.pid)
-            member.tokens += tokens
-            member.passes += 1
-            speed = tokens / max(share.seconds, 1e-9)
-            member.speed = speed if member.speed is None else _MEMORY * member.speed + (1 - _MEMORY) * speed
+            self.members[number].computed(int(share.metrics["computed_tokens:sum"]), share.seconds, share.pid)
         return share
 
     def _name_stragglers(self) -> None:
