@@ -9,7 +9,7 @@ The workloads and the model are those of benchmarks/cpu. Of every part it prints
   the two overlapped. On a machine that other work keeps busy this is the figure that says something.
 - bytes that a step moves: the weights and each replica's gradient.
 
-Before that, what the way of a gradient and of the weights costs on this machine, in GB/s: ``put`` and ``get`` by Ray's object
+Before that, what moving weights and gradients costs on this machine, in GB/s: ``put`` and ``get`` by Ray's object
 store, ``sum`` of one more gradient, ``hash``. The model on paper in docs/scaling.md stands on these; ``--constants``
 measures nothing else.
 
@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-import torch
 from tinker import types
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
@@ -45,7 +44,7 @@ from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.engine.model.loading import load_tokenizer
 from nat_plugin_evsys.replicas.weights import digest
 
-TRAINING = ("W1", "W2")
+PARTS = ("W1", "W2", "rollouts")
 _BYTES = 100_000_000
 PROMPTS, SAMPLES, PROMPT_TOKENS, TOKENS = 8, 8, 256, 64
 
@@ -57,6 +56,7 @@ def main() -> None:
         "--small", action="store_true", help="a small model and short sequences: a check, no figures"
     )
     arguments.add_argument("--repeats", type=int, default=3)
+    arguments.add_argument("--only", nargs="*", default=PARTS, choices=PARTS)
     arguments.add_argument("--constants", action="store_true", help="only what moving weights and gradients costs")
     options = arguments.parse_args()
     shape = SMALL if options.small else FULL
@@ -69,15 +69,18 @@ def main() -> None:
             print(json.dumps({"gigabytes_per_second": _constants()}))
             if options.constants:
                 return
-            found = {n: asyncio.run(_measured(model, n, shape, options.repeats)) for n in (1, 2)}
+            found = {}
+            for replicas in (1, 2):
+                found[replicas] = asyncio.run(_measured(model, replicas, shape, options))
+                print(json.dumps({"replicas": replicas, **found[replicas]}), flush=True)
         finally:
             ray.shutdown()
-    print(json.dumps({name: _compared(found[1][name], found[2][name]) for name in found[1]}, indent=1))
+    print(json.dumps({"efficiency": {name: _efficiency(found[1][name], found[2][name]) for name in found[1]}}))
 
 
 def _constants() -> dict[str, float]:
     values = np.ones(_BYTES // 4, np.float32)
-    total = torch.from_numpy(values.copy())
+    total = values.copy()
 
     @ray.remote(num_cpus=1)
     def fetched(reference: list[Any]) -> float:
@@ -94,21 +97,18 @@ def _constants() -> dict[str, float]:
     for _ in range(5):
         seconds["put"].append(timed(lambda: ray.put(values)))
         seconds["get"].append(ray.get(fetched.remote([ray.put(values)])))
-        seconds["sum"].append(timed(lambda: total.add_(torch.from_numpy(values.copy()))))
+        seconds["sum"].append(timed(lambda: np.add(total, values, out=total)))
         seconds["hash"].append(timed(lambda: digest(values)))
     return {name: round(_BYTES / 1e9 / statistics.median(each), 2) for name, each in seconds.items()}
 
 
-def _compared(one: dict[str, float], two: dict[str, float]) -> dict[str, Any]:
-    efficiency = {clock: round(one[clock] / (2 * two[clock]), 3) for clock in ("wall", "cpu")}
-    return {
-        "efficiency": efficiency,
-        "one": {key: round(value, 3) for key, value in one.items()},
-        "two": {key: round(value, 3) for key, value in two.items()},
-    }
+def _efficiency(one: dict[str, float], two: dict[str, float]) -> dict[str, float]:
+    return {clock: round(one[clock] / (2 * two[clock]), 3) for clock in ("wall", "cpu")}
 
 
-async def _measured(model: Path, replicas: int, shape: Shape, repeats: int) -> dict[str, dict[str, float]]:
+async def _measured(
+    model: Path, replicas: int, shape: Shape, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
     backend = await RayBackend.start(
         str(model),
         RayConfig(replicas=replicas),
@@ -120,10 +120,12 @@ async def _measured(model: Path, replicas: int, shape: Shape, repeats: int) -> d
     )
     try:
         found = {}
-        for name in TRAINING:
+        for name in options.only:
+            if name == "rollouts":
+                found[name] = await _median(backend, lambda: _rollout(backend, shape), options.repeats)
+                continue
             data = [_datum(ids, mask) for ids, mask in workload(name, shape)]
-            found[name] = await _median(backend, lambda data=data: _step(backend, data), repeats)
-        found["rollouts"] = await _median(backend, lambda: _rollout(backend, shape), repeats)
+            found[name] = await _median(backend, lambda data=data: _step(backend, data), options.repeats)
         return found
     finally:
         await backend.close()
@@ -141,7 +143,7 @@ async def _median(
         here, *theirs = (b - a for a, b in zip(before, after, strict=True))
         if repeat:
             rows.append({"wall": wall, "cpu": here + max(theirs), "cpu_here": here, **facts})
-    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    return {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
 
 
 def _cpu(processes: list[psutil.Process]) -> list[float]:

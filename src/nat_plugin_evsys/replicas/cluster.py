@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ INSTALL = "pip install 'nat_plugin_evsys[ray]'"
 
 _MOST_OBJECT_BYTES = 2 * 2**30
 _CONNECT_S = 10.0
+_FREED_S = 10.0
 _lock = threading.Lock()
 _users = 0
 _keeper: _Keeper | None = None
@@ -103,10 +105,18 @@ def gpus_each(wanted: int | None) -> int:
 
 
 def check_room(replicas: int, cpus: int, gpus: int) -> None:
-    """Raise ConfigError if so many replicas do not fit into what the cluster has free: Ray would wait forever."""
+    """Raise ConfigError if so many replicas do not fit into what the cluster has free: Ray would wait forever.
+
+    What ended a moment ago is not free yet, so it waits for some seconds.
+    """
     import ray
 
+    wanted = {"GPU": replicas * gpus, "CPU": replicas * cpus}
+    deadline = time.monotonic() + _FREED_S
     free = ray.available_resources()
+    while any(free.get(name, 0.0) < least for name, least in wanted.items()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        free = ray.available_resources()
     for name, each in (("GPU", gpus), ("CPU", cpus)):
         if replicas * each > free.get(name, 0.0):
             raise ConfigError(

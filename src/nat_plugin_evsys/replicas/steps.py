@@ -59,13 +59,11 @@ class ReplicaSteps:
         return self._weights
 
     def _sum(self, found: Sequence[ShareResult | None]) -> torch.Tensor:
-        total: torch.Tensor | None = None
-        for share in found:
-            if share is not None and share.gradient is not None:
-                part = torch.from_numpy(share.gradient.copy())  # the object store's memory is read-only
-                total = part if total is None else total.add_(part)
-        assert total is not None
-        return total.to(next(self._adapter.named_tensors())[1].device)
+        first, *rest = (share.gradient for share in found if share is not None and share.gradient is not None)
+        total = first.copy()  # the object store's memory is read-only
+        for gradient in rest:
+            total += gradient
+        return torch.from_numpy(total).to(next(self._adapter.named_tensors())[1].device)
 
     def _metrics(self, shares: Shares, found: Sequence[ShareResult | None]) -> dict[str, float]:
         """The replicas' own, each reduced as its name says, and the plan's."""
