@@ -29,9 +29,18 @@ def test_calls_that_belong_to_no_rollout_end_the_run(finetune: Callable[..., Fin
     last = done.err.rstrip().splitlines()[-1]
     assert last.startswith("Error: none of the 3 calls that 3 rollouts made of the policy")
     assert "policy_endpoint()" in last
+    summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())
+    assert (summary["status"], f"Error: {summary['error']}") == ("failed", last)
+    assert (summary["calls"], summary["dropped"]) == (3, {"unattributed": 3})
+    assert summary["trajectories"] == {"trained": 0, "dropped": {}}, (
+        "those that measure the policy are none to train on"
+    )
+    assert summary["error"] in (newest_run(tmp_path) / "report.html").read_text()
 
 
-def test_all_rollouts_fail_then_the_run_stops_after_the_first_batch(finetune: Callable[..., Finished]) -> None:
+def test_all_rollouts_fail_then_the_run_stops_after_the_first_batch(
+    finetune: Callable[..., Finished], tmp_path: Path
+) -> None:
     rows = [{"id": str(number), "question": "broken: why?", "answer": "yes"} for number in range(2)]
     done = finetune({"_type": "raw_agent"}, rows)
     assert done.code == 1
@@ -40,6 +49,12 @@ def test_all_rollouts_fail_then_the_run_stops_after_the_first_batch(finetune: Ca
     last = done.err.rstrip().splitlines()[-1]
     assert last.startswith("Error: all 8 rollouts failed with the same reward"), done.text[-3000:]
     assert first in last
+    summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())
+    assert (summary["status"], f"Error: {summary['error']}") == ("failed", last)
+    assert (summary["adapter"], summary["serve_command"], summary["trained"]) == (None, None, 0)
+    assert summary["calls"] == sum(summary["dropped"].values()) == 10
+    assert summary["dropped"] == {"validation": 2, "zero_variance_group": 8}
+    assert summary["trajectories"]["dropped"] == {"zero_variance_group": 8}
 
 
 def test_some_rollouts_fail_and_it_is_said(finetune: Callable[..., Finished], tmp_path: Path) -> None:

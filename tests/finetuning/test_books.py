@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nat_plugin_evsys.calls import CallTally, DropReason
 from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
+from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
+from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.training.job_ledger import JobLedger
 
@@ -138,3 +142,17 @@ def test_a_further_policy_is_brought_to_where_the_run_is(tmp_path: Path) -> None
     assert again.state.last_checkpoint() is None
     assert again.metrics.rows() == []
     assert list(again.run_dir.checkpoints_dir.iterdir()) == []
+
+
+def test_a_stopped_run_has_a_summary_until_it_is_resumed(tmp_path: Path) -> None:
+    books = RunBooks.open(tmp_path, CONFIG, resume=False)
+    commit(books, 0)
+    books.count_rollouts(RolloutReport(tally=CallTally(calls=5, dropped=Counter({DropReason.NO_CALLS: 2}))))
+    books.stop("interrupted", "Ctrl-C")
+    summary = RunSummary.read(books.run_dir.summary_path)
+    assert (summary.status, summary.error, summary.calls) == ("interrupted", "Ctrl-C", 5)
+    assert summary.dropped == {"no_calls": 2, "job_canceled": 3}
+    assert "Interrupted after 0 epochs" in summary.format(books.run_dir.summary_path)
+    again = resumed(tmp_path, books)
+    assert not again.run_dir.summary_path.exists()
+    assert again.state.tally["calls"] == 0

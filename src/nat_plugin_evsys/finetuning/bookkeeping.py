@@ -16,9 +16,7 @@ from nat_plugin_evsys.calls import CallTally, DropReason
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.policy.recorder import RecorderTotals
-from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.metrics_log import MetricsLog
-from nat_plugin_evsys.report.prompts import total_prompts
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path, policy_directory
 from nat_plugin_evsys.runs.environment import add_environment
@@ -31,18 +29,29 @@ Resume = bool | Literal["previous"]
 
 
 class RunBooks:
-    """Counts in memory during an epoch; ``commit`` puts them on disk together with the checkpoint's name."""
+    """Counts in memory during an epoch; ``commit`` puts them on disk together with the checkpoint's name.
 
-    def __init__(self, run_dir: RunDirectory) -> None:
+    Args:
+        policy: whose books these are, if the run trains several policies.
+    """
+
+    def __init__(self, run_dir: RunDirectory, policy: str | None = None) -> None:
         self.run_dir = run_dir
+        self._policy = policy
+        self._strays_counted = False
         self.metrics = MetricsLog(run_dir.metrics_path)
         self._started = time.monotonic()
         self._refusals: dict[str, int] = {}  # those of this process; states do not keep them
         self._load_counts()
 
     @classmethod
-    def open(cls, output_dir: Path, config: Mapping[str, Any], *, resume: Resume) -> RunBooks:
+    def open(
+        cls, output_dir: Path, config: Mapping[str, Any], *, resume: Resume, policy: str | None = None
+    ) -> RunBooks:
         """A new run directory, or the newest one to resume.
+
+        Args:
+            policy: see the class.
 
         Raises:
             ConfigError: nothing to resume, the settings changed, or another process runs it.
@@ -51,14 +60,14 @@ class RunBooks:
         if not resume:
             run_dir = RunDirectory.create(output_dir, config)
             add_environment(run_dir.path)
-            return cls(run_dir)
+            return cls(run_dir, policy)
         newest = RunDirectory.newest(output_dir, previous=resume == "previous")
         if newest is None:
             raise ConfigError(f"resume: there is no run under {output_dir}; set resume: false to start one")
         newest.check_config(config)
         newest.lock()
         add_environment(newest.path)
-        return cls(newest)
+        return cls(newest, policy)
 
     @classmethod
     def of_policy(cls, own: RunBooks, name: str, config: Mapping[str, Any]) -> RunBooks:
@@ -69,7 +78,7 @@ class RunBooks:
         """
         run_dir = policy_directory(own.run_dir, name, config)
         add_environment(run_dir.path)
-        return cls(run_dir)
+        return cls(run_dir, name)
 
     @property
     def state(self) -> RunState:
@@ -93,6 +102,7 @@ class RunBooks:
         JobLedger(self.run_dir.path).discard_after(epoch)
         self.run_dir.rollouts.discard_after(epoch)
         self.run_dir.discard_unrecorded()
+        self.run_dir.summary_path.unlink(missing_ok=True)
         self.state.status, self.state.error = "running", None
         self.run_dir.save_state()
         self._committed = copy.deepcopy(self.state)
@@ -146,11 +156,14 @@ class RunBooks:
         self._dropped_trajectories.update(metadata["trajectories"]["dropped"])
 
     def count_stray_calls(self, totals: RecorderTotals, others: Iterable[RecorderTotals] = ()) -> None:
-        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer.
+        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer. Once.
 
         Args:
             others: of the policies that are not trained.
         """
+        if self._strays_counted:
+            return
+        self._strays_counted = True
         strays = {
             DropReason.UNATTRIBUTED: totals.unattributed,
             DropReason.CALL_FAILED: totals.failures,
@@ -209,17 +222,25 @@ class RunBooks:
         after = self._on_service()
         return [path for path in before if path not in after]
 
-    def stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
-        """Record why the run ended early. What happened since the last commit is dropped: that epoch will run again."""
+    def stop(
+        self, status: Literal["failed", "interrupted"], why: str, trackers: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        """Record why the run ended early, with a ``summary.json`` of how far it got.
+
+        What happened since the last commit is dropped from the state: that epoch will run again.
+        """
+        reason = DropReason.JOB_FAILED if status == "failed" else DropReason.JOB_CANCELED
+        self._tally.drop(reason, self._tally.calls - self._tally.trained - self._tally.dropped.total())
+        seconds = self._seconds()
         self.run_dir.state = copy.deepcopy(self._committed)
         self.state.status, self.state.error = status, why
         self.run_dir.save_state()
+        summary = self._summary(self.state.has_trained, None, trackers or {})
+        summary.seconds = round(seconds, 3)
+        summary.write(self.run_dir.summary_path)
 
-    def finish(self, serve_command: str, trackers: dict[str, dict[str, Any]], policy: str | None = None) -> RunSummary:
+    def finish(self, serve_command: str, trackers: dict[str, dict[str, Any]]) -> RunSummary:
         """Write ``summary.json``; the run is done. If nothing was trained, it names no adapter.
-
-        Args:
-            policy: whose books these are, if the run trains several.
 
         Raises:
             CheckpointError: someone has deleted what the run has trained.
@@ -235,32 +256,22 @@ class RunBooks:
         self._save_counts()
         self.run_dir.save_state()
         self._committed = copy.deepcopy(state)
-        record = state.last_checkpoint() if self.has_trained else None
-        rows = self.metrics.rows()
-        summary = RunSummary(
-            train_reward_before=state.train_reward_before,
-            train_reward_after=state.train_reward_after,
-            heldout_reward_base=state.heldout_reward_base,
-            heldout_reward_before=state.heldout_reward_before,
-            heldout_reward_after=state.heldout_reward_after,
-            seconds=round(state.seconds, 3),
-            calls=self._tally.calls,
-            trained=self._tally.trained,
-            dropped={reason.value: calls for reason, calls in self._tally.dropped.items()},
-            adapter=None if record is None else str(self.run_dir.locate(record.adapter)),
-            trajectories=state.trajectories,
-            epochs=state.epochs_done,
-            serve_command=None if record is None else serve_command,
-            run_dir=str(self.run_dir.path),
-            trackers=trackers,
-            refusals=self._refusals,
-            findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(rows)],
-            prompts=total_prompts(rows),
-            malformed_calls=sum(row.get("malformed_calls", 0) for row in rows),
-            policy=policy,
-        )
+        summary = self._summary(self.has_trained, serve_command, trackers)
         summary.write(self.run_dir.summary_path)
         return summary
+
+    def _summary(self, has_adapter: bool, serve_command: str | None, trackers: dict[str, dict[str, Any]]) -> RunSummary:
+        return RunSummary.of(
+            self.run_dir,
+            self.metrics.rows(),
+            self._tally,
+            trajectories=self._trajectories(),
+            refusals=self._refusals,
+            policy=self._policy,
+            serve_command=serve_command,
+            trackers=trackers,
+            has_adapter=has_adapter,
+        )
 
     def _on_service(self) -> list[str]:
         places = [place for record in self.state.checkpoints for place in (record.adapter, record.training_state)]
@@ -277,11 +288,14 @@ class RunBooks:
     def _save_counts(self) -> None:
         tally, state = self._tally, self.state
         state.tally = {"calls": tally.calls, "trained": tally.trained, "dropped": dict(tally.dropped)}
-        state.trajectories = {
-            "trained": self._trained_trajectories,
-            "dropped": dict(self._dropped_trajectories),
-        }
-        state.seconds = self._seconds_before + time.monotonic() - self._started
+        state.trajectories = self._trajectories()
+        state.seconds = self._seconds()
+
+    def _trajectories(self) -> dict[str, Any]:
+        return {"trained": self._trained_trajectories, "dropped": dict(self._dropped_trajectories)}
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
 
 
 def _reasons(dropped: Mapping[str, int], run_dir: RunDirectory) -> Counter[DropReason]:

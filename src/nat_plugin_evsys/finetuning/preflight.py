@@ -44,9 +44,8 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_targets(config, finetuning, trained[0])
     for each in trained:
         check_workflow_uses(config, each.name)
-        for reward in dict.fromkeys(other.reward for other in trained):
-            if notice := judge_notice(config, reward, each.name):
-                logger.warning("%s", notice)
+        if notice := judge_notice(config, each.reward, each.name):
+            logger.warning("%s", notice)
         check_output_dirs(each.name, each.policy, finetuning.output_dir)
         check_group_size(config, finetuning, each.adapter)
     check_exporters(config)

@@ -293,9 +293,7 @@ class RunSession:
         several = len(self._learners) > 1
         summaries, texts = [], []
         for learner in reversed(self._learners):
-            summary = learner.books.finish(
-                command, trackers if learner is self._own else {}, learner.name if several else None
-            )
+            summary = learner.books.finish(command, trackers if learner is self._own else {})
             learner.pages.write()
             summaries.append(summary)
             texts.append(summary.format(learner.books.run_dir.summary_path))
@@ -329,9 +327,11 @@ class RunSession:
         )
 
     def _stop(self, status: Literal["failed", "interrupted"], why: str) -> None:
+        self._count_stray_calls()
+        trackers = self._own.tracking.counts()
         for learner in reversed(self._learners):
             try:
-                learner.books.stop(status, why)
+                learner.books.stop(status, why, trackers if learner is self._own else None)
             except (RunLostError, OSError) as error:  # what stopped the run is the error to show
                 logger.warning("the run directory does not say that the run %s: %s", status, error)
                 return

@@ -15,7 +15,7 @@ from nat.data_models.finetuning import FinetuneConfig, TrainingJobRef, TrainingJ
 from nat.finetuning.interfaces.finetuning_runner import Trainer
 
 from nat_plugin_evsys.config import EvsysTrainerConfig
-from nat_plugin_evsys.errors import ConfigError, JobError
+from nat_plugin_evsys.errors import ConfigError, JobError, RolloutsFailedError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.checks.batch_check import failure_notices
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
@@ -141,9 +141,14 @@ class EvsysTrainer(Trainer):
         self._display.phase("rollouts", f"epoch {epoch + 1}")
         if not self.trajectory_builder.is_started(run_id):
             await self.trajectory_builder.start_run(run_id, {"epoch": epoch})
-        collection = await self.trajectory_builder.finalize(run_id, {"epoch": epoch})
-        for learner in self._learners:
-            learner.books.count_rollouts(learner.report)
+        try:
+            collection = await self.trajectory_builder.finalize(run_id, {"epoch": epoch})
+        except RolloutsFailedError:
+            self._count([learner.rollouts.report for learner in self._learners])
+            for learner in self._learners:
+                learner.drop_groups()
+            raise
+        self._count([learner.rollouts.report for learner in self._learners])
         self._tell_failures(self.last_report)
         if extra := self.last_report.extra_rollouts:
             self._display.notice(f"{extra} more rollouts, since all attempts at a row had the same reward")
@@ -191,11 +196,12 @@ class EvsysTrainer(Trainer):
             What the policy of ``trainer_adapter`` earned; the others' are in ``trajectory_builder.by_policy``.
         """
         self._display.phase("evaluation", name)
-        report = await self.trajectory_builder.evaluate(name, dataset, config)
-        self._own.books.count_rollouts(report)
-        for learner in self._learners[1:]:
-            if learner.rollouts.evaluation is not None:
-                learner.books.count_rollouts(learner.rollouts.evaluation)
+        try:
+            report = await self.trajectory_builder.evaluate(name, dataset, config)
+        except RolloutsFailedError:
+            self._count([learner.rollouts.evaluation for learner in self._learners])
+            raise
+        self._count([report, *(learner.rollouts.evaluation for learner in self._learners[1:])])
         self._tell_failures(report)
         return report
 
@@ -232,13 +238,20 @@ class EvsysTrainer(Trainer):
             raise ConfigError("no rollouts yet; run_epoch makes them")
         return self.trajectory_builder.report
 
+    def _count(self, reports: Sequence[RolloutReport | None]) -> None:
+        """Count what rollouts came to, also where that ends the run."""
+        for learner, report in zip(self._learners, reports, strict=True):
+            if report is not None:
+                learner.books.count_rollouts(report)
+
     def _tell_failures(self, report: RolloutReport) -> None:
         for notice in failure_notices(report.failures, report.errors, len(report.replies), len(report.rewards)):
             self._display.notice(f"WARNING: {notice}")
 
     def _open(self) -> None:
         inputs = self._require_inputs
-        own = RunBooks.open(self.run_config.output_dir, inputs.dump, resume=self.config.resume)
+        name = self.trajectory_builder.by_policy[0].name if self._more_adapters else None
+        own = RunBooks.open(self.run_config.output_dir, inputs.dump, resume=self.config.resume, policy=name)
         logger.info("run directory: %s", own.run_dir.path)
         self._tracking = self._track(own.run_dir.path)
         for rollouts, adapter in zip(self.trajectory_builder.by_policy, self._adapters, strict=True):

@@ -112,9 +112,9 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             self._take(await task)
         finally:
             self._runs.pop(run_id, None)
-        self._check(rollouts)
         for each in self.by_policy:
             each.groups, each.report = self._build(each)
+        self._check(rollouts)
         return TrajectoryCollection(trajectories=self._own.groups, run_id=run_id)
 
     async def evaluate(
@@ -134,8 +134,8 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         rollouts = self._rollouts(name, "evaluation")
         rollouts.on_done = self.on_rollout
         self._take(await self._roll_out(rollouts, 1, dataset=dataset, config=config))
-        self._check(rollouts)
         own, *_ = [each.evaluated() for each in self.by_policy]
+        self._check(rollouts)
         return own
 
     async def cancel(self) -> None:

@@ -6,16 +6,20 @@ import atexit
 import io
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from nat_plugin_evsys.calls import CallTally
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
-from nat_plugin_evsys.report.findings import Finding, finding_text
-from nat_plugin_evsys.report.prompts import TOKENISED_AGAIN, extended_share
+from nat_plugin_evsys.report.findings import Finding, finding_text, findings_of
+from nat_plugin_evsys.report.prompts import TOKENISED_AGAIN, extended_share, total_prompts
+from nat_plugin_evsys.runs.directory import RunDirectory
+from nat_plugin_evsys.runs.state import RunStatus
 
 
 @dataclass(slots=True)
@@ -39,6 +43,8 @@ class RunSummary:
         malformed_calls: what looked like a tool call in those rollouts, could not be read as one, and stayed text.
         findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.
         policy: whose summary it is, if the run trains several policies.
+        status, error: how the run ended, and why it did not finish. Of one that was stopped, ``calls`` also has those
+            of the epoch that did not end; a resumed run counts anew from its last checkpoint.
     """
 
     train_reward_before: float | None
@@ -61,6 +67,55 @@ class RunSummary:
     prompts: dict[str, int] = field(default_factory=dict)
     malformed_calls: int = 0
     policy: str | None = None
+    status: RunStatus = "finished"
+    error: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        run_dir: RunDirectory,
+        rows: Sequence[Mapping[str, Any]],
+        tally: CallTally,
+        *,
+        trajectories: dict[str, Any],
+        refusals: dict[str, int],
+        policy: str | None,
+        serve_command: str | None,
+        trackers: dict[str, dict[str, Any]],
+        has_adapter: bool,
+    ) -> RunSummary:
+        """The summary of a run in its present state.
+
+        Args:
+            rows: those of metrics.jsonl.
+            has_adapter: whether the last checkpoint was trained.
+        """
+        state = run_dir.state
+        record = state.last_checkpoint() if has_adapter else None
+        return cls(
+            train_reward_before=state.train_reward_before,
+            train_reward_after=state.train_reward_after,
+            heldout_reward_base=state.heldout_reward_base,
+            heldout_reward_before=state.heldout_reward_before,
+            heldout_reward_after=state.heldout_reward_after,
+            seconds=round(state.seconds, 3),
+            calls=tally.calls,
+            trained=tally.trained,
+            dropped={reason.value: calls for reason, calls in tally.dropped.items()},
+            adapter=None if record is None else str(run_dir.locate(record.adapter)),
+            trajectories=trajectories,
+            epochs=state.epochs_done,
+            serve_command=None if record is None else serve_command,
+            run_dir=str(run_dir.path),
+            trackers=trackers,
+            refusals=refusals,
+            findings=[{**finding.to_dict(), "epochs": epochs} for finding, epochs in findings_of(rows)],
+            prompts=total_prompts(rows),
+            malformed_calls=sum(row.get("malformed_calls", 0) for row in rows),
+            policy=policy,
+            status=state.status,
+            error=state.error,
+        )
 
     def write(self, path: Path) -> None:
         """Write ``summary.json`` atomically."""
@@ -84,7 +139,7 @@ class RunSummary:
         trajectories = self.trajectories
         lines = [
             *([] if self.policy is None else [f"Policy {self.policy}"]),
-            f"Finished {_count(self.epochs, 'epoch')} in {self.seconds:.1f} s",
+            self._how_it_ended(),
             f"  training reward  {_change(self.train_reward_before, self.train_reward_after)}",
             f"  held-out reward  {self._heldout_change()}",
             "    (one attempt a row at eval_temperature, 0 is greedy; the epochs' sampled rewards are of all rollouts)",
@@ -103,6 +158,11 @@ class RunSummary:
         lines += [f"  refused          {number} x: {message}" for message, number in self.refusals.items()]
         lines += [_finding(data) for data in self.findings]
         return "\n".join([*lines, str(path)])
+
+    def _how_it_ended(self) -> str:
+        if self.status == "finished":
+            return f"Finished {_count(self.epochs, 'epoch')} in {self.seconds:.1f} s"
+        return f"{self.status.capitalize()} after {_count(self.epochs, 'epoch')}, {self.seconds:.1f} s: {self.error}"
 
     def _heldout_change(self) -> str:
         base, before, after = self.heldout_reward_base, self.heldout_reward_before, self.heldout_reward_after
