@@ -8,6 +8,10 @@ from collections.abc import Sequence
 BLOCK = 16
 """Prefixes are compared in blocks of so many tokens."""
 
+TOGETHER = 8
+"""So many sequences more than on the least loaded replica (and an eighth of those) may be in flight on one that holds
+the prefix: a group stays together, and what all prompts begin with is soon held by all."""
+
 _KEPT_BLOCKS = 65536
 
 
@@ -24,7 +28,7 @@ class PrefixRoutes:
     def choose(self, policy: str, prompt: Sequence[int], loads: Sequence[int]) -> int:
         """The replica for a prompt, and remember it.
 
-        Of the replicas that are about as little loaded as the least loaded one, the one that holds the longest prefix;
+        Of the replicas that are not much more loaded than the least loaded one, the one that holds the longest prefix;
         of several, the least loaded one.
 
         Args:
@@ -37,7 +41,7 @@ class PrefixRoutes:
             for replica in self._holders.get(block, ()):
                 held[replica] += 1
         least = min(loads)
-        free = [replica for replica, load in enumerate(loads) if load <= least + 1 + least // 8]
+        free = [replica for replica, load in enumerate(loads) if load < least + TOGETHER + least // 8]
         chosen = min(free, key=lambda replica: (-held[replica], loads[replica], replica))
         for block in chain:
             self._holders.setdefault(block, set()).add(chosen)
