@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,9 +21,11 @@ from nat_plugin_evsys.engine.gradient.custom_loss import checked_loss
 from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
+from nat_plugin_evsys.engine.machine.allocator import keep_memory
 from nat_plugin_evsys.engine.machine.fixed_order import compute_in_fixed_order
-from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.loading import BaseModel, resolve_device
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.bases import BASES_IN_USE, SharedBase
@@ -73,6 +76,7 @@ class LocalBackend:
         self._shared = base
         self._model = self._shared.train(adapter, untrained_logprobs=untrained_logprobs)
         self._queue = TrainingQueue(self._model)
+        self._newest: weakref.ref[LocalSamplingClient] | None = None
 
     @classmethod
     async def create(
@@ -108,6 +112,10 @@ class LocalBackend:
             ModelError: the model cannot be loaded or lacks a selected LoRA target.
             ConfigError: unknown device, dtype or quantization.
         """
+
+        if resolve_device(device).type == "cpu":
+            # Before the first thread: threads that have a heap of their own leave freed memory to nobody else.
+            keep_memory()
 
         def build() -> LocalBackend:
             if deterministic:
@@ -156,6 +164,9 @@ class LocalBackend:
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
     ) -> OperationFuture[types.ForwardBackwardOutput]:
         """See ``Backend``. Cancelling the awaiting task stops it between micro-batches, with no gradient added."""
+        newest = self._newest() if self._newest else None
+        if newest is not None:
+            self._shared.rest(newest)  # the step needs that memory, and gives the next rollouts another version
         return self._submit(lambda model, progress: model.forward_backward(data, loss_fn, loss_fn_config, progress))
 
     def forward_async(
@@ -288,4 +299,6 @@ class LocalBackend:
 
     def _client(self, adapter: LoraAdapter, version: int) -> SamplingClient:
         self.policy_version = version
-        return self._shared.sampler.client(adapter, version)
+        client = self._shared.sampler.client(adapter, version)
+        self._newest = weakref.ref(client)
+        return client

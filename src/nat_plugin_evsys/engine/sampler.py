@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+import weakref
+from collections import deque
 from itertools import count
 from typing import Literal
 
@@ -97,6 +99,8 @@ class Sampler:
         self._spare: SlotStore | None = None
         self._policy_idents = count()
         self._bare_idents: dict[int, int] = {}
+        self._orphans: deque[int] = deque()
+        self._resting: list[int] = []
         self._inbox: list[tuple[SamplingPolicy, SampleRequest]] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -113,12 +117,21 @@ class Sampler:
             ident = self._bare_idents.setdefault(policy_version, next(self._policy_idents))
         else:
             ident = next(self._policy_idents)
-        return LocalSamplingClient(self, SamplingPolicy(ident, policy_version, adapter))
+        policy = SamplingPolicy(ident, policy_version, adapter)
+        if adapter is not None:
+            weakref.finalize(policy, self._orphans.append, ident).atexit = False
+        return LocalSamplingClient(self, policy)
 
     @property
     def fed_tokens(self) -> int:
         """Tokens that the model has read so far, without those from the prefix cache."""
         return self._runner.fed_tokens + (self._fast.fed_tokens if self._fast is not None else 0)
+
+    def rest(self, client: LocalSamplingClient) -> None:
+        """Free the merged weights of a version that is not sampled from now; its next request makes them again."""
+        with self._wake:
+            self._resting.append(client.policy_ident)
+            self._wake.notify()
 
     def submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
         """Queue a request; its future ends with the result, an error, or by being cancelled."""
@@ -148,8 +161,7 @@ class Sampler:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._take():
-                for batch in list(self._batches.values()):
-                    self._step(batch)
+                self._step_all()
         for batch in self._batches.values():
             for request in batch.requests():
                 request.fail(_closed_error())
@@ -158,15 +170,33 @@ class Sampler:
     def _take(self) -> bool:
         """Wait for work and hand it to the batches. False once the sampler is closed."""
         with self._wake:
-            self._wake.wait_for(lambda: self._inbox or self._batches or self._closed)
+            self._wake.wait_for(lambda: self._inbox or self._batches or self._resting or self._closed)
             inbox, self._inbox = self._inbox, []
+            resting, self._resting = self._resting, []
             if self._closed:
                 for _, request in inbox:
                     request.fail(_closed_error())
                 return False
+        self._free(resting)
         for policy, request in inbox:
             self._batch(policy).submit(request)
         return True
+
+    def _free(self, resting: list[int]) -> None:
+        """Free merged weights of resting policies, and all that is kept of those whose last client is gone."""
+        while self._orphans:
+            resting.append(ident := self._orphans.popleft())
+            self._spans.forget(ident)
+            for is_long in (False, True):
+                self._prefixes.forget((ident, is_long))  # as ``SlotDecoder`` names them
+        if self._fast is not None:
+            for ident in resting:
+                self._fast.versions.forget(ident)
+
+    def _step_all(self) -> None:
+        # Not in the loop that waits for work: its variable would keep a policy that nobody samples from.
+        for batch in list(self._batches.values()):
+            self._step(batch)
 
     def _step(self, batch: DecodeBatch) -> None:
         try:

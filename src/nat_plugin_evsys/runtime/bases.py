@@ -71,6 +71,12 @@ class SharedBase:
                 self._sampler = self._new_sampler()
             return self._sampler
 
+    def rest(self, client: LocalSamplingClient) -> None:
+        """A training step is about to replace what ``client`` samples from; see ``Sampler.rest``."""
+        with self._lock:
+            if isinstance(self._sampler, Sampler):
+                self._sampler.rest(client)
+
     def _new_sampler(self) -> AnySampler:
         if self._deterministic:
             return Sampler(self.base, max_batch_size=1, prefix_cache_bytes=0, path="plain")

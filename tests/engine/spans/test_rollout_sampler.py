@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -39,6 +41,13 @@ TIMEOUT = 60
 def perturbed(base: BaseModel, seed: int = 0, **options: bool) -> LoraAdapter:
     adapter = LoraAdapter.create(base.model, rank=4, alpha=8.0, seed=seed, **options)
     return perturb(adapter, seed, std=0.1).snapshot()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert condition()
 
 
 def ids(length: int, seed: int) -> list[int]:
@@ -208,6 +217,28 @@ def test_packed_layers_equal_plain_ones_and_versions_do_not_mix(base_of: Callabl
         model.versions.done(ident)
     assert head.packed is None
     assert len(model.versions._idle) == 2
+
+
+@pytest.mark.parametrize("path", ["auto", "plain"])
+def test_nothing_is_kept_of_a_version_whose_clients_are_gone(
+    path: str, sampler_of: Callable[..., Sampler], base_of: Callable[..., BaseModel]
+) -> None:
+    sampler = sampler_of(path=path)
+    clients = {ident: sampler.client(perturbed(base_of("qwen3"), ident), ident) for ident in range(2)}
+    for client in clients.values():
+        ask(client, ids(40, 0), 2).result(TIMEOUT)
+    kept = sampler._spans.used_bytes + sampler._prefixes.used_bytes
+    del client, clients[0]
+    gc.collect()
+    ask(clients[1], ids(40, 0), 2).result(TIMEOUT)  # all of it is known
+    wait_for(lambda: not sampler._batches)
+    assert sampler._spans.used_bytes + sampler._prefixes.used_bytes == kept // 2
+    if sampler._fast is not None:
+        versions = sampler._fast.versions
+        assert list(versions._idle) == [clients[1].policy_ident]
+        sampler.rest(clients[1])
+        wait_for(lambda: not versions._idle)
+    assert ask(clients[1], ids(40, 0), 2).result(TIMEOUT).sequences
 
 
 def test_a_version_without_room_for_its_weights_is_sampled_unmerged(

@@ -73,7 +73,7 @@ def load_base_model(
         ModelError: the model cannot be found or loaded, or its tokenizer is larger; the message says what to type.
         ConfigError: unknown device, dtype or quantization.
     """
-    where = _resolve_device(device)
+    where = resolve_device(device)
     precision = _resolve_dtype(dtype, where)
     options: dict[str, Any] = {
         "dtype": precision,
@@ -155,7 +155,8 @@ def _check_tokenizer(base: BaseModel) -> None:
         )
 
 
-def _resolve_device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """The device of a setting; ``auto`` is CUDA when present. Raises ConfigError: unknown, or not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

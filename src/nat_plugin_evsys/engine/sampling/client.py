@@ -44,6 +44,11 @@ class LocalSamplingClient:
         self.policy_version = policy.version
 
     @property
+    def policy_ident(self) -> int:
+        """Of its weights, in its sampler. *Extension.*"""
+        return self._policy.ident
+
+    @property
     def grammars(self) -> Grammars | None:
         """What compiles a ``constraint``; None if the base model has no tokenizer. *Extension.*"""
         return self._engine.grammars

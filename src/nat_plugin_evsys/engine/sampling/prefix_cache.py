@@ -68,6 +68,15 @@ class PrefixCache:
         self._touch(keys)
         self._shrink()
 
+    def forget(self, policy: Hashable) -> None:
+        """Drop the blocks of a policy."""
+        gone = {self._roots.pop(policy, None)}
+        for key, block in reversed(list(self._blocks.items())):  # parents first
+            if key[0] in gone:
+                gone.add(block.ident)
+                self.used_bytes -= block.kv.nbytes
+                del self._blocks[key]
+
     def clear(self) -> None:
         """Drop everything."""
         self._blocks.clear()

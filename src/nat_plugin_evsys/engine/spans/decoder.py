@@ -120,8 +120,8 @@ class SpanDecoder:
             feed.span.filled = max(feed.span.filled, feed.at + feed.count)
         for row in self._rows:
             row.own += 1
-        for context in finished:
-            self._enter(context)
+        if finished:
+            self._enter(list(finished))
         return logits, list(finished)
 
     def remove(self, row: int, tokens: list[int] | None) -> None:
@@ -162,17 +162,21 @@ class SpanDecoder:
         self._rows.clear()
         self._model.versions.done(self._policy)
 
-    def _enter(self, context: Context) -> None:
-        """Rows for a context that has been read; they share its hold."""
-        last = self._waiting.pop(context)
-        self._tree.share(last, context.rows - 1)
-        above, pieces = _short_end(last)
-        taken = sum(piece.shape[3] for piece in pieces)
-        for _ in range(context.rows):
-            self._rows.append(_Row(last, above, len(context.tokens), taken, taken))
-            if pieces:
-                self.store.reserve(len(self._rows), taken + 1)
-                self.store.write(len(self._rows) - 1, pieces)
+    def _enter(self, contexts: Sequence[Context]) -> None:
+        """Rows for contexts that have been read; they share their holds."""
+        lasts = [self._waiting.pop(context) for context in contexts]
+        for context, last in zip(contexts, lasts, strict=True):
+            self._tree.share(last, context.rows - 1)
+        ends = [_short_end(last) for last in lasts]
+        lengths = [sum(piece.shape[3] for piece in pieces) for _, pieces in ends]
+        if any(lengths):
+            # For all of them at once: every enlargement copies the store, which is then there twice.
+            self.store.reserve(len(self._rows) + sum(c.rows for c in contexts), max(lengths) + 1)
+        for context, last, (above, pieces), taken in zip(contexts, lasts, ends, lengths, strict=True):
+            for _ in range(context.rows):
+                self._rows.append(_Row(last, above, len(context.tokens), taken, taken))
+                if pieces:
+                    self.store.write(len(self._rows) - 1, pieces)
         self._levels = None
 
     def _feeds(self, start: int) -> tuple[list[_Feed], dict[Context, int]]:

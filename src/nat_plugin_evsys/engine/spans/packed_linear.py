@@ -97,6 +97,10 @@ class PackedVersions:
             self._idle.popitem(last=False)
         self._unpack()
 
+    def forget(self, ident: int) -> None:
+        """Free a version, unless it is in flight."""
+        self._idle.pop(ident, None)
+
     def clear(self) -> None:
         """Free them all."""
         self._in_flight.clear()
@@ -124,9 +128,12 @@ class PackedVersions:
         return needed <= _FREE_SHARE * free_bytes(torch.device("cpu"))
 
     def _pack(self, adapter: LoraAdapter | None) -> PackedWeights:
-        return {layer.name: self._pack_layer(layer, adapter) for layer in self._layers}
+        adapted = [] if adapter is None else [layer for layer in self._layers if layer.name in adapter.weights]
+        # One buffer for all merged weights: a freed one of each would leave gaps in the heap that nothing fits into.
+        scratch = torch.empty(max((layer.weight.numel() for layer in adapted), default=0))
+        return {layer.name: self._pack_layer(layer, adapter, scratch) for layer in self._layers}
 
-    def _pack_layer(self, layer: PackedLinear, adapter: LoraAdapter | None) -> Tensor:
+    def _pack_layer(self, layer: PackedLinear, adapter: LoraAdapter | None, scratch: Tensor) -> Tensor:
         pair = None if adapter is None else adapter.weights.get(layer.name)
         if pair is None:
             # The same for all versions that do not adapt it; mostly the output head.
@@ -135,7 +142,8 @@ class PackedVersions:
             return self._unadapted[layer.name]
         assert adapter is not None
         a, b = pair
-        return _reordered(torch.addmm(layer.weight, b.float(), a.float(), alpha=adapter.scale))
+        merged = scratch[: layer.weight.numel()].view_as(layer.weight)
+        return _reordered(torch.addmm(layer.weight, b.float(), a.float(), alpha=adapter.scale, out=merged))
 
 
 def _reordered(weight: Tensor) -> Tensor:

@@ -145,6 +145,18 @@ class SpanTree:
             if span.parent is not None:
                 yield span
 
+    def forget(self, policy: int) -> None:
+        """Drop the unheld spans of a policy."""
+        root = self._roots.get(policy)
+        if root is None:
+            return
+        for span in [span for span in self._idle if span.path()[0].parent is root]:
+            self._idle.pop(span)
+            self.used_bytes -= self._bytes(span)
+            self._drop(span)
+        if not root.children:
+            del self._roots[policy]
+
     def clear(self) -> None:
         """Drop everything."""
         self._roots.clear()
