@@ -17,22 +17,19 @@ import argparse
 import asyncio
 import contextlib
 import json
-import multiprocessing
 import random
 import socket
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import zstandard
+from health import HEALTH_S, watching
 
 SUPPORT = Path(__file__).resolve().parents[2] / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))
@@ -42,7 +39,7 @@ from serve_process import ALICE, ServerProcess, start_server  # noqa: E402
 from service_fuzzer import fuzz  # noqa: E402
 
 MIB = 1 << 20
-HEALTH_S, ANSWER_S = 0.2, 2.0
+ANSWER_S = 2.0
 ROUTES = ("create_session", "create_model", "optim_step", "asample", "retrieve_future", "chat")
 ITEMS = (b"[]", b"{}", b"1", b'""', b'{"role":"user","content":"x"}', b"[[[[]]]]", b"1e5", b"null", b'"\\u0000"')
 ROUND = 200
@@ -179,56 +176,6 @@ def hold_open(server: ServerProcess, count: int = 220, seconds: float = 45.0) ->
             kept += 1
         connection.close()
     return kept
-
-
-@contextlib.contextmanager
-def watching(url: str) -> Iterator[dict[str, Any]]:
-    """Seconds of answers to ``url``, and of the control's, once the block has ended."""
-    found: dict[str, Any] = {}
-    spawn = multiprocessing.get_context("spawn")
-    ended, results = spawn.Event(), spawn.SimpleQueue()
-    control = spawn.Process(target=_control, args=(results,))
-    control.start()
-    watcher = spawn.Process(target=_watch, args=(url, f"http://127.0.0.1:{results.get()}", ended, results))
-    watcher.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        found.update(results.get())
-        watcher.join()
-        control.terminate()
-
-
-def _control(port: Any) -> None:
-    """A server that does nothing, in a process of its own; its port goes into the queue."""
-
-    class Nothing(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing."""
-
-    server = HTTPServer(("127.0.0.1", 0), Nothing)
-    port.put(server.server_address[1])
-    server.serve_forever()
-
-
-def _watch(url: str, control: str, ended: Event, results: Any) -> None:
-    answers, controls = [], []
-    with httpx.Client(timeout=60) as client:
-        while not ended.is_set():
-            for place, seconds in ((url, answers), (control, controls)):
-                started = time.monotonic()
-                client.get(place).raise_for_status()
-                seconds.append((time.monotonic() - started, started))
-            time.sleep(0.01)
-    answers.sort()
-    (median, _), (p99, _), (most, at) = answers[len(answers) // 2], answers[len(answers) * 99 // 100], answers[-1]
-    seconds = {"median": median, "p99": p99, "most": most, "most_at": at, "control": max(controls)[0]}
-    results.put({"asked": len(answers), **{name: round(value, 4) for name, value in seconds.items()}})
 
 
 def judge(health: dict[str, Any], readings: list[dict[str, int]], waiting: int) -> list[str]:

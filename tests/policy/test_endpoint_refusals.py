@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from nat_plugin_evsys.errors import ConfigError, EngineClosedError, EvsysError, 
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint
 from nat_plugin_evsys.policy.policy import Policy
+from nat_plugin_evsys.web import bounded_protocol
 
 MODEL = "builtin/tiny"
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
@@ -406,3 +408,32 @@ def test_importing_the_endpoint_loads_no_torch() -> None:
         "print([name for name in ('torch', 'transformers', 'tinker', 'openai', 'uvicorn') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("reads", [False, True])
+async def test_a_stream_that_nobody_reads_is_cut_and_recorded(
+    serve: Any, renderer: Any, monkeypatch: Any, reads: bool
+) -> None:
+    monkeypatch.setattr(bounded_protocol, "UNREAD_SECONDS", 0.3)
+    served = serve(lambda prompt: "word " * 600, token_delay=0.0)
+    served.endpoint._server._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    served.recorder.open_run("run", "rollout", None)
+    body = {"model": MODEL, "messages": MESSAGES, "stream": True, "logprobs": True, "max_tokens": 600}
+    host, port = served.endpoint._address
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect((host, port))
+        data = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{RUN_ID_HEADER}: run\r\nConnection: close\r\n"
+        head += f"Authorization: {served.auth()['authorization']}\r\nContent-Length: {len(data)}\r\n\r\n"
+        client.sendall(head.encode() + data)
+        await until(lambda: served.sampling.requests)
+        if reads:
+            received = await asyncio.to_thread(lambda: b"".join(iter(lambda: client.recv(1 << 16), b"")))
+            assert b"[DONE]" in received
+        assert await asyncio.to_thread(served.recorder.wait_until_answered, ["run"], 20.0)
+    (call,) = served.recorder.close_run("run")
+    sampled = renderer.encode("word " * 600)
+    assert call.output_ids == sampled[: len(call.output_ids)]
+    assert call.stop_reason == "length"
+    assert (len(call.output_ids) == 600) == reads

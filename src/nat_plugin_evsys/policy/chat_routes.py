@@ -190,7 +190,7 @@ class ChatRoutes:
                 model=parsed.model,
                 system_fingerprint=completion.fingerprint,
                 choices=[
-                    completion.record(index, sequence, self._recorder)
+                    completion.choice(index, sequence, self._recorder)
                     for index, sequence in enumerate(response.sequences)
                 ],
                 usage=completion.usage(response.sequences),

@@ -198,8 +198,23 @@ class Completion:
         """The output ids that have text."""
         return text_ids(self.renderer, sequence.tokens, sequence.stop_reason, self.request.stops)
 
-    def record(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
+    def choice(self, index: int, sequence: types.SampledSequence, recorder: Recorder) -> Choice:
         """Record a sampled sequence as a Call and build the client's choice from it."""
+        message, finish_reason = self.record(index, sequence, recorder)
+        if self.request.echoed:
+            message["content"] = self.request.echoed + (message["content"] or "")
+        return Choice(
+            index=index,
+            message=message,
+            logprobs=self.logprobs(sequence.tokens, sequence.logprobs or [], getattr(sequence, "topk_logprobs", None)),
+            finish_reason=finish_reason,
+            token_ids=list(sequence.tokens) if self.request.return_token_ids else None,
+        )
+
+    def record(
+        self, index: int, sequence: types.SampledSequence, recorder: Recorder
+    ) -> tuple[dict[str, Any], FinishReason]:
+        """Record a sampled sequence as a Call; the reply's message, and why it ended."""
         text = self.reply_text(index)
         ids = [*self.forced_ids, *self.text_ids(sequence)]
         whole = self.renderer.decode(ids)
@@ -233,17 +248,9 @@ class Completion:
                 shaped=shaped_by(self.params),
             )
         )
-        finish: FinishReason = "tool_calls" if reply.tool_calls and sequence.stop_reason == "stop" else "stop"
-        message = reply.to_message()
-        if self.request.echoed:
-            message["content"] = self.request.echoed + (message["content"] or "")
-        return Choice(
-            index=index,
-            message=message,
-            logprobs=self.logprobs(sequence.tokens, sequence.logprobs or [], getattr(sequence, "topk_logprobs", None)),
-            finish_reason=finish if sequence.stop_reason == "stop" else "length",
-            token_ids=list(sequence.tokens) if self.request.return_token_ids else None,
-        )
+        if sequence.stop_reason == "length":
+            return reply.to_message(), "length"
+        return reply.to_message(), "tool_calls" if reply.tool_calls else "stop"
 
     def _remember(self, output_ids: Sequence[int], with_text: int, text: str, reply: dict[str, Any]) -> None:
         """Let the next turn's prompt start with these ids, of which the first ``with_text`` have the ``text``."""

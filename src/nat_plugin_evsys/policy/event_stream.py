@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import Response
@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
 from nat_plugin_evsys.policy.api_errors import body_of, shutting_down
 from nat_plugin_evsys.policy.completions import Completion
+from nat_plugin_evsys.policy.inbox import LoopInbox
 from nat_plugin_evsys.policy.protocol import (
     ChatCompletionChunk,
     ChoiceLogprobs,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Event = tuple[int, list[int], list[float]]
+
+_MOST_AT_ONCE = 32
+"""Tokens that are made into chunks before other requests have their turn."""
 Fail = Callable[[Exception, "str | None"], ApiError]
 
 
@@ -174,6 +178,7 @@ class _CompletionStream:
                 yield chunk
         for chunk in self._ends(sequences, recorder):
             yield chunk
+            await asyncio.sleep(0)  # recording a long reply takes a while: other requests have their turn between two
         if completion.request.stream_options and completion.request.stream_options.include_usage:
             yield self._chunk([], usage=completion.usage(sequences))
         yield b"[DONE]"
@@ -197,10 +202,10 @@ class _CompletionStream:
 
     def _callback(self) -> Callable[[int, list[int], list[float]], None]:
         loop = asyncio.get_running_loop()
+        inbox = LoopInbox.of(loop)
 
         def on_tokens(index: int, ids: list[int], logprobs: list[float]) -> None:
-            with suppress(RuntimeError):  # the endpoint's loop has ended: nobody listens
-                loop.call_soon_threadsafe(self._queue.put_nowait, (index, list(ids), list(logprobs)))
+            inbox.call(loop, self._queue.put_nowait, (index, list(ids), list(logprobs)))
 
         return on_tokens
 
@@ -219,7 +224,7 @@ class _CompletionStream:
         return self._merge([])
 
     def _merge(self, events: list[Event]) -> list[Event]:
-        while not self._queue.empty():
+        while not self._queue.empty() and len(events) < _MOST_AT_ONCE:
             events.append(self._queue.get_nowait())
         merged: dict[int, Event] = {}
         for index, ids, logprobs in events:
@@ -261,8 +266,7 @@ class _CompletionStream:
             choices[0].token_ids, choices[0].logprobs = token_ids, logprobs if ids else None
         return [self._chunk([choice]) for choice in choices]
 
-    def _ends(self, sequences: Sequence[types.SampledSequence], recorder: Recorder) -> list[bytes]:
-        chunks = []
+    def _ends(self, sequences: Sequence[types.SampledSequence], recorder: Recorder) -> Iterator[bytes]:
         for index, sequence in enumerate(sequences):
             reply = self._replies[index]
             sent = len(reply.ids)
@@ -275,11 +279,10 @@ class _CompletionStream:
                 ids, (sequence.logprobs or [])[sent:], None if top is None else top[sent:]
             )
             pieces = reply.feed(ids) + reply.finish(self._completion.text_ids(sequence))
-            chunks += self._pieces(index, pieces, ids, logprobs)
+            yield from self._pieces(index, pieces, ids, logprobs)
         for index, sequence in enumerate(sequences):
-            choice = self._completion.record(index, sequence, recorder)
-            chunks.append(self._chunk([_choice(index, {}, choice.finish_reason)]))
-        return chunks
+            _, finish_reason = self._completion.record(index, sequence, recorder)
+            yield self._chunk([_choice(index, {}, finish_reason)])
 
     def _chunk(
         self, choices: list[ChunkChoice], *, usage: Usage | None = None, prompt_token_ids: list[int] | None = None

@@ -1,4 +1,4 @@
-"""HTTP/1.1 with limits on everything that a client may send before a route sees its request."""
+"""HTTP/1.1 with limits on what a client may send before a route sees its request, and on how long it may not read."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ HEAD_SECONDS = 30.0
 BODY_SECONDS = 120.0
 """From the end of the headers to the end of the body."""
 
+UNREAD_SECONDS = 120.0
+"""For which a client may read nothing of an answer that waits for it."""
+
 _WHY = {
     HTTPStatus.REQUEST_TIMEOUT: f"its headers took longer than {HEAD_SECONDS:g} s or its body {BODY_SECONDS:g} s",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: f"it has more than {MAX_HEADERS} headers or {MAX_HEAD_BYTES} bytes of "
@@ -38,12 +41,16 @@ _READ_BYTES = 16 << 10  # read at once: what is parsed in one go, while everybod
 
 
 class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
-    """uvicorn's protocol, which answers 431 and 408 if a request exceeds the limits, and closes the connection."""
+    """uvicorn's protocol, which answers 431 and 408 if a request exceeds the limits, and closes the connection.
+
+    A connection whose client does not read its answer is cut: to the application it is a client that went away.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._buffer = memoryview(bytearray(_READ_BYTES))
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._no_progress = 0  # bytes since something of a request was complete
         self._headers = 0
         self._parsed = False
@@ -57,7 +64,16 @@ class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_in(None)
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader(None)
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -124,6 +140,20 @@ class BoundedProtocol(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._refuse(HTTPStatus.REQUEST_TIMEOUT)
         else:
             self.transport.close()
+
+    def _watch_reader(self, before: int | None) -> None:
+        """Look again after a while, and cut the connection if as many bytes wait for the client as ``before``."""
+        waiting = self.transport.get_write_buffer_size()
+        if before is not None and waiting >= before:
+            logger.info("a client read nothing of its answer for %g s; its connection is cut", UNREAD_SECONDS)
+            self.transport.abort()
+            return
+        self._unread = self.loop.call_later(UNREAD_SECONDS, self._watch_reader, waiting)
+
+    def _stop_watching(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _refuse(self, status: HTTPStatus) -> None:
         """Answer with a status, unless an answer is under way, and close the connection."""

@@ -22,10 +22,17 @@ class TokenBytes:
         self._control_ids = control_ids
         self._decode = decode
         backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._known: dict[int, bytes] = {}
         self._is_byte_level = backend is not None and "ByteLevel" in repr(backend.decoder)
 
     def of(self, token_id: int) -> bytes:
         """The bytes of one token; none if there is no such token."""
+        found = self._known.get(token_id)
+        if found is None:
+            found = self._known[token_id] = self._read(token_id)
+        return found
+
+    def _read(self, token_id: int) -> bytes:
         piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
