@@ -119,9 +119,9 @@ class DropReason(StrEnum):
     MOVED_TOO_FAR = "moved_too_far"
     """The policy had moved further than `target_kl` from the one that sampled the call, so the epoch's steps ended."""
     JOB_FAILED = "job_failed"
-    """The training job failed before it trained on the call."""
+    """The training job, or the run, failed before the call was trained on."""
     JOB_CANCELED = "job_canceled"
-    """The training job was canceled before it trained on the call."""
+    """The training job, or the run, was canceled before the call was trained on."""
     NOT_REACHED = "not_reached"
     """The training job completed without training on the call."""
 

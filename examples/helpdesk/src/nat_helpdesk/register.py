@@ -1,9 +1,20 @@
-"""What NAT discovers: the ``helpdesk_route_ticket`` tool and the ``helpdesk_interview`` workflow."""
+"""What NAT discovers: a tool, the workflows ``helpdesk_interview`` and ``helpdesk_checked``, and an evaluator."""
 
 from collections.abc import AsyncIterator
 from typing import Literal, cast
 
-from nat.plugin_api import Builder, FunctionBaseConfig, FunctionInfo, LLMFrameworkEnum, LLMRef, register_function
+from nat.builder.builder import EvalBuilder
+from nat.data_models.evaluator import EvaluatorBaseConfig
+from nat.plugin_api import (
+    Builder,
+    EvaluatorInfo,
+    FunctionBaseConfig,
+    FunctionInfo,
+    LLMFrameworkEnum,
+    LLMRef,
+    register_evaluator,
+    register_function,
+)
 from pydantic import BaseModel, ConfigDict, Field
 
 Team = Literal["network", "printing", "accounts", "payroll"]
@@ -63,3 +74,40 @@ async def helpdesk_interview(config: InterviewConfig, builder: Builder) -> Async
         return await interview(llm, row, config.system_prompt)
 
     yield FunctionInfo.from_fn(_interview, description="Talks to a caller of the help desk and names a team.")
+
+
+class CheckedConfig(FunctionBaseConfig, name="helpdesk_checked"):
+    """One LLM names the team of a ticket, another says whether that is right. The answer is ``network, yes``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    proposer: LLMRef = Field(description="The LLM that names the team.")
+    checker: LLMRef = Field(description="The LLM that says yes or no.")
+
+
+@register_function(config_type=CheckedConfig, framework_wrappers=[LLMFrameworkEnum.LANGCHAIN])
+async def helpdesk_checked(config: CheckedConfig, builder: Builder) -> AsyncIterator[FunctionInfo]:
+    """Yield the workflow as NAT knows it."""
+    from nat_helpdesk.checked import checked
+
+    proposer = await builder.get_llm(config.proposer, wrapper_type=LLMFrameworkEnum.LANGCHAIN)
+    checker = await builder.get_llm(config.checker, wrapper_type=LLMFrameworkEnum.LANGCHAIN)
+
+    async def _checked(ticket: str) -> str:
+        return await checked(proposer, checker, ticket)
+
+    yield FunctionInfo.from_fn(_checked, description="Names the team of a ticket, and checks it.")
+
+
+class VerdictConfig(EvaluatorBaseConfig, name="helpdesk_verdict"):
+    """Scores a checker that is right about the proposed team: 1 for a yes, a third for a no."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@register_evaluator(config_type=VerdictConfig)
+async def helpdesk_verdict(config: VerdictConfig, builder: EvalBuilder) -> AsyncIterator[EvaluatorInfo]:
+    """Yield the evaluator as NAT knows it."""
+    from nat_helpdesk.checked import VerdictEvaluator
+
+    yield EvaluatorInfo(config=config, evaluate_fn=VerdictEvaluator().evaluate, description="The checker is right")
