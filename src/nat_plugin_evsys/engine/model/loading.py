@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.engine.model import long_rope, lora, quantized
 from nat_plugin_evsys.engine.model.builtin import PREFIX, builtin_tokenizer
 from nat_plugin_evsys.engine.model.identity import model_identity
@@ -242,7 +243,10 @@ def _load(
             )
     except Exception as exc:
         # Boundary: transformers raises many types; all become one readable line.
-        raise ModelError(f"base_model {base_model!r} cannot be loaded from {source or where}: {one_line(exc)}") from exc
+        raise ModelError(
+            f"base_model {base_model!r} cannot be loaded from {source or where}: {one_line(exc)}"
+            f"{_if_memory_ran_out(exc, source, device)}"
+        ) from exc
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -259,6 +263,19 @@ def _load(
     elif for_model.keys() & {"gguf_file", "quantization_config"}:
         quantized.forget(model)
     return tokenizer, model
+
+
+def _if_memory_ran_out(exc: Exception, source: LocalSource | None, device: torch.device) -> str:
+    """What is needed and what there is, "" after another error."""
+    if not isinstance(exc, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(exc):
+        return ""
+    files = [] if source is None else [source.gguf_file or f for f in source.directory.glob("*.safetensors")]
+    size = sum(file.stat().st_size for file in files)
+    needed = f"its weight files have {size / 1e9:.2f} GB, and " if size else ""
+    return (
+        f"; {needed}this process may have {free_bytes(device) / 1e9:.2f} GB more; raise its limit (ulimit -v, the "
+        "container's memory), or take a smaller model, dtype: bfloat16 or quantization: nf4"
+    )
 
 
 def _stored_quantization(where: str | Path, options: dict[str, Any]) -> dict[str, Any] | None:
