@@ -34,7 +34,7 @@ from nat_plugin_evsys.replicas.orders import Item, SampleOrder, Tokens
 from nat_plugin_evsys.replicas.weights import Flat, Shape, Weights, digest, empty_adapter, fill, flatten
 from nat_plugin_evsys.runtime.bases import SharedBase
 
-_KEPT_VERSIONS = 16
+_KEPT_VERSIONS = 4
 """Policy versions that stay ready to be sampled from; older ones are fetched again."""
 
 
