@@ -15,7 +15,7 @@ from nat.data_models.dataset_handler import EvalDatasetJsonConfig
 from nat.data_models.finetuning import RewardFunctionConfig
 from nat.plugins.eval.dataset_handler.dataset_handler import DatasetHandler
 
-from nat_plugin_evsys.config import EvsysExactMatchConfig
+from nat_plugin_evsys.config import EvsysExactMatchConfig, EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of, rows_by_question
 from nat_plugin_evsys.rollouts.traces.record import question_key
@@ -106,6 +106,10 @@ def test_our_evaluators_need_an_answer_in_every_row(tmp_path: Path, answers: lis
     with pytest.raises(DataError, match=r"row \d has no `answer` .*evsys_exact_match.*structure\.answer_key") as caught:
         check_dataset(config)
     assert str(tmp_path / "rows.json") in str(caught.value)
+    config.finetuning.reward_function = None
+    config.trainer_adapters = {"b": EvsysTrainerAdapterConfig(policy="p", reward=RewardFunctionConfig(name="right"))}
+    with pytest.raises(DataError, match="has no `answer`"):
+        check_dataset(config)
 
 
 def test_a_missing_file_is_named_with_its_setting_and_whole_path(

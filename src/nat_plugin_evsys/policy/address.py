@@ -53,4 +53,6 @@ def policy_endpoint(name: str | None = None) -> PolicyAddress:
         )
     if name is None:
         raise ConfigError(f'policy_endpoint(): there are {len(policies)} policies; name one: policy_endpoint("…")')
+    if found:
+        raise ConfigError(f"policy_endpoint({name!r}): {len(found)} policies answer to it; give the name in `llms:`")
     raise ConfigError(f"policy_endpoint({name!r}): `llms:` has no evsys_policy of that name")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nat_plugin_evsys.config import EvsysExactMatchConfig, EvsysFunctionCallConfig
+from nat_plugin_evsys.config import EvsysExactMatchConfig, EvsysFunctionCallConfig, EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
 from nat_plugin_evsys.rollouts.traces.record import question_key
@@ -91,10 +91,14 @@ def rows_by_question(dataset: EvalDatasetBaseConfig) -> dict[str, dict[str, Any]
 
 
 def _reads_answers(config: Config) -> str | None:
-    """The ``_type`` of the reward's evaluator if it scores no row without an answer."""
-    reward = config.finetuning.reward_function
-    evaluator = None if reward is None else config.eval.evaluators.get(reward.name)
-    return str(evaluator.type) if isinstance(evaluator, EvsysExactMatchConfig | EvsysFunctionCallConfig) else None
+    """The ``_type`` of a reward's evaluator if it scores no row without an answer."""
+    adapters = [each for each in config.trainer_adapters.values() if isinstance(each, EvsysTrainerAdapterConfig)]
+    rewards = [config.finetuning.reward_function, *(adapter.reward for adapter in adapters)]
+    for reward in rewards:
+        evaluator = None if reward is None else config.eval.evaluators.get(reward.name)
+        if isinstance(evaluator, EvsysExactMatchConfig | EvsysFunctionCallConfig):
+            return str(evaluator.type)
+    return None
 
 
 def _dataset_types() -> dict[str, type[EvalDatasetBaseConfig]]:
