@@ -33,13 +33,13 @@ class LoopInbox:
             if len(self._calls) > 1:
                 return
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._deliver)
+            loop.call_soon_threadsafe(self._deliver, loop)
 
-    def _deliver(self) -> None:
+    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
             calls, self._calls = self._calls, []
         for take, item in calls:
-            take(item)
+            loop.call_soon(take, item)  # one that raises keeps nothing from the others
 
 
 _INBOXES: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopInbox] = WeakKeyDictionary()

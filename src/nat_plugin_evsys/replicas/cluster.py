@@ -66,7 +66,8 @@ def join(address: str | None) -> None:
         ConfigError: Ray is not installed, or there is no cluster at the address.
     """
     global _users, _keeper
-    if importlib.util.find_spec("ray") is None:
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:  # a mere folder of that name, such as Ray's own /tmp/ray, is no package
         raise ConfigError(f"ray: Ray is not installed; type: {INSTALL}")
     import ray
 
