@@ -1,0 +1,67 @@
+"""RESULTS.md and its plot, from the curves that have been kept."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from curve import Curve
+from matplotlib.figure import Figure
+
+COLOURS = {"ours": "#2f6fba", "trl": "#d1690e", "plain": "#7a7a7a"}
+
+Group = tuple[str, str, float]
+"""Task, side, learning rate."""
+
+
+def write(curves: Sequence[Curve], directory: Path) -> None:
+    """Write RESULTS.md and curves.png into ``directory``."""
+    groups: dict[Group, list[Curve]] = defaultdict(list)
+    for curve in curves:
+        groups[curve.task, curve.side, curve.rate].append(curve)
+    lines = [
+        "# Held-out reward beside peers at equal rollouts",
+        "",
+        "Mean over seeds ± standard error. `area`: mean held-out reward over the run. `collapsed`: runs that kept less",
+        "than half of their best gain. `cpu s`: processor time of a whole run of one thread.",
+        "",
+        "| task | rate | side | seeds | before | area | last | collapsed | cpu s |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_row(group, groups[group]) for group in sorted(groups)),
+        "",
+        "![curves](curves.png)",
+        "",
+    ]
+    (directory / "RESULTS.md").write_text("\n".join(lines))
+    _plot(groups, directory / "curves.png")
+
+
+def _row(group: Group, curves: Sequence[Curve]) -> str:
+    task, side, rate = group
+    before = _spread([curve.points[0].heldout for curve in curves])
+    area, last = _spread([curve.area for curve in curves]), _spread([curve.points[-1].heldout for curve in curves])
+    seconds = statistics.mean(curve.cpu_seconds for curve in curves)
+    collapsed = sum(curve.has_collapsed for curve in curves)
+    return f"| {task} | {rate:g} | {side} | {len(curves)} | {before} | {area} | {last} | {collapsed} | {seconds:.0f} |"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def _plot(groups: dict[Group, list[Curve]], path: Path) -> None:
+    panels = sorted({(task, rate) for task, _, rate in groups})
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (task, rate) in zip(axes, panels, strict=True):
+        axis.set(title=f"{task}, rate {rate:g}", xlabel="epochs", ylim=(-0.02, 1.02))
+        for side, colour in COLOURS.items():
+            for number, curve in enumerate(groups.get((task, side, rate), ())):
+                epochs, rewards = [p.epoch for p in curve.points], [p.heldout for p in curve.points]
+                axis.plot(epochs, rewards, color=colour, alpha=0.7, label=side if number == 0 else None)
+        axis.legend()
+    axes[0].set_ylabel("held-out reward")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,98 @@
+"""TRL's GRPOTrainer with its own defaults, but for the batch, the group size and the learning rate that are compared.
+
+TRL is no dependency of this package. It is imported from ``benchmarks/out/trl``; see README.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from curve import GENERATIONS, GROUPS_PER_STEP, Point
+from peers import heldout_reward, load, lora, roll_out
+from tasks import ROOT, Task
+
+FOLDER = ROOT / "benchmarks" / "out" / "trl"
+
+
+def run(task: Task, rate: float, seed: int, work: Path, epochs: int) -> list[Point]:
+    """The curve of one run."""
+    sys.path.append(str(FOLDER))
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = load(seed)
+    rows = {row["id"]: row for row in task.train}
+
+    def reward(prompts: Any, completions: Any, id: list[str], **others: Any) -> list[float]:
+        replies = others.get("reply") or [messages[0]["content"] for messages in completions]
+        return [task.reward(rows[key], reply) for key, reply in zip(id, replies, strict=True)]
+
+    def two_turns(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        asked = [next(row for row in task.train if row["question"] == prompt[-1]["content"]) for prompt in prompts]
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+        rollouts = roll_out(unwrapped, tokenizer, task, asked)
+        return {
+            "prompt_ids": [each.prompt for each in rollouts],
+            "completion_ids": [each.completion for each in rollouts],
+            "logprobs": None,
+            "env_mask": [each.said for each in rollouts],
+            "reply": [each.reply for each in rollouts],
+        }
+
+    config = GRPOConfig(
+        output_dir=str(work),
+        learning_rate=rate,
+        per_device_train_batch_size=GENERATIONS * GROUPS_PER_STEP,
+        num_generations=GENERATIONS,
+        num_train_epochs=epochs,
+        max_completion_length=task.max_tokens,
+        seed=seed,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # With a fingerprint of its own: datasets 5 cannot compute one with each version of dill.
+    prompts = [{"id": row["id"], "prompt": task.messages(row)} for row in task.train]
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=Dataset(InMemoryTable.from_pylist(prompts), fingerprint=task.name),
+        processing_class=tokenizer,
+        peft_config=lora(),
+        rollout_func=None if task.tool is None else two_turns,
+    )
+    curve: list[Point] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        seconds = 0.0
+        started = 0.0
+
+        def measure(self, epoch: int, sampled: float | None) -> None:
+            heldout = heldout_reward(trainer.model, tokenizer, task)
+            curve.append(Point(epoch, heldout, sampled, round(self.seconds, 1)))
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.measure(0, None)
+            self.started = time.monotonic()
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            self.seconds += time.monotonic() - self.started
+            epoch = round(trainer.state.epoch)
+            logs = [log["reward"] for log in trainer.state.log_history if "reward" in log][-per_epoch:]
+            self.measure(epoch, sum(logs) / len(logs) if logs else None)
+            self.started = time.monotonic()
+
+    per_epoch = len(task.train) // GROUPS_PER_STEP
+    trainer.add_callback(Watch())
+    trainer.train()
+    return curve
