@@ -38,7 +38,7 @@ def main() -> None:
     """Write the three files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", nargs="?", type=Path, default=DIRECTORY)
-    parser.add_argument("--small", action="store_true", help="a few rows of each, for a run of five minutes")
+    parser.add_argument("--small", action="store_true", help="a few rows of each, for a run of eight minutes")
     given = parser.parse_args()
     parts = split(questions(), SMALL if given.small else SIZES)
     given.directory.mkdir(parents=True, exist_ok=True)
