@@ -58,6 +58,14 @@ class Curve:
         gain = max(point.heldout for point in self.points) - first
         return gain >= 0.1 and last - first < gain / 2
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the policy has stopped trying: in the last three epochs samples earn what the greedy reply earns,
+        and neither changes, below 0.9.
+        """
+        rewards = [reward for point in self.points[-3:] for reward in (point.heldout, point.sampled or 0.0)]
+        return max(rewards) - min(rewards) < 0.05 and max(rewards) < 0.9
+
     def write(self, path: Path) -> None:
         """As JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

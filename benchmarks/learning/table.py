@@ -25,10 +25,11 @@ def write(curves: Sequence[Curve], directory: Path) -> None:
         "# Held-out reward beside peers at equal rollouts",
         "",
         "Mean over seeds ± standard error. `area`: mean held-out reward over the run. `collapsed`: runs that kept less",
-        "than half of their best gain. `cpu s`: processor time of a whole run of one thread.",
+        "than half of their best gain. `stuck`: runs that stopped trying, with one answer to all rows, below 0.9.",
+        "`cpu s`: processor time of a whole run of one thread.",
         "",
-        "| task | rate | side | seeds | before | area | last | collapsed | cpu s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | rate | side | seeds | before | area | last | collapsed | stuck | cpu s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_row(group, groups[group]) for group in sorted(groups)),
         "",
         "![curves](curves.png)",
@@ -44,7 +45,9 @@ def _row(group: Group, curves: Sequence[Curve]) -> str:
     area, last = _spread([curve.area for curve in curves]), _spread([curve.points[-1].heldout for curve in curves])
     seconds = statistics.mean(curve.cpu_seconds for curve in curves)
     collapsed = sum(curve.has_collapsed for curve in curves)
-    return f"| {task} | {rate:g} | {side} | {len(curves)} | {before} | {area} | {last} | {collapsed} | {seconds:.0f} |"
+    stuck = sum(curve.is_stuck for curve in curves)
+    cells = [task, f"{rate:g}", side, len(curves), before, area, last, collapsed, stuck, f"{seconds:.0f}"]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _spread(values: Sequence[float]) -> str:
