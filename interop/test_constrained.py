@@ -39,7 +39,7 @@ def test_smollm2_learns_through_constrained_calls(tmp_path: Path) -> None:
     )
     assert done.code == 0, done.text[-4000:]
 
-    run = newest_run(tmp_path / "runs")
+    run = newest_run(tmp_path)
     checked = check_token_exact(capture, run)
     # Every call parsed: the workflow fails at one that does not, and a rollout that fails has no reward.
     assert all(exchange.finish_reason == "tool_calls" for exchange in checked.exchanges)
@@ -49,5 +49,5 @@ def test_smollm2_learns_through_constrained_calls(tmp_path: Path) -> None:
     summary = checked.summary
     print(json.dumps({key: summary.get(key) for key in ("calls", "trained", "dropped", "prompts")}), scores)
     assert all(row["job"]["metrics"]["forced_tokens"] > 0 for row in metrics if "job" in row)
-    # Four desks and 256 rollouts an epoch: a guess gives 0.25, and three standard errors are 0.08.
-    assert max(scores[1:]) > 0.25 + 0.08, scores
+    # Four desks, so a guess gives 0.25; three standard errors of 256 rollouts are 0.08.
+    assert scores[-1] > scores[0] + 0.15, scores
