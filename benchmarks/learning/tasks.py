@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,8 +58,7 @@ def helpdesk() -> Task:
     data = ROOT / "examples" / "helpdesk" / "data"
 
     def reward(row: Row, reply: str) -> float:
-        named = {team for team in teams if re.search(rf"\b{team}\b", reply.lower())}
-        return float(named == {row["answer"]})
+        return float(_named(teams, reply) == [row["answer"]])
 
     return Task(
         "helpdesk",
@@ -88,14 +87,13 @@ def price_list() -> Task:
     ]
 
     def tool(_: Row, reply: str) -> str:
-        named = [good for good in goods if re.search(rf"\b{good}\b", reply.lower())]
+        named = _named(goods, reply)
         if not reply.strip().lower().startswith("price") or not named:
             return "No price was asked for. Reply with one word."
         return "; ".join(f"{good}: {prices[good]}" for good in named[:2]) + ". Reply with one word."
 
     def reward(row: Row, reply: str) -> float:
-        named = {good for good in goods if re.search(rf"\b{good}\b", reply.lower())}
-        return float(named == {row["answer"]})
+        return float(_named(goods, reply) == [row["answer"]])
 
     return Task(
         "price_list",
@@ -107,6 +105,11 @@ def price_list() -> Task:
         reward,
         tool,
     )
+
+
+def _named(words: Sequence[str], reply: str) -> list[str]:
+    """Those of the words that a reply has, in their order."""
+    return [word for word in words if re.search(rf"\b{word}\b", reply.lower())]
 
 
 GYM_TASKS: dict[str, dict[str, Any]] = {

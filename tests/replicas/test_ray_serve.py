@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,11 @@ from typing import Any
 import openai
 import pytest
 from nat_process import run_nat
+from sdk_report import sdk_report
 from serve_process import ServerProcess, add_chat_template, start_server
 from tiny import save_byte_model
 
 pytest.importorskip("ray", reason="needs Ray: make test-ray")
-
-SCRIPT = Path(__file__).parents[1] / "service" / "sdk_script.py"
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +40,7 @@ def replicas(server: ServerProcess) -> list[dict[str, Any]]:
 
 
 def test_every_call_of_the_sdk_does_what_it_says(server: ServerProcess, model: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), server.url, str(model)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.stdout.strip(), done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])["problems"] == []
+    assert sdk_report(server.url, model, timeout=240)["problems"] == []
     both = replicas(server)
     assert [each["state"] for each in both] == ["up", "up"]
     assert all(each["tokens"] > 0 for each in both)

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from sdk_report import sdk_report
 from serve_process import ServerProcess
-
-SCRIPT = Path(__file__).with_name("sdk_script.py")
 
 
 @pytest.fixture(scope="module")
 def report(open_server: ServerProcess, served_model: Path) -> dict[str, Any]:
     """What ``sdk_script.py`` printed."""
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), open_server.url, str(served_model)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.stdout.strip(), done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return sdk_report(open_server.url, served_model, timeout=180)
 
 
 def test_every_call_of_the_sdk_does_what_it_says(report: dict[str, Any]) -> None:

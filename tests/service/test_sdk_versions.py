@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from sdk_report import sdk_report
 from serve_process import ServerProcess
-
-SCRIPT = Path(__file__).with_name("sdk_script.py")
 
 OLDEST = "0.28.0"
 
@@ -40,16 +37,7 @@ def sdk(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.timeout(300)
 def test_every_call_of_the_sdk_does_what_it_says(sdk: Path, open_server: ServerProcess, served_model: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), open_server.url, str(served_model)],
-        env={**os.environ, "PYTHONPATH": str(sdk), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.stdout.strip(), done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = sdk_report(open_server.url, served_model, timeout=240, PYTHONPATH=str(sdk))
     release = next(sdk.glob("tinker-*.dist-info")).name.removeprefix("tinker-").removesuffix(".dist-info")
     assert report["facts"]["tinker"] == release
     assert report["problems"] == []

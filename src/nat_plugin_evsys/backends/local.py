@@ -6,7 +6,7 @@ import asyncio
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from nat_plugin_evsys.backends.base import LossCallable, SamplingClient
 from nat_plugin_evsys.engine.checkpoint_loading import load_adapter, load_checkpoint, start_from
@@ -131,22 +131,20 @@ class LocalBackend:
                 trust_remote_code=trust_remote_code,
                 cache_dir=cache_dir,
             )
-            try:
-                adapter = LoraAdapter.create(
-                    shared.base.model,
-                    rank=rank,
-                    alpha=alpha,
-                    seed=seed,
-                    train_attn=train_attn,
-                    train_mlp=train_mlp,
-                    train_unembed=train_unembed,
-                )
-                return cls(shared, adapter, checkpoint_dir=checkpoint_dir, untrained_logprobs=untrained_logprobs)
-            except BaseException:
-                BASES_IN_USE.leave(shared)
-                raise
+            lora = {"train_attn": train_attn, "train_mlp": train_mlp, "train_unembed": train_unembed}
+            others = {"checkpoint_dir": checkpoint_dir, "untrained_logprobs": untrained_logprobs}
+            return cls._over(shared, {"rank": rank, "alpha": alpha, "seed": seed, **lora}, **others)
 
         return await asyncio.to_thread(build)
+
+    @classmethod
+    def _over(cls, shared: SharedBase, lora: Mapping[str, Any], **options: Any) -> Self:
+        """A backend with a fresh adapter, made by ``LoraAdapter.create``, over a base of ``BASES_IN_USE``."""
+        try:
+            return cls(shared, LoraAdapter.create(shared.base.model, **lora), **options)
+        except BaseException:
+            BASES_IN_USE.leave(shared)
+            raise
 
     # -- training ---------------------------------------------------------------------------------------------------
 

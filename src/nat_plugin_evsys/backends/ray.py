@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.local import LocalBackend
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.replicas.base import Replicas, ReplicatedBase
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.bases import BASES_IN_USE
@@ -63,13 +62,9 @@ class RayBackend(LocalBackend):
                 deterministic=deterministic,
                 **options,
             )
-            flags = {"train_attn": train_attn, "train_mlp": train_mlp, "train_unembed": train_unembed}
-            try:
-                adapter = LoraAdapter.create(shared.base.model, rank=rank, alpha=alpha, seed=seed, **flags)
-                return cls(shared, adapter, checkpoint_dir=checkpoint_dir, untrained_logprobs=untrained_logprobs)
-            except BaseException:
-                BASES_IN_USE.leave(shared)
-                raise
+            lora = {"train_attn": train_attn, "train_mlp": train_mlp, "train_unembed": train_unembed}
+            others = {"checkpoint_dir": checkpoint_dir, "untrained_logprobs": untrained_logprobs}
+            return cls._over(shared, {"rank": rank, "alpha": alpha, "seed": seed, **lora}, **others)
 
         return await asyncio.to_thread(build)
 

@@ -53,6 +53,9 @@ class ReplicaSampler:
             weights = publish(adapter, flatten(adapter), check=False)
         return ReplicaSamplingClient(self, SamplingPolicy(next(self._idents), policy_version, adapter), weights)
 
+    def rest(self, client: LocalSamplingClient) -> None:
+        """Does nothing: each replica bounds by itself how many versions it keeps."""
+
     def send(self, request: SampleRequest, order: SampleOrder, weights: Weights | None, version: int) -> None:
         """Have a replica answer a request; its future ends with the result, an error, or by being cancelled."""
         if self._closed:

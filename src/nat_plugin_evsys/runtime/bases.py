@@ -33,6 +33,10 @@ class AnySampler(Protocol):
         """See ``Sampler.client``."""
         ...
 
+    def rest(self, client: LocalSamplingClient) -> None:
+        """See ``Sampler.rest``."""
+        ...
+
     def close(self) -> None:
         """See ``Sampler.close``."""
         ...
@@ -74,7 +78,7 @@ class SharedBase:
     def rest(self, client: LocalSamplingClient) -> None:
         """A training step is about to replace what ``client`` samples from; see ``Sampler.rest``."""
         with self._lock:
-            if isinstance(self._sampler, Sampler):
+            if self._sampler is not None:
                 self._sampler.rest(client)
 
     def _new_sampler(self) -> AnySampler:
