@@ -65,6 +65,7 @@ class Script:
             self.state,
             self.sampling,
             self.sampling_options,
+            self.inflight,
             self.checkpoints,
             self.download,
             self.finish,
@@ -254,6 +255,21 @@ class Script:
             self.facts["too_long"] = str(error)[:200]
         many = [sampler.sample(prompt, 2, types.SamplingParams(max_tokens=5, seed=n)) for n in range(40)]
         self.check(all(len(each.result().sequences) == 2 for each in many), "40 requests at once are all answered")
+
+    def inflight(self) -> None:
+        """Samplers that follow what the model publishes, beside one that does not."""
+        save = self.trainer.save_weights_and_get_sampling_client
+        if "kind" not in inspect.signature(tinker.TrainingClient.save_weights_and_get_sampling_client).parameters:
+            self.skipped.append("save_weights_and_get_sampling_client(kind=)")
+            return
+        data, prompt = [datum(PROMPT, TARGET)], types.ModelInput.from_ints(PROMPT + TARGET)
+        snapshot, first = save(), save(kind="inflight")
+        self.trainer.forward_backward(data, "cross_entropy").result()
+        self.trainer.optim_step(types.AdamParams(learning_rate=5e-2)).result()
+        second = save(kind="inflight")
+        old, new, also_new = (sum(each.compute_logprobs(prompt).result()[1:]) for each in (snapshot, first, second))
+        self.check(math.isclose(new, also_new, abs_tol=1e-4), f"inflight samplers share weights: {new}, {also_new}")
+        self.check(abs(new - old) > 1e-2, f"a snapshot stays as it was: {old}, {new}")
 
     def checkpoints(self) -> None:
         run_id = self.facts["model_id"]

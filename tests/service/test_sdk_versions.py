@@ -12,7 +12,7 @@ from serve_process import ServerProcess
 
 OLDEST = "0.28.0"
 
-MISSING = {OLDEST: {"ServiceClient.__enter__"}}
+MISSING = {OLDEST: {"ServiceClient.__enter__", "save_weights_and_get_sampling_client(kind=)"}}
 """What a release of the SDK does not have yet; the newest has everything."""
 
 

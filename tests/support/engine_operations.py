@@ -76,8 +76,9 @@ class ModelOperations:
     def save(self, name: str, kind: OperationKind = OperationKind.SAVE_WEIGHTS, **options: Any) -> Operation:
         return self.operation(kind, {"path": name, **options})
 
-    def save_ephemeral(self, number: int) -> Operation:
-        return self.operation(OperationKind.SAVE_WEIGHTS_FOR_SAMPLER, {"sampling_session_seq_id": number})
+    def save_ephemeral(self, number: int, kind: str = "snapshot") -> Operation:
+        body = {"sampling_session_seq_id": number, "kind": kind}
+        return self.operation(OperationKind.SAVE_WEIGHTS_FOR_SAMPLER, body)
 
     def load(self, path: str, *, optimizer: bool) -> Operation:
         return self.operation(OperationKind.LOAD_WEIGHTS, {"path": path, "optimizer": optimizer})

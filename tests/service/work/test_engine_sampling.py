@@ -159,6 +159,42 @@ def test_an_overwritten_checkpoint_does_not_change_an_open_session(
     assert "was overwritten" in refused["error"]
 
 
+def test_inflight_sessions_follow_what_their_model_publishes(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contract of ``tinker.types.SamplingClientKind``; here a request runs whole on the weights it began with."""
+    monkeypatch.setattr(samplers, "KEPT_EPHEMERAL", 1)
+    model, other = ModelOperations(0), ModelOperations(1)
+
+    def logprobs(number: int, seq: int) -> Any:
+        asked = sample_operation(f"{SESSION}:sample:{number}", seq, PROMPT, max_tokens=1, prompt_logprobs=True)
+        return harness.run(asked)[0].prompt_logprobs_np[1:]
+
+    with EngineHarness(tmp_path / "store", [base]) as harness:
+        for each in (model, other, other):
+            train(harness, each, base)
+        snapshot, first, others = harness.run(
+            model.save_ephemeral(1), model.save_ephemeral(2, "inflight"), other.save_ephemeral(3, "inflight")
+        )
+        assert [each["sampling_session_id"][-1] for each in (snapshot, first, others)] == ["1", "2", "3"]
+        published = logprobs(1, 1)
+        assert (logprobs(2, 1) == published).all()
+        elsewhere = logprobs(3, 1)
+        assert np.abs(elsewhere - published).max() > 1e-2
+        train(harness, model, base)
+        assert (logprobs(2, 2) == published).all(), "weights that nobody published"
+        harness.run(model.save_ephemeral(4, "inflight"))
+        newest = logprobs(4, 1)
+        assert np.abs(newest - published).max() > 1e-2
+        assert (logprobs(2, 3) == newest).all()
+        assert (logprobs(1, 2) == published).all()
+        assert (logprobs(3, 2) == elsewhere).all()
+        assert len(harness.engine._samplers._clients) == 3, "what was replaced is freed"
+    with EngineHarness(tmp_path / "store", [base]) as harness:  # after a restart too
+        np.testing.assert_allclose(logprobs(2, 4), newest, atol=1e-6)
+        np.testing.assert_allclose(logprobs(1, 3), published, atol=1e-6)
+
+
 def test_memory_is_bounded_and_weights_come_back(
     harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,8 +208,9 @@ def test_bad_requests_fail_by_name_and_the_thread_goes_on(harness: EngineHarness
         (good.save("x", kinds.SAVE_WEIGHTS_EXTERNAL, age_encryption_recipients=["age1x"]), "age_encryption_recipients"),
         (
             good.operation(kinds.SAVE_WEIGHTS_FOR_SAMPLER, {"path": "x", "kind": "inflight"}),
-            "'inflight' is not offered",
+            "inflight weights have no name",
         ),
+        (good.operation(kinds.SAVE_WEIGHTS_FOR_SAMPLER, {"kind": "live"}), "'snapshot' or 'inflight', got 'live'"),
         (good.operation(kinds.SAVE_WEIGHTS_FOR_SAMPLER, {}), "sampling_session_seq_id"),
         (good.load("/etc", optimizer=False), "is malformed"),
         (good.load(f"tinker://{good.model_id}/weights/..", optimizer=False), "is refused"),

@@ -11,6 +11,8 @@ from nat_plugin_evsys.runtime.runs import RunRecord
 from nat_plugin_evsys.service.store.operations import Outcome
 from nat_plugin_evsys.service.wire.kinds import OperationKind
 
+INFLIGHT = "inflight"
+
 
 @dataclass(frozen=True)
 class SessionRow:
@@ -76,7 +78,7 @@ class SamplerRow:
     Attributes:
         seq_id: the client's ``sampling_session_seq_id``.
         model_path: the ``tinker://`` path that it samples from.
-        directory: name of the directory of its ephemeral weights.
+        directory: name of the directory of its ephemeral weights. The inflight samplers of a model share one.
         model_id: the model that the weights come from.
         step: that model's optimizer steps.
         dropped: its weights have been deleted.
@@ -93,6 +95,16 @@ class SamplerRow:
     step: int = 0
     created_at: float = field(default_factory=time.time)
     dropped: bool = False
+
+    @property
+    def inflight(self) -> bool:
+        """Whether it follows the weights that its model publishes."""
+        return self.directory is not None and self.directory == inflight_directory(str(self.model_id))
+
+
+def inflight_directory(model_id: str) -> str:
+    """Name of the directory of the weights that all inflight samplers of a model sample from."""
+    return f"{model_id}/{INFLIGHT}"
 
 
 @dataclass(frozen=True)

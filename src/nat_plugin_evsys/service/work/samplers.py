@@ -17,7 +17,7 @@ from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import CheckpointError, DataError, ModelError
 from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME
-from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow
+from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow, inflight_directory
 from nat_plugin_evsys.service.work.access import CheckpointAccess, manifest
 from nat_plugin_evsys.service.work.adapter_cache import AdapterCache, Key
 from nat_plugin_evsys.service.work.served_bases import ServedBases
@@ -58,7 +58,8 @@ class Samplers:
         self._opened: dict[str, Key] = {}
 
     def open(self, row: SamplerRow) -> LocalSamplingClient:
-        """The client of a sampling session. It always samples from the same weights, or not at all.
+        """The client of a sampling session. It always samples from the same weights, or not at all; an inflight session
+        samples from those that its model published last.
 
         Raises:
             CheckpointError: its weights are gone, expired, or no longer what they were.
@@ -69,7 +70,8 @@ class Samplers:
                 f"sampling session {row.sampler_id} has ended: the newest {KEPT_EPHEMERAL} unnamed weights of a model "
                 "are kept; save weights under a name to keep them"
             )
-        key = self._opened.get(row.sampler_id)
+        place = _place(row)
+        key = self._opened.get(place)
         client = None if key is None else self._clients.get(key)
         if client is not None:
             return client
@@ -79,7 +81,7 @@ class Samplers:
             return self._bases.get(row.base_model).sampler.client(None, BASE_POLICY_VERSION)
         else:
             key, client, _ = self._checkpoint(row.model_path, row.owner)
-        if self._opened.setdefault(row.sampler_id, key) != key:
+        if self._opened.setdefault(place, key) != key and not row.inflight:
             raise CheckpointError(
                 f"checkpoint {row.model_path} was overwritten after sampling session {row.sampler_id} was opened; "
                 "create a new sampling client"
@@ -104,40 +106,43 @@ class Samplers:
         _, client, shared = self._checkpoint(path, owner)
         return client, shared.base
 
-    def keep(self, row: ModelRow, model: TrainableModel, shared: SharedBase, number: int, seq: int) -> str:
+    def keep(
+        self, model_row: ModelRow, model: TrainableModel, shared: SharedBase, number: int, seq: int, *, inflight: bool
+    ) -> str:
         """Keep a model's current weights as sampling session ``number``; returns its id.
 
-        Repeated after a kill for the same operation ``seq``, it writes the same weights in the same place.
+        ``inflight`` weights also become those of every inflight session that the model published before. Repeated after
+        a kill for the same operation ``seq``, it writes the same weights in the same place.
 
         Raises:
             DataError: the number is another sampler's.
             CheckpointError: the disk refused the write.
         """
-        sampler_id = f"{row.session_id}:sample:{number}"
-        name = f"{row.model_id}/{seq}"
-        known = self._store.sampler(sampler_id)
+        name = inflight_directory(model_row.model_id) if inflight else f"{model_row.model_id}/{seq}"
+        row = SamplerRow(
+            sampler_id=f"{model_row.session_id}:sample:{number}",
+            session_id=model_row.session_id,
+            owner=model_row.owner,
+            seq_id=number,
+            base_model=shared.base.name,
+            directory=name,
+            model_id=model_row.model_id,
+            step=model.step,
+            created_at=time.time(),
+        )
+        known = self._store.sampler(row.sampler_id)
         if known is not None and known.directory != name:
             raise DataError(f"sampling_session_seq_id {number} is taken in session {row.session_id}; use the next one")
-        directory = save_checkpoint(self.root / row.model_id, str(seq), model, kind="sampler")
-        self._store.add_sampler(
-            SamplerRow(
-                sampler_id=sampler_id,
-                session_id=row.session_id,
-                owner=row.owner,
-                seq_id=number,
-                base_model=shared.base.name,
-                directory=name,
-                model_id=row.model_id,
-                step=model.step,
-                created_at=time.time(),
-            )
-        ).result()
-        key = _key(shared, directory)
+        with self._loading:  # nobody reads weights that are being replaced
+            directory = save_checkpoint(self.root / model_row.model_id, Path(name).name, model, kind="sampler")
+            key = _key(shared, directory)
+        self._store.add_sampler(row).result()
         if key is not None:
-            self._opened[sampler_id] = key
             self._clients.put(key, shared.sampler.client(model.adapter, model.step), model.adapter)
-        self._drop_oldest(row.model_id)
-        return sampler_id
+            replaced, self._opened[_place(row)] = self._opened.get(_place(row)), key
+            self._drop_unused(replaced)
+        self._drop_oldest(model_row.model_id)
+        return row.sampler_id
 
     def close_session(self, session_id: str) -> None:
         """Unload what a session samples from; it is reloaded on demand."""
@@ -188,12 +193,19 @@ class Samplers:
 
     def _drop_oldest(self, model_id: str) -> None:
         rows = [row for row in self._store.samplers(model_id=model_id) if row.directory and not row.dropped]
-        for row in rows[:-KEPT_EPHEMERAL]:
+        for row in [row for row in rows if not row.inflight][:-KEPT_EPHEMERAL]:
             self._store.drop_sampler(row.sampler_id).result()
-            key = self._opened.pop(row.sampler_id, None)
-            if key is not None and key not in list(self._opened.values()):
-                self._clients.drop(key)
+            self._drop_unused(self._opened.pop(row.sampler_id, None))
             shutil.rmtree(self.root / str(row.directory), ignore_errors=True)
+
+    def _drop_unused(self, key: Key | None) -> None:
+        if key is not None and key not in list(self._opened.values()):
+            self._clients.drop(key)
+
+
+def _place(row: SamplerRow) -> str:
+    """Where the key of a session's weights is kept: inflight sessions share it, as they share the weights."""
+    return str(row.directory) if row.inflight else row.sampler_id
 
 
 def _key(shared: SharedBase, directory: Path) -> Key | None:

@@ -9,6 +9,7 @@ from nat_plugin_evsys.engine.checkpoints import Kind
 from nat_plugin_evsys.errors import DataError, UnsupportedError
 from nat_plugin_evsys.runtime.arguments import check_ttl
 from nat_plugin_evsys.service.store.operations import Operation, Outcome
+from nat_plugin_evsys.service.store.rows import INFLIGHT
 from nat_plugin_evsys.service.wire.kinds import OperationKind
 from nat_plugin_evsys.service.wire.requests import SaveWeights, metadata_of
 from nat_plugin_evsys.service.work.failures import answer
@@ -34,19 +35,21 @@ def save(places: Places, hosted: HostedModel, operation: Operation, stop: thread
 
 
 def save_for_sampler(places: Places, hosted: HostedModel, operation: Operation, stop: threading.Event) -> Outcome:
-    """Save weights for sampling: under a name, or as the unnamed ones of a sampling session."""
+    """Save weights for sampling: under a name, as the unnamed ones of a sampling session, or as the model's inflight
+    ones, which all its inflight sampling sessions sample from."""
     request = _asked(operation)
-    if request.kind != "snapshot":
-        raise UnsupportedError(
-            f"kind={request.kind!r} is not offered: no sequence mixes two policy versions here; take snapshots"
-        )
+    if request.kind not in ("snapshot", INFLIGHT):
+        raise DataError(f"kind must be 'snapshot' or 'inflight', got {request.kind!r}")
+    inflight = request.kind == INFLIGHT
+    if inflight and request.path is not None:
+        raise DataError("inflight weights have no name: leave out path, or ask for kind='snapshot'")
     if request.path is not None:
         return answer(path=_save_named(places, hosted, operation, stop), type=operation.kind.value)
     number = request.sampling_session_seq_id
     if number is None:
         raise DataError("save_weights_for_sampler needs path (a name) or sampling_session_seq_id (ephemeral)")
     row, model = _own_row(hosted, operation), hosted.loaded(stop)
-    sampler_id = places.samplers.keep(row, model, hosted.shared, number, operation.seq_id)
+    sampler_id = places.samplers.keep(row, model, hosted.shared, number, operation.seq_id, inflight=inflight)
     return answer(sampling_session_id=sampler_id, type=operation.kind.value)
 
 
