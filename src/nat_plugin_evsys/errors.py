@@ -246,3 +246,9 @@ def causes(error: BaseException | None, *, implicit: bool = False) -> Iterator[B
         yield error
         seen.add(id(error))
         error = error.__cause__ or (error.__context__ if implicit else None)
+
+
+def one_line(exc: BaseException) -> str:
+    """The exception's type and text on one line, cut at 300 characters."""
+    text = " ".join(str(exc).split())
+    return f"{type(exc).__name__}: {text[:300]}" if text else type(exc).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from random_datums import ce_datums, related_datums, rl_datums
 from tinker import types
 from tiny import perturb, save_family, tiny_model
+from tiny_vision import save_vision_model, vision_base
 
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model
@@ -40,6 +42,19 @@ def base_of() -> Callable[..., BaseModel]:
         return built[family, attention, dtype]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def vision_base_of() -> Callable[[str], BaseModel]:
+    """``vision_base_of(family)``: one base model each that reads images."""
+    return cache(vision_base)
+
+
+@pytest.fixture(scope="session")
+def vision_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``vision_dir(family)``: a model directory with a tokenizer and an image processor."""
+    root = tmp_path_factory.mktemp("vision")
+    return cache(lambda family: save_vision_model(family, root / family))
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from torch import Tensor
 from nat_plugin_evsys.engine.gradient.fast_verdict import fast_forward
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.forward import OutputHead, share_of_norm
-from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_check import load_in_peft, write_adapter
 from nat_plugin_evsys.engine.model.targets import linear_roles
 from nat_plugin_evsys.engine.sampler import Sampler
-from nat_plugin_evsys.errors import EvsysError
+from nat_plugin_evsys.errors import EvsysError, one_line
 
 _DATUMS, _PROMPTS = (19, 7, 40), (5, 23, 34)
 _STEPS, _SAMPLED = 5, 6

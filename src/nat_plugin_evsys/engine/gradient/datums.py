@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.gradient.losses import LOSSES
+from nat_plugin_evsys.engine.model.images import NoImages, PlacedImage, ReadsImages, read_model_input
 from nat_plugin_evsys.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ class Example:
         targets: (N,) or (N, K) what each position predicts.
         inputs: the loss function's other inputs; (N,) each, ``weights`` in the shape of ``targets``.
         temperature: (N,) that divides the logits of each position, or None for 1 everywhere. *Extension* of Tinker.
+        images: what the placeholders among ``tokens`` stand for.
     """
 
     tokens: Tensor
     targets: Tensor
     inputs: dict[str, Tensor]
     temperature: Tensor | None = None
+    images: tuple[PlacedImage, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,7 +54,14 @@ def check_loss_fn(loss_fn: str) -> None:
     raise DataError(f"loss_fn {loss_fn!r} cannot be used: {why}; choose one of {', '.join(LOSSES)}")
 
 
-def check_datums(data: Sequence[tinker.Datum], loss_fn: str, *, vocab_size: int, context_length: int) -> list[Example]:
+def check_datums(
+    data: Sequence[tinker.Datum],
+    loss_fn: str,
+    *,
+    vocab_size: int,
+    context_length: int,
+    vision: ReadsImages | NoImages,
+) -> list[Example]:
     """The Datums as tensors; missing ``weights`` of cross_entropy become 1.
 
     Raises:
@@ -64,7 +74,7 @@ def check_datums(data: Sequence[tinker.Datum], loss_fn: str, *, vocab_size: int,
     examples = []
     for index, datum in enumerate(data):
         where = f"data[{index}]"
-        tokens = _model_input(datum, where, vocab_size, context_length)
+        tokens, images = _model_input(datum, where, vocab_size, context_length, vision)
         inputs = _loss_inputs(datum, where, loss_fn, spec.required, spec.optional)
         targets = _targets(inputs.pop("target_tokens"), where, len(tokens), vocab_size)
         if loss_fn != "cross_entropy" and targets.dim() != 1:
@@ -76,18 +86,18 @@ def check_datums(data: Sequence[tinker.Datum], loss_fn: str, *, vocab_size: int,
             inputs[key] = _floats(value, where, key, shape)
         _fold_mask(inputs, where)
         _check_gspo(inputs, where, loss_fn)
-        examples.append(Example(tokens, targets, inputs, _temperature(inputs.pop(TEMPERATURE, None), where)))
+        temperature = _temperature(inputs.pop(TEMPERATURE, None), where)
+        examples.append(Example(tokens, targets, inputs, temperature, images))
     return examples
 
 
-def _model_input(datum: Any, where: str, vocab_size: int, context_length: int) -> Tensor:
+def _model_input(
+    datum: Any, where: str, vocab_size: int, context_length: int, vision: ReadsImages | NoImages
+) -> tuple[Tensor, tuple[PlacedImage, ...]]:
     if not hasattr(datum, "model_input") or not hasattr(datum, "loss_fn_inputs"):
         raise DataError(f"{where} is a {type(datum).__name__}; give a tinker.Datum(model_input=…, loss_fn_inputs=…)")
-    ids: list[int] = []
-    for chunk in datum.model_input.chunks:
-        if not hasattr(chunk, "tokens"):
-            raise DataError(f"{where}: model_input has a {type(chunk).__name__}; the engine takes text tokens only")
-        ids.extend(chunk.tokens)
+    text_only = "the engine takes text tokens only"
+    ids, images = read_model_input(datum.model_input.chunks, vision, f"{where}: model_input", text_only)
     if not ids:
         raise DataError(f"{where}: model_input is empty; it needs at least one token")
     if len(ids) > context_length:
@@ -97,7 +107,7 @@ def _model_input(datum: Any, where: str, vocab_size: int, context_length: int) -
         )
     tokens = torch.tensor(ids, dtype=torch.int64)
     _check_vocabulary(tokens, where, "model_input", vocab_size)
-    return tokens
+    return tokens, images
 
 
 def _loss_inputs(

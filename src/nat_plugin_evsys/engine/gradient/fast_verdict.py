@@ -14,11 +14,12 @@ from torch import Tensor
 from nat_plugin_evsys.engine.gradient.fast_forward import FastForward
 from nat_plugin_evsys.engine.model.float32_twin import float32_twin
 from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows, share_of_norm
-from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import rope_types
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.engine.tree.attention import install
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
+from nat_plugin_evsys.errors import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from nat_plugin_evsys.engine.machine.memory import MemoryModel, SavedBytes, Toke
 from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows, target_logprobs
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model.vision import Vision
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
 from nat_plugin_evsys.errors import DataError
 
@@ -70,7 +71,8 @@ class MicroBatch:
 class MicroBatches:
     """Plans and runs the parts of steps of one adapter.
 
-    The fast path takes every Datum it can; the others, or all with ``path="plain"``, run in padded batches.
+    The fast path takes every Datum it can; the others, or all with ``path="plain"``, run in padded batches. Those with
+    images run one by one.
     """
 
     def __init__(self, base: BaseModel, adapter: LoraAdapter, path: Literal["auto", "plain"]) -> None:
@@ -92,10 +94,13 @@ class MicroBatches:
         fast: list[int] = []
         if self._fast is not None:
             size = [self._fast.computed_tokens(len(e), r.length) for e, r in zip(examples, reads, strict=True)]
-            fast = [i for i, r in enumerate(reads) if r.length and self._fast.takes(size[i])]
+            text = [i for i, r in enumerate(reads) if r.length and not examples[i].images]
+            fast = [i for i in text if self._fast.takes(size[i])]
             for group in self._fast.one_table_each(fast, size):
                 batches += self._packed(group, [examples[i].tokens[: size[i]].numpy() for i in group], token_budget)
-        plain = sorted(set(range(len(examples))) - set(fast) - set(unread))
+        seeing = [i for i, r in enumerate(reads) if r.length and examples[i].images]
+        batches += [MicroBatch([i], len(examples[i])) for i in seeing]
+        plain = sorted(set(range(len(examples))) - {*fast, *unread, *seeing})
         budget = token_budget or default_token_budget(self._base)
         for group in plan_micro_batches([len(examples[i]) for i in plain], budget):
             members = [plain[i] for i in group]
@@ -188,7 +193,7 @@ class MicroBatches:
         """The plain way."""
         device = self._base.device
         with applied(adapter, fused=False):
-            hidden = hidden_rows(self._base.model, [e.tokens for e in examples], device)
+            hidden = self._hidden(examples)
         if any(e.temperature is not None for e in examples):
             hidden = hidden / torch.cat([temperature_of(e) for e in examples]).to(hidden)[:, None]
         targets = stack_targets(examples).to(device)
@@ -196,6 +201,14 @@ class MicroBatches:
         logprobs, entropy = target_logprobs(self._head, adapter, hidden, targets, needs_grad)
         entropies = entropy.split([len(e) for e in examples])
         return list(zip(split_rows(logprobs, examples), entropies, strict=True))
+
+    def _hidden(self, examples: Sequence[Example]) -> Tensor:
+        """Last hidden states of all tokens, [sum of lengths, H]; one with images is alone in its micro-batch."""
+        vision = self._base.vision
+        if isinstance(vision, Vision) and examples[0].images:
+            (example,) = examples
+            return vision.hidden(example.tokens, example.images)
+        return hidden_rows(self._base.model, [e.tokens for e in examples], self._base.device)
 
     def metrics(self, batches: Sequence[MicroBatch], examples: Sequence[Example]) -> dict[str, float]:
         """The work metrics of ``TrainableModel.forward_backward``."""

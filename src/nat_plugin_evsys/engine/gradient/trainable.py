@@ -202,7 +202,13 @@ class TrainableModel:
         backward: bool,
         bare: bool = False,
     ) -> tuple[types.ForwardBackwardOutput, dict[str, Tensor]]:
-        examples = check_datums(data, loss_fn, vocab_size=self.base.vocab_size, context_length=self.base.context_length)
+        examples = check_datums(
+            data,
+            loss_fn,
+            vocab_size=self.base.vocab_size,
+            context_length=self.base.context_length,
+            vision=self.base.vision,
+        )
         config = resolve_config(loss_fn, loss_fn_config)
         check_thresholds(examples, config)
         loss = Loss(loss_fn, config, all_logprobs=self.untrained_logprobs or not backward)

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.engine.model import long_rope, lora, quantized
 from nat_plugin_evsys.engine.model.builtin import PREFIX, builtin_tokenizer
 from nat_plugin_evsys.engine.model.identity import model_identity
-from nat_plugin_evsys.engine.model.source import WHAT_TO_TYPE, LocalSource, find_local
-from nat_plugin_evsys.errors import ConfigError, ModelError
+from nat_plugin_evsys.engine.model.images import NoImages
+from nat_plugin_evsys.engine.model.source import find_local
+from nat_plugin_evsys.engine.model.stored_model import LOADING, load_from_hub, load_stored
+from nat_plugin_evsys.engine.model.vision import Vision, find_vision
+from nat_plugin_evsys.errors import ConfigError, ModelError, one_line
 from nat_plugin_evsys.runtime.defaults import QUANTIZATION
 
 logger = logging.getLogger(__name__)
 
-# transformers patches its modules while it loads: of two loads at once, one misses tied weights, and so does every
-# later one.
-_LOADING = threading.Lock()
-
-_HUB_TIMEOUT_S = 8.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +38,7 @@ class BaseModel:
         context_length: most tokens that one sequence may have.
         vocab_size: rows of the output head; every token id must be below it.
         identity: what a checkpoint is matched against, see ``identity.model_identity``.
+        vision: reads images, or says why the model reads text only.
     """
 
     name: str
@@ -52,6 +49,7 @@ class BaseModel:
     context_length: int
     vocab_size: int
     identity: dict[str, Any]
+    vision: Vision | NoImages
 
 
 def load_base_model(
@@ -83,12 +81,15 @@ def load_base_model(
         "device": where,
     }
     source = find_local(base_model, cache_dir or default_cache_dir())
-    if source is not None:
-        tokenizer, model = _load(base_model, source, **options)
-    else:
-        tokenizer, model = _load_from_hub(base_model, **options)
-    model.to(where)  # type: ignore[arg-type]  # transformers wraps .to() without its overloads
-    base = wrap_model(base_model, model, tokenizer, context_length=context_length)
+    loaded = load_stored(base_model, source, **options) if source is not None else load_from_hub(base_model, **options)
+    loaded.model.to(where)  # type: ignore[arg-type]  # transformers wraps .to() without its overloads
+    base = wrap_model(
+        base_model,
+        loaded.model,
+        loaded.tokenizer,
+        context_length=context_length,
+        image_processor=loaded.image_processor,
+    )
     _check_tokenizer(base)
     return base
 
@@ -104,7 +105,7 @@ def load_tokenizer(base_model: str, *, cache_dir: Path | None = None) -> Any:
         return builtin_tokenizer(base_model, cache)
     source = find_local(base_model, cache)
     try:
-        with _LOADING:
+        with LOADING:
             if source is None:
                 return AutoTokenizer.from_pretrained(base_model)
             return AutoTokenizer.from_pretrained(source.directory, **source.tokenizer_options())
@@ -113,8 +114,17 @@ def load_tokenizer(base_model: str, *, cache_dir: Path | None = None) -> Any:
         raise ModelError(f"the tokenizer of {base_model!r} cannot be loaded: {one_line(exc)}") from exc
 
 
-def wrap_model(name: str, model: PreTrainedModel, tokenizer: Any, *, context_length: int | None = None) -> BaseModel:
+def wrap_model(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    context_length: int | None = None,
+    image_processor: Any = None,
+) -> BaseModel:
     """A ``BaseModel`` around a loaded transformers model: frozen, in eval mode, LoRA hooks installed.
+
+    ``image_processor``: transformers', of a model that reads images.
 
     Raises:
         ModelError: ``context_length`` is larger than the model was built for, or it has no output head.
@@ -138,6 +148,7 @@ def wrap_model(name: str, model: PreTrainedModel, tokenizer: Any, *, context_len
         context_length=_resolve_context(name, model, context_length),
         vocab_size=int(head.weight.shape[0]),
         identity=model_identity(model),
+        vision=find_vision(model, image_processor),
     )
 
 
@@ -187,109 +198,3 @@ def _resolve_context(name: str, model: PreTrainedModel, asked: int | None) -> in
     if asked < 2 or (longest is not None and asked > longest):
         raise ModelError(f"context_length {asked} does not fit base_model {name!r}; use 2 to {longest}")
     return asked
-
-
-def _load_from_hub(hub_id: str, **options: Any) -> tuple[Any, PreTrainedModel]:
-    """Load from the Hugging Face cache if the model is complete there, else download it."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str):
-        try:
-            return _load(hub_id, None, local_files_only=True, **options)
-        except ModelError:
-            # An interrupted download leaves a partial cache, which only the hub can complete.
-            if constants.HF_HUB_OFFLINE:
-                raise
-    elif constants.HF_HUB_OFFLINE:
-        raise ModelError(f"base_model {hub_id!r} is not cached here and HF_HUB_OFFLINE is set; {WHAT_TO_TYPE}")
-    try:
-        huggingface_hub.model_info(hub_id, timeout=_HUB_TIMEOUT_S)
-    except Exception as exc:
-        # Boundary: the hub client raises HTTP, DNS and validation errors alike.
-        raise ModelError(
-            f"base_model {hub_id!r} is not a directory here, and the Hugging Face hub did not provide it: "
-            f"{one_line(exc)}; {WHAT_TO_TYPE}"
-        ) from exc
-    return _load(hub_id, None, **options)
-
-
-def _load(
-    base_model: str,
-    source: LocalSource | None,
-    *,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    quantization: str,
-    device: torch.device,
-    local_files_only: bool = False,
-) -> tuple[Any, PreTrainedModel]:
-    """Tokenizer and model from ``source``, else from the hub (or, with ``local_files_only``, from its cache)."""
-    where = base_model if source is None else source.directory
-    common: dict[str, Any] = {"local_files_only": local_files_only, "trust_remote_code": trust_remote_code}
-    for_tokenizer = common | (source.tokenizer_options() if source else {})
-    for_model = common | (source.model_options() if source else {})
-    if source and source.gguf_file:
-        if quantization != QUANTIZATION:
-            raise ConfigError(f"base_model {base_model!r} is a GGUF file, which is unpacked; set quantization to none")
-    else:
-        stored = _stored_quantization(where, common)
-        for_model |= quantized.loading_options(base_model, quantization, stored, dtype, device)
-    try:
-        with _LOADING, quantized.quiet_about_merging():
-            tokenizer = AutoTokenizer.from_pretrained(where, **for_tokenizer)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype, output_loading_info=True, **for_model
-            )
-    except Exception as exc:
-        # Boundary: transformers raises many types; all become one readable line.
-        raise ModelError(
-            f"base_model {base_model!r} cannot be loaded from {source or where}: {one_line(exc)}"
-            f"{_if_memory_ran_out(exc, source, device)}"
-        ) from exc
-    model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(
-            f"base_model {base_model!r}: the weight files lack {len(missing)} tensors (first: {missing[0]}); "
-            "the directory is incomplete, download or save the model again"
-        )
-    if quantized.packed_layers(model):
-        quantized.compute_in(model, dtype)
-    elif quantization != QUANTIZATION:
-        raise ModelError(
-            f"base_model {base_model!r} has no layer that quantization {quantization} reaches; set it to none"
-        )
-    elif for_model.keys() & {"gguf_file", "quantization_config"}:
-        quantized.forget(model)
-    return tokenizer, model
-
-
-def _if_memory_ran_out(exc: Exception, source: LocalSource | None, device: torch.device) -> str:
-    """What is needed and what there is, "" after another error."""
-    if not isinstance(exc, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(exc):
-        return ""
-    files = [] if source is None else [source.gguf_file or f for f in source.directory.glob("*.safetensors")]
-    size = sum(file.stat().st_size for file in files)
-    needed = f"its weight files have {size / 1e9:.2f} GB, and " if size else ""
-    return (
-        f"; {needed}this process may have {free_bytes(device) / 1e9:.2f} GB more; raise its limit (ulimit -v, the "
-        "container's memory), or take a smaller model, dtype: bfloat16 or quantization: nf4"
-    )
-
-
-def _stored_quantization(where: str | Path, options: dict[str, Any]) -> dict[str, Any] | None:
-    """``quantization_config`` of a checkpoint's config.json, None without one; what is wrong there, the load says."""
-    options = {name: value for name, value in options.items() if name != "trust_remote_code"}
-    try:
-        config, _ = PretrainedConfig.get_config_dict(where, **options)
-    except (OSError, ValueError):
-        return None
-    found: dict[str, Any] | None = config.get("quantization_config")
-    return found
-
-
-def one_line(exc: BaseException) -> str:
-    """The exception's type and text on one line, cut at 300 characters."""
-    text = " ".join(str(exc).split())
-    return f"{type(exc).__name__}: {text[:300]}" if text else type(exc).__name__

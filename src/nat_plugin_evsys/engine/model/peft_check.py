@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nat_plugin_evsys.engine.model.forward import share_of_norm
-from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear, applied
 from nat_plugin_evsys.engine.model.peft_format import adapter_config, to_peft_names
 from nat_plugin_evsys.engine.model.plain_copy import plain_copy
 from nat_plugin_evsys.engine.model.quantized import keep_differentiable
+from nat_plugin_evsys.errors import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
@@ -17,7 +17,7 @@ from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
 from nat_plugin_evsys.engine.sampling.row_decoder import Context, RowDecoder
 from nat_plugin_evsys.engine.sampling.slot_decoder import SlotDecoder
-from nat_plugin_evsys.errors import ModelError
+from nat_plugin_evsys.errors import ModelError, one_line
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from nat_plugin_evsys.engine.model.loading import BaseModel, one_line
+from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import long_rope_limit, rope_types
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.engine.sampling.decoding_check import decoding_gap
@@ -17,6 +17,7 @@ from nat_plugin_evsys.engine.spans.decoder import FIRST_LENGTH, SpanDecoder
 from nat_plugin_evsys.engine.spans.packed_linear import PackedVersions
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.engine.spans.tree import SpanTree
+from nat_plugin_evsys.errors import one_line
 
 logger = logging.getLogger(__name__)
 

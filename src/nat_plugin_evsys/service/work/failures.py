@@ -6,8 +6,7 @@ import json
 import logging
 from typing import Any
 
-from nat_plugin_evsys.engine.model.loading import one_line
-from nat_plugin_evsys.errors import EngineClosedError, EvsysError, ModelError, RestoreError
+from nat_plugin_evsys.errors import EngineClosedError, EvsysError, ModelError, RestoreError, one_line
 from nat_plugin_evsys.service.store.operations import JSON, Effect, FailureCategory, Operation, Outcome
 
 logger = logging.getLogger(__name__)
