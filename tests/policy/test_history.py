@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,6 +73,16 @@ async def test_the_next_prompt_starts_with_what_was_read_and_sampled(
     assert added.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert ("tool_response" in added) == ("tool_calls" in one.reply)
     assert (one.history, two.history) == (PromptHistory.NEW, PromptHistory.EXTENDED)
+
+
+async def test_tokenize_gives_the_ids_of_a_conversation_that_goes_on(serve: Any, renderer: ChatRenderer) -> None:
+    """NeMo Gym takes a call's prompt from it, at vLLM's place."""
+    served = serve([letters(renderer, "The sum is 5."), "Done."])
+    _, two = await two_turns(served)
+    async with httpx.AsyncClient(headers=served.auth() | {RUN_ID_HEADER: "run"}) as client:
+        url = f"{served.endpoint.base_url.removesuffix('/v1')}/tokenize"
+        answer = await client.post(url, json={"model": MODEL, "messages": two.messages})
+    assert answer.json()["tokens"] == two.prompt_ids != renderer.render(two.messages)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,10 @@ async def test_a_text_may_be_echoed(serve: Any) -> None:
         ("responses", {"input": "a", "previous_response_id": "resp_1"}, "nothing is kept"),
         ("responses", {"input": "a", "colour": 1}, "colour"),
         ("tokenize", {}, "either `prompt` or `messages`"),
+        ("../inference/v1/generate", {"token_ids": []}, "`token_ids`"),
+        ("../inference/v1/generate", {"token_ids": [1], "stream": True}, "`stream`"),
+        ("../inference/v1/generate", {"token_ids": [1], "features": {"a": 1}}, "text tokens only"),
+        ("../inference/v1/generate", {"token_ids": [1], "sampling_params": {"bad_words": ["x"]}}, "bad_words"),
     ],
 )
 async def test_what_is_refused_is_named(serve: Any, path: str, body: Any, words: str) -> None:
@@ -92,6 +96,27 @@ async def test_what_is_refused_is_named(serve: Any, path: str, body: Any, words:
         response = await client.post(f"{served.endpoint.base_url}/{path}", json=sent)
     assert response.status_code == 400, response.text
     assert words in response.json()["error"]["message"]
+
+
+async def test_generate_takes_and_gives_tokens(serve: Any, renderer: ChatRenderer) -> None:
+    """As ``renderers.client.generate`` sends it, at vLLM's place."""
+    served = serve(["Hello.", "Hello."])
+    ids = renderer.render([{"role": "user", "content": "Hi"}])
+    params = {"temperature": 1.0, "logprobs": 1, "max_tokens": 8, "stop_token_ids": [renderer.end_of_turn]}
+    more = {"skip_special_tokens": False, "routed_experts_prompt_start": 3}
+    body = {"model": MODEL, "token_ids": ids, "sampling_params": params | more, "cache_salt": "1"}
+    served.recorder.open_run("run", "rollout", 1)
+    async with httpx.AsyncClient(headers=served.auth() | {RUN_ID_HEADER: "run"}) as client:
+        url = f"{served.endpoint.base_url.removesuffix('/v1')}/inference/v1/generate"
+        answer = (await client.post(url, json=body)).json()
+        short = (await client.post(url, json={**body, "sampling_params": params | {"max_tokens": 1}})).json()
+    (choice,) = answer["choices"]
+    (call, _) = served.recorder.close_run("run")
+    assert call.prompt_ids == ids
+    assert choice["token_ids"] == call.output_ids == [*renderer.encode("Hello."), renderer.end_of_turn]
+    assert [entry["token"] for entry in choice["logprobs"]["content"]] == [f"token_id:{t}" for t in call.output_ids]
+    assert [entry["logprob"] for entry in choice["logprobs"]["content"]] == call.logprobs
+    assert [each["choices"][0]["finish_reason"] for each in (answer, short)] == ["stop", "length"]
 
 
 async def test_tokens_are_those_that_the_policy_reads(serve: Any, renderer: ChatRenderer) -> None:

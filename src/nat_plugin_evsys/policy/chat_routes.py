@@ -1,4 +1,7 @@
-"""OpenAI's routes over any number of models: chat completions, completions, responses, models; vLLM's tokenize."""
+"""OpenAI's routes over any number of models: chat completions, completions, responses, models.
+
+And two of vLLM's: tokenize, and generate.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from nat_plugin_evsys.policy.api_errors import (
     refusal_of,
 )
 from nat_plugin_evsys.policy.apis.dialect import ChatDialect, Dialect
+from nat_plugin_evsys.policy.apis.generate import GenerateDialect
 from nat_plugin_evsys.policy.apis.responses import ResponsesDialect
 from nat_plugin_evsys.policy.apis.text_completions import TextDialect
 from nat_plugin_evsys.policy.apis.tokenize import TokenizeRequest
@@ -97,7 +101,8 @@ class ChatRoutes:
         self._said: set[str] = set()
 
     def routes(self, prefix: str) -> list[Route]:
-        """Starlette's routes below ``prefix`` (such as ``/v1``)."""
+        """Starlette's routes below ``prefix``, which ends with ``/v1``; vLLM's own are beside that."""
+        root = prefix.removesuffix("/v1")
         return [
             self._route("GET", f"{prefix}/models", self._list),
             self._route("GET", f"{prefix}/models/{{name:path}}", self._describe),
@@ -105,6 +110,8 @@ class ChatRoutes:
             self._route("POST", f"{prefix}/completions", self._completions),
             self._route("POST", f"{prefix}/responses", self._responses),
             self._route("POST", f"{prefix}/tokenize", self._tokenize),
+            self._route("POST", f"{root}/tokenize", self._tokenize),
+            self._route("POST", f"{root}/inference/v1/generate", self._generate),
         ]
 
     def _route(self, method: str, path: str, handler: Callable[[Request, str], Coroutine[Any, Any, Response]]) -> Route:
@@ -159,6 +166,11 @@ class ChatRoutes:
         asked = await beside_loop(len(body), TextDialect, _object(value))
         return await self._serve(asked.request, request, caller, asked, asked.ids)
 
+    async def _generate(self, request: Request, caller: str) -> Response:
+        body, value = await read_json(request, _CHAT)
+        asked = await beside_loop(len(body), GenerateDialect, _object(value))
+        return await self._serve(asked.request, request, caller, asked, asked.ids)
+
     async def _responses(self, request: Request, caller: str) -> Response:
         body, value = await read_json(request, _CHAT)
         asked = await beside_loop(len(body), ResponsesDialect, _object(value))
@@ -168,7 +180,7 @@ class ChatRoutes:
         body, value = await read_json(request, _CHAT)
         asked = await beside_loop(len(body), TokenizeRequest, _object(value))
         source = await self._models.source(asked.model, caller)
-        return JSONResponse(await asked.answer(source))
+        return JSONResponse(await asked.answer(source, _run_id(request)))
 
     async def _serve(
         self,

@@ -98,16 +98,8 @@ class Completion:
         check_hints(request, source.hints)
         renderer = await resolved(source.renderer)
         messages, tools = request.message_dicts(), request.shown_tools
-        thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
         history = source.history or History()
-        scope = run_id or ""
-        if plain is None and not request.opens_turn:
-            plain = partial(_open_end, messages, tools, request.continue_final_message, thinking)
-        if plain is None:
-            prompt = await asyncio.to_thread(history.prompt, renderer, scope, messages, tools, enable_thinking=thinking)
-        else:
-            text, ids = await asyncio.to_thread(plain, renderer)
-            prompt = Prompt(ids, text, uuid.uuid4().bytes)
+        prompt = await prompt_of(request, renderer, history, run_id, plain)
         client = await _client(source, run_id)
         constraint, unmet = await asyncio.to_thread(constraint_of, request, source.hints, renderer, client)
         defaults = source.defaults(source.recorder.kind_of(run_id))
@@ -129,7 +121,7 @@ class Completion:
             prompt=prompt,
             history=history,
             params=params,
-            opens_turn=plain is None,
+            opens_turn=plain is None and request.opens_turn,
             constraint=constraint,
             unmet=unmet,
         )
@@ -282,6 +274,34 @@ class Completion:
         completion = sum(len(sequence.tokens) for sequence in sequences)
         prompt = len(self.prompt_ids)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+async def prompt_of(
+    request: ChatCompletionRequest,
+    renderer: ChatRenderer,
+    history: History,
+    run_id: str | None,
+    plain: PlainPrompt | None = None,
+) -> Prompt:
+    """What the policy reads of a request, before what a grammar may force.
+
+    Args:
+        history: the turns that the conversation may go on from.
+        run_id: the rollout whose turns they are.
+        plain: gives the prompt's text and ids; None renders the messages with the chat template.
+
+    Raises:
+        EvsysError: the messages cannot be rendered.
+    """
+    messages, tools = request.message_dicts(), request.shown_tools
+    thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
+    if plain is None and request.opens_turn:
+        return await asyncio.to_thread(
+            history.prompt, renderer, run_id or "", messages, tools, enable_thinking=thinking
+        )
+    opened = plain or partial(_open_end, messages, tools, request.continue_final_message, thinking)
+    text, ids = await asyncio.to_thread(opened, renderer)
+    return Prompt(ids, text, uuid.uuid4().bytes)
 
 
 def _open_end(

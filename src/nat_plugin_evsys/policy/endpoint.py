@@ -41,8 +41,8 @@ _CLOSE_SECONDS = 10.0
 
 
 class PolicyEndpoint:
-    """``POST /v1/chat/completions``, ``/completions``, ``/responses`` and ``/tokenize``, ``GET /v1/models`` and
-    ``GET /health`` for the policy.
+    """``POST /v1/chat/completions``, ``/completions`` and ``/responses``, vLLM's ``POST /tokenize`` and
+    ``/inference/v1/generate``, ``GET /v1/models`` and ``GET /health`` for the policy.
 
     ``/rollouts/ROLLOUT/v1/…`` is the same for the calls of one rollout (see ``url_of``).
 
@@ -222,7 +222,7 @@ async def _unknown_route(request: Request, error: Exception) -> Response:
         ApiError(
             error.status_code,
             f"{request.method} {request.url.path} is not served here; there are POST /v1/chat/completions, "
-            "/v1/completions, /v1/responses and /v1/tokenize, GET /v1/models and GET /health",
+            "/v1/completions, /v1/responses, /tokenize and /inference/v1/generate, GET /v1/models and GET /health",
             code="unknown_url",
         )
     )

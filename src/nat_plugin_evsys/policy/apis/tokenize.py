@@ -6,9 +6,8 @@ import asyncio
 from typing import Any
 
 from nat_plugin_evsys.policy.api_errors import bad_request
-from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.completions import PolicySource, resolved
-from nat_plugin_evsys.policy.open_ended import open_ended_text
+from nat_plugin_evsys.policy.completions import PolicySource, prompt_of, resolved
+from nat_plugin_evsys.policy.history import History
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 
 
@@ -33,8 +32,11 @@ class TokenizeRequest:
         self._chat = ChatCompletionRequest.parse(rest)
         self.model = self._chat.model
 
-    async def answer(self, source: PolicySource) -> dict[str, Any]:
+    async def answer(self, source: PolicySource, run_id: str | None) -> dict[str, Any]:
         """vLLM's answer. Loads the model if necessary.
+
+        Args:
+            run_id: the rollout that the conversation belongs to.
 
         Raises:
             EvsysError: the messages cannot be rendered, or the policy cannot be loaded.
@@ -43,13 +45,6 @@ class TokenizeRequest:
         if self._prompt is not None:
             ids = await asyncio.to_thread(renderer.encode, self._prompt)
         else:
-            ids = await asyncio.to_thread(self._rendered, renderer)
+            ids = (await prompt_of(self._chat, renderer, source.history or History(), run_id)).ids
         texts = {"token_strs": [renderer.decode([token_id]) for token_id in ids]} if self._texts else {}
         return {"count": len(ids), "tokens": ids, **texts}
-
-    def _rendered(self, renderer: ChatRenderer) -> list[int]:
-        messages, tools = self._chat.message_dicts(), self._chat.shown_tools
-        if self._chat.opens_turn:
-            return renderer.render(messages, tools)
-        text = open_ended_text(renderer, messages, tools, continued=bool(self._chat.continue_final_message))
-        return renderer.encode(text)
