@@ -15,12 +15,15 @@ import torch
 from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.vision import Vision
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch, SamplingPolicy
 from nat_plugin_evsys.engine.sampling.decoding_check import trusted_runner
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
 from nat_plugin_evsys.engine.sampling.grammars import Grammars
+from nat_plugin_evsys.engine.sampling.image_runner import image_runner
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
+from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling.row_decoder import RowDecoder
@@ -81,10 +84,12 @@ class Sampler:
         # A copy: encoding with padding or truncation elsewhere changes a fast tokenizer while this thread decodes.
         self.tokenizer = copy.deepcopy(base.tokenizer)
         eos = eos_token_ids(base.model, base.tokenizer, base.vocab_size)
-        self.limits = Limits(base.context_length, base.vocab_size, eos)
+        self.limits = Limits(base.context_length, base.vocab_size, eos, base.vision)
         self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
         self._runner, self.plain_because = trusted_runner(base)
         never = ids_without_a_token(base.tokenizer, base.vocab_size, eos)
+        if isinstance(base.vision, Vision):
+            never.append(base.vision.token)  # it could not be read back beside an image
         self._never = torch.tensor(never, device=base.device) if never else None
         keep = prefix_cache_bytes if prefix_cache_bytes is not None else _prefix_budget(base.device)
         self._prefixes = PrefixCache(keep)
@@ -95,7 +100,9 @@ class Sampler:
         else:
             self.plain_because = self.plain_because or "it was asked for"
         self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else _kv_budget(base.device)
-        self._batches: dict[int, DecodeBatch] = {}
+        self._base = base
+        self._images: ExactRunner | None = None
+        self._batches: dict[tuple[int, bool], DecodeBatch] = {}
         self._spare: SlotStore | None = None
         self._policy_idents = count()
         self._bare_idents: dict[int, int] = {}
@@ -125,7 +132,7 @@ class Sampler:
     @property
     def fed_tokens(self) -> int:
         """Tokens that the model has read so far, without those from the prefix cache."""
-        return self._runner.fed_tokens + (self._fast.fed_tokens if self._fast is not None else 0)
+        return sum(runner.fed_tokens for runner in (self._runner, self._fast, self._images) if runner is not None)
 
     def rest(self, client: LocalSamplingClient) -> None:
         """Free the merged weights of a version that is not sampled from now; its next request makes them again."""
@@ -179,8 +186,17 @@ class Sampler:
                 return False
         self._free(resting)
         for policy, request in inbox:
-            self._batch(policy).submit(request)
+            self._submit(policy, request)
         return True
+
+    def _submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
+        try:
+            if request.images and self._images is None:
+                self._images = image_runner(self._base)
+        except ModelError as exc:
+            request.fail(exc)
+        else:
+            self._batch(policy, bool(request.images)).submit(request)
 
     def _free(self, resting: list[int]) -> None:
         """Free merged weights of resting policies, and all that is kept of those whose last client is gone."""
@@ -212,19 +228,26 @@ class Sampler:
         if batch.idle:
             self._end(batch)
             store = batch.decoder.store
-            self._spare = store if store.nbytes <= _SPARE_BYTES else None
+            if not isinstance(batch.decoder, ExactDecoder):
+                self._spare = store if store.nbytes <= _SPARE_BYTES else None
 
     def _end(self, batch: DecodeBatch) -> None:
-        del self._batches[batch.policy.ident]
+        self._batches = {key: other for key, other in self._batches.items() if other is not batch}
         batch.decoder.close()
 
-    def _batch(self, policy: SamplingPolicy) -> DecodeBatch:
-        batch = self._batches.get(policy.ident)
+    def _batch(self, policy: SamplingPolicy, sees: bool) -> DecodeBatch:
+        """That of requests with images, or of the others."""
+        batch = self._batches.get((policy.ident, sees))
         if batch is None:
-            decoder, rows = self._decoder(policy), self.max_batch_size
-            batch = DecodeBatch(self._runner, policy, decoder, max_rows=rows, never=self._never)
-            self._batches[policy.ident] = batch
-            self._spare = None
+            runner: ModelRunner | ExactRunner = self._runner
+            if sees and self._images is not None:
+                runner = self._images
+                most = self._kv_bytes // max(1, self._runner.layout.bytes_per_token)
+                decoder: RowDecoder = ExactDecoder(self._images, policy.adapter, most)
+            else:
+                decoder, self._spare = self._decoder(policy), None
+            batch = DecodeBatch(runner, policy, decoder, max_rows=self.max_batch_size, never=self._never)
+            self._batches[policy.ident, sees] = batch
         return batch
 
     def _decoder(self, policy: SamplingPolicy) -> RowDecoder:

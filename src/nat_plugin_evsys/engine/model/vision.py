@@ -46,6 +46,7 @@ class Vision:
         self._config = model.config
         embedding: Any = model.get_input_embeddings()
         self._device: torch.device = embedding.weight.device
+        self._dtype: torch.dtype = embedding.weight.dtype
         self._processor = processor
         self._lock = threading.Lock()
         self._measured: OrderedDict[tuple[bytes, str], tuple[int, ...]] = OrderedDict()
@@ -78,12 +79,27 @@ class Vision:
         """Further arguments for the token at ``position``, after ``images``, on top of the model's cache."""
         raise NotImplementedError
 
+    def probe(self) -> ModelImage:
+        """An image of random features, which needs no tower; for checks before anything else is computed."""
+        grid = self._probe_grid()
+        image = ModelImage(b"", "png", content_key(b""), grid, self._tokens(grid))
+        generator = torch.Generator().manual_seed(0)
+        deeper = len(getattr(self._config.vision_config, "deepstack_visual_indexes", None) or ())
+        shape = (1 + deeper, image.tokens, self._config.get_text_config().hidden_size)
+        with torch.inference_mode(False):
+            drawn = torch.randn(shape, generator=generator).to(device=self._device, dtype=self._dtype)
+        self._keep(image.key, tuple(drawn))
+        return image
+
     def hidden(self, tokens: Tensor, images: Sequence[PlacedImage]) -> Tensor:
         """Last hidden states [T, H] of one sequence."""
         hidden: Tensor = self._model(**self.inputs(tokens, images), use_cache=False).last_hidden_state[0]
         return hidden
 
     def _grid(self, processed: Any) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _probe_grid(self) -> tuple[int, ...]:
         raise NotImplementedError
 
     def _tokens(self, grid: tuple[int, ...]) -> int:
@@ -138,6 +154,9 @@ class _QwenVision(Vision):
         time, height, width = grid
         return int(time * height * width // self._merge**2)
 
+    def _probe_grid(self) -> tuple[int, ...]:
+        return (1, 2 * self._merge, 4 * self._merge)
+
     @property
     def _merge(self) -> int:
         return int(self._config.vision_config.spatial_merge_size)
@@ -169,6 +188,9 @@ class _Gemma3Vision(Vision):
     processor_options: ClassVar[dict[str, Any]] = {"do_pan_and_scan": False}
 
     def _grid(self, processed: Any) -> tuple[int, ...]:
+        return ()
+
+    def _probe_grid(self) -> tuple[int, ...]:
         return ()
 
     def _tokens(self, grid: tuple[int, ...]) -> int:

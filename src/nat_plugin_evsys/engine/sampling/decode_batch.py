@@ -115,7 +115,8 @@ class DecodeBatch:
         store = SlotStore(self._runner.layout)
         prompts, topk = [r.prompt for r in batch], max(r.topk_prompt for r in batch)
         watchers = [r.prompt_scores for r in batch]
-        scores = self._runner.score(self.policy.adapter, store, prompts, topk, watchers)
+        images = {"images": [r.images for r in batch]} if isinstance(self._runner, ExactRunner) else {}
+        scores = self._runner.score(self.policy.adapter, store, prompts, topk, watchers, **images)
         for slot, (request, (logprobs, topk_ids, topk_logprobs)) in enumerate(zip(batch, scores, strict=True)):
             if np.isnan(logprobs[1:]).any():
                 request.fail(self._not_finite())
@@ -146,7 +147,8 @@ class DecodeBatch:
                 self._waiting.popleft()
                 continue
             key = (sequence.request.prompt_key, tuple(sequence.tokens))
-            context = contexts.get(key) or Context([*sequence.request.prompt, *sequence.tokens], rows=0)
+            request = sequence.request
+            context = contexts.get(key) or Context([*request.prompt, *sequence.tokens], 0, images=request.images)
             context.rows += 1
             new = {**contexts, key: context}
             if rows and (rows >= self._max_rows or not self.decoder.fits(list(new.values()))):

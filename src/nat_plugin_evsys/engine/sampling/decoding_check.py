@@ -71,7 +71,7 @@ def decoding_gap(decoder: RowDecoder, base: BaseModel) -> float:
                 found.append((new[0], len(new[0]), of_context.clone()))
                 rows += new
         expected = {id(row): _plain(base, row) for row in rows}
-        gaps = [_distance(logits, expected[id(row)][length - 1]) for row, length, logits in found]
+        gaps = [distance(logits, expected[id(row)][length - 1]) for row, length, logits in found]
         decoder.close()
     return max(gaps)
 
@@ -137,7 +137,8 @@ def _plain(base: BaseModel, tokens: list[int]) -> Tensor:
     return logits.float()
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Of two tensors of logits, as a share of the norm of ``expected``; infinite where one is not finite."""
     # A model may give the same logits to all tokens: equal zeros are no distance.
     norm = expected.norm().clamp_min(torch.finfo(expected.dtype).tiny)
     gap = float((found.float() - expected).norm() / norm)

@@ -1,4 +1,5 @@
-"""One sequence at a time, exact and slower: for models that keep something other than keys and values in each layer."""
+"""One sequence at a time, exact and slower: for models that keep something other than keys and values in each layer,
+and for prompts with images."""
 
 from __future__ import annotations
 
@@ -11,14 +12,18 @@ import torch
 from tinker.types.topk_logprobs import MASK_LOGPROB
 from torch import Tensor
 
+from nat_plugin_evsys.engine.model.images import PlacedImage
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import long_rope_limit
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
+from nat_plugin_evsys.engine.model.vision import Vision
 from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout, SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import Score
 from nat_plugin_evsys.engine.sampling.prompt_scores import PromptScores
 from nat_plugin_evsys.engine.sampling.result import top_columns
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
+
+Images = Sequence[PlacedImage]
 
 _CACHES = ("past_key_values", "cache_params")
 """What transformers calls the cache of a model, in its outputs and its arguments."""
@@ -39,21 +44,27 @@ class ExactRunner:
         self.fed_tokens = 0
         self.layout = KVLayout.nothing(base.dtype, base.device)
         self._model: Any = base.model
+        self._vision = base.vision
         self._cached = cached
         self._rope_limit = long_rope_limit(base.model)
 
-    def read(self, adapter: LoraAdapter | None, tokens: list[int]) -> tuple[Tensor, Any]:
+    def read(self, adapter: LoraAdapter | None, tokens: list[int], images: Images = ()) -> tuple[Tensor, Any]:
         """Logits [V] after the last of ``tokens``, and the cache from which ``go_on`` continues, or None."""
-        logits, cache = self._pass(adapter, tokens, {}, use_cache=self._cached)
+        logits, cache = self._pass(adapter, self._whole(tokens, images), use_cache=self._cached)
         return logits[-1], cache
 
-    def go_on(self, adapter: LoraAdapter | None, cache: Any, tokens: list[int]) -> tuple[Tensor, Any]:
+    def go_on(
+        self, adapter: LoraAdapter | None, cache: Any, tokens: list[int], images: Images = ()
+    ) -> tuple[Tensor, Any]:
         """``read`` where ``cache`` has all tokens but the last; it is changed."""
         crosses = self._rope_limit is not None and len(tokens) == self._rope_limit + 1
         if cache is None or crosses:
-            return self.read(adapter, tokens)
+            return self.read(adapter, tokens, images)
         name, state = cache
-        logits, cache = self._pass(adapter, tokens[-1:], {name: state}, use_cache=True)
+        inputs = {"input_ids": torch.tensor([tokens[-1:]], device=self.device), name: state}
+        if images and isinstance(self._vision, Vision):
+            inputs |= self._vision.going_on(len(tokens) - 1, images)
+        logits, cache = self._pass(adapter, inputs, use_cache=True)
         return logits[-1], cache
 
     def score(
@@ -63,13 +74,17 @@ class ExactRunner:
         prompts: list[list[int]],
         topk: int,
         watchers: Sequence[PromptScores | None] = (),
+        images: Sequence[Images] = (),
     ) -> list[Score]:
-        """See ``ModelRunner.score``; ``store`` stays as it is."""
+        """See ``ModelRunner.score``; ``store`` stays as it is. ``images``: those of each prompt."""
         seen = [*watchers, *[None] * (len(prompts) - len(watchers))]
-        return [self._score(adapter, p, topk, w) for p, w in zip(prompts, seen, strict=True)]
+        of_each = zip(prompts, images or [()] * len(prompts), seen, strict=True)
+        return [self._score(adapter, prompt, shown, topk, watcher) for prompt, shown, watcher in of_each]
 
-    def _score(self, adapter: LoraAdapter | None, prompt: list[int], topk: int, watcher: PromptScores | None) -> Score:
-        logits, _ = self._pass(adapter, prompt, {}, use_cache=False)
+    def _score(
+        self, adapter: LoraAdapter | None, prompt: list[int], images: Images, topk: int, watcher: PromptScores | None
+    ) -> Score:
+        logits, _ = self._pass(adapter, self._whole(prompt, images), use_cache=False)
         known = logits[:-1].float().log_softmax(dim=-1)
         logprobs = np.full(len(prompt), np.nan, dtype=np.float32)
         targets = torch.tensor(prompt[1:], dtype=torch.long, device=self.device)
@@ -84,26 +99,34 @@ class ExactRunner:
             ids[1:], values[1:] = top_columns(known, topk)
         return logprobs, ids, values
 
-    def _pass(
-        self, adapter: LoraAdapter | None, tokens: list[int], cache: dict[str, Any], *, use_cache: bool
-    ) -> tuple[Tensor, Any]:
+    def _whole(self, tokens: list[int], images: Images) -> dict[str, Any]:
+        """Arguments of the model for a whole sequence."""
+        if images and isinstance(self._vision, Vision):
+            return self._vision.inputs(torch.tensor(tokens), images)
+        return {"input_ids": torch.tensor([tokens], device=self.device)}
+
+    def _pass(self, adapter: LoraAdapter | None, inputs: dict[str, Any], *, use_cache: bool) -> tuple[Tensor, Any]:
         """Logits [T, V], and ``(argument name, cache)`` if the model returned one."""
-        self.fed_tokens += len(tokens)
-        ids = torch.tensor([tokens], device=self.device)
+        self.fed_tokens += inputs["input_ids"].numel()
         with applied(adapter):
-            out = self._model(input_ids=ids, use_cache=use_cache, **cache)
+            out = self._model(**inputs, use_cache=use_cache)
         found = [(name, out[name]) for name in _CACHES if use_cache and out.get(name) is not None]
         return out.logits[0], found[0] if found else None
 
 
 class ExactDecoder:
-    """The ``RowDecoder`` of an ``ExactRunner``: each row with a cache of its own."""
+    """The ``RowDecoder`` of an ``ExactRunner``: each row with a cache of its own.
 
-    def __init__(self, runner: ExactRunner, adapter: LoraAdapter | None) -> None:
+    Args:
+        most_tokens: of all rows together; None where it is not known what a token's state takes.
+    """
+
+    def __init__(self, runner: ExactRunner, adapter: LoraAdapter | None, most_tokens: int | None = None) -> None:
         self.store = SlotStore(runner.layout)
         self._runner = runner
         self._adapter = adapter
-        self._rows: list[tuple[list[int], Any]] = []
+        self._most_tokens = most_tokens
+        self._rows: list[tuple[list[int], Images, Any]] = []
         self._waiting: list[Context] = []
 
     def join(self, context: Context) -> None:
@@ -118,15 +141,18 @@ class ExactDecoder:
         """See ``RowDecoder``."""
         logits = []
         for row, token in enumerate(tokens):
-            whole, cache = self._rows[row]
+            whole, images, cache = self._rows[row]
             whole.append(token)
-            found, cache = self._runner.go_on(self._adapter, cache, whole)
-            self._rows[row] = (whole, cache)
+            found, cache = self._runner.go_on(self._adapter, cache, whole, images)
+            self._rows[row] = (whole, images, cache)
             logits.append(found)
         read, self._waiting = self._waiting, []
         for context in read:
-            found, cache = self._runner.read(self._adapter, context.tokens)
-            self._rows += [(list(context.tokens), copy.deepcopy(cache)) for _ in range(context.rows)]
+            found, cache = self._runner.read(self._adapter, context.tokens, context.images)
+            self._rows += [
+                (list(context.tokens), context.images, copy.deepcopy(cache) if more else cache)
+                for more in range(context.rows)
+            ]
             logits.append(found)
         return torch.stack(logits), read
 
@@ -140,8 +166,11 @@ class ExactDecoder:
         """See ``RowDecoder``; nothing is kept."""
 
     def fits(self, contexts: Sequence[Context]) -> bool:
-        """See ``RowDecoder``. What a row's cache will take is not known, so only the number of rows is bounded."""
-        return True
+        """See ``RowDecoder``. Without ``most_tokens`` only the number of rows is bounded."""
+        joining = [*self._waiting, *contexts]
+        tokens = sum(len(whole) + 1 for whole, _, _ in self._rows)
+        tokens += sum(context.rows * (len(context.tokens) + 1) for context in joining)
+        return self._most_tokens is None or tokens <= self._most_tokens
 
     def close(self) -> None:
         """See ``RowDecoder``."""

@@ -16,6 +16,7 @@ from tinker import types
 from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 
 from nat_plugin_evsys.calls import StopReason
+from nat_plugin_evsys.engine.model.images import NoImages, PlacedImage, ReadsImages, images_key, read_model_input
 from nat_plugin_evsys.engine.sampling.decoding import stream_keys
 from nat_plugin_evsys.engine.sampling.grammars import Constraint
 from nat_plugin_evsys.engine.sampling.prompt_scores import PromptScores
@@ -30,13 +31,17 @@ TokenCallback = Callable[[int, list[int], list[float]], None]
 """``(sample index, new token ids, their logprobs)``, called from the sampler's thread."""
 
 
+_TEXT_ONLY = NoImages("this sampler reads token ids")
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Limits that requests are checked against."""
+    """Limits that requests are checked against; ``vision`` reads their images."""
 
     context_length: int
     vocab_size: int
     eos: frozenset[int]
+    vision: ReadsImages | NoImages = _TEXT_ONLY
 
 
 class SampleSequence:
@@ -114,7 +119,7 @@ class SampleRequest:
     """A checked request. ``num_samples`` may be 0 when only prompt logprobs are wanted.
 
     Args:
-        prompt: text-only ``ModelInput`` or token ids, length P >= 1.
+        prompt: ``ModelInput`` or token ids, length P >= 1.
         num_samples: sequences wanted.
         params: Tinker's sampling parameters, with or without this package's extensions. ``max_tokens`` is cut to the
             room that the context leaves.
@@ -124,8 +129,8 @@ class SampleRequest:
         constraint: a grammar that every sample follows, and whose ``prefix`` the prompt ends with.
 
     Raises:
-        DataError: the prompt is empty, has tokens outside the vocabulary or non-text chunks; a parameter is out
-            of range.
+        DataError: the prompt is empty, has tokens outside the vocabulary or chunks that the model cannot read; a
+            parameter is out of range.
         PromptTooLongError: the prompt leaves no room for one token.
     """
 
@@ -149,8 +154,8 @@ class SampleRequest:
         self.ident = uuid.uuid4().hex
         self.future: Future[Any] = Future()
         self._settled = False
-        self.prompt = _checked_prompt(prompt, limits)
-        self.prompt_key = np.array(self.prompt, dtype=np.int64).tobytes()
+        self.prompt, self.images = _checked_prompt(prompt, limits)
+        self.prompt_key = np.array(self.prompt, dtype=np.int64).tobytes() + images_key(self.images)
         self.decode = _text_decoder(tokenizer)
         _check_params(params, num_samples, limits, topk_prompt, topk_sample)
         self.max_tokens = _room(len(self.prompt), num_samples, params.max_tokens, limits.context_length)
@@ -251,12 +256,13 @@ class SampleRequest:
         return StopTextMatcher(tokenizer, self.stop.strings, self.prompt) if self.stop.strings else None
 
 
-def _checked_prompt(prompt: types.ModelInput | Sequence[int], limits: Limits) -> list[int]:
+def _checked_prompt(
+    prompt: types.ModelInput | Sequence[int], limits: Limits
+) -> tuple[list[int], tuple[PlacedImage, ...]]:
+    images: tuple[PlacedImage, ...] = ()
     if isinstance(prompt, types.ModelInput):
-        odd = [type(chunk).__name__ for chunk in prompt.chunks if not isinstance(chunk, types.EncodedTextChunk)]
-        if odd:
-            raise DataError(f"the prompt has a {odd[0]}; only text (EncodedTextChunk) can be sampled from")
-        tokens = prompt.to_ints()
+        text_only = "only text (EncodedTextChunk) can be sampled from"
+        tokens, images = read_model_input(prompt.chunks, limits.vision, "the prompt", text_only)
     else:
         tokens = _plain_ids(prompt)
     if not tokens:
@@ -267,7 +273,7 @@ def _checked_prompt(prompt: types.ModelInput | Sequence[int], limits: Limits) ->
             f"prompt token {tokens[at]} at position {at} is outside the vocabulary of {limits.vocab_size} tokens; "
             "was the prompt made with another model's tokenizer?"
         )
-    return tokens
+    return tokens, images
 
 
 def _plain_ids(prompt: Any) -> list[int]:

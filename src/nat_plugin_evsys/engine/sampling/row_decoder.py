@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from nat_plugin_evsys.engine.model.images import PlacedImage
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 
 
@@ -19,11 +20,13 @@ class Context:
         tokens: all of them; at least one.
         rows: how many rows continue from them.
         known: how many of the tokens needed no computing; set when it joins.
+        images: what placeholders among the tokens stand for; only an ``ExactDecoder`` takes any.
     """
 
     tokens: list[int]
     rows: int = 1
     known: int = 0
+    images: tuple[PlacedImage, ...] = ()
 
 
 class RowDecoder(Protocol):
