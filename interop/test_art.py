@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interop_program import run_program
 from other_environment import python_with
 from serve_process import ServerProcess, start_server
 
 from nat_plugin_evsys.engine.model.builtin import ensure_builtin
 
-ROOT = Path(__file__).parents[1]
 NEEDS = ("openpipe-art==0.5.18", "tinker-cookbook==0.5.8", "openai<3")
 """The project itself has openai 3, and this environment sees the project's packages."""
 STEPS, STEPS_RESUMED = 6, 3
@@ -40,16 +37,6 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     process.stop()
 
 
-def run(python: Path, program: str, *arguments: object, **settings: str) -> list[dict[str, Any]]:
-    """The training steps of a program, which are printed too."""
-    command = [str(python), "-W", "ignore", str(ROOT / "interop" / program), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "NAT_TELEMETRY_ENABLED": "false", **settings}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    print(done.stdout)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 def check(steps: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
     """It learned, on the tokens that were sampled, and went on from the checkpoint with what was learned."""
     assert len(steps) == STEPS
@@ -65,11 +52,17 @@ def check(steps: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
 @pytest.mark.timeout(1800)
 def test_art_trains_on_the_server(art_python: Path, server: ServerProcess, model: Path, tmp_path: Path) -> None:
     settings = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0"}
-    runs = [run(art_python, "art_program.py", model, tmp_path, count, **settings) for count in (STEPS, STEPS_RESUMED)]
+    runs = [
+        run_program("art_program.py", model, tmp_path, count, python=art_python, **settings)
+        for count in (STEPS, STEPS_RESUMED)
+    ]
     check(*runs)
 
 
 @pytest.mark.timeout(1800)
 def test_art_trains_in_its_own_process(art_python: Path, tmp_path: Path) -> None:
-    runs = [run(art_python, "art_local.py", "builtin/tiny", tmp_path, count) for count in (STEPS, STEPS_RESUMED)]
+    runs = [
+        run_program("art_local.py", "builtin/tiny", tmp_path, count, python=art_python)
+        for count in (STEPS, STEPS_RESUMED)
+    ]
     check(*runs)

@@ -8,6 +8,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import pytest
 from nat_process import ROOT
 
 
@@ -29,10 +30,34 @@ def python_with(name: str, needs: tuple[str, ...], forced: tuple[str, ...] = ())
     site = environment / "lib" / version / "site-packages"
     # addsitedir reads the .pth files there too: the project itself is installed by one
     (site / "zz_project.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # pip also complains about packages of the project whose needs are others; that is meant.
     for arguments in [needs, ("--no-deps", *forced)] if forced else [needs]:
-        installed = subprocess.run([*pip, *arguments], capture_output=True, text=True)
-        assert installed.returncode == 0, f"pip cannot install {' '.join(arguments)}:\n{installed.stderr}"
+        _install(python, arguments)
     done.write_text(wanted)
     return python
+
+
+def python_apart(name: str, needs: tuple[str, ...], version: str) -> Path:
+    """The interpreter of ``.venv-<name>``, of another Python, which has ``needs`` and nothing of the project.
+
+    Args:
+        version: such as ``3.12``. Without such a Python the test is skipped.
+    """
+    environment = ROOT / f".venv-{name}"
+    python, done = environment / "bin" / "python", environment / ".installed"
+    wanted = "\n".join(needs)
+    if done.exists() and done.read_text() == wanted:
+        return python
+    found = subprocess.run([str(ROOT / "scripts/find-python"), version], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"{needs[0]} needs Python {version}, which is not installed")
+    subprocess.run([found.stdout.strip(), "-m", "venv", str(environment)], check=True)
+    _install(python, needs)
+    done.write_text(wanted)
+    return python
+
+
+def _install(python: Path, arguments: tuple[str, ...]) -> None:
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    installed = subprocess.run([*pip, *arguments], capture_output=True, text=True)
+    assert installed.returncode == 0, f"pip cannot install {' '.join(arguments)}:\n{installed.stderr}"

@@ -76,7 +76,7 @@ def calls_of(trajectory: Trajectory, name: str = "trajectory") -> list[Call]:
             "cannot be trained on. Use evsys_trajectory_builder, give each reply its logprobs, or set the adapter's "
             "retokenize: true to train on the tokens of the text"
         )
-    return [_checked_call(entry, f"{name}, call {position}") for position, entry in enumerate(recorded)]
+    return [checked_call(entry, f"{name}, call {position}") for position, entry in enumerate(recorded)]
 
 
 def group_of(trajectories: list[Trajectory], index: int) -> TrajectoryGroup:
@@ -109,7 +109,7 @@ def _group_name(trajectories: list[Trajectory], index: int) -> str:
     return f"group {index}" if row is None else f"group {index} (row {row})"
 
 
-def _checked_call(entry: Any, name: str) -> Call:
+def checked_call(entry: Any, name: str) -> Call:
     try:
         call = entry if isinstance(entry, Call) else Call(**entry)
     except TypeError as error:
