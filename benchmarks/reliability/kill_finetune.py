@@ -2,10 +2,10 @@
 
     python benchmarks/reliability/kill_finetune.py [--small] [--kills N] [--seed S]
 
-Each plan is a run of a toy agent with a warm start, held-out rows and a checkpoint an epoch, once plainly and once with
-overlapping rollouts. It is killed again and again, and resumed, until it ends. Then its directory must hold each row,
-job, rollout file and checkpoint exactly once, and nothing else; and as the policy is deterministic, the weights and
-counts must be those of the unbroken run, bit for bit.
+Each plan is a run of a toy agent with a warm start, held-out rows and a checkpoint an epoch: plainly, with overlapping
+rollouts, and with the policy on a Tinker service. It is killed again and again, and resumed, until it ends. Then its
+directory must hold each row, job, rollout file and checkpoint exactly once, and nothing else; and as the policy is
+deterministic, the weights and counts must be those of the unbroken run, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -24,8 +25,11 @@ from typing import Any
 
 import yaml
 from forked import Child, nat, preload
+from served import Server
 
 ROOT = Path(__file__).resolve().parents[2]
+BASE_MODEL = "builtin/tiny"
+KINDS = ("plain", "overlap", "remote")
 EPOCHS = 3
 ROWS, HELD_OUT, ATTEMPTS = 3, 2, 3
 LIMIT_S = 300.0
@@ -43,16 +47,19 @@ def main() -> int:
     dice = random.Random(options.seed)
     failures: list[str] = []
     done = 0
+    server = Server(place, BASE_MODEL, "--deterministic")
+    os.environ["TINKER_API_KEY"] = server.key
+    server.start()
     try:
-        for overlap in (False, True):
-            wanted = kills // 2 if overlap else kills - kills // 2
-            unbroken = Plan(place / f"unbroken-{overlap}", overlap)
+        for turn, kind in enumerate(KINDS):
+            wanted = kills // len(KINDS) + (turn < kills % len(KINDS))
+            unbroken = Plan(place / f"unbroken-{kind}", kind, server)
             life = unbroken.live_in_peace()
-            print(f"overlap {overlap}: an unbroken run takes {life:.1f} s", flush=True)
+            print(f"{kind}: an unbroken run takes {life:.1f} s", flush=True)
             number = killed = 0
             while killed < wanted:
                 number += 1
-                plan = Plan(place / f"plan-{overlap}-{number}", overlap)
+                plan = Plan(place / f"plan-{kind}-{number}", kind, server)
                 times = plan.live_through_kills(dice, life, wanted - killed)
                 killed += len(times)
                 problems = [*plan.problems(), *plan.differences(unbroken)]
@@ -62,6 +69,7 @@ def main() -> int:
                 shutil.rmtree(plan.place)
             done += killed
     finally:
+        server.stop()
         if not failures:
             shutil.rmtree(place, ignore_errors=True)
     print(f"{done} kills, {len(failures)} failures" + (f"; see {place}" if failures else ""))
@@ -71,10 +79,11 @@ def main() -> int:
 class Plan:
     """One run, from its YAML to its end."""
 
-    def __init__(self, place: Path, overlap: bool) -> None:
+    def __init__(self, place: Path, kind: str, server: Server) -> None:
         place.mkdir(parents=True)
         self.place = place
-        self.config = _write_config(place, overlap)
+        self._server = server
+        self.config = _write_config(place, kind, server)
         self.log = place / "log"
 
     def live_in_peace(self) -> float:
@@ -124,8 +133,10 @@ class Plan:
         kinds = [("base", 0), ("heldout", 0), ("train", 0), ("train", EPOCHS)]
         kinds += [(kind, epoch) for epoch in epochs for kind in ("epoch", "heldout")]
         found += _compare("rollouts", files, Counter(f"{kind}-{epoch:04d}.jsonl.gz" for kind, epoch in kinds))
-        names = Counter(path.name for path in (run / "checkpoints").iterdir())
-        found += _compare("checkpoints", names, Counter(record["name"] for record in state["checkpoints"]))
+        kept = Counter(path for path in (run / "checkpoints").iterdir())
+        wanted = Counter(place for place in self._checkpoints() if place.is_relative_to(run))
+        found += _compare("checkpoints", kept, wanted)
+        found += [f"{place} is missing" for place in self._checkpoints() if not place.is_dir()]
         found += [f"left behind: {path}" for path in run.rglob(".*") if path.name != ".lock"]
         if state["status"] != "finished":
             found.append(f"status {state['status']}")
@@ -139,13 +150,26 @@ class Plan:
         one, two = self._result(), other._result()
         return [f"{name}: {one.get(name)} is not {two[name]}" for name in two if one.get(name) != two[name]]
 
+    def _checkpoints(self) -> dict[Path, str]:
+        """Directory and name of each checkpoint that the run knows, here or in the server's store."""
+        assert self.run is not None
+        found = {}
+        for record in json.loads((self.run / "state.json").read_text())["checkpoints"]:
+            for kind in ("adapter", "training_state"):
+                where = record[kind]
+                on_server = where.startswith("tinker://")
+                place = self._server.checkpoint(where) if on_server else self.run / "checkpoints" / record["name"]
+                found[place] = f"{kind if on_server else 'checkpoint'} {record['name']}"
+        return found
+
     def _result(self) -> dict[str, Any]:
         assert self.run is not None
         state = json.loads((self.run / "state.json").read_text())
         rows = [row for row in _lines(self.run / "metrics.jsonl") if row["event"] == "epoch"]
         weights = {
-            str(path.relative_to(self.run)): hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-            for path in sorted(self.run.glob("checkpoints/*/*.safetensors"))
+            f"{name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for place, name in self._checkpoints().items()
+            for path in sorted(place.glob("*.safetensors"))
         }
         names = ("tally", "trajectories", "heldout_reward_base", "heldout_reward_before", "heldout_reward_after")
         return {
@@ -160,7 +184,7 @@ class Plan:
         return Child(nat(*words, *(["-o", "trainers.trainer.resume", "true"] if resume else [])), self.log)
 
 
-def _write_config(place: Path, overlap: bool) -> Path:
+def _write_config(place: Path, kind: str, server: Server) -> Path:
     config = yaml.safe_load((ROOT / "configs" / "tiny.yml").read_text())
     data = ROOT / "examples" / "helpdesk" / "data"
     for name, count in (("train", ROWS), ("heldout", HELD_OUT)):
@@ -172,14 +196,15 @@ def _write_config(place: Path, overlap: bool) -> Path:
     ]
     (place / "demonstrations.json").write_text(json.dumps(demonstrations))
     policy = config["llms"]["policy"]
-    policy |= {"output_dir": str(place / "runs"), "deterministic": True, "temperature": 1.5, "max_tokens": 4}
+    policy |= {"base_model": BASE_MODEL, "output_dir": str(place / "runs"), "temperature": 1.5, "max_tokens": 4}
+    policy |= {"base_url": server.url} if kind == "remote" else {"deterministic": True}
     config["eval"]["general"] |= {"output_dir": str(place / "eval"), "max_concurrency": 4}
     config["eval"]["general"]["dataset"]["file_path"] = str(place / "train.json")
     config["trajectory_builders"]["builder"]["num_generations"] = ATTEMPTS
     config["trainers"]["trainer"] |= {
         "validation_dataset": str(place / "heldout.json"),
         "validation_interval": 1,
-        "overlap_rollouts": overlap,
+        "overlap_rollouts": kind == "overlap",
         "warm_start": {"demonstrations": str(place / "demonstrations.json"), "batch_size": 2, "learning_rate": 1e-3},
     }
     config["finetuning"] |= {"num_epochs": EPOCHS, "output_dir": str(place / "runs")}

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from forked import Child, nat, preload
+from forked import preload
+from served import LIMIT_S, Server, tail
 
 SUPPORT = Path(__file__).resolve().parents[2] / "tests" / "support"
 sys.path.insert(0, str(SUPPORT))
-LIMIT_S = 120.0
 
 
 def main() -> int:
@@ -49,7 +48,7 @@ def kill_and_check(place: Path, kills: int, clients: int, seed: int) -> dict[str
     from tiny import save_byte_model
 
     model, started = save_byte_model(place / "model"), time.monotonic()
-    server = Server(place, model)
+    server = Server(place, model, "--retain-operations")
     journals = [place / f"client-{number}.jsonl" for number in range(clients)]
     dice = random.Random(seed)
     running: dict[Path, subprocess.Popen[bytes]] = {}
@@ -61,7 +60,7 @@ def kill_and_check(place: Path, kills: int, clients: int, seed: int) -> dict[str
                 rounds += 1
                 running[journal] = _client(server, journal, operations=40 * rounds, seed=seed + rounds)
             elif running[journal].poll() is not None:
-                raise SystemExit(f"a client ended with {running[journal].poll()}; {_tail(journal.with_suffix('.log'))}")
+                raise SystemExit(f"a client ended with {running[journal].poll()}; {tail(journal.with_suffix('.log'))}")
         _wait_for_work(journals)
         time.sleep(dice.uniform(0.0, 3.0))
         server.kill()
@@ -76,65 +75,12 @@ def kill_and_check(place: Path, kills: int, clients: int, seed: int) -> dict[str
     return {"kills": killed, "seconds": round(time.monotonic() - started), **found}
 
 
-class Server:
-    """``nat evsys serve`` on one store and one port, again and again."""
-
-    def __init__(self, place: Path, model: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.key = "tml-load-check-0123456789"
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._log = place / "server.log"
-        words = [
-            "--base-model",
-            str(model),
-            "--port",
-            str(self.port),
-            "--store",
-            str(place / "store"),
-            "--device",
-            "cpu",
-        ]
-        self._work = nat("evsys", "serve", *words, "--api-key", self.key, "--retain-operations")
-        self._child: Child | None = None
-
-    def start(self) -> None:
-        """Start it, and wait until it answers."""
-        self._child = Child(self._work, self._log)
-        deadline = time.monotonic() + LIMIT_S
-        while not self._answers():
-            if self._child.wait(0.05) is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the server did not start: {_tail(self._log)}")
-
-    def kill(self) -> None:
-        """kill -9."""
-        assert self._child is not None
-        self._child.kill()
-        self._child.wait(LIMIT_S)
-
-    def stop(self) -> None:
-        """Let it park its models and end."""
-        assert self._child is not None
-        os.kill(self._child.pid, 15)
-        if self._child.wait(LIMIT_S) != 0:
-            raise SystemExit(f"the server did not end well: {_tail(self._log)}")
-
-    def _answers(self) -> bool:
-        import httpx
-
-        try:
-            return httpx.get(f"{self.url}/healthz", timeout=5).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-
 def _wait_for_work(journals: list[Path]) -> None:
     """Return once a client has noted something, or has nothing left to do."""
     before, deadline = _sizes(journals), time.monotonic() + LIMIT_S
     while _sizes(journals) == before:
         if time.monotonic() > deadline:
-            raise SystemExit(f"no client does anything: {_tail(journals[0].with_suffix('.log'))}")
+            raise SystemExit(f"no client does anything: {tail(journals[0].with_suffix('.log'))}")
         if all(path.exists() and '"end"' in path.read_text()[-20:] for path in journals):
             return
         time.sleep(0.02)
@@ -168,10 +114,6 @@ def _check(place: Path, model: Path, journals: list[Path]) -> dict[str, Any]:
     wrong += [each for each in replays if each and each not in unasked]
     equal = sum(each is None for each in replays)
     return {**counts, "replayed_equal": equal, "not_asked_for_again": len(unasked), "wrong": wrong[:20]}
-
-
-def _tail(path: Path) -> str:
-    return path.read_text()[-3000:] if path.exists() else "no log"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Acceptance: with `base_url` alone changed a service trains the same; killed and restarted, the run completes."""
+"""Acceptance: with `base_url` alone changed a service trains the same; killed and restarted, the run completes.
+
+Engine and service are deterministic, so that rollouts that run at once sample the same tokens in both.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 from nat_process import ROOT, first_rows, json_lines, newest_run, run_nat, start_nat
+from safetensors.torch import load_file
 from serve_process import ServerProcess, start_server
 
 from nat_plugin_evsys.backends.remote.service import TinkerService
@@ -24,7 +29,7 @@ KEY = "tml-local"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    process = start_server("builtin/tiny", tmp_path_factory.mktemp("service") / "store")
+    process = start_server("builtin/tiny", tmp_path_factory.mktemp("service") / "store", "--deterministic")
     yield process
     process.stop()
 
@@ -38,14 +43,12 @@ def make_config(tmp_path: Path, url: str | None) -> Path:
     dataset["file_path"] = str(first_rows(train, 6, tmp_path / "train.json"))
     held_out = first_rows(train.parent / "heldout.json", 4, tmp_path / "heldout.json")
     config["eval"]["general"]["output_dir"] = str(tmp_path / "eval")
-    # One after the other: how concurrent requests share a batch, and so how sums are rounded, depends on the clock.
-    config["eval"]["general"]["max_concurrency"] = 1
+    config["eval"]["general"]["max_concurrency"] = 4
     config["trainers"]["trainer"] |= {"validation_dataset": str(held_out), "validation_interval": 1}
     config["trainers"]["trainer"]["keep_checkpoints"] = 1
     config["trajectory_builders"]["builder"]["num_generations"] = 4
     config["finetuning"]["num_epochs"] = 3
-    if url is not None:
-        config["llms"]["policy"]["base_url"] = url
+    config["llms"]["policy"] |= {"deterministic": True} if url is None else {"base_url": url}
     path = tmp_path / "config.yml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -60,9 +63,9 @@ def curve(tmp_path: Path) -> list[Any]:
 def same_rewards(one: Path, other: Path) -> None:
     """Two runs have measured and trained the same in every epoch."""
     ours, theirs = curve(one), curve(other)
-    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
-    for row, counterpart in zip(ours, theirs, strict=True):
-        assert row[2:] == pytest.approx(counterpart[2:], abs=1e-3)
+    assert [row[:-1] for row in ours] == [row[:-1] for row in theirs]
+    losses = [row[-1] for row in theirs]
+    assert [row[-1] for row in ours] == pytest.approx(losses, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,12 @@ def test_a_service_trains_the_same_and_the_same_yaml_serves_it(
     last = state["checkpoints"][-1]
     assert re.fullmatch(r"tinker://[^/]+/sampler_weights/epoch-0003", last["adapter"])
     assert re.fullmatch(r"tinker://[^/]+/weights/epoch-0003", last["training_state"])
+    stored = server.store / "checkpoints" / last["adapter"].removeprefix("tinker://")
+    ours = load_file(newest_run(embedded) / "checkpoints" / "epoch-0003" / "adapter_model.safetensors")
+    theirs = load_file(stored / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=0)
     named = {record[key] for record in state["checkpoints"] for key in ("adapter", "training_state")}
     assert on_service(server, last["adapter"]) == named
     for command in ("runs", "show"):
@@ -113,7 +122,7 @@ def test_a_server_killed_in_epoch_2_and_started_again(tmp_path: Path, embedded: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    server = start_server("builtin/tiny", tmp_path / "store", "--port", port)
+    server = start_server("builtin/tiny", tmp_path / "store", "--port", port, "--deterministic")
     try:
         config = make_config(tmp_path, server.url)
         log = tmp_path / "log"
@@ -125,7 +134,7 @@ def test_a_server_killed_in_epoch_2_and_started_again(tmp_path: Path, embedded: 
         time.sleep(1)
         assert process.poll() is None, log.read_text()[-4000:]
         assert json.loads((newest_run(tmp_path) / "state.json").read_text())["epochs_done"] == 1
-        server = start_server("builtin/tiny", tmp_path / "store", "--port", port)
+        server = start_server("builtin/tiny", tmp_path / "store", "--port", port, "--deterministic")
         assert process.wait(timeout=180) == 0, log.read_text()[-4000:]
     finally:
         server.stop()

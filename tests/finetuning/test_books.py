@@ -156,3 +156,23 @@ def test_a_stopped_run_has_a_summary_until_it_is_resumed(tmp_path: Path) -> None
     again = resumed(tmp_path, books)
     assert not again.run_dir.summary_path.exists()
     assert again.state.tally["calls"] == 0
+
+
+def test_killed_between_the_last_commit_and_the_summary_the_last_measurement_counts_once(tmp_path: Path) -> None:
+    books = RunBooks.open(tmp_path, CONFIG, resume=False)
+    commit(books, 0)
+    measured = RolloutReport(tally=CallTally(calls=3, dropped=Counter({DropReason.VALIDATION: 3})))
+    books.count_rollouts(measured)
+    books.finish("nat run", {})
+    books.run_dir.unlock()
+
+    again = RunBooks.open(tmp_path, CONFIG, resume=True)
+    assert again.is_finished
+    assert again.state.tally["calls"] == 3
+    again.run_dir.summary_path.unlink()
+    assert not again.is_finished
+    again.undo_finish()
+    again.rewind()
+    assert again.state.tally["calls"] == 0
+    again.count_rollouts(measured)
+    assert again.finish("nat run", {}).calls == 3

@@ -33,12 +33,14 @@ class ServerProcess:
 
     Attributes:
         url: where it listens.
+        store: its directory.
         out: file with its stdout.
         log: file with its stderr.
     """
 
     process: WarmProcess
     url: str
+    store: Path
     out: Path
     log: Path
 
@@ -73,7 +75,7 @@ def start_server(
         ended = process.poll() is not None  # before the file is read, so that nothing printed at the end is missed
         line = out.read_text()
         if found := re.search(r" at (http://\S+).*\n", line):
-            return ServerProcess(process, found[1], out, log)
+            return ServerProcess(process, found[1], store, out, log)
         if ended:
             raise AssertionError(f"the server ended: {line!r}: {log.read_text()[-3000:]}")
         time.sleep(0.02)

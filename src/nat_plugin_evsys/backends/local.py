@@ -22,7 +22,6 @@ from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
 from nat_plugin_evsys.engine.machine.allocator import keep_memory
-from nat_plugin_evsys.engine.machine.fixed_order import compute_in_fixed_order
 from nat_plugin_evsys.engine.model.loading import BaseModel, resolve_device
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
@@ -118,8 +117,6 @@ class LocalBackend:
             keep_memory()
 
         def build() -> LocalBackend:
-            if deterministic:
-                compute_in_fixed_order()
             shared = BASES_IN_USE.take(
                 base_model,
                 max_batch_size=max_batch_size,

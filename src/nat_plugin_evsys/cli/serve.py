@@ -71,6 +71,7 @@ _STATUS_SECONDS = 10.0
 )
 @click.option("--context-length", type=int, help="Limit of tokens in a sequence; default: the model's own.")
 @click.option("--max-batch-size", type=int, default=64, show_default=True, help="Largest sampling batch, in sequences.")
+@click.option("--deterministic", is_flag=True, help="The same operations give the same bits; slower.")
 @click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), help="Where builtin models are kept.")
 @click.option("--trust-remote-code", is_flag=True, help="Let transformers run code shipped with the model.")
 @click.option("--ray", is_flag=True, help="Compute on replicas of each model on a Ray cluster (docs/scaling.md).")

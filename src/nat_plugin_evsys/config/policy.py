@@ -27,7 +27,7 @@ NOT_OVER_A_SERVICE = {
     "quantization": "the service has its own",
     "max_batch_size": "the service has its own",
     "ray": "the service has its own replicas: `nat evsys serve --ray`",
-    "deterministic": "the service computes",
+    "deterministic": "the service computes: `nat evsys serve --deterministic`",
     "trust_remote_code": "the service loads the model",
 }
 """Settings of the embedded engine that do not apply to a service, and why; refused unless left at their defaults."""

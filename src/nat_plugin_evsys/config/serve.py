@@ -66,6 +66,11 @@ class ServeConfig(StrictConfig):
     max_batch_size: int = Field(
         default=defaults.MAX_BATCH_SIZE, ge=1, description="Sequences of one policy that are decoded together."
     )
+    deterministic: bool = Field(
+        default=False,
+        description="The same operations give the same results, bit for bit, whatever else the server does: every "
+        "sequence is sampled alone, and the server computes on one thread. Slower; see training.md.",
+    )
     cache_dir: Path | None = Field(default=None, description="Where `builtin/…` models are kept.")
     trust_remote_code: bool = Field(default=False, description="Let transformers run code shipped with the model.")
     ray: RayConfig | None = Field(

@@ -107,14 +107,17 @@ class RunBooks:
         self.run_dir.save_state()
         self._committed = copy.deepcopy(self.state)
 
+    def undo_finish(self) -> None:
+        """Forget the last measurements: the run was stopped before all that its end writes was there."""
+        if self.state.status == "finished" and (last := self.run_dir.history.at(self.state.epochs_done)):
+            self._go_to(last)
+
     def fall_back(self) -> bool:
         """Go back to the newest committed state of an earlier epoch; False if there is none."""
         older = self.run_dir.history.newest(before=self.state.epochs_done)
         if older is None or older.last_checkpoint() is None:
             return False
-        self.run_dir.state = older
-        self.run_dir.forget_missing()
-        self._load_counts()
+        self._go_to(older)
         self.rewind()
         return True
 
@@ -130,10 +133,13 @@ class RunBooks:
             older = RunState() if epoch < 0 else self.run_dir.history.at(epoch)
             if older is None:
                 raise CheckpointError(f"{self.run_dir.path} has no state of epoch {epoch}, where the run is")
-            self.run_dir.state = older
-            self.run_dir.forget_missing()
-            self._load_counts()
+            self._go_to(older)
         self.rewind()
+
+    def _go_to(self, state: RunState) -> None:
+        self.run_dir.state = state
+        self.run_dir.forget_missing()
+        self._load_counts()
 
     # -- counting ---------------------------------------------------------------------------------------------------
 

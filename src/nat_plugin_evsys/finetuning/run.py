@@ -110,6 +110,9 @@ class RunSession:
 
     async def _begin_or_reload(self, num_epochs: int) -> None:
         books = self._books
+        if not books.is_finished:
+            for learner in self._learners:
+                learner.books.undo_finish()
         books.rewind()
         if books.state.last_checkpoint() is None:
             for learner in self._learners[1:]:

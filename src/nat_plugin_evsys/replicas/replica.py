@@ -23,16 +23,14 @@ import torch
 from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.results import DatumResult
 from nat_plugin_evsys.engine.gradient.steps import LocalSteps, Pass
-from nat_plugin_evsys.engine.machine.fixed_order import compute_in_fixed_order
 from nat_plugin_evsys.engine.machine.memory import peak_bytes
-from nat_plugin_evsys.engine.model.loading import load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import OperationCancelled, ReplicaError
 from nat_plugin_evsys.replicas.orders import Item, SampleOrder, Tokens
 from nat_plugin_evsys.replicas.weights import Flat, Shape, Weights, digest, empty_adapter, fill, flatten
-from nat_plugin_evsys.runtime.bases import SharedBase
+from nat_plugin_evsys.runtime.bases import open_here
 
 _KEPT_VERSIONS = 4
 """Policy versions that stay ready to be sampled from; older ones are fetched again."""
@@ -85,10 +83,12 @@ class Replica:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         torch.set_num_threads(settings.threads)
-        if settings.deterministic:
-            compute_in_fixed_order()
-        base = load_base_model(settings.base_model, **settings.options)
-        self._shared = SharedBase(base, settings.max_batch_size, deterministic=settings.deterministic)
+        self._shared = open_here(
+            settings.base_model,
+            max_batch_size=settings.max_batch_size,
+            deterministic=settings.deterministic,
+            **settings.options,
+        )
         self._trained: dict[Shape, _Trained] = {}
         self._sampled: OrderedDict[tuple[str, int], LocalSamplingClient] = OrderedDict()
         self._opening = threading.Lock()

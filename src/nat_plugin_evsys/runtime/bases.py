@@ -13,6 +13,7 @@ from nat_plugin_evsys.engine.checkpoint_loading import check_base, load_checkpoi
 from nat_plugin_evsys.engine.checkpoints import CheckpointInfo
 from nat_plugin_evsys.engine.gradient.steps import LocalSteps, Steps
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.machine.fixed_order import compute_in_fixed_order
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.source import local_key
@@ -168,12 +169,15 @@ def open_here(
     """Load a base model into this process.
 
     Args:
-        max_batch_size, deterministic: see ``SharedBase``.
+        max_batch_size: see ``Sampler``.
+        deterministic: see ``SharedBase``; the process then computes on one thread (``compute_in_fixed_order``).
         options: of ``load_base_model``.
 
     Raises:
         ModelError: it cannot be loaded.
     """
+    if deterministic:
+        compute_in_fixed_order()
     return SharedBase(load_base_model(base_model, **options), max_batch_size, deterministic=deterministic)
 
 

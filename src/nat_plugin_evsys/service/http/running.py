@@ -70,6 +70,7 @@ def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore) -> 
         quantization=config.quantization,
         context_length=config.context_length,
         max_batch_size=config.max_batch_size,
+        deterministic=config.deterministic,
         cache_dir=config.cache_dir,
         trust_remote_code=config.trust_remote_code,
         retain_operations=config.retain_operations,

@@ -45,6 +45,7 @@ class Engine:
         base_models: ``builtin/…``, directories or hub ids.
         device, dtype, quantization, context_length, cache_dir, trust_remote_code: see ``load_base_model``.
         max_batch_size: see ``Sampler``.
+        deterministic: see ``open_here``.
         retain_operations: keep the payloads of operations that a saved state covers.
         state_policy: when the states of models are saved.
         gap_timeout: seconds after which operations waiting for a missing one are abandoned.
@@ -62,6 +63,7 @@ class Engine:
         quantization: str = defaults.QUANTIZATION,
         context_length: int | None = None,
         max_batch_size: int = defaults.MAX_BATCH_SIZE,
+        deterministic: bool = False,
         cache_dir: Path | None = None,
         trust_remote_code: bool = False,
         retain_operations: bool = False,
@@ -74,6 +76,7 @@ class Engine:
             base_models,
             replicas,
             max_batch_size=max_batch_size,
+            deterministic=deterministic,
             device=device,
             dtype=dtype,
             quantization=quantization,
