@@ -11,6 +11,7 @@ from typing import Any
 
 from tinker import types
 
+from nat_plugin_evsys.engine.model.images import NoImages
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient, Prompt
@@ -34,7 +35,7 @@ class ReplicaSampler:
     def __init__(self, base: BaseModel, pool: ReplicaPool) -> None:
         self.tokenizer = copy.deepcopy(base.tokenizer)
         eos = eos_token_ids(base.model, base.tokenizer, base.vocab_size)
-        self.limits = Limits(base.context_length, base.vocab_size, eos)
+        self.limits = Limits(base.context_length, base.vocab_size, eos, NoImages("replicas read text only"))
         self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
         self._pool = pool
         self._routes = PrefixRoutes()

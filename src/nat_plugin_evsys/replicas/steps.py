@@ -11,6 +11,7 @@ from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.results import DatumResult
 from nat_plugin_evsys.engine.gradient.steps import Pass, PassResult, Progress
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.replicas.pool import ReplicaPool
 from nat_plugin_evsys.replicas.replica import ShareResult
 from nat_plugin_evsys.replicas.shares import Shares, share_out
@@ -33,6 +34,8 @@ class ReplicaSteps:
 
     def run(self, examples: Sequence[Example], of: Pass, progress: Progress | None) -> PassResult:
         """See ``Steps``; ``progress`` is called several times a second, and counts the shares that are done."""
+        if any(example.images for example in examples):
+            raise DataError("a Datum has an image, and replicas read text only; train on images without ray")
         shares = share_out([e.tokens.numpy() for e in examples], len(self._pool))
         sizes = [sum(len(examples[i]) for i in members) for members in shares.members]
 

@@ -16,7 +16,8 @@ from nat_plugin_evsys.errors import DataError
 MOST_PIXELS = 2**25
 """Of one image, before the model's processor makes it smaller."""
 
-_FORMATS = {"png": ("PNG",), "jpeg": ("JPEG", "MPO")}
+_PILLOW = {"png": "PNG", "jpeg": "JPEG"}
+IMAGE_FORMATS = frozenset(_PILLOW)
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,11 @@ def decode(data: bytes, form: str, where: str) -> Image.Image:
     Raises:
         DataError: the file is not of that form (png or jpeg), is damaged, or has more than ``MOST_PIXELS`` pixels.
     """
-    kinds = _FORMATS.get(form)
-    if kinds is None:
+    kind = _PILLOW.get(form)
+    if kind is None:
         raise DataError(f"{where} has an image of format {form!r}; send png or jpeg")
     try:
-        with Image.open(io.BytesIO(data), formats=kinds[:1]) as file:
+        with Image.open(io.BytesIO(data), formats=[kind]) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise DataError(
                     f"{where} has an image of {file.width} x {file.height} pixels; at most {MOST_PIXELS} are read: "

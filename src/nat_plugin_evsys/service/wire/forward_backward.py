@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from tinker import types
 from tinker.types.provenance_spans import PromptProvenanceSpan, SampledProvenanceSpan
 
+from nat_plugin_evsys.engine.model.images import IMAGE_FORMATS
 from nat_plugin_evsys.errors import WireError
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
 from nat_plugin_evsys.service.wire.results import encode_forward_backward, encode_sample
@@ -43,7 +45,7 @@ def decode_forward_backward(body: bytes) -> ForwardBackwardRequest:
     """The request in a serialized ``ForwardBackwardRequest``. The engine checks the contents of the Datums.
 
     Raises:
-        WireError: it is malformed, or has a chunk that is not text; names the part.
+        WireError: it is malformed, or has a chunk that is neither text nor an image; names the part.
     """
     check_affordable(body)
     try:
@@ -82,13 +84,29 @@ def _decode_datum(message: wire_pb2.Datum, where: str) -> types.Datum:
     )
 
 
-def _decode_chunk(message: wire_pb2.Chunk, where: str) -> types.EncodedTextChunk:
+def _decode_chunk(message: wire_pb2.Chunk, where: str) -> types.EncodedTextChunk | types.ImageChunk:
     kind = message.WhichOneof("chunk")
+    if kind == "image" and message.image.format in IMAGE_FORMATS:
+        return _decode_image(message.image, where)
     if kind != "encoded_text":
-        raise WireError(f"{where} is {kind or 'empty'}; this server takes text tokens (encoded_text) only")
+        of = f" of format {message.image.format[:_MAX_NAME]!r}" if kind == "image" else ""
+        raise WireError(
+            f"{where} is {kind or 'empty'}{of}; this server takes text tokens (encoded_text) and png or jpeg images"
+        )
     tokens = numbers(message.encoded_text.tokens, INT32, f"{where}.encoded_text.tokens")
     # model_construct: numpy has made sure that all are integers, and checking each again takes longer than the rest
     return types.EncodedTextChunk.model_construct(tokens=tokens.tolist(), type="encoded_text")
+
+
+def _decode_image(message: wire_pb2.ImageChunk, where: str) -> types.ImageChunk:
+    """The engine decodes the file."""
+    if message.HasField("override_dimensions"):
+        raise WireError(
+            f"{where} has override_dimensions, which are not offered; send the image in the size it is to have"
+        )
+    expected = message.expected_tokens if message.HasField("expected_tokens") else None
+    form: Any = message.format
+    return types.ImageChunk.model_construct(data=message.data, format=form, expected_tokens=expected, type="image")
 
 
 def _decode_span(message: wire_pb2.ProvenanceSpan, where: str) -> PromptProvenanceSpan | SampledProvenanceSpan:

@@ -5,11 +5,13 @@ Not the SDK's own request types: those refuse unknown fields and change with the
 
 from __future__ import annotations
 
+import base64
 from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
 from tinker import types
 
+from nat_plugin_evsys.engine.model.images import IMAGE_FORMATS
 from nat_plugin_evsys.errors import DataError, UnsupportedError
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.arguments import check_metadata
@@ -104,30 +106,47 @@ class LoadWeights(RequestBody):
     weights_access_token: str | None = None
 
 
-class TextChunk(RequestBody):
-    """A part of a prompt; only ``encoded_text`` has tokens."""
+class PromptChunk(RequestBody):
+    """A part of a prompt: ``encoded_text`` has tokens, ``image`` a file in base64."""
 
     type: str = "encoded_text"
     tokens: list[int] | None = Field(default=None, fail_fast=True)
+    data: str | None = None
+    format: str | None = None
+    expected_tokens: int | None = None
+
+    def chunk(self) -> types.EncodedTextChunk | types.ImageChunk:
+        """Tinker's type; the engine decodes an image.
+
+        Raises:
+            UnsupportedError: another chunk than text or an image, or one without its content.
+            DataError: an image's data are not base64, or its format is neither png nor jpeg.
+        """
+        if self.type == "encoded_text" and self.tokens is not None:
+            return types.EncodedTextChunk.model_construct(tokens=self.tokens, type="encoded_text")
+        if self.type != "image" or not self.data:
+            raise UnsupportedError(
+                f"a prompt chunk of type {self.type!r} is not offered: only encoded_text with its tokens, and image "
+                "with its data in base64, are; nothing is fetched"
+            )
+        if self.format not in IMAGE_FORMATS:
+            raise DataError(f"an image of the prompt has the format {self.format!r}; send png or jpeg")
+        try:
+            file = base64.b64decode(self.data, validate=True)
+        except ValueError as error:
+            raise DataError(f"an image of the prompt is not base64: {error}") from error
+        form: Any = self.format
+        return types.ImageChunk(data=file, format=form, expected_tokens=self.expected_tokens)
 
 
 class Prompt(RequestBody):
     """``ModelInput``."""
 
-    chunks: list[TextChunk] = Field(fail_fast=True)
+    chunks: list[PromptChunk] = Field(fail_fast=True)
 
-    def tokens(self) -> list[int]:
-        """The token ids.
-
-        Raises:
-            UnsupportedError: a chunk that is not text.
-        """
-        for chunk in self.chunks:
-            if chunk.type != "encoded_text" or chunk.tokens is None:
-                raise UnsupportedError(
-                    f"a prompt chunk of type {chunk.type!r} is not offered: only encoded_text is; send token ids"
-                )
-        return [token for chunk in self.chunks for token in chunk.tokens or ()]
+    def model_input(self) -> types.ModelInput:
+        """Tinker's type; raises what ``PromptChunk.chunk`` does."""
+        return types.ModelInput.model_construct(chunks=[chunk.chunk() for chunk in self.chunks])
 
 
 class Sampling(RequestBody):

@@ -102,7 +102,7 @@ class SampleRunner:
         if row is None or row.owner != operation.owner:
             raise CheckpointError(f"there is no sampling session {operation.scope}; its session may have expired")
         return self._samplers.open(row).sample(
-            body.prompt.tokens(),
+            body.prompt.model_input(),
             body.num_samples,
             body.sampling_params.params(),
             bool(body.prompt_logprobs),
