@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from interop_program import run_program
 from other_environment import python_with
-from serve_process import ServerProcess, start_server
-
-from nat_plugin_evsys.engine.model.builtin import ensure_builtin
+from serve_process import ServerProcess
 
 NEEDS = ("openpipe-art==0.5.18", "tinker-cookbook==0.5.8", "openai<3")
 """The project itself has openai 3, and this environment sees the project's packages."""
@@ -22,19 +19,6 @@ STEPS, STEPS_RESUMED = 6, 3
 def art_python() -> Path:
     """An interpreter that has ART. torch, transformers and the SDK are those of the project: installed once."""
     return python_with("interop-art", NEEDS)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``builtin/tiny`` as a directory: ART's side has to find its tokenizer."""
-    return Path(ensure_builtin("builtin/tiny", tmp_path_factory.mktemp("models")))
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    process = start_server(model, tmp_path_factory.mktemp("service") / "store")
-    yield process
-    process.stop()
 
 
 def check(steps: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:

@@ -1,0 +1,90 @@
+"""A verifiers environment trains a policy on ``nat evsys serve``: its train client samples, tinker's SDK trains.
+
+verifiers_program.py MODEL STEPS: MODEL is a directory that the server at TINKER_BASE_URL serves too. Prints a JSON
+line for each training step. Nothing in it is about nat_plugin_evsys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+
+import tinker
+import verifiers.v1 as vf
+from tinker import types
+
+GROUP_SIZE = 8
+LETTERS = "verifiers_letters"
+
+
+def datum(branch: vf.Branch, advantage: float) -> types.Datum:
+    """A branch of a trace as verifiers recorded it: the tokens that the policy read and sampled."""
+    sampled = branch.sampled_mask[1:]
+    inputs = {
+        "target_tokens": branch.token_ids[1:],
+        "logprobs": branch.logprobs[1:],
+        "advantages": [advantage * each for each in sampled],
+    }
+    return types.Datum(model_input=types.ModelInput.from_ints(branch.token_ids[:-1]), loss_fn_inputs=inputs)
+
+
+def datums_of(group: list[vf.Trace]) -> list[types.Datum]:
+    """Each rollout against the mean of its group."""
+    mean = statistics.fmean(trace.reward for trace in group)
+    return [datum(branch, trace.reward - mean) for trace in group for branch in trace.branches]
+
+
+async def roll_out_all(config: vf.AgentConfig, taskset: vf.Taskset) -> list[list[vf.Trace]]:
+    """A group of rollouts for each task."""
+    async with vf.make_agent(config) as agent:
+        runs = [asyncio.gather(*(agent.run(task) for _ in range(GROUP_SIZE))) for task in taskset]
+        groups = [list(await each) for each in runs]
+    for trace in (trace for group in groups for trace in group):
+        assert trace.ok, trace.errors
+    return groups
+
+
+def distance(data: list[types.Datum], output: types.ForwardBackwardOutput) -> float:
+    """How far the learner's logprobs are from those that the sampler recorded, on average over sampled tokens."""
+    pairs = [
+        (old, new)
+        for each, result in zip(data, output.loss_fn_outputs, strict=True)
+        for old, new in zip(each.loss_fn_inputs["logprobs"].data, result["logprobs"].data, strict=True)
+        if old
+    ]
+    return statistics.fmean(abs(old - new) for old, new in pairs)
+
+
+async def main(base_model: str, steps: int) -> None:
+    client = tinker.ServiceClient()
+    training = await client.create_lora_training_client_async(base_model, rank=16)
+    run = training.get_info().model_id
+    taskset = vf.load_taskset(vf.taskset_config_type(LETTERS)(id=LETTERS))
+    place = {"base_url": f"{os.environ['TINKER_BASE_URL']}/v1", "api_key_var": "TINKER_API_KEY"}
+    config = vf.AgentConfig(
+        harness={"id": LETTERS},
+        runtime=vf.SubprocessConfig(),
+        model=run,  # the newest weights that the run has saved for sampling
+        client=vf.TrainClientConfig(**place, renderer_model_name=base_model),
+        sampling={"temperature": 1.0, "max_tokens": 16},
+    )
+    for step in range(steps):
+        await (await training.save_weights_for_sampler_async(f"step-{step}")).result_async()
+        groups = await roll_out_all(config, taskset)
+        data = [each for group in groups for each in datums_of(group)]
+        output = await (await training.forward_backward_async(data, "importance_sampling")).result_async()
+        await (await training.optim_step_async(types.AdamParams(learning_rate=2e-2))).result_async()
+        traces = [trace for group in groups for trace in group]
+        reward = statistics.fmean(trace.reward for trace in traces)
+        figures = {"step": step, "reward": reward, "rollouts": len(traces), "turns": traces[0].num_turns}
+        print(json.dumps({**figures, "datums": len(data), "distance": distance(data, output)}), flush=True)
+    await (await training.save_weights_for_sampler_async("last")).result_async()
+    chat = config.model_copy(update={"client": vf.EvalClientConfig(**place)})
+    rewards = [trace.reward for group in await roll_out_all(chat, taskset) for trace in group]
+    print(json.dumps({"evaluated": statistics.fmean(rewards)}))
+
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
