@@ -21,7 +21,7 @@ PACKAGE = "nat_plugin_evsys"
 SOURCE = ROOT / "src" / PACKAGE
 MOST_MODULES = 25
 
-GROUND = {"errors", "files", "json_lines", "defaults"}
+GROUND = {"errors", "files", "inbox", "json_lines", "defaults"}
 ENGINE = {"engine/machine", "engine/model", "engine/tree", "engine/gradient", "engine/sampling", "engine/spans"}
 DRIVERS = ENGINE | {"engine/checkpoints", "engine/checkpoint_loading", "engine/sampler"}
 
@@ -30,6 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "defaults": set(),
     "files": {"errors"},
+    "inbox": set(),
     "json_lines": {"errors", "files"},
     "calls": {"errors"},
     "config": {"errors", "defaults"},
@@ -75,7 +76,7 @@ ARROWS: dict[str, set[str]] = {
     "": {"clients", "types", "policy"},
 }
 
-STANDARD_LIBRARY_ONLY = ("errors", "files", "json_lines", "calls", "defaults")
+STANDARD_LIBRARY_ONLY = ("errors", "files", "inbox", "json_lines", "calls", "defaults")
 NO_NAT = (
     *DRIVERS,
     "runtime",

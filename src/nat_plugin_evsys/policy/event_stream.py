@@ -12,9 +12,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
+from nat_plugin_evsys.inbox import LoopInbox
 from nat_plugin_evsys.policy.api_errors import body_of, shutting_down
 from nat_plugin_evsys.policy.completions import Completion
-from nat_plugin_evsys.policy.inbox import LoopInbox
 from nat_plugin_evsys.policy.protocol import (
     ChatCompletionChunk,
     ChoiceLogprobs,

@@ -28,6 +28,7 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import OperationCancelled, ReplicaError
+from nat_plugin_evsys.inbox import LoopInbox
 from nat_plugin_evsys.replicas.orders import Item, SampleOrder, Tokens
 from nat_plugin_evsys.replicas.weights import Flat, Shape, Weights, digest, empty_adapter, fill, flatten
 from nat_plugin_evsys.runtime.bases import open_here
@@ -163,10 +164,11 @@ class Replica:
         """
         client = await asyncio.to_thread(self._client, weights, version)
         loop = asyncio.get_running_loop()
+        inbox = LoopInbox.of(loop)
         items: asyncio.Queue[Tokens | None] = asyncio.Queue()
 
         def put(item: Tokens | None) -> None:
-            loop.call_soon_threadsafe(items.put_nowait, item)
+            inbox.call(loop, items.put_nowait, item)
 
         future: Future[Any] = await asyncio.to_thread(order.submit, client, put)
         future.add_done_callback(lambda _: put(None))
