@@ -76,7 +76,7 @@ async def main(base_model: str, steps: int) -> None:
         groups = await roll_out_all(config, taskset)
         data = [each for group in groups for each in datums_of(group)]
         output = await (await training.forward_backward_async(data, "importance_sampling")).result_async()
-        await (await training.optim_step_async(types.AdamParams(learning_rate=2e-2))).result_async()
+        await (await training.optim_step_async(types.AdamParams(learning_rate=1e-2))).result_async()
         traces = [trace for group in groups for trace in group]
         reward = statistics.fmean(trace.reward for trace in traces)
         figures = {"step": step, "reward": reward, "rollouts": len(traces), "turns": traces[0].num_turns}
