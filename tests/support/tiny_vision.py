@@ -144,7 +144,7 @@ def processed(family: str, images: list[Image.Image], parts: list[list[int]]) ->
     own = image_processor(family)
     tensors = dict(own(images=images, return_tensors="pt"))
     if family == "gemma3":
-        of_processor = transformers.Gemma3Processor(own, _gemma_tokenizer(), image_seq_length=4)
+        of_processor = transformers.Gemma3Processor(own, gemma_tokenizer(), image_seq_length=4)
         counts = of_processor._get_num_multimodal_tokens([i.size[::-1] for i in images]).num_image_tokens
         kinds, _ = "token_type_ids", tensors.pop("num_crops")
     else:
@@ -159,7 +159,8 @@ def processed(family: str, images: list[Image.Image], parts: list[list[int]]) ->
     return tensors | {"input_ids": row, kinds: (row == PLACE_ID).long()}
 
 
-def _gemma_tokenizer() -> Any:
+def gemma_tokenizer() -> Any:
+    """With the names that Gemma's processor asks for."""
     tokenizer: Any = byte_tokenizer(*SPECIAL)
     tokenizer.boi_token, tokenizer.eoi_token, tokenizer.image_token = START, END, PLACE
     tokenizer.boi_token_id, tokenizer.eoi_token_id, tokenizer.image_token_id = START_ID, END_ID, PLACE_ID

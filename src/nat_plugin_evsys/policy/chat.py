@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.policy.rendering.chat_template import NO_CONTEXT, PROBE, ChatTemplate
+from nat_plugin_evsys.policy.rendering.images import ImageFile, ImageReader, PromptImage, placed
 from nat_plugin_evsys.policy.rendering.messages import normalize_messages
 from nat_plugin_evsys.policy.rendering.plain_text import MARK, PlainText
 from nat_plugin_evsys.policy.rendering.token_bytes import TokenBytes
@@ -45,6 +46,7 @@ class ChatRenderer:
         enable_thinking: passed to the template when set.
         split_thoughts: parse ``<think>`` blocks into a message's ``reasoning_content``.
         special_tokens: what becomes of a special token's text within a message; see the policy's setting.
+        images: reads the images of messages; None refuses them.
 
     Raises:
         ModelError: there is no chat template, or it could run forever.
@@ -59,6 +61,7 @@ class ChatRenderer:
         enable_thinking: bool | None = None,
         split_thoughts: bool = False,
         special_tokens: SpecialTokens = "text",
+        images: ImageReader | None = None,
     ) -> None:
         # A copy and a lock: a fast tokenizer's call may change its padding state, which fails ("Already borrowed")
         # beside another thread's call.
@@ -68,6 +71,7 @@ class ChatRenderer:
         self._enable_thinking = enable_thinking
         self._split_thoughts = split_thoughts
         self._special_tokens = special_tokens
+        self._images = images
 
     # -- messages to ids --------------------------------------------------------------------------------------------
 
@@ -106,6 +110,27 @@ class ChatRenderer:
             DataError: see ``render``.
         """
         return self._render_text(messages, tools, add_generation_prompt, enable_thinking)
+
+    def render_images(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        enable_thinking: bool | None = None,
+    ) -> tuple[str, list[int], list[PromptImage]]:
+        """Text, ids and images of a conversation with images, which opens an assistant turn.
+
+        Raises:
+            DataError: see ``render``; the policy reads no images; one of them cannot be read.
+        """
+        if self._images is None:
+            normalize_messages(messages)  # refuses the image by its place
+            raise DataError("the policy reads text only")
+        files: list[ImageFile] = []
+        text = self._render_text(messages, tools, True, enable_thinking, files)
+        text = text.replace(*self._images.written(self.tokenizer))
+        ids, images = placed(self.encode(text), files, self._images)
+        return text, ids, images
 
     def render_reply(
         self,
@@ -150,6 +175,7 @@ class ChatRenderer:
         tools: Sequence[dict[str, Any]] | None,
         add_generation_prompt: bool,
         enable_thinking: bool | None,
+        images: list[ImageFile] | None = None,
     ) -> str:
         if tools and not self.supports_tools:
             raise DataError(
@@ -160,7 +186,7 @@ class ChatRenderer:
             enable_thinking = self._enable_thinking
         else:
             self._template.check_thinking(DataError)
-        normal = normalize_messages(messages)
+        normal = normalize_messages(messages, images)
 
         def written(count: int) -> str:
             return self._template.write(

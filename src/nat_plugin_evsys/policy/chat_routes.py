@@ -32,8 +32,9 @@ from nat_plugin_evsys.policy.apis.responses import ResponsesDialect
 from nat_plugin_evsys.policy.apis.text_completions import TextDialect
 from nat_plugin_evsys.policy.apis.tokenize import TokenizeRequest
 from nat_plugin_evsys.policy.attribution import functions_of
-from nat_plugin_evsys.policy.completions import Completion, PlainPrompt, PolicySource
+from nat_plugin_evsys.policy.completions import Completion, PolicySource
 from nat_plugin_evsys.policy.event_stream import EventStream, Peer, completion_events
+from nat_plugin_evsys.policy.prompts import PlainPrompt
 from nat_plugin_evsys.policy.protocol import ChatCompletion
 from nat_plugin_evsys.policy.recorder import CallRefusal, Recorder
 from nat_plugin_evsys.policy.request import ChatCompletionRequest

@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.base import shaped_by
@@ -17,9 +16,10 @@ from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.history import History, Prompt, turn_of
 from nat_plugin_evsys.policy.logprobs import TokenNames
-from nat_plugin_evsys.policy.open_ended import open_ended_text
+from nat_plugin_evsys.policy.prompts import PlainPrompt, prompt_of
 from nat_plugin_evsys.policy.protocol import Choice, ChoiceLogprobs, FinishReason, PromptLogprobs, Usage
 from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.rendering.images import model_input
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 from nat_plugin_evsys.policy.sampling import SamplingDefaults, check_hints, constraint_of, sampling_params
 from nat_plugin_evsys.policy.streaming import ReplyText, cut_at_stop, text_ids
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
     from nat_plugin_evsys.backends.base import Constraint, SamplingClient, TokenCallback
     from nat_plugin_evsys.config.policy import HintMode
-
-
-PlainPrompt = Callable[[ChatRenderer], tuple[str, list[int]]]
-"""Gives the text and the ids of a prompt that has no messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +165,8 @@ class Completion:
         Raises:
             EvsysError: the engine refused or failed, or its answer has no logprobs.
         """
-        from tinker import types
-
         response = await self.client.sample_async(
-            types.ModelInput.from_ints(self.prompt_ids),
+            model_input(self.prompt_ids, self.prompt.images),
             self.request.n or 1,
             self.params,
             include_prompt_logprobs=self.request.prompt_logprobs is not None,
@@ -274,45 +268,6 @@ class Completion:
         completion = sum(len(sequence.tokens) for sequence in sequences)
         prompt = len(self.prompt_ids)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-
-
-async def prompt_of(
-    request: ChatCompletionRequest,
-    renderer: ChatRenderer,
-    history: History,
-    run_id: str | None,
-    plain: PlainPrompt | None = None,
-) -> Prompt:
-    """What the policy reads of a request, before what a grammar may force.
-
-    Args:
-        history: the turns that the conversation may go on from.
-        run_id: the rollout whose turns they are.
-        plain: gives the prompt's text and ids; None renders the messages with the chat template.
-
-    Raises:
-        EvsysError: the messages cannot be rendered.
-    """
-    messages, tools = request.message_dicts(), request.shown_tools
-    thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
-    if plain is None and request.opens_turn:
-        return await asyncio.to_thread(
-            history.prompt, renderer, run_id or "", messages, tools, enable_thinking=thinking
-        )
-    opened = plain or partial(_open_end, messages, tools, request.continue_final_message, thinking)
-    text, ids = await asyncio.to_thread(opened, renderer)
-    return Prompt(ids, text, uuid.uuid4().bytes)
-
-
-def _open_end(
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]],
-    continued: bool | None,
-    enable_thinking: bool | None,
-    renderer: ChatRenderer,
-) -> tuple[str, list[int]]:
-    text = open_ended_text(renderer, messages, tools, continued=bool(continued), enable_thinking=enable_thinking)
-    return text, renderer.encode(text)
 
 
 async def _client(source: PolicySource, run_id: str | None) -> SamplingClient:

@@ -18,6 +18,7 @@ from typing import Any
 
 from nat_plugin_evsys.calls import PromptHistory
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.rendering.images import PromptImage
 from nat_plugin_evsys.policy.rendering.plain_text import unmarked
 
 Message = dict[str, Any]
@@ -37,12 +38,14 @@ class Prompt:
         text: the conversation as the template writes it. The ids may decode to another text: that of the policy.
         conversation: identifies messages and tools.
         history: how the earlier turns came to be in it.
+        images: what placeholders among the ids stand for.
     """
 
     ids: list[int]
     text: str
     conversation: bytes
     history: PromptHistory = PromptHistory.NEW
+    images: Sequence[PromptImage] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,11 @@ class Vision:
         """Further arguments for the token at ``position``, after ``images``, on top of the model's cache."""
         raise NotImplementedError
 
+    def written(self, tokenizer: Any) -> tuple[str, str]:
+        """What a chat template writes for an image, and the text with one placeholder that the model reads there."""
+        mark = tokenizer.convert_ids_to_tokens(self.token)
+        return mark, mark
+
     def probe(self) -> ModelImage:
         """An image of random features, which needs no tower; for checks before anything else is computed."""
         grid = self._probe_grid()
@@ -195,6 +200,12 @@ class _Gemma3Vision(Vision):
 
     def _tokens(self, grid: tuple[int, ...]) -> int:
         return int(self._config.mm_tokens_per_image)
+
+    def written(self, tokenizer: Any) -> tuple[str, str]:
+        """See ``Vision``; as transformers' ``Gemma3Processor`` has it."""
+        ids = [self._config.boi_token_id, self.token, self._config.eoi_token_id]
+        begin, image, end = tokenizer.convert_ids_to_tokens(ids)
+        return begin, f"\n\n{begin}{image}{end}\n\n"
 
     def _layout(self, ids: Tensor, kinds: Tensor, images: Sequence[PlacedImage]) -> dict[str, Any]:
         return {"token_type_ids": kinds}

@@ -6,8 +6,9 @@ import asyncio
 from typing import Any
 
 from nat_plugin_evsys.policy.api_errors import bad_request
-from nat_plugin_evsys.policy.completions import PolicySource, prompt_of, resolved
+from nat_plugin_evsys.policy.completions import PolicySource, resolved
 from nat_plugin_evsys.policy.history import History
+from nat_plugin_evsys.policy.prompts import prompt_of
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 
 

@@ -7,29 +7,43 @@ from collections.abc import Sequence
 from typing import Any
 
 from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.policy.rendering.images import ImageFile, image_of
 
 
-def normalize_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def normalize_messages(
+    messages: Sequence[dict[str, Any]], images: list[ImageFile] | None = None
+) -> list[dict[str, Any]]:
     """Messages for a chat template; the argument is not changed.
 
     ``developer`` becomes ``system``, a list of text parts becomes their concatenation, no content becomes "", and a
     tool call's arguments become a dict (text that is not a JSON object stays as it is: the policy wrote it).
 
+    Args:
+        images: takes the messages' images, whose content stays a list, of ``text`` and ``image`` parts; None refuses
+            images.
+
     Raises:
-        DataError: there is no message, or one has a part that is not text; the message says which.
+        DataError: there is no message, or one has a part that cannot be read; the message says which.
     """
     if not messages:
         raise DataError("`messages` is empty; send at least one message")
-    return [_normalize(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_normalize(message, f"messages[{index}]", images) for index, message in enumerate(messages)]
 
 
-def _normalize(message: dict[str, Any], where: str) -> dict[str, Any]:
+def has_images(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether a message has a part of type ``image_url``."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and part.get("type") == "image_url" for part in parts)
+
+
+def _normalize(message: dict[str, Any], where: str, images: list[ImageFile] | None) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str):
         raise DataError(f"`{where}.role` is {role!r}; it must be system, user, assistant or tool")
     normal = {key: value for key, value in message.items() if value is not None}
     normal["role"] = "system" if role == "developer" else role
-    normal["content"] = _text(message.get("content"), where)
+    normal["content"] = _content(message.get("content"), where, images)
     if message.get("tool_calls"):
         normal["tool_calls"] = [_normalize_call(call, f"{where}.tool_calls") for call in message["tool_calls"]]
     else:
@@ -37,7 +51,7 @@ def _normalize(message: dict[str, Any], where: str) -> dict[str, Any]:
     return normal
 
 
-def _text(content: Any, where: str) -> str:
+def _content(content: Any, where: str, images: list[ImageFile] | None) -> Any:
     if content is None:
         return ""
     if isinstance(content, str):
@@ -46,16 +60,22 @@ def _text(content: Any, where: str) -> str:
         raise DataError(
             f"`{where}.content` is of type {type(content).__name__}; it must be text or a list of text parts"
         )
-    texts = []
+    parts: list[dict[str, str]] = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind == "image_url" and images is not None:
+            images.append(image_of(part, f"{where}.content[{index}]"))
+            parts.append({"type": "image"})
+            continue
         if kind != "text" or not isinstance(part.get("text"), str):
             raise DataError(
                 f"`{where}.content[{index}]` is a part of type `{kind}`; the policy reads text only, "
                 "so send parts of type `text`"
             )
-        texts.append(part["text"])
-    return "".join(texts)
+        parts.append({"type": "text", "text": part["text"]})
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
 
 
 def _normalize_call(call: Any, where: str) -> dict[str, Any]:
