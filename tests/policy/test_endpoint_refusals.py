@@ -78,6 +78,7 @@ async def until(condition: Any, seconds: float = 5.0) -> None:
         ({"max_tokens": 5, "max_completion_tokens": 6}, None, "differ"),
         ({"stop": ["a", ""]}, "stop", "none of them empty"),
         ({"stop": [3]}, None, "`stop"),
+        ({"logprobs": 2}, "logprobs", "valid boolean"),
         ({"top_logprobs": 2}, None, "`logprobs: true`"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"stream_options": {"include_usage": True}}, None, "`stream: true`"),

@@ -86,6 +86,7 @@ STREAMED = {
     "nothing": ("", {}),
     "control token inside": ("a<|im_start|>b", {}),
     "log-probabilities": ("The sum", {"logprobs": True}),
+    "log-probabilities asked for by 1": ("The sum", {"logprobs": 1}),
     "top log-probabilities": ("The sum", {"logprobs": True, "top_logprobs": 3}),
     "two choices": ("The sum is 5.", {"n": 2}),
 }

@@ -151,6 +151,12 @@ class ChatCompletionRequest(_Request):
                 )
         return bias
 
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _yes_or_no(cls, logprobs: Any) -> Any:
+        """0 and 1 are vLLM's false and true too, and what Agent Lightning's proxy sends."""
+        return bool(logprobs) if type(logprobs) is int and logprobs in (0, 1) else logprobs
+
     @field_validator("stop", mode="before")
     @classmethod
     def _stops(cls, stop: Any) -> Any:
