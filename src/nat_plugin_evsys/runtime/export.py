@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nat_plugin_evsys.engine.model.forward import share_of_norm
@@ -16,6 +16,7 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.peft_check import load_in_peft, trains_tied_head, write_adapter
 from nat_plugin_evsys.engine.model.plain_copy import plain_copy
 from nat_plugin_evsys.engine.model.quantized import unpack
+from nat_plugin_evsys.engine.model.vision import Vision, auto_class
 from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.files import atomic_directory
 
@@ -25,7 +26,7 @@ _FP32, _HALF = 1e-3, 0.1
 
 
 def export_merged(base: BaseModel, adapter: LoraAdapter, target: Path) -> float:
-    """Write model and tokenizer to the new directory ``target``, with the adapter in the weights.
+    """Write model and tokenizer (and image processor) to the new directory ``target``, with the adapter in the weights.
 
     An output head that shares the embedding's weight gets one of its own if it was trained.
 
@@ -38,7 +39,9 @@ def export_merged(base: BaseModel, adapter: LoraAdapter, target: Path) -> float:
     with _new_directory(target) as work:
         merged(base, adapter).save_pretrained(work)
         base.tokenizer.save_pretrained(work)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(work, dtype=base.dtype)
+        if isinstance(base.vision, Vision):
+            base.vision.processor.save_pretrained(work)
+        loaded: Any = auto_class(base.model.config.model_type).from_pretrained(work, dtype=base.dtype)
         return _checked(base, adapter, loaded.to(base.device).eval(), "the merged model")
 
 

@@ -22,6 +22,7 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_check import load_in_peft, write_adapter
 from nat_plugin_evsys.engine.model.targets import linear_roles
+from nat_plugin_evsys.engine.model.vision import Vision
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.errors import EvsysError, one_line
 
@@ -165,4 +166,5 @@ def _datum(tokens: Sequence[int]) -> types.Datum:
 def _ids(base: BaseModel, count: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     drawn: list[int] = torch.randint(base.vocab_size, (count,), generator=generator).tolist()
-    return drawn
+    # Text must not have what stands for an image.
+    return [each - (isinstance(base.vision, Vision) and each == base.vision.token) for each in drawn]

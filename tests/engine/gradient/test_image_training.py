@@ -11,6 +11,7 @@ from tinker import types
 from tiny import perturb
 from tiny_vision import (
     END_ID,
+    PLACE_ID,
     START_ID,
     VISION_FAMILIES,
     chunk_of,
@@ -21,11 +22,15 @@ from tiny_vision import (
 )
 
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
+from nat_plugin_evsys.engine.model.loading import load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_check import load_in_peft, write_adapter
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.runtime.export import export_merged
 
 PARTS = [[5, START_ID], [END_ID, 7, 8, START_ID], [END_ID, 9, 10, 11, 12]]
 WEIGHED = 4
+COUNTS = {"qwen2_5_vl": 6, "gemma3": 4}
 
 
 def datum(images: list[Any], parts: list[list[int]], targets: torch.Tensor) -> types.Datum:
@@ -94,3 +99,25 @@ def test_another_image_gives_other_logprobs(vision_base_of: Any, family: str) ->
 
     assert (logprobs(1) - logprobs(2)).abs().max() > 1e-3
     assert torch.equal(logprobs(1), logprobs(1))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_merged_model_reads_images_as_the_trained_one_does(vision_base_of: Any, family: str, tmp_path: Path) -> None:
+    base = vision_base_of(family)
+    model = trainable(base)
+    data = [datum([picture(1)], [[5, START_ID], [END_ID, 9, 10, 11, 12]], torch.arange(COUNTS[family] + 7))]
+    expected = model.forward(data, "cross_entropy").loss_fn_outputs[0]["logprobs"].to_torch()
+    export_merged(base, model.adapter, tmp_path / "merged")
+    merged = load_base_model(str(tmp_path / "merged"), device="cpu")
+    bare = TrainableModel(merged, LoraAdapter.create(merged.model, rank=1, alpha=1.0, train_unembed=False))
+    found = bare.forward(data, "cross_entropy").loss_fn_outputs[0]["logprobs"].to_torch()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_placeholder_without_an_image_is_refused(vision_base_of: Any) -> None:
+    model = trainable(vision_base_of("qwen3_vl"))
+    alone = datum([], [[4, PLACE_ID, 5, 6]], torch.arange(4))
+    with pytest.raises(
+        DataError, match=rf"data\[0\]: model_input has token {PLACE_ID} at 1, which stands for an image"
+    ):
+        model.forward([alone], "cross_entropy")

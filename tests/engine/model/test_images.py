@@ -7,12 +7,23 @@ from typing import Any
 import pytest
 from PIL import Image
 from tinker import types
-from tiny_vision import END_ID, PLACE_ID, START_ID, chunk_of, file_of, picture, text, vision_model
+from tiny_vision import (
+    END_ID,
+    PLACE_ID,
+    START_ID,
+    VISION_FAMILIES,
+    chunk_of,
+    file_of,
+    picture,
+    text,
+    vision_model,
+)
 
 from nat_plugin_evsys.engine.model.images import MOST_PIXELS, NoImages, read_model_input
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.vision import Vision, find_vision
 from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.runtime.model_check import check_model
 
 SHORT = "only text is read"
 POINTER = types.ImageAssetPointerChunk(format="png", location="https://x/y.png", expected_tokens=6)
@@ -65,3 +76,10 @@ def test_a_directory_is_loaded_with_its_tower(vision_dir: Any, vision_base_of: A
     base = load_base_model(str(vision_dir("qwen3_vl")), device="cpu")
     assert isinstance(base.vision, Vision)
     assert base.identity == vision_base_of("qwen3_vl").identity
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_text_alone_is_as_right_as_in_other_models(vision_base_of: Any, family: str) -> None:
+    row = check_model(vision_base_of(family))
+    assert row.is_right, row
+    assert row.training == "fast"

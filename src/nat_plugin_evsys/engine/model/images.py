@@ -107,7 +107,7 @@ def read_model_input(
             raise DataError(f"{where} has two images with no text token between them; put their markers there")
         placed.append(PlacedImage(len(ids), image))
         ids.extend([reader.token] * image.tokens)
-    if placed and not isinstance(reader, NoImages):
+    if not isinstance(reader, NoImages):
         _check_placeholders(ids, placed, reader.token, where)
     return ids, tuple(placed)
 

@@ -32,10 +32,11 @@ class Vision:
 
     Args:
         model: the frozen model, with its vision tower.
-        processor: the checkpoint's image processor.
+        processor: see below.
 
     Attributes:
         token: id of the placeholder that stands for each token of an image.
+        processor: the checkpoint's image processor.
     """
 
     processor_options: ClassVar[dict[str, Any]] = {}
@@ -47,7 +48,7 @@ class Vision:
         embedding: Any = model.get_input_embeddings()
         self._device: torch.device = embedding.weight.device
         self._dtype: torch.dtype = embedding.weight.dtype
-        self._processor = processor
+        self.processor = processor
         self._lock = threading.Lock()
         self._measured: OrderedDict[tuple[bytes, str], tuple[int, ...]] = OrderedDict()
         self._features: OrderedDict[bytes, Features] = OrderedDict()
@@ -123,7 +124,7 @@ class Vision:
 
     def _pixels(self, data: bytes, form: str, where: str) -> Any:
         picture = decode(data, form, where)
-        return self._processor(images=[picture], return_tensors="pt", **self.processor_options)
+        return self.processor(images=[picture], return_tensors="pt", **self.processor_options)
 
     def _of(self, image: ModelImage) -> Features:
         with self._lock:
