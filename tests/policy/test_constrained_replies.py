@@ -15,6 +15,8 @@ from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.reply_forms import ReplyForms
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
+from nat_plugin_evsys.policy.tool_forms.families import FORMS as FAMILIES
+from nat_plugin_evsys.policy.tool_forms.form import ToolForm
 
 MODEL = "builtin/tiny"
 MESSAGES: list[Any] = [{"role": "user", "content": "Where does it go?"}]
@@ -186,17 +188,21 @@ def test_the_forms_of_the_model_families(
     sampler: Sampler, tokenizer: Any, tool_format: Any, fields: Any, good: Any, bad: Any, thinks: bool
 ) -> None:
     markers = {text: tokenizer.convert_tokens_to_ids(text) for text in ("<tool_call>", "</tool_call>")}
-    forms = ReplyForms(tool_format, markers.get, thinks=thinks)
+    forms = ReplyForms(form_named(tool_format), markers.get, thinks=thinks)
     grammar = forms.grammar(form(**fields))
     assert grammar is not None
     assert sampler.grammars is not None
-    constraint = sampler.grammars.compile(grammar, [tokenizer.eos_token_id])
+    constraint = sampler.grammars.compile(grammar.text, [tokenizer.eos_token_id])
     asks_for_a_form = "tool_choice" in fields or "response_format" in fields
     thoughts = ["<think>\nhm {\n</think>\n\n"] if thinks and asks_for_a_form else []
     for text, expected in [(text, True) for text in good] + [(text, False) for text in bad]:
         for before in ["", *thoughts]:
             ids = [*tokenizer(before + text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             assert _follows(constraint, ids) == expected, (before, text)
+
+
+def form_named(name: str) -> ToolForm:
+    return next(family() for family in FAMILIES if family.name == name)
 
 
 def _follows(constraint: Any, ids: list[int]) -> bool:

@@ -18,7 +18,7 @@ from nat_plugin_evsys.policy.rendering.plain_text import MARK, PlainText
 from nat_plugin_evsys.policy.rendering.token_bytes import TokenBytes
 from nat_plugin_evsys.policy.reply_forms import ReplyForms
 from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, ToolCallFormat, assemble
-from nat_plugin_evsys.policy.tool_forms.create import create_parser
+from nat_plugin_evsys.policy.tool_forms.families import create_parser
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.config.policy import SpecialTokens
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _QUICK_S = 5.0
-_ENDS_OF_CALLS = {
-    "llama3_json": ("<|eom_id|>",),  # of a turn that calls a built-in tool
-    "harmony": ("<|call|>", "<|return|>"),
-}
 
 
 class ChatRenderer:
@@ -244,7 +240,7 @@ class ChatRenderer:
             thinking: whether the prompt ends inside a ``<think>`` block; None: if the template opens one.
         """
         return create_parser(
-            self.tool_format,
+            self._template.tool_form,
             tools=tools,
             reply_id=reply_id,
             thinking=self._template.prompt_opens_thinking if thinking is None else thinking,
@@ -275,7 +271,7 @@ class ChatRenderer:
     def reply_forms(self) -> ReplyForms:
         """The forms that a reply can be held to."""
         return ReplyForms(
-            self.tool_format,
+            self._template.tool_form,
             lambda text: token_id if (token_id := self._vocabulary.get(text)) in self._control_ids else None,
             thinks="<think>" in self._template.source,
             thinking=self._template.prompt_opens_thinking,
@@ -287,18 +283,21 @@ class ChatRenderer:
     def stop_token_ids(self) -> list[int]:
         """Ids that end an assistant turn: the tokenizer's EOS and what the template writes after a reply."""
         ids = {self.tokenizer.eos_token_id, self.end_of_turn}
-        ids |= {self.tokenizer.get_vocab().get(token) for token in _ENDS_OF_CALLS.get(self.tool_format or "", ())}
+        form = self._template.tool_form
+        ids |= {self._vocabulary.get(token) for token in (() if form is None else form.ends)}
         return sorted(token_id for token_id in ids if token_id is not None)
 
     @property
     def tool_format(self) -> ToolCallFormat | None:
         """How the model writes tool calls; None if the form is unknown."""
-        return self._template.tool_format
+        form = self._template.tool_form
+        return None if form is None else form.name
 
     @property
     def hidden_ids(self) -> frozenset[int]:
         """Special tokens, which a text without them does not show; none where replies are written with them."""
-        return frozenset() if self.tool_format == "harmony" else self._special_ids
+        form = self._template.tool_form
+        return frozenset() if form is not None and form.is_marked else self._special_ids
 
     @property
     def supports_tools(self) -> bool:

@@ -1,43 +1,29 @@
-"""The form of a reply that a request asks for, as a grammar in llguidance's Lark dialect.
-
-JSON is written as the chat templates write it in the history: one line, ``", "`` and ``": "`` between its parts.
-"""
+"""The form of a reply that a request asks for, as a grammar."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
-from nat_plugin_evsys.policy.tool_calls import ToolCallFormat
-
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": True}
-_ANY_TEXT = "/(.|\\n)*/"
+from nat_plugin_evsys.policy.tool_forms.form import Asked, ToolForm
+from nat_plugin_evsys.policy.tool_forms.lark import Lark
 
 
 @dataclass(frozen=True, slots=True)
-class CallForm:
-    """How a model family writes a tool call.
+class ReplyGrammar:
+    """What a reply is held to.
 
     Attributes:
-        open, close: text around a call's JSON object; an open marker may be empty.
-        arguments: the key of the arguments.
-        between: text between two calls.
+        text: in llguidance's dialect of Lark.
+        ends: ids that may end the reply; None for all that end a turn.
+        unheld: what of the tools' schemas has no effect.
     """
 
-    open: str
-    close: str
-    arguments: str
-    between: str
-
-
-_CALL_FORMS: dict[ToolCallFormat, CallForm] = {
-    "hermes": CallForm("<tool_call>\n", "\n</tool_call>", "arguments", "\n"),
-    "llama3_json": CallForm("", "", "parameters", "; "),
-}
-"""The forms that can be asked for; a model that writes another samples freely."""
+    text: str
+    ends: list[int] | None
+    unheld: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,91 +31,64 @@ class ReplyForms:
     """Makes the grammars of one chat template's replies.
 
     Args:
-        tool_format: how the model writes calls; None if that is unknown.
+        tool_form: how the model writes calls; None if that is unknown.
         special_id: the id of a marker that is one control token; None for plain text.
         thinks: whether the template knows ``<think>`` blocks, which may come before the form.
         thinking: whether the prompt ends inside one.
     """
 
-    tool_format: ToolCallFormat | None
+    tool_form: ToolForm | None
     special_id: Callable[[str], int | None]
     thinks: bool = False
     thinking: bool = False
 
-    def grammar(self, request: ChatCompletionRequest) -> str | None:
-        """The grammar of the form that ``request.hints`` ask for; None if calls in this model's form cannot be asked
-        for, or nothing is."""
+    def grammar(self, request: ChatCompletionRequest) -> ReplyGrammar | None:
+        """The grammar of the form that ``request.hints`` ask for; None if nothing is, or the model's form is unknown.
+
+        Raises:
+            DataError: the model's form cannot write a call of one of the tools.
+        """
         if not request.hints:
             return None
-        schema = _schema(request)
-        tools = [tool["function"] for tool in request.shown_tools]
-        named = request.tool_choice["function"]["name"] if isinstance(request.tool_choice, dict) else None
-        if named is not None:
-            tools = [tool for tool in tools if tool["name"] == named]
-        if not tools:
-            return None if schema is None else self._whole("json", [f"json: {_json(schema)}"])
-        if self.tool_format not in _CALL_FORMS:
+        asked = _asked(request)
+        lark = Lark(self.special_id)
+        if self.tool_form is not None and (asked.tools or self.tool_form.is_marked):
+            reply = self.tool_form.reply(lark, asked)
+        elif asked.schema is not None and not asked.tools:
+            reply = lark.json(asked.schema)
+        else:
             return None
-        form = _CALL_FORMS[self.tool_format]
-        several = request.parallel_tool_calls is not False and named is None
-        rules = self._call_rules(form, tools)
-        calls = f"call ({_text(form.between)} call)*" if several else "call"
-        if named is not None or request.tool_choice == "required":
-            return self._whole(calls, rules, may_think=named is None)
-        if schema is not None:
-            return self._whole(f"json | {calls}", [*rules, f"json: {_json(schema)}"])
-        return self._free(form, calls, rules)
+        is_free = not asked.must_call and asked.schema is None  # its text may have thoughts
+        start = reply if is_free and not self.thinking else self._with_thoughts(lark, reply, asked)
+        return ReplyGrammar(lark.grammar(start), self._ends(asked), lark.unheld)
 
-    def _free(self, form: CallForm, calls: str, rules: list[str]) -> str:
-        """Text, or text and then calls."""
-        if not form.open:
-            return self._whole(f"TEXT | {calls}", [*rules, "TEXT: /([^{](.|\\n)*)?/"])
-        marker = form.open.rstrip("\n")
-        rest = _text(form.open[len(marker) :])
-        first = calls.removeprefix("call")
-        lead = f"TEXT {self._marker(marker)}" if self._is_special(marker) else "until"
-        until = [] if self._is_special(marker) else [f"until[lazy]: TEXT {_text(marker)}"]
-        start = f"TEXT | {lead} {rest} object {self._marker(form.close)}{first}"
-        return self._whole(start, [*rules, *until, f"TEXT: {_ANY_TEXT}"], may_think=False)
+    def _ends(self, asked: Asked) -> list[int] | None:
+        end = self.tool_form.call_end if self.tool_form is not None and asked.must_call else None
+        special = None if end is None else self.special_id(end)
+        return None if special is None else [special]
 
-    def _call_rules(self, form: CallForm, tools: Sequence[dict[str, Any]]) -> list[str]:
-        rules = [
-            f"call: {self._marker(form.open)} object {self._marker(form.close)}",
-            f"object: {' | '.join(f'tool_{n}' for n in range(len(tools)))}",
-        ]
-        for n, tool in enumerate(tools):
-            # The brace on its own, as in a JSON schema's grammar: of two literals the lexer takes the longer one.
-            head = f'"name": {json.dumps(tool["name"], ensure_ascii=False)}, "{form.arguments}": '
-            schema = tool.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
-            rules.append(f'tool_{n}: "{{" {_text(head)} args_{n} "}}"')
-            rules.append(f"args_{n}: {_json(schema)}")
-        return rules
+    def _with_thoughts(self, lark: Lark, reply: str, asked: Asked) -> str:
+        if not self.thinking and not (self.thinks and asked.thinks):
+            return reply
+        space = lark.rule("SPACE", "/[ \\n]{0,4}/")
+        thoughts = f"{lark.text_until('</think>')} {space}"
+        before = thoughts if self.thinking else f"({lark.marker('<think>')} {thoughts})?"
+        return f"{before} ({reply})"
 
-    def _whole(self, start: str, rules: Sequence[str], *, may_think: bool = True) -> str:
-        rules = [f"start: {start}", *rules]
-        if self.thinking or (self.thinks and may_think):
-            before = "thoughts" if self.thinking else f"({self._marker('<think>')} thoughts)?"
-            end = self._marker("</think>")
-            thoughts = (
-                [f"thoughts: THOUGHT {end} SPACE"]
-                if self._is_special("</think>")
-                else ["thoughts: thought SPACE", f"thought[lazy]: THOUGHT {end}"]
-            )
-            rules = [f"start: {before} reply", f"reply: {start}", *rules[1:], *thoughts]
-            rules += [f"THOUGHT: {_ANY_TEXT}", "SPACE: /[ \\n]{0,4}/"]
-        return "\n".join(rules) + "\n"
 
-    def _is_special(self, marker: str) -> bool:
-        return self.special_id(marker) is not None
-
-    def _marker(self, text: str) -> str:
-        """The text, where what is one control token is written as its id."""
-        bare = text.strip("\n")
-        special = self.special_id(bare) if bare else None
-        if special is None:
-            return _text(text)
-        before, _, after = text.partition(bare)
-        return f"{_text(before)} <[{special}]> {_text(after)}".strip()
+def _asked(request: ChatCompletionRequest) -> Asked:
+    tools = [tool["function"] for tool in request.shown_tools]
+    choice = request.tool_choice
+    named = choice["function"]["name"] if isinstance(choice, dict) else None
+    if named is not None:
+        tools = [tool for tool in tools if tool["name"] == named]
+    return Asked(
+        tools=tools,
+        must_call=named is not None or choice == "required",
+        several=request.parallel_tool_calls is not False and named is None,
+        thinks=named is None,
+        schema=_schema(request),
+    )
 
 
 def _schema(request: ChatCompletionRequest) -> dict[str, Any] | None:
@@ -137,12 +96,3 @@ def _schema(request: ChatCompletionRequest) -> dict[str, Any] | None:
     if asked is None or asked.type == "text":
         return None
     return {"type": "object"} if asked.json_schema is None else asked.json_schema.schema_ or {}
-
-
-def _json(schema: dict[str, Any]) -> str:
-    return "%json " + json.dumps({**schema, "x-guidance": _JSON})
-
-
-def _text(text: str) -> str:
-    """A literal; nothing at all for no text."""
-    return json.dumps(text, ensure_ascii=False) if text else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nat_plugin_evsys.errors import DataError, UnsupportedError
@@ -76,7 +76,7 @@ def constraint_of(
     """The grammar of the form that a request asks for, or why there is none.
 
     Raises:
-        ApiError: 400, the form cannot be compiled.
+        ApiError: 400, the form cannot be compiled, or the model's form of calls cannot write one that is asked for.
     """
     if not request.hints:
         return None, ""
@@ -84,11 +84,13 @@ def constraint_of(
         return None, "`hints: ignore` of the policy turns constrained decoding off"
     if client.grammars is None:
         return None, "the policy is sampled by a service, which cannot constrain decoding"
-    grammar = renderer.reply_forms.grammar(request)
-    if grammar is None:
-        return None, "how this model writes tool calls cannot be constrained"
     try:
-        return client.grammars.compile(grammar, renderer.stop_token_ids), ""
+        grammar = renderer.reply_forms.grammar(request)
+        if grammar is None:
+            return None, "how this model writes tool calls is not known"
+        ends = renderer.stop_token_ids if grammar.ends is None else grammar.ends
+        constraint = client.grammars.compile(grammar.text, ends)
+        return replace(constraint, ignored=[*grammar.unheld, *constraint.ignored]), ""
     except UnsupportedError as error:
         return None, str(error)
     except DataError as error:

@@ -10,8 +10,9 @@ from typing import Any
 from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
 from nat_plugin_evsys.policy.rendering.template_bounds import refuse_powers, render_bounded
 from nat_plugin_evsys.policy.rendering.tool_prompt import without_tools
-from nat_plugin_evsys.policy.tool_calls import ToolCallFormat
-from nat_plugin_evsys.policy.tool_forms.create import form_of
+from nat_plugin_evsys.policy.tool_forms.families import form_of
+from nat_plugin_evsys.policy.tool_forms.form import ToolForm
+from nat_plugin_evsys.policy.tool_forms.hermes import HermesForm
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +123,9 @@ class ChatTemplate:
         return without_tools(messages, tools, has_system=self._takes_system)
 
     @cached_property
-    def tool_format(self) -> ToolCallFormat | None:
+    def tool_form(self) -> ToolForm | None:
         """How the model writes tool calls, read from the template; None if the form is unknown."""
-        return form_of(self._tools_source) if self.shows_tools else "hermes"
+        return form_of(self._tools_source) if self.shows_tools else HermesForm()
 
     @cached_property
     def thinks(self) -> bool:

@@ -16,7 +16,7 @@ MORE: Literal["more"] = "more"
 """More text is needed to tell."""
 
 
-class BlockForm(Protocol):
+class BlockReader(Protocol):
     """How a family writes its blocks. ``opens`` are the markers that open one."""
 
     opens: Sequence[str]
@@ -54,7 +54,7 @@ class BlockParser(SteppingParser):
 
     def __init__(
         self,
-        form: BlockForm | None,
+        form: BlockReader | None,
         thoughts: Thoughts,
         *,
         reply_id: str = "",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 from nat_plugin_evsys.policy.tool_calls import Function
 
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
 _DECODER = json.JSONDecoder(strict=False, parse_constant=lambda name: _refuse(name))
 
 
@@ -66,6 +68,11 @@ def json_prefix(text: str) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None, 0
+
+
+def ends_in_string(text: str) -> bool:
+    """Whether JSON text that is not complete ends within a string."""
+    return _ESCAPED.sub("", text).count('"') % 2 == 1
 
 
 def _refuse(constant: str) -> NoReturn:
