@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tinker import types
 from tiny_vision import (
@@ -14,6 +15,7 @@ from tiny_vision import (
     VISION_FAMILIES,
     chunk_of,
     file_of,
+    image_processor,
     picture,
     text,
     vision_model,
@@ -70,6 +72,11 @@ def test_a_model_without_images_says_why(base_of: Any, vision_base_of: Any) -> N
     nothing = find_vision(vision_model("gemma3"), None)
     assert isinstance(nothing, NoImages)
     assert "preprocessor_config.json" in nothing.why
+    packed = vision_model("gemma3")
+    packed.add_module("one", type("Linear4bit", (torch.nn.Linear,), {"__module__": "bitsandbytes.nn"})(2, 2))
+    nothing = find_vision(packed, image_processor("gemma3"))
+    assert isinstance(nothing, NoImages)
+    assert "layers are packed" in nothing.why
 
 
 def test_a_directory_is_loaded_with_its_tower(vision_dir: Any, vision_base_of: Any) -> None:

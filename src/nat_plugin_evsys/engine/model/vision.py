@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from nat_plugin_evsys.engine.model.images import ModelImage, NoImages, PlacedImage, content_key, decode
+from nat_plugin_evsys.engine.model.quantized import packed_layers
 
 _FEATURE_BYTES = 256 * 2**20
 _MEASURED = 4096
@@ -238,6 +239,8 @@ def find_vision(model: PreTrainedModel, processor: Any) -> Vision | NoImages:
         return NoImages(f"images are offered for {', '.join(FAMILIES)}, and this is {model.config.model_type}")
     if processor is None:
         return NoImages("the model's directory has no preprocessor_config.json, so that images cannot be prepared")
+    if packed_layers(model):
+        return NoImages("its layers are packed, and images need plain weights; set quantization: none")
     if "mm_encoder_outputs" not in inspect.signature(model.model.forward).parameters:
         return NoImages(f"{name} of this transformers takes no computed image features; upgrade transformers")
     if not 0 <= model.config.image_token_id < model.config.get_text_config().vocab_size:
