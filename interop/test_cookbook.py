@@ -1,0 +1,160 @@
+"""Programs of tinker-cookbook, unmodified, in an environment of their own, train on ``nat evsys serve``.
+
+Most of them SmolLM2-135M. What each prints is in docs/interop.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cookbook_data
+import pytest
+from cookbook_programs import PROGRAMS, Program, Steps
+from other_environment import python_with
+from serve_process import ServerProcess, start_server
+
+from nat_plugin_evsys.engine.model.builtin import ensure_builtin
+
+VERSION = "0.6.1"
+COOKBOOK = f"tinker-cookbook=={VERSION}"
+# What it imports; its own list also names tml-renderers>=0.4.1, which only other models' renderers use.
+NEEDS = (
+    "aiohttp",
+    "blobfile",
+    "chz",
+    "datasets",
+    "math-verify",
+    "pylatexenc",
+    "pyrage",
+    "sympy",
+    "termcolor",
+    "tabulate",
+)
+BUILD = ("hatchling", "hatch-vcs")
+"""What pip wants for the source archive, which alone has the cookbook's scripts."""
+
+
+@dataclass
+class Cookbook:
+    """The environment of the programs, the directory that they run in, and what they have reported."""
+
+    python: Path
+    directory: Path
+    models: dict[str, Path]
+    url: str
+    steps: dict[str, Steps] = field(default_factory=dict)
+
+    def run(self, *arguments: str, timeout: int = 900) -> str:
+        """What a program printed."""
+        settings = {"TINKER_BASE_URL": self.url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0"}
+        done = subprocess.run(
+            [str(self.python), "-W", "ignore", *arguments],
+            cwd=self.directory,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **settings},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout
+
+    def report(self, program: Program) -> Steps:
+        """The metrics of a program, which runs once, after the one that it starts from."""
+        if program.name not in self.steps:
+            log = self.directory / "logs" / (program.resumes or program.name)
+            options = {
+                "model_name": self.models[program.model],
+                "renderer_name": program.renderer,
+                "log_path": log,
+                "behavior_if_log_dir_exists": "resume" if program.resumes else "delete",
+                **program.common,
+                **program.options,
+            }
+            if program.name == "on_policy_distillation":
+                options["teacher_model"] = self.models[program.model]
+            for before in (program.resumes, program.checkpoint and program.checkpoint[1]):
+                if before:
+                    self.report(next(each for each in PROGRAMS if each.name == before))
+            if program.checkpoint:
+                option, before, kind = program.checkpoint
+                options[option] = read_lines(self.directory / "logs" / before / "checkpoints.jsonl")[-1][kind]
+            self.run("-m", f"tinker_cookbook.{program.module}", *(f"{name}={value}" for name, value in options.items()))
+            self.steps[program.name] = read_lines(log / "metrics.jsonl")
+        return self.steps[program.name]
+
+
+def read_lines(path: Path) -> Steps:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("cookbook")
+    cookbook_data.write(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def models(directory: Path) -> dict[str, Path]:
+    """By name. The SDK takes an absolute path of more than two slashes for a directory, not for a hub's id."""
+    found = {"tiny": ensure_builtin("builtin/tiny", directory / "models")}
+    found["smollm2"] = ensure_builtin("builtin/smollm2-135m", directory / "models")
+    return {name: Path(path) for name, path in found.items()}
+
+
+@pytest.fixture(scope="module")
+def server(directory: Path, models: dict[str, Path]) -> Iterator[ServerProcess]:
+    process = start_server(models["smollm2"], directory / "store", "--base-model", str(models["tiny"]))
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def cookbook(directory: Path, models: dict[str, Path], server: ServerProcess) -> Cookbook:
+    # torch, transformers and the SDK are those of the project: installed once
+    return Cookbook(python_with("interop-cookbook", (*NEEDS, *BUILD), (COOKBOOK,)), directory, models, server.url)
+
+
+@pytest.fixture(scope="module")
+def scripts(cookbook: Cookbook) -> Path:
+    """The scripts that are only in the cookbook's source archive."""
+    pip = ("-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation")
+    cookbook.run(*pip, "--no-binary", ":all:", COOKBOOK)
+    name = f"tinker_cookbook-{VERSION}"
+    with tarfile.open(cookbook.directory / f"{name}.tar.gz") as archive:
+        archive.extractall(cookbook.directory, filter="data")
+    return cookbook.directory / name / "tests"
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_it_trains(cookbook: Cookbook, program: Program) -> None:
+    print(f"{program.name}: {program.check(cookbook.report(program))}")
+
+
+WITH_A_LOCAL_TEXT = """
+import pathlib, runpy, sys
+import httpx
+_, script, text, *sys.argv[1:] = sys.argv
+httpx.get = lambda url: httpx.Response(200, text=pathlib.Path(text).read_text(), request=httpx.Request("GET", url))
+runpy.run_path(script, run_name="__main__")
+"""
+"""Runs a script that downloads one text; only the download is replaced."""
+
+
+@pytest.mark.timeout(900)
+def test_sampler_and_trainer_agree_on_a_text(cookbook: Cookbook, scripts: Path) -> None:
+    text = cookbook.directory / "text.py"
+    text.write_text(Path(cookbook_data.__file__).read_text())
+    script = str(scripts / "compare_sampling_training_logprobs.py")
+    shown = cookbook.run("-c", WITH_A_LOCAL_TEXT, script, str(text), f"model_names={cookbook.models['smollm2']}")
+    (error,) = (float(found) for found in re.findall(r"'mse\[sample, train\]': (\S+),", shown))
+    assert error < 1e-6
+    print(f"compare_sampling_training_logprobs: mse[sample, train] {error:.1e}")
