@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PolicySource:
-    """Where requests find the current policy; see ``PolicyEndpoint``."""
+    """Where requests find the current policy; see ``PolicyEndpoint``.
+
+    Attributes:
+        history: the turns that later prompts may start with; None keeps none.
+        scope: keeps the turns of sources apart that share a history.
+    """
 
     renderer: Callable[[], ChatRenderer | Awaitable[ChatRenderer]]
     sampling_client: Callable[[], SamplingClient | Awaitable[SamplingClient]]
@@ -43,6 +48,11 @@ class PolicySource:
     held_client: Callable[[], SamplingClient | None] = lambda: None
     hints: HintMode = "honour"
     history: History | None = None
+    scope: str = ""
+
+    def scope_of(self, run_id: str | None) -> str:
+        """What keeps a rollout's turns apart from those of others."""
+        return f"{self.scope}\n{run_id or ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +105,7 @@ class Completion:
         renderer = await resolved(source.renderer)
         messages, tools = request.message_dicts(), request.shown_tools
         history = source.history or History()
-        prompt = await prompt_of(request, renderer, history, run_id, plain)
+        prompt = await prompt_of(request, renderer, history, source.scope_of(run_id), plain)
         client = await _client(source, run_id)
         constraint, unmet = await asyncio.to_thread(constraint_of, request, source.hints, renderer, client)
         defaults = source.defaults(source.recorder.kind_of(run_id))

@@ -23,14 +23,14 @@ async def prompt_of(
     request: ChatCompletionRequest,
     renderer: ChatRenderer,
     history: History,
-    run_id: str | None,
+    scope: str,
     plain: PlainPrompt | None = None,
 ) -> Prompt:
     """What the policy reads of a request, before what a grammar may force.
 
     Args:
         history: the turns that the conversation may go on from.
-        run_id: the rollout whose turns they are.
+        scope: of whom they are; see ``History``.
         plain: gives the prompt's text and ids; None renders the messages with the chat template.
 
     Raises:
@@ -41,9 +41,7 @@ async def prompt_of(
     if plain is None and has_images(messages):
         return await _prompt_with_images(request, renderer, thinking)
     if plain is None and request.opens_turn:
-        return await asyncio.to_thread(
-            history.prompt, renderer, run_id or "", messages, tools, enable_thinking=thinking
-        )
+        return await asyncio.to_thread(history.prompt, renderer, scope, messages, tools, enable_thinking=thinking)
     opened = plain or partial(_open_end, messages, tools, request.continue_final_message, thinking)
     text, ids = await asyncio.to_thread(opened, renderer)
     return Prompt(ids, text, uuid.uuid4().bytes)

@@ -97,6 +97,27 @@ def test_the_owner_chats_with_base_model_path_and_run(
     assert client.models.retrieve(str(served_model)).id == str(served_model)
 
 
+def test_the_next_prompt_starts_with_the_ids_of_the_reply(keyed_server: ServerProcess, served_model: Path) -> None:
+    asked: list[Any] = [{"role": "user", "content": "hi"}]
+    model = {"model": str(served_model)}
+    place, auth = f"{keyed_server.url}/v1/tokenize", {"authorization": f"Bearer {ALICE}"}
+    lead = httpx.post(place, json={**model, "prompt": "é"}, headers=auth).json()["tokens"][0]
+
+    def ask(key: str, messages: list[Any]) -> dict[str, Any]:
+        # Half a character, which no text brings back.
+        options: Any = {"logit_bias": {str(lead): 100}, "max_tokens": 4, "extra_body": {"return_token_ids": True}}
+        return chat(keyed_server, key).chat.completions.create(messages=messages, **model, **options).model_dump()
+
+    first = ask(ALICE, asked)
+    (choice,) = first["choices"]
+    known = first["prompt_token_ids"] + choice["token_ids"]
+    assert choice["token_ids"] == [lead] * 4
+    reply = {"role": "assistant", "content": choice["message"]["content"]}
+    turns = [*asked, reply, {"role": "user", "content": "and?"}]
+    assert ask(ALICE, turns)["prompt_token_ids"][: len(known)] == known
+    assert ask(BOB, turns)["prompt_token_ids"][: len(known)] != known, "another key's client starts anew"
+
+
 def test_a_stream_has_the_same_text_at_tinkers_own_place(keyed_server: ServerProcess, trained: dict[str, str]) -> None:
     whole = chat(keyed_server, ALICE).chat.completions.create(model=trained["s"], **ASK).choices[0].message.content
     stream = chat(keyed_server, ALICE, "/oai/api/v1").chat.completions.create(model=trained["s"], stream=True, **ASK)

@@ -46,6 +46,6 @@ class TokenizeRequest:
         if self._prompt is not None:
             ids = await asyncio.to_thread(renderer.encode, self._prompt)
         else:
-            ids = (await prompt_of(self._chat, renderer, source.history or History(), run_id)).ids
+            ids = (await prompt_of(self._chat, renderer, source.history or History(), source.scope_of(run_id))).ids
         texts = {"token_strs": [renderer.decode([token_id]) for token_id in ids]} if self._texts else {}
         return {"count": len(ids), "tokens": ids, **texts}

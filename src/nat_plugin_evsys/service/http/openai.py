@@ -16,6 +16,7 @@ from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.chat_routes import ChatRoutes
 from nat_plugin_evsys.policy.completions import PolicySource
+from nat_plugin_evsys.policy.history import History
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.policy.sampling import SamplingDefaults
 from nat_plugin_evsys.runtime.checkpoint_store import parse_path
@@ -37,6 +38,7 @@ class CheckpointModels:
         self._context = context
         self._recorder = recorder
         self._renderers: dict[str, ChatRenderer] = {}
+        self._history = History()
 
     def authorize(self, headers: Mapping[str, str]) -> str:
         """The owner of the request's key."""
@@ -68,7 +70,14 @@ class CheckpointModels:
             raise ApiError(404, str(error), param="model", code="model_not_found") from error
         renderer = self._renderer(base)
         defaults = SamplingDefaults(temperature=1.0, top_p=1.0, max_tokens=base.context_length)
-        return PolicySource(lambda: renderer, lambda: client, self._recorder, lambda kind: defaults)
+        return PolicySource(
+            lambda: renderer,
+            lambda: client,
+            self._recorder,
+            lambda kind: defaults,
+            history=self._history,
+            scope=f"{base.name}\n{caller}",  # ids are a tokenizer's, and nobody reads what another's client sampled
+        )
 
     def _renderer(self, base: BaseModel) -> ChatRenderer:
         if base.name not in self._renderers:
