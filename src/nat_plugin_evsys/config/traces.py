@@ -43,7 +43,10 @@ class EvsysTraceBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys
         default_factory=dict, description="Rewards of feedbacks that are words, e.g. `{up: 1, down: 0}`."
     )
     temperature: float = Field(
-        default=1.0, ge=0, description="`rl`: the temperature that the recorded calls were sampled at."
+        default=1.0,
+        ge=0,
+        description="`rl`: the temperature that the recorded calls were sampled at. Records do not say `top_p` or `top_k`: "
+        "they must have been off, or the recorded logprobs are not those of the distribution that was sampled.",
     )
     max_concurrency: int | None = Field(
         default=None, ge=1, description="Held-out rows in flight at once; default `eval.general.max_concurrency`."
