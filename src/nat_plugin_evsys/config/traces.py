@@ -45,8 +45,8 @@ class EvsysTraceBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys
     temperature: float = Field(
         default=1.0,
         ge=0,
-        description="`rl`: the temperature that the recorded calls were sampled at. Records do not say `top_p` or `top_k`: "
-        "they must have been off, or the recorded logprobs are not those of the distribution that was sampled.",
+        description="`rl`: the temperature that the recorded calls were sampled at. Records do not say `top_p` or "
+        "`top_k`: they must have been off, or the recorded logprobs are not those of what was sampled from.",
     )
     max_concurrency: int | None = Field(
         default=None, ge=1, description="Held-out rows in flight at once; default `eval.general.max_concurrency`."

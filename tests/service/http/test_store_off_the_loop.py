@@ -162,6 +162,10 @@ def use_every_route(client: Wire, base_model: str) -> None:
         ):
             answer = client.http.post(f"{prefix}/{route}", json={"model": paths[1], **asked})
             assert answer.status_code == 200, answer.text
+    for prefix in ("", "/oai/api"):
+        for route, asked in (("inference/v1/generate", {"token_ids": [72]}), ("tokenize", {"prompt": "hi"})):
+            answer = client.http.post(f"{prefix}/{route}", json={"model": paths[1], **asked})
+            assert answer.status_code == 200, answer.text
     _dispose(client, f"{api}/training_runs/{model}/checkpoints")
     assert client.post(f"sessions/{session}/finish").status_code == 200
 
