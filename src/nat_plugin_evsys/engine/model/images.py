@@ -6,12 +6,14 @@ import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image, ImageOps
 from tinker import types
 
 from nat_plugin_evsys.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MOST_PIXELS = 2**25
 """Of one image, before the model's processor makes it smaller."""
@@ -136,6 +138,8 @@ def decode(data: bytes, form: str, where: str) -> Image.Image:
     Raises:
         DataError: the file is not of that form (png or jpeg), is damaged, or has more than ``MOST_PIXELS`` pixels.
     """
+    from PIL import Image, ImageOps  # here, because a bare machine that only reads text does without it
+
     kind = _PILLOW.get(form)
     if kind is None:
         raise DataError(f"{where} has an image of format {form!r}; send png or jpeg")
