@@ -7,10 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER, Call, PromptHistory
+from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.history import History, Turn, turn_of
 
@@ -47,6 +48,22 @@ async def two_turns(served: Any, *, edit: Any = lambda reply: reply, **request: 
         await client.chat.completions.create(model=MODEL, messages=history, extra_headers=headers, **request)
     calls: list[Call] = served.recorder.close_run("run")
     return calls
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text"]), inner),
+    max_leaves=6,
+)
+
+
+@given(content=JSON)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_content_is_rendered_or_refused_by_name(renderer: ChatRenderer, content: Any) -> None:
+    try:
+        assert History().prompt(renderer, "", [{"role": "user", "content": content}, NEXT], []).ids
+    except DataError as error:
+        assert "messages[0]" in str(error)
 
 
 REPLIES = {

@@ -209,9 +209,10 @@ def _keys(scope: str, messages: Sequence[Message], tools: Sequence[Message]) -> 
 
 
 def _next_key(conversation: bytes, message: Message) -> bytes:
-    content = message.get("content")
-    text = "".join(str(part.get("text")) for part in content) if isinstance(content, list) else content or ""
-    return _digest(conversation, [message.get("role"), message.get("name"), str(text).strip(), _calls(message)])
+    content = message.get("content") or ""
+    if isinstance(content, list):  # whatever is no text is refused when the messages are rendered
+        content = "".join(str(part.get("text")) for part in content if isinstance(part, dict))
+    return _digest(conversation, [message.get("role"), message.get("name"), str(content).strip(), _calls(message)])
 
 
 def _calls(message: Message) -> list[Any]:
