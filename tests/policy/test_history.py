@@ -60,10 +60,12 @@ JSON = st.recursive(
 @given(content=JSON)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_content_is_rendered_or_refused_by_name(renderer: ChatRenderer, content: Any) -> None:
+    refusal = None
     try:
         assert History().prompt(renderer, "", [{"role": "user", "content": content}, NEXT], []).ids
     except DataError as error:
-        assert "messages[0]" in str(error)
+        refusal = str(error)
+    assert refusal is None or "messages[0]" in refusal
 
 
 REPLIES = {
