@@ -67,7 +67,7 @@ class Scoring:
         when = "after the warm start" if epochs_done == 0 and self._learners[0].books.state.warm_started else None
         rewards = await self._heldout(VALIDATION, Collection("heldout", epochs_done), when)
         for learner, reward in zip(self._learners, rewards, strict=True):
-            if reward is not None:
+            if reward is not None and epochs_done:
                 learner.books.state.heldout_reward_after = reward
         return rewards
 
