@@ -21,6 +21,7 @@ import httpx
 import tinker
 from agentlightning.client import AgentLightningAsyncClient
 from tinker import types
+from tinker_figures import distance
 
 QUESTIONS = ("Hello?", "What do you see?")
 GROUP_SIZE = 8
@@ -85,17 +86,6 @@ def datum(call: dict[str, Any], advantage: float) -> types.Datum:
         "advantages": before + [advantage] * len(reply),
     }
     return types.Datum(model_input=types.ModelInput.from_ints([*prompt, *reply][:-1]), loss_fn_inputs=inputs)
-
-
-def distance(data: list[types.Datum], output: types.ForwardBackwardOutput) -> float:
-    """How far the learner's logprobs are from those that were recorded, on average over sampled tokens."""
-    pairs = [
-        (old, new)
-        for each, result in zip(data, output.loss_fn_outputs, strict=True)
-        for old, new in zip(each.loss_fn_inputs["logprobs"].data, result["logprobs"].data, strict=True)
-        if old
-    ]
-    return statistics.fmean(abs(old - new) for old, new in pairs)
 
 
 async def main(base_model: str, directory: Path, steps: int) -> None:

@@ -15,6 +15,7 @@ import sys
 import tinker
 import verifiers.v1 as vf
 from tinker import types
+from tinker_figures import distance
 
 GROUP_SIZE = 8
 LETTERS = "verifiers_letters"
@@ -45,17 +46,6 @@ async def roll_out_all(config: vf.AgentConfig, taskset: vf.Taskset) -> list[list
     for trace in (trace for group in groups for trace in group):
         assert trace.ok, trace.errors
     return groups
-
-
-def distance(data: list[types.Datum], output: types.ForwardBackwardOutput) -> float:
-    """How far the learner's logprobs are from those that the sampler recorded, on average over sampled tokens."""
-    pairs = [
-        (old, new)
-        for each, result in zip(data, output.loss_fn_outputs, strict=True)
-        for old, new in zip(each.loss_fn_inputs["logprobs"].data, result["logprobs"].data, strict=True)
-        if old
-    ]
-    return statistics.fmean(abs(old - new) for old, new in pairs)
 
 
 async def main(base_model: str, steps: int) -> None:

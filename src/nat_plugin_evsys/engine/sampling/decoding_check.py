@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -85,7 +86,7 @@ def _find_out(base: BaseModel) -> tuple[str, str]:
     """The first way that can be trusted, and what is wrong with those before it."""
     reasons: list[str] = []
     for name, make in _WAYS.items():
-        reason = _mismatch(base, make)
+        reason = mismatch(base, partial(_gap_of, base, make))
         if not reason:
             return name, f"{name}, because {'; '.join(reasons)}" if reasons else ""
         reasons.append(f"in {name} {reason}" if name == _USUAL else f"{name} {reason}")
@@ -95,10 +96,14 @@ def _find_out(base: BaseModel) -> tuple[str, str]:
     )
 
 
-def _mismatch(base: BaseModel, make: Callable[[BaseModel], Runner]) -> str:
+def _gap_of(base: BaseModel, make: Callable[[BaseModel], Runner]) -> float:
+    return decoding_gap(_decoder(make(base)), base)
+
+
+def mismatch(base: BaseModel, measure: Callable[[], float]) -> str:
+    """Why a way of decoding cannot be trusted, "" if it can. ``measure`` gives its gap, and may run any model code."""
     try:
-        runner = make(base)
-        gap = decoding_gap(_decoder(runner), base)
+        gap = measure()
     except ModelError as exc:
         return str(exc)
     except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here, and another way may need none of it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,10 +13,10 @@ from nat_plugin_evsys.engine.model.images import PlacedImage
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.engine.model.vision import Vision
-from nat_plugin_evsys.engine.sampling.decoding_check import allowed_gap, distance
+from nat_plugin_evsys.engine.sampling.decoding_check import distance, mismatch
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
-from nat_plugin_evsys.errors import ModelError, one_line
+from nat_plugin_evsys.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +39,19 @@ def image_runner(base: BaseModel) -> ExactRunner:
 def _find_out(base: BaseModel) -> bool:
     reasons: list[str] = []
     for cached in (True, False):
-        try:
-            gap = _gap(base, ExactRunner(base, cached=cached))
-            if gap <= allowed_gap(base):
-                if reasons:
-                    logger.warning("%s: prompts with images are sampled without a cache: %s", base.name, reasons[0])
-                return cached
-            reasons.append(f"its logits are off by {gap:.1e} of their norm")
-        except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here
-            reasons.append(f"it fails: {one_line(exc)}")
+        reason = mismatch(base, partial(_gap_of, base, cached))
+        if not reason:
+            if reasons:
+                logger.warning("%s: prompts with images are sampled without a cache: %s", base.name, reasons[0])
+            return cached
+        reasons.append(reason)
     raise ModelError(
         f"cannot sample from images with base_model {base.name!r}: with transformers' cache {reasons[0]}; without a "
         f"cache {reasons[1]}"
     )
 
 
-def _gap(base: BaseModel, runner: ExactRunner) -> float:
+def _gap_of(base: BaseModel, cached: bool) -> float:
     """Distance of a few decoded tokens' logits from those of whole passes, as a share of their norm; the worst one."""
     vision = base.vision
     assert isinstance(vision, Vision)
@@ -66,7 +64,7 @@ def _gap(base: BaseModel, runner: ExactRunner) -> float:
 
     tokens = [*draw(_BEFORE), *[vision.token] * image.tokens, *draw(_AFTER)]
     context = Context(tokens, rows=2, images=(PlacedImage(_BEFORE, image),))
-    decoder, gaps = ExactDecoder(runner, None), []
+    decoder, gaps = ExactDecoder(ExactRunner(base, cached=cached), None), []
     decoder.join(context)
     found, _ = decoder.step([])
     for _ in range(_STEPS):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from nat_plugin_evsys.policy.tool_calls import SPACE, Function, Piece, Thought, ToolCall, held_back, tool_call_id
+from nat_plugin_evsys.policy.tool_forms.functions import ends_in_string
 from nat_plugin_evsys.policy.tool_forms.stepping import SteppingParser
 
 Block = tuple[list[Function], int]
@@ -28,6 +29,28 @@ class BlockReader(Protocol):
             final: the reply ends with ``text``, so ``MORE`` is no answer.
         """
         ...
+
+
+def closed_block(
+    text: str, close: str, functions_of: Callable[[str], list[Function] | None], final: bool
+) -> Block | Literal["more"] | None:
+    """See ``BlockReader.read``: a block of JSON that ``close`` ends, which may be missing at the end of the reply.
+
+    Args:
+        functions_of: the calls that the text between the markers consists of, if it does.
+    """
+    end = text.find(close)
+    while end >= 0:
+        functions = functions_of(text[:end])
+        if functions:
+            return functions, end + len(close)
+        if not ends_in_string(text[:end]):
+            return None
+        end = text.find(close, end + 1)  # this one belongs to an argument
+    if not final:
+        return MORE
+    functions = functions_of(text)
+    return (functions, len(text)) if functions else None
 
 
 @dataclass(frozen=True, slots=True)

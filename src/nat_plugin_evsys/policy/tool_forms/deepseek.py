@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from nat_plugin_evsys.policy.tool_calls import Function, ReplyParser, ToolCallFormat
-from nat_plugin_evsys.policy.tool_forms.blocks import MORE, Block, BlockParser, Thoughts
+from nat_plugin_evsys.policy.tool_forms.blocks import Block, BlockParser, Thoughts, closed_block
 from nat_plugin_evsys.policy.tool_forms.form import Tool, ToolForm, inexpressible, parameters_of
-from nat_plugin_evsys.policy.tool_forms.functions import ends_in_string, function_of, json_prefix
+from nat_plugin_evsys.policy.tool_forms.functions import function_of, json_prefix
 from nat_plugin_evsys.policy.tool_forms.lark import Lark, literal
 
 _OPEN, _CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -59,18 +59,7 @@ class _Reader:
 
     def read(self, opening: str, text: str, final: bool) -> Block | Literal["more"] | None:
         """See ``BlockReader``."""
-        end = text.find(_CLOSE)
-        while end >= 0:
-            functions = self._functions(text[:end])
-            if functions:
-                return functions, end + len(_CLOSE)
-            if not ends_in_string(text[:end]):
-                return None
-            end = text.find(_CLOSE, end + 1)  # this one belongs to an argument
-        if not final:
-            return MORE
-        functions = self._functions(text)
-        return (functions, len(text)) if functions else None
+        return closed_block(text, _CLOSE, self._functions, final)
 
     def _functions(self, block: str) -> list[Function]:
         """The calls that a block consists of; none if it has anything else."""

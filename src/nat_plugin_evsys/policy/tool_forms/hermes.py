@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from nat_plugin_evsys.policy.tool_calls import ReplyParser, ToolCallFormat
-from nat_plugin_evsys.policy.tool_forms.blocks import MORE, Block, BlockParser, Thoughts
+from nat_plugin_evsys.policy.tool_forms.blocks import Block, BlockParser, Thoughts, closed_block
 from nat_plugin_evsys.policy.tool_forms.form import Tool, ToolForm, json_call
-from nat_plugin_evsys.policy.tool_forms.functions import ends_in_string, json_functions
+from nat_plugin_evsys.policy.tool_forms.functions import json_functions
 from nat_plugin_evsys.policy.tool_forms.lark import Lark
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -40,15 +40,4 @@ class _Reader:
 
     def read(self, opening: str, text: str, final: bool) -> Block | Literal["more"] | None:
         """See ``BlockReader``."""
-        end = text.find(_CLOSE)
-        while end >= 0:
-            functions = json_functions(text[:end])
-            if functions is not None:
-                return functions, end + len(_CLOSE)
-            if not ends_in_string(text[:end]):
-                return None
-            end = text.find(_CLOSE, end + 1)  # this one belongs to an argument
-        if not final:
-            return MORE
-        functions = json_functions(text)
-        return None if functions is None else (functions, len(text))
+        return closed_block(text, _CLOSE, json_functions, final)
