@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from seed_page import page_blocks
 
 import nat_plugin_evsys
 from nat_plugin_evsys import types
@@ -27,7 +28,8 @@ TINKER = """
     result.path model_data.model_id model_data.model_name model_data.lora_rank Datum LossFnType CustomLossFnV1
     ForwardBackwardOutput OptimStepResponse SaveWeightsResponse LoadWeightsResponse SaveWeightsForSamplerResponse
     GetInfoResponse PreTrainedTokenizer SamplingClient sample AdamParams SamplingParams ModelInput
-    ModelInput.from_ints
+    ModelInput.from_ints base_model data loss_fn loss_fn_config adam_params name path model_path Datum.model_input
+    Datum.loss_fn_inputs AdamParams.learning_rate AdamParams.weight_decay SamplingParams.max_tokens
 """
 LOOPS = """
     ServiceClient TrainingClient SamplingClient Datum ModelInput ModelInput.from_ints ModelInputChunk EncodedTextChunk
@@ -40,7 +42,8 @@ LOOPS = """
     ServerCapabilities SupportedModel get_server_capabilities OperationFuture OperationFuture.result
     ForwardBackwardFuture forward forward_backward save_weights_and_get_sampling_client ForwardBackwardOutput
     OptimStepResponse SaveWeightsResponse SaveWeightsForSamplerResponse LoadWeightsResponse InitTrainerServerResponse
-    SampleResponse
+    SampleResponse CheckpointFile.relative_file_name CheckpointFile.node_rank CheckpointFile.size_bytes
+    CheckpointFile.last_modified OperationFuture.result(timeout=)
 """
 WEAVER = """
     ServiceClient ServiceClient(api_key=) create_model create_model(base_model=) create_model(lora_config=)
@@ -52,16 +55,22 @@ WEAVER = """
     create_sampling_client(base_model=) sample sample(prompt=) sample(sampling_params=) sample(num_samples=)
     sample(include_prompt_logprobs=) sequences tokens text logprobs stop_reason SamplingParams
     SamplingParams.max_tokens SamplingParams.temperature SamplingParams.top_p SamplingParams.top_k SamplingParams.stop
-    SamplingParams.repetition_penalty compute_logprobs compute_logprobs(prompt=)
+    SamplingParams.repetition_penalty compute_logprobs compute_logprobs(prompt=) TrainingClient result.get
+    SamplingClient
 """
 EVSYS = """
     Backend forward_backward_async forward_backward_custom_async optim_step_async save_for_sampler save_full_state
     snapshot_sampling_client get_tokenizer LossCallable LossFnType SamplingClient ForwardBackwardResult
-    OptimStepResult
+    OptimStepResult forward_backward_async(data=) forward_backward_async(loss_fn=)
+    forward_backward_async(loss_fn_config=) forward_backward_custom_async(data=)
+    forward_backward_custom_async(loss_fn=) optim_step_async(adam=) save_for_sampler(name=) save_full_state(name=)
+    snapshot_sampling_client(name=)
 """
 NAT_ART = """
-    ARTTrainerAdapter adapter_config remote_backend model _model_internal_config _training_jobs training_jobs initialize
-    is_healthy _validate_episode_order _construct_trajectory_groups submit status wait_until_complete
+    ARTTrainerAdapter adapter_config remote_backend model _model_internal_config _training_jobs training_jobs
+    initialize is_healthy _validate_episode_order _construct_trajectory_groups submit status wait_until_complete
+    initialize(run_config=) _validate_episode_order(traj=) _construct_trajectory_groups(trajectory_lists=)
+    submit(trajectories=) status(ref=) wait_until_complete(poll_interval=)
 """
 SEEDS = {"Tinker": TINKER, "Loops": LOOPS, "Weaver": WEAVER, "evsys": EVSYS, "NAT-ART": NAT_ART}
 NAMES = [(seed, name) for seed, names in SEEDS.items() for name in names.split()]
@@ -107,6 +116,15 @@ def test_every_name_has_a_row_that_resolves(seed: str, name: str) -> None:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_row_is_about_something_else(seed: str) -> None:
     assert set(rows(seed)) == {name for other, name in NAMES if other == seed}
+
+
+@pytest.mark.parametrize("page", ["Tinker", "Weaver"])
+def test_every_code_block_has_a_row(page: str) -> None:
+    found = re.findall(
+        rf"^\| {page} \| (\d+) \| `(.*)` \| `test_{page.lower()}_page.py` \|$", API.read_text(), flags=re.M
+    )
+    blocks = page_blocks(page.lower())
+    assert found == [(str(line), title) for title, (line, _) in blocks.items()]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

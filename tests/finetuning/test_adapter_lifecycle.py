@@ -47,18 +47,6 @@ async def test_initialize_loads_the_policy_and_takes_the_run_config(policy: Fixt
     assert await adapter.is_healthy()
 
 
-async def test_the_names_of_nats_art_adapter(policy: Fixture, make_adapter: Fixture) -> None:
-    adapter = make_adapter(policy, learning_rate=3e-4)
-    await adapter.initialize(FinetuneConfig())
-    assert adapter.remote_backend is policy.backend
-    assert adapter.model is policy
-    assert adapter._model_internal_config["learning_rate"] == 3e-4
-    ref = await adapter.submit(await policy.collection())
-    await adapter.wait_until_complete(ref, poll_interval=1.0)
-    assert list(adapter._training_jobs) == list(adapter.training_jobs) == [ref.metadata["job_id"]]
-    assert adapter._training_jobs[ref.metadata["job_id"]].done()
-
-
 async def test_health_is_really_asked(policy: Fixture, make_adapter: Fixture) -> None:
     adapter = make_adapter(policy)
     adapter.health_timeout = 0.05
