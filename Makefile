@@ -20,10 +20,12 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 RAY_VENV := $(VENV)-ray
 INSTALLED_RAY := $(RAY_VENV)/.installed
+VLLM_VENV := $(VENV)-vllm
+VLLM := $(VLLM_VENV)/bin/vllm
 SOURCES := $(wildcard src tests examples benchmarks scripts interop)
 BENCHMARK := $(wildcard benchmarks/cpu/run.py)
 
-.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained test-quantized test-ray test-ray-kills bench-ray models-table on-python check docs format clean distclean
+.PHONY: help quickstart install install-dev test test-all test-processors test-pythons test-wheel test-gpu-rehearsal test-interop test-reliability test-frameworks test-clients test-constrained test-quantized test-ray test-vllm test-ray-kills bench-ray models-table on-python check docs format clean distclean
 
 help:
 	@echo "make quickstart   install, finetune the example agent, print what it gained"
@@ -35,6 +37,7 @@ help:
 	@echo "make test-frameworks  an agent of each framework, and NAT's own agents, finetuned for an epoch (docs/agents.md)"
 	@echo "make test-clients     twelve clients, each in its own environment, against the endpoint (docs/agents.md)"
 	@echo "make test-ray         replicas on a small Ray cluster, in an environment that has Ray (docs/scaling.md)"
+	@echo "make test-vllm        rollouts by vLLM on the CPU, which gets an environment of its own; VLLM=/path/to/vllm: that one"
 	@echo "make test-ray-kills   kill replicas at random moments, compare with a run without kills; bench-ray: efficiency"
 	@echo "make test-constrained a real model learns through constrained tool calls"
 	@echo "make test-quantized   base models of 4 and 8 bits, with bitsandbytes, against PEFT (docs/models.md)"
@@ -120,6 +123,11 @@ test-quantized: $(INSTALLED_DEV)
 test-ray: $(INSTALLED_RAY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RAY_VENV)/bin/python -m pytest $(or $(TESTS),tests/replicas)
 
+# vLLM samples, the engine trains, on SmolLM2: some ten minutes, most of them vLLM's start. It has other versions of torch
+# and llguidance than .venv, so it cannot live there.
+test-vllm: $(INSTALLED_DEV) | $(VLLM)
+	@VLLM="$(abspath $(VLLM))" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_vllm.py
+
 # ARGS=--small: 5 kills and not 50; short sequences. What came of it stands in docs/scaling.md.
 test-ray-kills: $(INSTALLED_RAY)
 	@OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -W ignore benchmarks/scale/kills.py $(ARGS)
@@ -181,3 +189,6 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(INSTALLED_RAY): $(INSTALLED_DEV)
 	@scripts/extend-venv $(VENV) $(RAY_VENV) $(PIP_ARGS) 'ray>=2.50,<3'
 	@touch $@
+
+$(VLLM): | $(BIN)/python
+	@scripts/make-vllm-venv $(VLLM_VENV) "$$(readlink -f $(BIN)/python)" $(PIP_ARGS)

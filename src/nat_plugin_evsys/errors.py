@@ -159,7 +159,7 @@ class Refusal(EvsysError):
 
 
 class ServiceError(EvsysError):
-    """A Tinker service failed or refused an operation.
+    """A Tinker service, or a vLLM server, failed or refused an operation.
 
     Attributes:
         category: ``user`` (what was asked is wrong), ``server`` or ``unknown``.

@@ -201,6 +201,13 @@ class Backend(Protocol):
         """
         ...
 
+    def take_rollout_figures(self) -> dict[str, float]:
+        """What became of samples since the last call, where another engine draws them; see ``RolloutFigures.take``.
+
+        *Extension.*
+        """
+        ...
+
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
         ...

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import numpy as np
+
 from nat_plugin_evsys.backends.base import LossCallable, SamplingClient
 from nat_plugin_evsys.engine.checkpoint_loading import load_adapter, load_checkpoint, start_from
 from nat_plugin_evsys.engine.checkpoints import (
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     import tinker
     from tinker import types
 
+    from nat_plugin_evsys.backends.vllm.rollouts import VllmRollouts
+
 T = TypeVar("T")
 
 SAMPLER_WEIGHTS = SEGMENTS["sampler"]
@@ -51,6 +55,7 @@ class LocalBackend:
         base: the base model.
         checkpoint_dir: where ``save_for_sampler`` and ``save_full_state`` write; may be set at any time.
         policy_version: of the latest snapshot, -1 before the first.
+        rollouts: the vLLM server that samples policy versions; None: this process does. Closed with the backend.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class LocalBackend:
         self._shared = base
         self._model = self._shared.train(adapter, untrained_logprobs=untrained_logprobs)
         self._queue = TrainingQueue(self._model)
+        self.rollouts: VllmRollouts | None = None
         self._newest: weakref.ref[LocalSamplingClient] | None = None
 
     @classmethod
@@ -232,6 +238,10 @@ class LocalBackend:
 
     # -- sampling ---------------------------------------------------------------------------------------------------
 
+    def take_rollout_figures(self) -> dict[str, float]:
+        """See ``Backend``."""
+        return {} if self.rollouts is None else self.rollouts.take_figures()
+
     async def snapshot_sampling_client(self, name: str | None = None) -> SamplingClient:
         """See ``Backend``."""
         save = None if name is None else self._saving("sampler", name, None)
@@ -241,7 +251,7 @@ class LocalBackend:
                 save(model, progress)
             return model.adapter.snapshot(), model.step
 
-        return self._client(*await self._submit(snapshot))
+        return await self._client(*await self._submit(snapshot))
 
     async def sampling_client(self, path: str) -> SamplingClient:
         """See ``Backend``."""
@@ -249,7 +259,7 @@ class LocalBackend:
         def load(model: TrainableModel, _: Progress) -> tuple[LoraAdapter, int]:
             return load_adapter(path, self.base, like=model.adapter), read_checkpoint(path).step
 
-        return self._client(*await self._submit(load))
+        return await self._client(*await self._submit(load))
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
@@ -269,6 +279,8 @@ class LocalBackend:
         is_first = not self._queue.closed
         await asyncio.to_thread(self._queue.close)
         if is_first:
+            if self.rollouts is not None:
+                await asyncio.to_thread(self.rollouts.close)
             await asyncio.to_thread(BASES_IN_USE.leave, self._shared)
         self._model.discard_gradient()
 
@@ -292,8 +304,19 @@ class LocalBackend:
 
         return save
 
-    def _client(self, adapter: LoraAdapter, version: int) -> SamplingClient:
+    async def _client(self, adapter: LoraAdapter, version: int) -> SamplingClient:
         self.policy_version = version
         client = self._shared.sampler.client(adapter, version)
         self._newest = weakref.ref(client)
-        return client
+        if self.rollouts is None:
+            return client
+        return await self.rollouts.client(client, lambda data: self._logprobs_of(adapter, data))
+
+    async def _logprobs_of(self, adapter: LoraAdapter, data: list[tinker.Datum]) -> list[np.ndarray]:
+        """The learner's logprobs of each Datum's target_tokens, (N,), with these weights."""
+
+        def forward(_: TrainableModel, progress: Progress) -> list[np.ndarray]:
+            found = self._shared.train(adapter).forward(data, "cross_entropy", progress=progress)
+            return [output["logprobs"].to_numpy() for output in found.loss_fn_outputs]
+
+        return await self._submit(forward)

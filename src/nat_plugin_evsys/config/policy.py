@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from nat_plugin_evsys.config.quantization import QUANTIZATION, Quantization
 from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.config.vllm import VllmConfig
 from nat_plugin_evsys.runtime import defaults
 
 DEFAULT_OUTPUT_DIR = Path("./.tmp/nat/finetuning/")
@@ -27,6 +28,8 @@ NOT_OVER_A_SERVICE = {
     "quantization": "the service has its own",
     "max_batch_size": "the service has its own",
     "ray": "the service has its own replicas: `nat evsys serve --ray`",
+    "rollout_engine": "the service samples",
+    "vllm": "the service samples",
     "deterministic": "the service computes: `nat evsys serve --deterministic`",
     "trust_remote_code": "the service loads the model",
 }
@@ -118,6 +121,16 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         description="Train and sample on several devices: `{replicas: N}` copies of the base model on a Ray cluster, "
         "which is started on this machine unless `address` names one. Needs `nat_plugin_evsys[ray]`; see scaling.md.",
     )
+    rollout_engine: Literal["embedded", "vllm"] = Field(
+        default="embedded",
+        description="What samples during `nat finetune`: the engine in this process (or its replicas), or a vLLM "
+        "server that gets each policy version's adapter. `nat run`, `nat eval` and `nat serve` sample embedded.",
+    )
+    vllm: VllmConfig | None = Field(
+        default=None,
+        description="With rollout_engine: vllm, the server: `{command: /opt/vllm/bin/vllm}` starts one, "
+        "`{base_url: …}` uses one; see scaling.md.",
+    )
     chat_template: Path | None = Field(
         default=None, description="A Jinja chat template file that replaces the tokenizer's own."
     )
@@ -172,6 +185,15 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("base_url must be scheme, host, port and path alone; put a key into the environment")
         return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _vllm_samples(self) -> "EvsysPolicyConfig":
+        if self.rollout_engine == "vllm":
+            if self.deterministic:
+                raise ValueError("deterministic: vLLM's samples depend on how it batches; use rollout_engine: embedded")
+        elif self.vllm is not None:
+            raise ValueError("vllm: without rollout_engine: vllm it has no effect; set that, or remove it")
+        return self
 
     @model_validator(mode="after")
     def _settings_reach_the_engine(self) -> "EvsysPolicyConfig":

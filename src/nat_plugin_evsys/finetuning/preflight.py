@@ -47,6 +47,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
         if notice := judge_notice(config, each.reward, each.name):
             logger.warning("%s", notice)
         check_output_dirs(each.name, each.policy, finetuning.output_dir)
+        check_rollout_engine(each)
         check_group_size(config, finetuning, each.adapter)
     check_exporters(config)
     given = None if run is None else run.dataset
@@ -102,6 +103,22 @@ def check_service(policy: EvsysPolicyConfig) -> None:
     from nat_plugin_evsys.backends.remote.service import TinkerService
 
     TinkerService.of(policy).check(policy.base_model)
+
+
+def check_rollout_engine(trained: TrainedPolicy) -> None:
+    """vLLM must be there, and its logprobs used: they correct for what it computes otherwise than the learner."""
+    policy = trained.policy
+    if policy.rollout_engine != "vllm":
+        return
+    if trained.adapter.recompute_logprobs:
+        raise ConfigError(
+            f"trainer_adapters.{trained.adapter_name}: recompute_logprobs takes the learner's logprobs for those of "
+            "what vLLM sampled, so nothing would correct the drift between them; remove it, or rollout_engine: vllm"
+        )
+    if policy.vllm is None or policy.vllm.base_url is None:
+        from nat_plugin_evsys.backends.vllm.server import find_program
+
+        find_program("vllm" if policy.vllm is None else policy.vllm.command)
 
 
 def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysTrainerAdapterConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from nat_plugin_evsys.runs import is_service_path, newer_runs_notice, resolve_ch
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.backends.base import Backend, SamplingClient
+    from nat_plugin_evsys.backends.local import LocalBackend
     from nat_plugin_evsys.config.policy import EvsysPolicyConfig
     from nat_plugin_evsys.policy.chat import ChatRenderer
 
@@ -73,11 +75,12 @@ def check_place(checkpoint: Path | str, base_url: str | None) -> None:
         )
 
 
-async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
+async def create_backend(config: EvsysPolicyConfig, *, train: bool, rollouts: bool = False) -> Backend:
     """The engine in this process, with ``ray`` on a cluster, or with ``base_url`` a session on the service there.
 
     Args:
         train: a fresh adapter is going to be trained; without it a service makes none before it is needed.
+        rollouts: rollouts are going to be sampled, by vLLM if ``rollout_engine`` says so.
     """
     lora: dict[str, Any] = {
         "rank": config.lora_rank,
@@ -107,13 +110,43 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool) -> Backend:
         "trust_remote_code": config.trust_remote_code,
         **lora,
     }
+    from nat_plugin_evsys.backends.local import LocalBackend
+
+    backend: LocalBackend
     if config.ray is not None:
         from nat_plugin_evsys.backends.ray import RayBackend
 
-        return await RayBackend.start(config.base_model, config.ray, **embedded)
-    from nat_plugin_evsys.backends.local import LocalBackend
+        backend = await RayBackend.start(config.base_model, config.ray, **embedded)
+    else:
+        backend = await LocalBackend.create(config.base_model, **embedded)
+    if rollouts and config.rollout_engine == "vllm":
+        await _sample_by_vllm(backend, config)
+    return backend
 
-    return await LocalBackend.create(config.base_model, **embedded)
+
+async def _sample_by_vllm(backend: LocalBackend, config: EvsysPolicyConfig) -> None:
+    """Let a vLLM server, which is started unless it runs, sample the backend's policy versions.
+
+    Raises:
+        ConfigError: vLLM is not installed, or cannot read the base model.
+        ServiceUnavailableError: the server does not start.
+    """
+    from nat_plugin_evsys.backends.vllm.rollouts import VllmRollouts, model_for_vllm
+    from nat_plugin_evsys.config.vllm import VllmConfig
+
+    try:
+        rollouts = backend.rollouts = VllmRollouts(
+            backend.base,
+            config.vllm or VllmConfig(),
+            model_for_vllm(config.base_model),
+            rank=config.lora_rank,
+            temperature=config.temperature,
+            max_batch_size=config.max_batch_size,
+        )
+        await asyncio.to_thread(rollouts.start)
+    except BaseException:
+        await backend.close()
+        raise
 
 
 async def first_client(backend: Backend, start: Path | str | None, *, training: bool) -> SamplingClient:

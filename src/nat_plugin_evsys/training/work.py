@@ -90,3 +90,4 @@ class TrainingWork:
 
     async def _publish_to(self, report: JobReport) -> None:
         report.policy_version = await self._publish()
+        report.metrics |= (await self._open_backend()).take_rollout_figures()

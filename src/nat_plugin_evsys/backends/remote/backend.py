@@ -222,6 +222,10 @@ class TinkerBackend:
         client = await self._session.open_sampler(checked_uri(path))
         return self._client_of(client, self._steps.of(path))
 
+    def take_rollout_figures(self) -> dict[str, float]:
+        """None: the service samples."""
+        return {}
+
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
         return self._tokenizer

@@ -155,11 +155,15 @@ class LocalSamplingClient:
     def submit(self, prompt: Prompt, num_samples: int, params: types.SamplingParams, **options: Any) -> Future[Any]:
         """Submit a request, with ``options`` as ``SampleRequest`` names them; errors come through the future."""
         try:
-            request = SampleRequest(prompt, num_samples, params, self._engine.limits, self._engine.tokenizer, **options)
+            request = self.checked(prompt, num_samples, params, **options)
         except EvsysError as exc:
             return _failed(exc)
         self._engine.submit(self._policy, request)
         return request.future
+
+    def checked(self, prompt: Prompt, num_samples: int, params: types.SamplingParams, **options: Any) -> SampleRequest:
+        """The request as ``submit`` would send it. Raises what ``SampleRequest`` does. *Extension.*"""
+        return SampleRequest(prompt, num_samples, params, self._engine.limits, self._engine.tokenizer, **options)
 
 
 def _failed(error: Exception) -> Future[Any]:

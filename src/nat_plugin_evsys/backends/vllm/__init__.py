@@ -1,0 +1,1 @@
+"""Rollouts sampled by a vLLM server. It is spoken to over HTTP: nothing here imports vLLM."""
