@@ -66,6 +66,14 @@ def test_an_answer_is_read_in_the_order_of_its_sequences() -> None:
     assert (result.policy_version, result.prompt_cache_hit_tokens) == (3, 2)
 
 
+def test_greedy_sequences_are_asked_for_once() -> None:
+    asked = request(types.SamplingParams(temperature=0.0), num_samples=3)
+    assert completion_body(asked, None, "name")["n"] == 1
+    result = sampled({"choices": [choice(0, [9, 2], [-0.5, -0.25])]}, asked, policy_version=0)
+    assert [s.tokens for s in result.sequences] == [[9, 2]] * 3
+    assert len({s.sequence_id for s in result.sequences}) == 3
+
+
 @pytest.mark.parametrize(
     ("choices", "message"),
     [

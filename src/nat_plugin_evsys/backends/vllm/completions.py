@@ -35,7 +35,7 @@ def completion_body(request: SampleRequest, seed: int | None, model: str) -> dic
     """The JSON of the request. Whatever ends a sequence is said: vLLM's own end of sequence is turned off."""
     return {
         **_recorded(request.prompt, model),
-        "n": len(request.sequences),
+        "n": _distinct(request),
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p or 1.0,
@@ -51,6 +51,11 @@ def probe_body(prompt: list[int], model: str, temperature: float, room: int) -> 
     """The JSON of a request whose samples drift is measured on, no longer than ``room`` tokens."""
     sizes = {"n": _PROBES, "max_tokens": max(1, min(_PROBE_TOKENS, room)), "seed": _PROBE_SEED}
     return {**_recorded(prompt, model), **sizes, "temperature": temperature}
+
+
+def _distinct(request: SampleRequest) -> int:
+    """Sequences to ask for. Greedy ones are equal, and vLLM refuses to sample more than one."""
+    return 1 if request.temperature == 0 else len(request.sequences)
 
 
 def _recorded(prompt: list[int], model: str) -> dict[str, Any]:
@@ -74,8 +79,10 @@ def sampled(answer: Mapping[str, Any], request: SampleRequest, policy_version: i
         ServiceError: it lacks token ids or logprobs, or has another number of sequences.
     """
     choices = sorted(answer.get("choices", ()), key=lambda choice: int(choice["index"]))
-    if len(choices) != len(request.sequences):
-        raise ServiceError(f"vLLM gave {len(choices)} sequences for {len(request.sequences)}", category="server")
+    if len(choices) != _distinct(request):
+        raise ServiceError(f"vLLM gave {len(choices)} sequences for {_distinct(request)}", category="server")
+    if request.temperature == 0:
+        choices = [{**choices[0], "index": index} for index in range(len(request.sequences))]
     cached = ((answer.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
     return SampleResult(
         sequences=[_sequence(choice, request) for choice in choices],
