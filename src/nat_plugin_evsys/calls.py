@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Literal
 
+from nat_plugin_evsys.call_images import CallImage
+
 StopReason = Literal["stop", "length"]
 """``stop``: a stop token or stop string ended the sequence. ``length``: max_tokens or the context did, or the client
 stopped reading the stream."""
@@ -143,7 +145,7 @@ class Call:
         stop_reason: why sampling ended.
         temperature, top_p, top_k: the sampling parameters; top_k -1 is off.
         shaped: what else gave another distribution than the learner's, such as ``min_p``; it rules training out.
-        messages: the request's messages in OpenAI form.
+        messages: the request's messages in OpenAI form; the URL of an image is ``sha256:…``.
         tools: the request's tools in OpenAI form.
         reply: the assistant message that was returned, in OpenAI form.
         sequence: arrival order within the recorder.
@@ -154,6 +156,7 @@ class Call:
         retokenized: ``output_ids`` are those of the reply's text, which may have been sampled in other tokens, and
             ``logprobs`` are zeros that mean nothing.
         malformed_calls: what the reply has that looked like a tool call, could not be read as one, and is content.
+        images: what placeholders among ``prompt_ids`` stand for, in their order.
     """
 
     call_id: str
@@ -179,6 +182,7 @@ class Call:
     retokenized: bool = False
     malformed_calls: int = 0
     shaped: dict[str, Any] = field(default_factory=dict)
+    images: list[CallImage] = field(default_factory=list)
 
     @property
     def key(self) -> CallKey:

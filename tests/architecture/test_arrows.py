@@ -21,7 +21,7 @@ PACKAGE = "nat_plugin_evsys"
 SOURCE = ROOT / "src" / PACKAGE
 MOST_MODULES = 25
 
-GROUND = {"errors", "files", "inbox", "json_lines", "defaults"}
+GROUND = {"errors", "files", "inbox", "json_lines", "call_images", "defaults"}
 ENGINE = {"engine/machine", "engine/model", "engine/tree", "engine/gradient", "engine/sampling", "engine/spans"}
 DRIVERS = ENGINE | {"engine/checkpoints", "engine/checkpoint_loading", "engine/sampler"}
 
@@ -32,7 +32,8 @@ ARROWS: dict[str, set[str]] = {
     "files": {"errors"},
     "inbox": set(),
     "json_lines": {"errors", "files"},
-    "calls": {"errors"},
+    "call_images": {"errors"},
+    "calls": {"errors", "call_images"},
     "config": {"errors", "defaults"},
     # The engine, from the machine up to a request and a step.
     "engine/machine": GROUND,
@@ -76,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     "": {"clients", "types", "policy"},
 }
 
-STANDARD_LIBRARY_ONLY = ("errors", "files", "inbox", "json_lines", "calls", "defaults")
+STANDARD_LIBRARY_ONLY = ("errors", "files", "inbox", "json_lines", "call_images", "calls", "defaults")
 NO_NAT = (
     *DRIVERS,
     "runtime",

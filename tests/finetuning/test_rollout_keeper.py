@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nat.atif import Trajectory
+from rich.console import Console
 
+from nat_plugin_evsys.call_images import call_image, image_path, with_references
 from nat_plugin_evsys.calls import Call, CallFate
 from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper, plain, rollout_facts, token_texts
+from nat_plugin_evsys.report.blocks import make_block
+from nat_plugin_evsys.report.transcripts import transcript
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.runs.rollouts import Collection, RolloutFiles
 
@@ -134,3 +142,31 @@ def test_a_character_of_several_tokens_belongs_to_the_one_that_completes_it() ->
 
 def test_what_json_has_no_word_for_is_shown_as_its_text() -> None:
     assert plain({"when": date(2026, 1, 2), 1: (float("nan"), Path("x"))}) == {"when": "2026-01-02", "1": [None, "x"]}
+
+
+async def test_images_are_kept_once_and_named(tmp_path: Path) -> None:
+    one, other = call_image(0, 1, b"one", "png"), call_image(0, 1, b"other", "jpeg")
+    message = {"role": "user", "content": [{"type": "text", "text": "see "}, {"type": "image_url", "image_url": {}}]}
+    made = []
+    for number, image in enumerate([one, one, other]):
+        call = replace(make_call(str(number)), images=[image], messages=with_references([message], [image]))
+        # The dataset has the picture too, as a URL in a field of its own.
+        entry = {"id": "r", "picture": f"data:image/{image['format']};base64,{image['data']}"}
+        made.append(replace(attempt("r", number), calls=[call], entry=entry))
+    await keeper(tmp_path).keep(EPOCH, made)
+    directory = tmp_path / "rollouts"
+    files = {f"images/{path.name}": path.read_bytes() for path in (directory / "images").iterdir()}
+    assert files == {image_path(one): b"one", image_path(other): b"other"}
+    found = read(tmp_path, EPOCH)
+    assert [line["extra"]["entry"]["picture"] for line in found] == [image_path(each) for each in (one, one, other)]
+    assert [line["steps"][0]["message"][1]["source"]["path"] for line in found] == [
+        image_path(each) for each in (one, one, other)
+    ]
+    assert not any("base64" in line for line in RolloutFiles(tmp_path).lines(EPOCH))
+    read_back = Trajectory.model_validate(found[0])
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(transcript(read_back))
+    assert f"see [image {image_path(one)}]" in shown.get()
+    row = json.loads(gzip.decompress(base64.b64decode(make_block(EPOCH, RolloutFiles(tmp_path).lines(EPOCH)).data)))
+    assert row["rows"][0]["attempts"][0]["steps"][0]["text"] == f"see [image {image_path(one)}]"

@@ -52,7 +52,11 @@ async def until(condition: Any, seconds: float = 5.0) -> None:
         ({"best_of": 2}, "best_of", "only 1"),
         ({"messages": [{"role": "assistant", "function_call": {}}]}, "messages", "`tool_calls`"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "'tool'"),
-        ({"messages": [{"role": "user", "content": IMAGE}]}, None, "part of type `image_url`"),
+        (
+            {"messages": [{"role": "user", "content": IMAGE}]},
+            None,
+            "`messages[0].content[0]` is an image, and this policy reads text only",
+        ),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hello"}, "messages", "valid array"),
         ({"tools": [TOOL], "tool_choice": "always"}, None, "must be auto, none, required"),

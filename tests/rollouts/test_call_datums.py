@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from tinker import Datum, TensorData
 
 from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.rollouts.datum_logprobs import with_prompt_logprobs
 from nat_plugin_evsys.rollouts.datums import (
     DatumSet,
     Provenance,
     chain_datum,
     group_datums,
     token_chains,
-    with_prompt_logprobs,
 )
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 

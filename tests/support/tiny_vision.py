@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,3 +166,22 @@ def gemma_tokenizer() -> Any:
     tokenizer.boi_token, tokenizer.eoi_token, tokenizer.image_token = START, END, PLACE
     tokenizer.boi_token_id, tokenizer.eoi_token_id, tokenizer.image_token_id = START_ID, END_ID, PLACE_ID
     return tokenizer
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def chat_template(family: str) -> str:
+    """A template that shows images, with the mark that the family's own template writes for one."""
+    return CHAT_TEMPLATE.replace("IMAGE", START if family == "gemma3" else START + PLACE + END)
+
+
+def image_part(image: Image.Image) -> dict[str, Any]:
+    """The image as a part of a message in OpenAI form."""
+    url = f"data:image/png;base64,{base64.b64encode(file_of(image)).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from tinker import types
 
+    from nat_plugin_evsys.engine.model.images import ReadsImages as ReadsImages
     from nat_plugin_evsys.engine.sampling.grammars import Constraint as Constraint
     from nat_plugin_evsys.engine.sampling.grammars import Grammars as Grammars
 
@@ -210,6 +211,10 @@ class Backend(Protocol):
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
+        ...
+
+    def get_image_reader(self) -> ReadsImages | str:
+        """What reads images for the base model, or why it is given none. *Extension.*"""
         ...
 
     async def is_healthy(self) -> bool:

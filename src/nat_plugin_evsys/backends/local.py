@@ -24,6 +24,7 @@ from nat_plugin_evsys.engine.gradient.operations import OperationFuture
 from nat_plugin_evsys.engine.gradient.queue import TrainingQueue
 from nat_plugin_evsys.engine.gradient.trainable import Progress, TrainableModel
 from nat_plugin_evsys.engine.machine.allocator import keep_memory
+from nat_plugin_evsys.engine.model.images import ReadsImages, reader_or_reason
 from nat_plugin_evsys.engine.model.loading import BaseModel, resolve_device
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
@@ -264,6 +265,12 @@ class LocalBackend:
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
         return self.base.tokenizer
+
+    def get_image_reader(self) -> ReadsImages | str:
+        """See ``Backend``."""
+        if self.rollouts is not None:
+            return "what vLLM samples is text only; leave `rollout_engine` out"
+        return reader_or_reason(self.base.vision)
 
     # -- life -------------------------------------------------------------------------------------------------------
 

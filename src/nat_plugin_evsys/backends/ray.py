@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.local import LocalBackend
+from nat_plugin_evsys.engine.model.images import ReadsImages
 from nat_plugin_evsys.replicas.base import Replicas, ReplicatedBase
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.bases import BASES_IN_USE
@@ -67,6 +68,10 @@ class RayBackend(LocalBackend):
             return cls._over(shared, {"rank": rank, "alpha": alpha, "seed": seed, **lora}, **others)
 
         return await asyncio.to_thread(build)
+
+    def get_image_reader(self) -> ReadsImages | str:
+        """See ``Backend``."""
+        return "replicas on Ray read text only; leave `ray` out"
 
     def replicas(self) -> list[dict[str, Any]]:
         """The state of each replica; see ``ReplicaPool.status``. Blocks for up to a few seconds."""

@@ -106,7 +106,10 @@ class RolloutKeeper:
         facts = rollout_facts(collection, attempt, fates, held_back)
         name = f"{collection}/{attempt.row_id}/{attempt.number}"
         made = atif_trajectory(attempt, fates, self._texts, name=name, extra=asdict(facts), **self._names)
-        return made.model_dump_json(exclude_none=True)
+        for call in attempt.calls:
+            for image in call.images:
+                self._files.images.keep(image)
+        return self._files.images.keep_named(made.model_dump_json(exclude_none=True))
 
 
 def rollout_facts(

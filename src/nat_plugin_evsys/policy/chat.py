@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from nat_plugin_evsys.call_images import CallImage
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.policy.rendering.chat_template import NO_CONTEXT, PROBE, ChatTemplate
-from nat_plugin_evsys.policy.rendering.images import ImageFile, ImageReader, PromptImage, placed
-from nat_plugin_evsys.policy.rendering.messages import normalize_messages
+from nat_plugin_evsys.policy.rendering.images import ImageFile, placed
+from nat_plugin_evsys.policy.rendering.messages import first_image, has_images, normalize_messages
 from nat_plugin_evsys.policy.rendering.plain_text import MARK, PlainText
 from nat_plugin_evsys.policy.rendering.token_bytes import TokenBytes
 from nat_plugin_evsys.policy.reply_forms import ReplyForms
@@ -21,6 +22,7 @@ from nat_plugin_evsys.policy.tool_calls import AssistantReply, ReplyParser, Tool
 from nat_plugin_evsys.policy.tool_forms.families import create_parser
 
 if TYPE_CHECKING:
+    from nat_plugin_evsys.backends.base import ReadsImages
     from nat_plugin_evsys.config.policy import SpecialTokens
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class ChatRenderer:
         enable_thinking: passed to the template when set.
         split_thoughts: parse ``<think>`` blocks into a message's ``reasoning_content``.
         special_tokens: what becomes of a special token's text within a message; see the policy's setting.
-        images: reads the images of messages; None refuses them.
+        images: reads the images of messages, or says why nothing does.
 
     Raises:
         ModelError: there is no chat template, or it could run forever.
@@ -57,7 +59,7 @@ class ChatRenderer:
         enable_thinking: bool | None = None,
         split_thoughts: bool = False,
         special_tokens: SpecialTokens = "text",
-        images: ImageReader | None = None,
+        images: ReadsImages | str = "images go to evsys_policy and to `nat evsys serve`",
     ) -> None:
         # A copy and a lock: a fast tokenizer's call may change its padding state, which fails ("Already borrowed")
         # beside another thread's call.
@@ -107,26 +109,37 @@ class ChatRenderer:
         """
         return self._render_text(messages, tools, add_generation_prompt, enable_thinking)
 
-    def render_images(
+    def render_shown(
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         *,
         enable_thinking: bool | None = None,
-    ) -> tuple[str, list[int], list[PromptImage]]:
-        """Text, ids and images of a conversation with images, which opens an assistant turn.
+    ) -> tuple[str, list[ImageFile]]:
+        """The text of a conversation that opens an assistant turn, with one placeholder an image, and the images.
 
         Raises:
-            DataError: see ``render``; the policy reads no images; one of them cannot be read.
+            DataError: see ``render``; there is an image and the policy reads none.
         """
-        if self._images is None:
-            normalize_messages(messages)  # refuses the image by its place
-            raise DataError("the policy reads text only")
+        if not has_images(messages):
+            return self._render_text(messages, tools, True, enable_thinking), []
+        if isinstance(self._images, str):
+            raise DataError(f"{first_image(messages)} is an image, and this policy reads text only: {self._images}")
         files: list[ImageFile] = []
         text = self._render_text(messages, tools, True, enable_thinking, files)
-        text = text.replace(*self._images.written(self.tokenizer))
-        ids, images = placed(self.encode(text), files, self._images)
-        return text, ids, images
+        return text.replace(*self._images.written(self.tokenizer)), files
+
+    def encode_shown(self, text: str, files: Sequence[ImageFile], start: int = 0) -> tuple[list[int], list[CallImage]]:
+        """The ids of such a text, with all placeholders of its images, and where these are.
+
+        Args:
+            start: how many ids of the prompt come before the text's.
+
+        Raises:
+            DataError: the text has another number of places than there are images, or an image cannot be read.
+        """
+        ids = self.encode(text)
+        return placed(ids, files, self._images, start) if files and not isinstance(self._images, str) else (ids, [])
 
     def render_reply(
         self,

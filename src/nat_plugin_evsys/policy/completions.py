@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.backends.base import shaped_by
+from nat_plugin_evsys.call_images import with_references
 from nat_plugin_evsys.calls import Call, RunKind
 from nat_plugin_evsys.errors import ApiError, EvsysError
 from nat_plugin_evsys.policy.chat import ChatRenderer
@@ -103,7 +104,6 @@ class Completion:
         """
         check_hints(request, source.hints)
         renderer = await resolved(source.renderer)
-        messages, tools = request.message_dicts(), request.shown_tools
         history = source.history or History()
         prompt = await prompt_of(request, renderer, history, source.scope_of(run_id), plain)
         client = await _client(source, run_id)
@@ -120,8 +120,8 @@ class Completion:
             run_id=run_id,
             step_id=step_id,
             functions=functions,
-            messages=messages,
-            tools=tools,
+            messages=with_references(request.message_dicts(), prompt.images),
+            tools=request.shown_tools,
             renderer=renderer,
             client=client,
             prompt=prompt,
@@ -242,6 +242,7 @@ class Completion:
                 forced=[] if self.constraint is None else self.constraint.forced(sequence.tokens),
                 malformed_calls=text.malformed,
                 shaped=shaped_by(self.params),
+                images=list(self.prompt.images),
             )
         )
         if sequence.stop_reason == "length":

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nat_plugin_evsys.call_images import CallImage
 from nat_plugin_evsys.calls import PromptHistory
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.rendering.images import PromptImage
+from nat_plugin_evsys.policy.rendering.images import ImageFile
 from nat_plugin_evsys.policy.rendering.plain_text import unmarked
 
 Message = dict[str, Any]
@@ -45,7 +46,7 @@ class Prompt:
     text: str
     conversation: bytes
     history: PromptHistory = PromptHistory.NEW
-    images: Sequence[PromptImage] = ()
+    images: Sequence[CallImage] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +58,20 @@ class Turn:
         ids: of the prompt and the reply; of the reply's only those whose whole text its client has seen.
         rest: the end of the reply's text where a stop string cuts a token in two.
         reply: the reply, in OpenAI form.
+        images: of the prompt.
     """
 
     text: str
     ids: array[int]
     rest: str
     reply: Message
+    images: Sequence[CallImage] = ()
 
     @property
     def size(self) -> int:
         """Bytes, roughly."""
-        return self.ids.itemsize * len(self.ids) + 2 * len(self.text) + _ENTRY_BYTES
+        files = sum(len(image["data"]) for image in self.images)
+        return self.ids.itemsize * len(self.ids) + 2 * len(self.text) + files + _ENTRY_BYTES
 
 
 class History:
@@ -97,22 +101,23 @@ class History:
         """The prompt of a conversation, which starts with the ids of its last known turn if it can.
 
         Raises:
-            DataError: see ``ChatRenderer.render``.
+            DataError: see ``ChatRenderer.render_shown`` and ``encode_shown``.
         """
         keys = _keys(scope, messages, tools)
         follows, turns = self._find(keys, messages)
-        text = renderer.render_text(_with_thoughts(messages, turns), tools, enable_thinking=enable_thinking)
+        text, files = renderer.render_shown(_with_thoughts(messages, turns), tools, enable_thinking=enable_thinking)
         for end, turn in turns:
-            ids = _continued(renderer, turn, text, tools)
-            if ids is not None:
-                known = end == follows
-                return Prompt(ids, text, keys[-1], PromptHistory.EXTENDED if known else PromptHistory.CHANGED)
+            continued = _continued(renderer, turn, text, files, tools)
+            if continued is not None:
+                how = PromptHistory.EXTENDED if end == follows else PromptHistory.CHANGED
+                return Prompt(continued[0], text, keys[-1], how, continued[1])
         if follows is None:
             history = PromptHistory.NEW
         else:
             known = bool(turns) and turns[0][0] == follows
             history = PromptHistory.REWRITTEN if known else PromptHistory.CHANGED
-        return Prompt(renderer.encode(text), text, keys[-1], history)
+        ids, images = renderer.encode_shown(text, files)
+        return Prompt(ids, text, keys[-1], history, images)
 
     def add(self, prompt: Prompt, turn: Turn) -> None:
         """Remember a prompt and its reply."""
@@ -158,13 +163,16 @@ def turn_of(
     rest = seen[len(renderer.decode(output_ids[:kept])) :]
     if kept == with_text and list(output_ids[kept:]) == [renderer.end_of_turn]:
         kept += 1
-    return Turn(prompt.text, array("i", [*prompt.ids, *output_ids[:kept]]), rest, reply)
+    return Turn(prompt.text, array("i", [*prompt.ids, *output_ids[:kept]]), rest, reply, prompt.images)
 
 
-def _continued(renderer: ChatRenderer, turn: Turn, text: str, tools: Sequence[Message]) -> list[int] | None:
-    """The ids of a turn and of what follows it in ``text``; None if the template has rewritten the turn.
+def _continued(
+    renderer: ChatRenderer, turn: Turn, text: str, files: Sequence[ImageFile], tools: Sequence[Message]
+) -> tuple[list[int], list[CallImage]] | None:
+    """The ids and images of a turn and of what follows it in ``text``; None if the template has rewritten the turn.
 
-    The ids are decoded and compared, so a tokenizer whose texts cannot be joined gives None too.
+    The ids are decoded and compared, so a tokenizer whose texts cannot be joined gives None too. ``files`` are the
+    images of ``text``; the first of them are the turn's, as the turn was found by them.
     """
     end_of_turn = renderer.end_of_turn
     if end_of_turn is None or not text.startswith(turn.text):
@@ -176,8 +184,11 @@ def _continued(renderer: ChatRenderer, turn: Turn, text: str, tools: Sequence[Me
     closed = turn.ids[-1] == end_of_turn
     added = turn.rest + text[end + len(marker) if closed else end :]
     known = turn.ids.tolist()
-    ids = known + renderer.encode(added)
-    return ids if renderer.decode(ids) == renderer.decode(known) + unmarked(added) else None
+    ids = renderer.encode(added)
+    if renderer.decode(known + ids) != renderer.decode(known) + unmarked(added):
+        return None
+    new, images = renderer.encode_shown(added, files[len(turn.images) :], len(known))
+    return known + new, [*turn.images, *images]
 
 
 def _with_thoughts(messages: Sequence[Message], turns: Sequence[tuple[int, Turn]]) -> list[Message]:
@@ -210,9 +221,16 @@ def _keys(scope: str, messages: Sequence[Message], tools: Sequence[Message]) -> 
 
 def _next_key(conversation: bytes, message: Message) -> bytes:
     content = message.get("content") or ""
-    if isinstance(content, list):  # whatever is no text is refused when the messages are rendered
-        content = "".join(str(part.get("text")) for part in content if isinstance(part, dict))
+    if isinstance(content, list):  # whatever is no text and no image is refused when the messages are rendered
+        content = "".join(_key_text(part) for part in content if isinstance(part, dict))
     return _digest(conversation, [message.get("role"), message.get("name"), str(content).strip(), _calls(message)])
+
+
+def _key_text(part: dict[str, Any]) -> str:
+    """A part's text; for an image the hash of its URL, which holds the file."""
+    if part.get("type") != "image_url":
+        return str(part.get("text"))
+    return f"\0image {_digest(b'', part.get('image_url')).hex()}\0"
 
 
 def _calls(message: Message) -> list[Any]:

@@ -255,7 +255,7 @@ class Policy:
             warn_of_newer_runs(self.config)
         fresh = self._training and start is None and not self._resuming
         backend = self._backend or await create_backend(self.config, train=fresh, rollouts=self._training)
-        self._renderer = create_renderer(self.config, backend.get_tokenizer())
+        self._renderer = create_renderer(self.config, backend)
         self._backend = backend
         self._client = await first_client(backend, start, training=self._training)
 

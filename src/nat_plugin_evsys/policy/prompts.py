@@ -1,4 +1,4 @@
-"""From a request to what the policy reads: by the chat template, from the turns before, with images, or as given."""
+"""From a request to what the policy reads: by the chat template, from the turns before, or as given."""
 
 from __future__ import annotations
 
@@ -38,25 +38,13 @@ async def prompt_of(
     """
     messages, tools = request.message_dicts(), request.shown_tools
     thinking = request.chat_template_kwargs.enable_thinking if request.chat_template_kwargs else None
-    if plain is None and has_images(messages):
-        return await _prompt_with_images(request, renderer, thinking)
     if plain is None and request.opens_turn:
         return await asyncio.to_thread(history.prompt, renderer, scope, messages, tools, enable_thinking=thinking)
+    if plain is None and has_images(messages):
+        raise DataError("images go with no `continue_final_message`, and with no `add_generation_prompt: false`")
     opened = plain or partial(_open_end, messages, tools, request.continue_final_message, thinking)
     text, ids = await asyncio.to_thread(opened, renderer)
     return Prompt(ids, text, uuid.uuid4().bytes)
-
-
-async def _prompt_with_images(
-    request: ChatCompletionRequest, renderer: ChatRenderer, enable_thinking: bool | None
-) -> Prompt:
-    """Written anew in every turn: no earlier one is remembered."""
-    if not request.opens_turn:
-        raise DataError("images go with no `continue_final_message`, and with no `add_generation_prompt: false`")
-    text, ids, images = await asyncio.to_thread(
-        renderer.render_images, request.message_dicts(), request.shown_tools, enable_thinking=enable_thinking
-    )
-    return Prompt(ids, text, uuid.uuid4().bytes, images=images)
 
 
 def _open_end(

@@ -160,7 +160,7 @@ async def first_client(backend: Backend, start: Path | str | None, *, training: 
     return await backend.snapshot_sampling_client()
 
 
-def create_renderer(config: EvsysPolicyConfig, tokenizer: Any) -> ChatRenderer:
+def create_renderer(config: EvsysPolicyConfig, backend: Backend) -> ChatRenderer:
     """Messages -> token ids by the tokenizer's chat template, or by the one of ``chat_template``.
 
     Raises:
@@ -172,9 +172,10 @@ def create_renderer(config: EvsysPolicyConfig, tokenizer: Any) -> ChatRenderer:
     if template is not None and not template.is_file():
         raise ConfigError(no_file("chat_template", template))
     return ChatRenderer(
-        tokenizer,
+        backend.get_tokenizer(),
         chat_template=None if template is None else template.read_text(encoding="utf-8"),
         enable_thinking=config.enable_thinking,
         split_thoughts=config.reasoning == "split",
         special_tokens=config.special_tokens,
+        images=backend.get_image_reader(),
     )

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nat_plugin_evsys.report.contents import content_text
 from nat_plugin_evsys.report.questions import question_text
 from nat_plugin_evsys.runs.rollouts import Collection, RolloutFacts, RolloutFiles
 
@@ -115,7 +116,7 @@ def _step(step: Step) -> dict[str, Any]:
     extra = step.extra or {}
     return _present(
         role=extra.get("role", "assistant" if step.source == "agent" else step.source),
-        text=step.message,
+        text=content_text(step.message),
         copied=step.is_copied_context,
         calls=list(_calls(step)) or None,
         results=list(_loose_results(step)) or None,
@@ -131,7 +132,7 @@ def _step(step: Step) -> dict[str, Any]:
 def _calls(step: Step) -> Iterator[dict[str, Any]]:
     results = step.observation.results if step.observation else []
     for call in step.tool_calls or ():
-        answers = [result.content for result in results if result.source_call_id == call.tool_call_id]
+        answers = [content_text(result.content) for result in results if result.source_call_id == call.tool_call_id]
         yield {
             "name": call.function_name,
             "arguments": (call.extra or {}).get("raw_arguments", call.arguments),
@@ -143,7 +144,7 @@ def _loose_results(step: Step) -> Iterator[Any]:
     """Tool outputs that belong to no call of the step."""
     for result in step.observation.results if step.observation else ():
         if result.source_call_id is None:
-            yield result.content
+            yield content_text(result.content)
 
 
 def _tokens(metrics: Metrics) -> dict[str, Any]:

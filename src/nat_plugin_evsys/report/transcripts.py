@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from nat_plugin_evsys.report.contents import content_text
 from nat_plugin_evsys.report.questions import question_text
 from nat_plugin_evsys.runs.rollouts import RolloutFacts
 
@@ -79,13 +80,13 @@ def _step_lines(step: Step) -> Iterator[Text]:
         heading.append("  not sampled in this run", style="dim")
     yield heading
     if step.message:
-        yield _indented(step.message if isinstance(step.message, str) else str(step.message), _body_style(step))
+        yield _indented(content_text(step.message), _body_style(step))
     for call in step.tool_calls or ():
         raw = (call.extra or {}).get("raw_arguments")
         arguments = raw if raw is not None else json.dumps(call.arguments, ensure_ascii=False)
         yield _indented(f"→ {call.function_name}({arguments})", "blue")
     for result in step.observation.results if step.observation else ():
-        yield _indented(f"← {result.content}", "green")
+        yield _indented(f"← {content_text(result.content)}", "green")
 
 
 def _body_style(step: Step) -> str:

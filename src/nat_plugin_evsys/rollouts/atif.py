@@ -4,6 +4,7 @@ What ATIF has no field for is in its ``extra`` dicts: of the trajectory what the
 ``call_id``, ``choice``, ``conversation``, ``policy_version``, ``temperature``, ``top_p``, ``stop_reason`` and
 ``dropped``; of such a step's metrics ``token_texts``, ``advantage`` and ``learner_logprobs``, the latter from the
 start of the optimizer step that trained on it. Prompt ids are left out: a reply's context is the messages before it.
+An image of a message is named by the path of its file, beside the trajectories (``image_path``).
 """
 
 from __future__ import annotations
@@ -13,8 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from nat.atif import Agent, FinalMetrics, Metrics, Observation, ObservationResult, Step, ToolCall, Trajectory
+from nat.atif import (
+    Agent,
+    ContentPart,
+    FinalMetrics,
+    ImageSource,
+    Metrics,
+    Observation,
+    ObservationResult,
+    Step,
+    ToolCall,
+    Trajectory,
+)
 
+from nat_plugin_evsys.call_images import CallImage, image_path, referred
 from nat_plugin_evsys.calls import Call, CallFate, CallKey
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.rollouts.episodes import Message, message_chains, new_messages, text_of
@@ -57,7 +70,8 @@ def atif_trajectory(
         model: the base model.
         extra: JSON-ready facts about the attempt.
     """
-    steps = _Steps(fates, texts)
+    images = {image["sha256"]: image for call in attempt.calls for image in call.images}
+    steps = _Steps(fates, texts, images)
     calls = sorted(attempt.calls, key=lambda call: (call.sequence, call.index))
     for number, chain in enumerate(message_chains(calls)):
         steps.add_conversation(number, chain)
@@ -83,10 +97,11 @@ def atif_trajectory(
 class _Steps:
     """Collects the steps of a trajectory."""
 
-    def __init__(self, fates: Mapping[CallKey, CallFate], texts: TokenTexts) -> None:
+    def __init__(self, fates: Mapping[CallKey, CallFate], texts: TokenTexts, images: Mapping[str, CallImage]) -> None:
         self.steps: list[Step] = []
         self._fates = fates
         self._texts = texts
+        self._images = images
         self._first = 0
 
     def add_conversation(self, number: int, chain: list[Call]) -> None:
@@ -100,8 +115,8 @@ class _Steps:
             parent = call
 
     def _add_message(self, message: Message) -> None:
-        role, text = str(message.get("role")), text_of(message.get("content"))
-        if role in ("tool", "function") and self._observe(text, message.get("tool_call_id")):
+        role, content = str(message.get("role")), self._content(message.get("content"))
+        if role in ("tool", "function") and self._observe(content, message.get("tool_call_id")):
             return
         source = _SOURCES.get(role, "user")
         copied = source == "agent"
@@ -109,14 +124,28 @@ class _Steps:
             Step(
                 step_id=len(self.steps) + 1,
                 source=source,
-                message=text,
+                message=content,
                 tool_calls=_tool_calls(message) if copied else None,
                 is_copied_context=True if copied else None,
                 extra=None if role in _SOURCES else {"role": role},
             )
         )
 
-    def _observe(self, text: str, call_id: str | None) -> bool:
+    def _content(self, content: Any) -> str | list[ContentPart]:
+        """A message's text; with its images, parts that name their files."""
+        if not isinstance(content, list) or not any(referred(part) for part in content):
+            return text_of(content)
+        return [self._part(part) for part in content]
+
+    def _part(self, part: dict[str, Any]) -> ContentPart:
+        key = referred(part)
+        if key is None:
+            return ContentPart(type="text", text=text_of([part]))
+        image = self._images[key]
+        kind: Literal["image/png", "image/jpeg"] = "image/png" if image["format"] == "png" else "image/jpeg"
+        return ContentPart(type="image", source=ImageSource(media_type=kind, path=image_path(image)))
+
+    def _observe(self, content: str | list[ContentPart], call_id: str | None) -> bool:
         """Give a tool's result to the step of this conversation that called it, or to its last agent's step."""
         agents = [step for step in self.steps[self._first :] if step.source == "agent"]
         callers = [step for step in agents if any(call.tool_call_id == call_id for call in step.tool_calls or ())]
@@ -125,7 +154,7 @@ class _Steps:
         step = callers[-1] if callers else agents[-1]
         step.observation = step.observation or Observation()
         source = call_id if callers else None
-        step.observation.results.append(ObservationResult(source_call_id=source, content=text))
+        step.observation.results.append(ObservationResult(source_call_id=source, content=content))
         return True
 
     def _add_reply(self, call: Call, conversation: int) -> None:

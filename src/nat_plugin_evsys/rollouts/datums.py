@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tinker import Datum, ModelInput, TensorData
+from tinker.types import EncodedTextChunk, ImageChunk
 
+from nat_plugin_evsys.call_images import CallImage, file_of, placed_before, split_at_images
 from nat_plugin_evsys.calls import Call, CallKey, DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.rollouts.advantages import AdvantageMethod, call_advantages, has_zero_variance
@@ -174,14 +176,15 @@ def group_datums(
 
 
 def token_chains(calls: list[Call]) -> list[list[Call]]:
-    """Group calls so that in each chain a call's prompt starts with all tokens (prompt and output) of the one before.
+    """Group calls so that in each chain a call's prompt starts with all tokens (prompt and output) of the one before,
+    and shows the same images in them.
 
     A call extends the longest chain possible; chains grow only at their ends. Each call is in exactly one chain.
     """
     chains: list[list[Call]] = []
     tokens: list[list[int]] = []
     for call in calls:
-        fitting = [i for i, ids in enumerate(tokens) if call.prompt_ids[: len(ids)] == ids]
+        fitting = [i for i, ids in enumerate(tokens) if call.prompt_ids[: len(ids)] == ids and _shows(call, chains[i])]
         full = call.prompt_ids + call.output_ids
         if fitting:
             longest = max(fitting, key=lambda i: len(tokens[i]))
@@ -193,19 +196,26 @@ def token_chains(calls: list[Call]) -> list[list[Call]]:
     return chains
 
 
+def _shows(call: Call, chain: list[Call]) -> bool:
+    """Whether a call whose prompt has a chain's tokens has its images too."""
+    images, tokens = chain[-1].images, len(chain[-1].prompt_ids)
+    return placed_before(call.images, tokens) == placed_before(images, tokens)
+
+
 def chain_datum(
     chain: list[Call], advantage: float | Sequence[float], loss_fn: str = "importance_sampling"
 ) -> tuple[Datum, list[CallSpan]]:
     """One Datum of a chain of calls, aligned as Tinker aligns it.
 
     With ``t`` the n tokens of the last call (prompt and output): ``model_input = t[:-1]`` and, all of shape (n-1,),
-    ``target_tokens = t[1:]`` (int64), ``logprobs`` (the sampler's at sampled tokens, 0 at prompt tokens, float32),
+    ``target_tokens = t[1:]`` (int64, with images' placeholders), ``logprobs`` (the sampler's at sampled tokens, 0
+    at prompt tokens, float32),
     ``advantages`` (``advantage``, or that of the call, at sampled tokens, else 0, float32). ``gspo`` also gets
     ``sequence_ratio_mask`` (1 at sampled tokens, float32). Calls that were sampled at another temperature than 1 add
     ``temperature`` (the call's at sampled tokens, else 1, float32), so that the learner's distribution has it too; at
     temperature 0 the recorded logprobs are those of temperature 1. A token that a grammar forced has advantage 0 and is
     outside the mask, as a prompt token is. Under every loss but ``dro`` a row with advantage 0
-    adds nothing; for ``dro`` see ``with_prompt_logprobs``.
+    adds nothing; for ``dro`` see ``datum_logprobs.with_prompt_logprobs``.
 
     Several policy versions in one Datum are fine: logprobs are per token.
     """
@@ -228,55 +238,26 @@ def chain_datum(
         sampled[span.rows] = True
         spans.append(span)
     inputs = {
-        "target_tokens": _tensor(np.asarray(ids[1:], dtype=np.int64)),
-        "logprobs": _tensor(logprobs),
-        "advantages": _tensor(advantages),
+        "target_tokens": as_tensor(np.asarray(ids[1:], dtype=np.int64)),
+        "logprobs": as_tensor(logprobs),
+        "advantages": as_tensor(advantages),
     }
     if (temperature != 1).any():
-        inputs["temperature"] = _tensor(temperature)
+        inputs["temperature"] = as_tensor(temperature)
     if loss_fn == "gspo":
-        inputs["sequence_ratio_mask"] = _tensor(sampled.astype(np.float32))
-    return Datum(model_input=ModelInput.from_ints(ids[:-1]), loss_fn_inputs=inputs), spans
+        inputs["sequence_ratio_mask"] = as_tensor(sampled.astype(np.float32))
+    return Datum(model_input=_model_input(ids[:-1], chain[-1].images), loss_fn_inputs=inputs), spans
 
 
-def with_prompt_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
-    """A copy of ``datum`` whose prompt rows carry the learner's own logprobs; sampled rows keep the sampler's.
-
-    ``dro`` has no mask: ``-(lp A - beta/2 (lp - q)^2)`` would pull every prompt token towards its q of 0. With q the
-    learner's current lp, both that term and its gradient ``beta (lp - q)`` vanish, exactly as if the row were masked.
-
-    Args:
-        learner: logprobs of target_tokens under the weights that the gradient is taken at, shape (n-1,).
-    """
-    return _with_logprobs(datum, origin.spans, prompt=learner, sampled=datum.loss_fn_inputs["logprobs"])
-
-
-def with_sampled_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
-    """A copy of ``datum`` whose sampled rows carry the learner's logprobs in place of the sampler's.
-
-    Args:
-        learner: logprobs of target_tokens under the weights that sampled, shape (n-1,).
-    """
-    return _with_logprobs(datum, origin.spans, prompt=datum.loss_fn_inputs["logprobs"], sampled=learner)
-
-
-def with_missing_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
-    """A copy of ``datum`` with the learner's logprobs where the sampler's are unknown: in replies tokenised again.
-
-    Args:
-        learner: logprobs of target_tokens under the weights before the first step, shape (n-1,).
-    """
-    unknown = [span for span in origin.spans if span.retokenized]
-    return _with_logprobs(datum, unknown, prompt=datum.loss_fn_inputs["logprobs"], sampled=learner)
-
-
-def _with_logprobs(datum: Datum, spans: Iterable[CallSpan], *, prompt: TensorData, sampled: TensorData) -> Datum:
-    """A copy of ``datum`` with logprobs ``sampled`` in the rows of ``spans`` and ``prompt`` elsewhere, (n-1,) each."""
-    logprobs = np.array(prompt.to_numpy(), dtype=np.float32)
-    of_calls = sampled.to_numpy()
-    for span in spans:
-        logprobs[span.rows] = of_calls[span.rows]
-    return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, "logprobs": _tensor(logprobs)})
+def _model_input(ids: Sequence[int], images: Sequence[CallImage]) -> ModelInput:
+    return ModelInput(
+        chunks=[
+            EncodedTextChunk(tokens=run)
+            if isinstance(run, list)
+            else ImageChunk(data=file_of(run), format=run["format"], expected_tokens=run["tokens"])
+            for run in split_at_images(ids, images)
+        ]
+    )
 
 
 def _usable(calls: list[Call], result: DatumSet, *, mask_truncated: bool) -> list[Call]:
@@ -297,5 +278,6 @@ def _usable(calls: list[Call], result: DatumSet, *, mask_truncated: bool) -> lis
     return usable
 
 
-def _tensor(array: np.ndarray[Any, Any]) -> TensorData:
+def as_tensor(array: np.ndarray[Any, Any]) -> TensorData:
+    """An input of a Datum: float32 unless it has ids."""
     return TensorData(data=array, dtype="int64" if array.dtype == np.int64 else "float32", shape=list(array.shape))

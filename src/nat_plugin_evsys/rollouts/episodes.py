@@ -11,6 +11,7 @@ from typing import Any
 
 from nat.data_models.finetuning import EpisodeItem, EpisodeItemRole
 
+from nat_plugin_evsys.call_images import referred
 from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.rollouts.roles import FIRST, OBSERVATIONS
 
@@ -63,12 +64,20 @@ def episode_of(calls: list[Call]) -> list[EpisodeItem]:
 
 
 def text_of(content: Any) -> str:
-    """The text of an OpenAI message content: a string, None, or a list of parts (parts without text are named)."""
+    """The text of an OpenAI message content: a string, None, or a list of parts. Parts without text are named, images
+    by their hash."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] if "text" in part else f"<{part.get('type', 'part')}>" for part in content)
+    return "".join(_part_text(part) for part in content)
+
+
+def _part_text(part: dict[str, Any]) -> str:
+    if "text" in part:
+        return str(part["text"])
+    image = referred(part)
+    return f"<{part.get('type', 'part')}>" if image is None else f"<image {image}>"
 
 
 def _extends(call: Call, parent: Call) -> bool:

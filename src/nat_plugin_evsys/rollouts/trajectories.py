@@ -8,6 +8,7 @@ from typing import Any
 
 from nat.data_models.finetuning import Trajectory
 
+from nat_plugin_evsys.call_images import check_images
 from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import DataError, ShapedDistributionError
 from nat_plugin_evsys.rollouts.episodes import episode_of
@@ -124,4 +125,5 @@ def checked_call(entry: Any, name: str) -> Call:
         wrong = next((token for token in ids if type(token) is not int or token < 0), None)
         if wrong is not None:
             raise DataError(f"{name} ({call.call_id}): {what} holds {wrong!r}, which is not a token id")
+    check_images(call.images, call.prompt_ids, f"{name} ({call.call_id})")
     return call

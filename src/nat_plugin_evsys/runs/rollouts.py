@@ -4,6 +4,7 @@
     rollouts/heldout-0003.jsonl.gz   the held-out rows, attempted by the policy after 3 epochs
     rollouts/train-0000.jsonl.gz     the training rows, attempted before the first epoch and after the last
     rollouts/base-0000.jsonl.gz      the held-out rows, attempted by the base model before a warm start
+    rollouts/images/                 the images of all of them (runs/rollout_images.py)
 
 Every line is one rollout in ATIF, NAT's interchange format of trajectories (``nat.atif.Trajectory``); its ``extra``
 holds the fields of ``RolloutFacts``. ``zcat`` reads them, and so does every ATIF reader.
@@ -20,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import atomic_write
+from nat_plugin_evsys.runs.rollout_images import RolloutImages
 
 CollectionKind = Literal["train", "heldout", "epoch", "base"]
 
@@ -92,6 +94,7 @@ class RolloutFiles:
 
     def __init__(self, run_dir: Path) -> None:
         self.directory = run_dir / "rollouts"
+        self.images = RolloutImages(self.directory)
 
     def path(self, collection: Collection) -> Path:
         """The path of a collection, whether it exists or not."""

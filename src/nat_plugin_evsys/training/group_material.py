@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from tinker.types import Datum, ImageChunk
+
 from nat_plugin_evsys.backends.base import Backend
+from nat_plugin_evsys.call_images import sha256_of
 from nat_plugin_evsys.calls import CallFate, CallTally, DropReason
 from nat_plugin_evsys.rollouts.datums import DatumSet
 from nat_plugin_evsys.rollouts.retokenized import Drift
@@ -117,7 +120,8 @@ def _figures(groups: Sequence[TrajectoryGroup], sets: Sequence[DatumSet]) -> dic
 def datum_records(datums: DatumSet, step: int) -> Iterator[dict[str, Any]]:
     """One record per Datum, with Tinker's names: ``model_input``, ``target_tokens``, ``logprobs``, ``advantages``, …
 
-    ``calls`` lists the calls with the rows ``start:stop`` of their sampled tokens.
+    ``calls`` lists the calls with the rows ``start:stop`` of their sampled tokens. ``images``, where there are any, has
+    the place and the hash of each; ``model_input`` has its placeholders.
     """
     for datum, origin in zip(datums.datums, datums.provenance, strict=True):
         yield {
@@ -125,6 +129,19 @@ def datum_records(datums: DatumSet, step: int) -> Iterator[dict[str, Any]]:
             "group": origin.group,
             "trajectory": origin.trajectory,
             "calls": [asdict(span) for span in origin.spans],
-            "model_input": datum.model_input.to_ints(),
+            **_input_record(datum),
             **{name: tensor.tolist() for name, tensor in datum.loss_fn_inputs.items()},
         }
+
+
+def _input_record(datum: Datum) -> dict[str, Any]:
+    targets = datum.loss_fn_inputs["target_tokens"].tolist()
+    ids: list[int] = []
+    images: list[dict[str, Any]] = []
+    for chunk in datum.model_input.chunks:
+        if isinstance(chunk, ImageChunk):
+            images.append({"start": len(ids), "tokens": chunk.length, "sha256": sha256_of(chunk.data)})
+            ids += [targets[len(ids) + chunk.length - 2]] * chunk.length  # what the token before its last one predicts
+        else:
+            ids += getattr(chunk, "tokens", ())  # chain_datum makes no chunks but these
+    return {"model_input": ids, "images": images} if images else {"model_input": ids}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from tinker import types
 
+    from nat_plugin_evsys.backends.base import ReadsImages
+
 
 class TinkerBackend:
     """A LoRA adapter on a Tinker service, over the SDK's ``ServiceClient``.
@@ -229,6 +231,10 @@ class TinkerBackend:
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
         return self._tokenizer
+
+    def get_image_reader(self) -> ReadsImages | str:
+        """See ``Backend``."""
+        return "a Tinker service does not say how many tokens an image takes; leave the policy's base_url out"
 
     async def is_healthy(self) -> bool:
         """True when the session is open and the service answers what it can do."""

@@ -67,12 +67,21 @@ class ReadsImages(Protocol):
         """Raises DataError unless ``data`` is an image file of that form."""
         ...
 
+    def written(self, tokenizer: Any) -> tuple[str, str]:
+        """What a chat template writes for an image, and the text with one placeholder that the model reads there."""
+        ...
+
 
 @dataclass(frozen=True)
 class NoImages:
     """Stands where a model reads text only, and says why."""
 
     why: str
+
+
+def reader_or_reason(vision: ReadsImages | NoImages) -> ReadsImages | str:
+    """What reads a model's images, or why nothing does."""
+    return vision.why if isinstance(vision, NoImages) else vision
 
 
 def read_model_input(

@@ -82,7 +82,7 @@ class Vision:
         raise NotImplementedError
 
     def written(self, tokenizer: Any) -> tuple[str, str]:
-        """What a chat template writes for an image, and the text with one placeholder that the model reads there."""
+        """See ``ReadsImages``."""
         mark = tokenizer.convert_ids_to_tokens(self.token)
         return mark, mark
 
@@ -204,7 +204,7 @@ class _Gemma3Vision(Vision):
         return int(self._config.mm_tokens_per_image)
 
     def written(self, tokenizer: Any) -> tuple[str, str]:
-        """See ``Vision``; as transformers' ``Gemma3Processor`` has it."""
+        """See ``ReadsImages``; as transformers' ``Gemma3Processor`` has it."""
         ids = [self._config.boi_token_id, self.token, self._config.eoi_token_id]
         begin, image, end = tokenizer.convert_ids_to_tokens(ids)
         return begin, f"\n\n{begin}{image}{end}\n\n"

@@ -6,32 +6,17 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from nat_plugin_evsys.call_images import CallImage, ImageFormat, call_image, file_of, split_at_images
 from nat_plugin_evsys.errors import DataError
 
 if TYPE_CHECKING:
     from tinker import types
 
+    from nat_plugin_evsys.backends.base import ReadsImages
+
 _DATA_URL = re.compile(r"data:image/(png|jpeg);base64,", re.IGNORECASE)
-
-
-class ImageReader(Protocol):
-    """What the policy's base model makes of images (``engine.model.vision.Vision``).
-
-    Attributes:
-        token: id of the placeholder that stands for each token of an image.
-    """
-
-    token: int
-
-    def measure(self, data: bytes, form: str, where: str) -> Any:
-        """What has the image's number of ``tokens``. Raises DataError unless it is an image file of that form."""
-        ...
-
-    def written(self, tokenizer: Any) -> tuple[str, str]:
-        """What a chat template writes for an image, and the text with one placeholder that the model reads there."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +30,8 @@ class ImageFile:
     """
 
     data: bytes
-    form: Literal["png", "jpeg"]
+    form: ImageFormat
     where: str
-
-
-@dataclass(frozen=True, slots=True)
-class PromptImage:
-    """An image in a prompt's ids, where it takes ``tokens`` placeholders from ``start`` on."""
-
-    start: int
-    tokens: int
-    file: ImageFile
 
 
 def image_of(part: dict[str, Any], where: str) -> ImageFile:
@@ -79,15 +55,18 @@ def image_of(part: dict[str, Any], where: str) -> ImageFile:
         data = base64.b64decode(url[match.end() :], validate=True)
     except ValueError as error:
         raise DataError(f"`{where}.image_url.url` is not base64: {error}") from error
-    return ImageFile(data, cast(Literal["png", "jpeg"], match[1].lower()), f"`{where}`")
+    return ImageFile(data, cast(ImageFormat, match[1].lower()), f"`{where}`")
 
 
-def placed(ids: Sequence[int], files: Sequence[ImageFile], reader: ImageReader) -> tuple[list[int], list[PromptImage]]:
+def placed(
+    ids: Sequence[int], files: Sequence[ImageFile], reader: ReadsImages, start: int = 0
+) -> tuple[list[int], list[CallImage]]:
     """``ids`` with as many placeholders for each image as it has tokens, and where the images are.
 
     Args:
         ids: of the rendered conversation, with one placeholder for each image.
         files: in the order of the messages.
+        start: how many ids of the prompt come before these.
 
     Raises:
         DataError: there are more or fewer placeholders than images, or a file is no such image.
@@ -99,29 +78,27 @@ def placed(ids: Sequence[int], files: Sequence[ImageFile], reader: ImageReader) 
             "shows images"
         )
     found: list[int] = []
-    images: list[PromptImage] = []
+    images: list[CallImage] = []
     for each in ids:
         if each != reader.token:
             found.append(each)
             continue
         file = files[len(images)]
-        tokens = int(reader.measure(file.data, file.form, file.where).tokens)
-        images.append(PromptImage(len(found), tokens, file))
+        tokens = reader.measure(file.data, file.form, file.where).tokens
+        images.append(call_image(start + len(found), tokens, file.data, file.form))
         found += [each] * tokens
     return found, images
 
 
-def model_input(ids: Sequence[int], images: Sequence[PromptImage]) -> types.ModelInput:
-    """Tinker's form of a prompt with images."""
+def model_input(ids: Sequence[int], images: Sequence[CallImage]) -> types.ModelInput:
+    """Tinker's form of a prompt."""
     from tinker import types
 
-    if not images:
-        return types.ModelInput.from_ints(list(ids))
-    chunks: list[Any] = []
-    at = 0
-    for image in images:
-        chunks.append(types.EncodedTextChunk(tokens=list(ids[at : image.start])))
-        chunks.append(types.ImageChunk(data=image.file.data, format=image.file.form, expected_tokens=image.tokens))
-        at = image.start + image.tokens
-    chunks.append(types.EncodedTextChunk(tokens=list(ids[at:])))
-    return types.ModelInput(chunks=[chunk for chunk in chunks if getattr(chunk, "tokens", True)])
+    return types.ModelInput(
+        chunks=[
+            types.EncodedTextChunk(tokens=run)
+            if isinstance(run, list)
+            else types.ImageChunk(data=file_of(run), format=run["format"], expected_tokens=run["tokens"])
+            for run in split_at_images(ids, images)
+        ]
+    )

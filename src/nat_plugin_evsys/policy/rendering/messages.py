@@ -32,9 +32,17 @@ def normalize_messages(
 
 def has_images(messages: Sequence[dict[str, Any]]) -> bool:
     """Whether a message has a part of type ``image_url``."""
-    contents = [message.get("content") for message in messages]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(isinstance(part, dict) and part.get("type") == "image_url" for part in parts)
+    return first_image(messages) is not None
+
+
+def first_image(messages: Sequence[dict[str, Any]]) -> str | None:
+    """Where the first part of type ``image_url`` is, for messages; None without one."""
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        for at, part in enumerate(content if isinstance(content, list) else ()):
+            if isinstance(part, dict) and part.get("type") == "image_url":
+                return f"`messages[{index}].content[{at}]`"
+    return None
 
 
 def _normalize(message: dict[str, Any], where: str, images: list[ImageFile] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nat_plugin_evsys.rollouts.episodes import Message, text_of
-from nat_plugin_evsys.rollouts.traces.record import Record, TracedCall
+from nat_plugin_evsys.rollouts.traces.record import Record, TracedCall, content_of
 
 
 def record_of_atif(trajectory: Mapping[str, Any], name: str) -> Record:
@@ -63,7 +63,7 @@ def _call(step: Mapping[str, Any], messages: list[Message], reply: Message, tool
 
 def _message(step: Mapping[str, Any]) -> Message:
     role = {"agent": "assistant"}.get(str(step.get("source")), str(step.get("source")))
-    message: Message = {"role": role, "content": _text(step)}
+    message: Message = {"role": role, "content": content_of(step.get("message"))}
     if calls := step.get("tool_calls"):
         message["tool_calls"] = [
             {
@@ -84,7 +84,7 @@ def _arguments(call: Mapping[str, Any]) -> str:
 def _observations(step: Mapping[str, Any]) -> list[Message]:
     results = (step.get("observation") or {}).get("results") or []
     return [
-        {"role": "tool", "content": text_of(each.get("content")), "tool_call_id": each.get("source_call_id")}
+        {"role": "tool", "content": content_of(each.get("content")), "tool_call_id": each.get("source_call_id")}
         for each in results
     ]
 

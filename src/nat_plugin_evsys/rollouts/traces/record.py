@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nat_plugin_evsys.calls import DropReason
-from nat_plugin_evsys.rollouts.episodes import Message
+from nat_plugin_evsys.rollouts.episodes import Message, text_of
+
+_IMAGES = ("image", "image_url", "input_image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,13 @@ class Record:
     entry: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     problem: DropReason | None = None
+
+
+def content_of(content: Any) -> Any:
+    """The text of a recorded content; one with images stays as it is, and is refused where messages are rendered."""
+    parts = content if isinstance(content, list) else ()
+    has_image = any(isinstance(part, Mapping) and part.get("type") in _IMAGES for part in parts)
+    return content if has_image else text_of(content)
 
 
 def at_path(entry: Mapping[str, Any], path: str) -> Any:

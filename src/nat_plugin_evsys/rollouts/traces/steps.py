@@ -12,7 +12,7 @@ from typing import Any
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.rollouts.episodes import Message, text_of
-from nat_plugin_evsys.rollouts.traces.record import Record, TracedCall
+from nat_plugin_evsys.rollouts.traces.record import Record, TracedCall, content_of
 
 Step = Mapping[str, Any]
 
@@ -115,7 +115,7 @@ def _prompt(start: Step | None) -> list[Message] | None:
 
 def _message(entry: Mapping[str, Any]) -> Message:
     role = str(entry.get("role") or _ROLES.get(str(entry.get("type")), "user"))
-    message: Message = {"role": role, "content": text_of(entry.get("content"))}
+    message: Message = {"role": role, "content": content_of(entry.get("content"))}
     given = entry.get("tool_calls") or (entry.get("additional_kwargs") or {}).get("tool_calls")
     if role == "assistant" and given:
         message["tool_calls"] = [_tool_call(call) for call in given]

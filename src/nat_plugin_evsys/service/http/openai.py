@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from nat_plugin_evsys.calls import Call
-from nat_plugin_evsys.engine.model.vision import Vision
+from nat_plugin_evsys.engine.model.images import reader_or_reason
 from nat_plugin_evsys.errors import ApiError, CheckpointError, ModelError
 from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.chat import ChatRenderer
@@ -82,7 +82,7 @@ class CheckpointModels:
     def _renderer(self, base: BaseModel) -> ChatRenderer:
         if base.name not in self._renderers:
             try:
-                images = base.vision if isinstance(base.vision, Vision) else None
+                images = reader_or_reason(base.vision)
                 self._renderers[base.name] = ChatRenderer(base.tokenizer, split_thoughts=True, images=images)
             except ModelError as error:
                 raise bad_request(
