@@ -88,7 +88,8 @@ def test_a_trace_with_an_image_is_not_trained_on_as_text(call: Make) -> None:
     names: dict[str, Any] = {"session": "s", "name": "n", "agent": "a", "model": "m", "extra": {}}
     kept = atif_trajectory(attempt, {}, lambda ids: [str(each) for each in ids], **names)
     record = record_of_atif(kept.model_dump(exclude_none=True), "it")
-    reader = CallReader(ChatRenderer(load_tokenizer("builtin/tiny")), retokenize=True, temperature=1.0, model_names=frozenset())
+    renderer = ChatRenderer(load_tokenizer("builtin/tiny"))
+    reader = CallReader(renderer, retokenize=True, temperature=1.0, model_names=frozenset())
     calls, reason, seen = reader.calls(record, "run")
     assert (calls, reason) == ([], DropReason.NOT_RENDERED)
     assert "`messages[0].content[1]` is a part of type `image`" in str(seen)

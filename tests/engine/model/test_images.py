@@ -90,3 +90,27 @@ def test_text_alone_is_as_right_as_in_other_models(vision_base_of: Any, family: 
     row = check_model(vision_base_of(family))
     assert row.is_right, row
     assert row.training == "fast"
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_an_image_goes_through_the_processor_once(
+    vision_base_of: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = vision_base_of(family)
+    processor, seen = base.vision.processor, []
+
+    def counted(**given: Any) -> Any:
+        seen.append(given["images"])
+        return processor(**given)
+
+    monkeypatch.setattr(base.vision, "processor", counted)
+    ids, images = read([text(5), chunk_of(picture(77)), text(6)], base)
+    with torch.no_grad():
+        first = base.vision.hidden(torch.tensor(ids), images)
+        again = base.vision.hidden(torch.tensor(ids), read([text(5), chunk_of(picture(77)), text(6)], base)[1])
+    assert torch.equal(first, again)
+    assert len(seen) == 1
+    other_ids, other = read([text(5), chunk_of(picture(78)), text(6)], base)
+    with torch.no_grad():
+        assert not torch.equal(first, base.vision.hidden(torch.tensor(other_ids), other))
+    assert len(seen) == 2

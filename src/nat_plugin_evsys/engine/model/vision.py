@@ -20,8 +20,10 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 
 from nat_plugin_evsys.engine.model.images import ModelImage, NoImages, PlacedImage, content_key, decode
 from nat_plugin_evsys.engine.model.quantized import packed_layers
+from nat_plugin_evsys.engine.model.sized_cache import SizedCache, size_of
 
 _FEATURE_BYTES = 256 * 2**20
+_PREPARED_BYTES = 64 * 2**20
 _MEASURED = 4096
 
 Features = tuple[Tensor, ...]
@@ -52,8 +54,8 @@ class Vision:
         self.processor = processor
         self._lock = threading.Lock()
         self._measured: OrderedDict[tuple[bytes, str], tuple[int, ...]] = OrderedDict()
-        self._features: OrderedDict[bytes, Features] = OrderedDict()
-        self._feature_bytes = 0
+        self._features = SizedCache[bytes, Features](_FEATURE_BYTES)
+        self._prepared = SizedCache[bytes, Any](_PREPARED_BYTES)
 
     def measure(self, data: bytes, form: str, where: str) -> ModelImage:
         """See ``ReadsImages``."""
@@ -61,8 +63,11 @@ class Vision:
         with self._lock:
             grid = self._measured.get(key)
         if grid is None:
-            grid = self._grid(self._pixels(data, form, where))
+            pixels = self._pixels(data, form, where)
+            grid = self._grid(pixels)
             with self._lock:
+                # Its features are likely to be asked for next.
+                self._prepared.put(key[0], pixels, size_of(pixels.values()))
                 self._measured[key] = grid
                 if len(self._measured) > _MEASURED:
                     self._measured.popitem(last=False)
@@ -131,23 +136,19 @@ class Vision:
         with self._lock:
             known = self._features.get(image.key)
             if known is not None:
-                self._features.move_to_end(image.key)
                 return known
+            pixels = self._prepared.pop(image.key)
+        if pixels is None:
+            pixels = self._pixels(image.data, image.form, "the input")
         # The sampler runs in inference mode, whose tensors a backward pass cannot keep.
         with torch.inference_mode(False), torch.no_grad():
-            found = self._encode(self._pixels(image.data, image.form, "the input").to(self._device))
+            found = self._encode(pixels.to(self._device))
         self._keep(image.key, found)
         return found
 
     def _keep(self, key: bytes, features: Features) -> None:
         with self._lock:
-            if key in self._features:
-                return
-            self._features[key] = features
-            self._feature_bytes += _size(features)
-            while self._feature_bytes > _FEATURE_BYTES and len(self._features) > 1:
-                _, old = self._features.popitem(last=False)
-                self._feature_bytes -= _size(old)
+            self._features.put(key, features, size_of(features))
 
 
 class _QwenVision(Vision):
@@ -261,7 +262,3 @@ def load_image_processor(where: str | Path, model_type: str | None, **options: A
         return AutoImageProcessor.from_pretrained(where, **options)
     except (OSError, ValueError):
         return None
-
-
-def _size(features: Features) -> int:
-    return sum(tensor.nbytes for tensor in features)

@@ -77,7 +77,7 @@ def _content(content: Any, where: str, images: list[ImageFile] | None) -> Any:
             continue
         if kind != "text" or not isinstance(part.get("text"), str):
             raise DataError(
-                f"`{where}.content[{index}]` is a part of type `{kind}`; the policy reads text only, "
+                f"`{where}.content[{index}]` is a part of type `{kind}`; only text is read here, "
                 "so send parts of type `text`"
             )
         parts.append({"type": "text", "text": part["text"]})
