@@ -19,6 +19,7 @@ from nat_plugin_evsys.engine.model.vision import Vision
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch, SamplingPolicy
 from nat_plugin_evsys.engine.sampling.decoding_check import trusted_runner
+from nat_plugin_evsys.engine.sampling.exact_prefixes import ExactPrefixes
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
 from nat_plugin_evsys.engine.sampling.grammars import Grammars
 from nat_plugin_evsys.engine.sampling.image_runner import image_runner
@@ -92,6 +93,8 @@ class Sampler:
             never.append(base.vision.token)  # it could not be read back beside an image
         self._never = torch.tensor(never, device=base.device) if never else None
         keep = prefix_cache_bytes if prefix_cache_bytes is not None else _prefix_budget(base.device)
+        if isinstance(base.vision, Vision):
+            keep //= 2  # of text, and of sequences with images
         self._prefixes = PrefixCache(keep)
         self._spans = SpanTree(self._runner.layout, keep)
         self._fast: RolloutModel | None = None
@@ -102,6 +105,7 @@ class Sampler:
         self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else _kv_budget(base.device)
         self._base = base
         self._images: ExactRunner | None = None
+        self._seen = ExactPrefixes(keep) if keep else None
         self._batches: dict[tuple[int, bool], DecodeBatch] = {}
         self._spare: SlotStore | None = None
         self._policy_idents = count()
@@ -161,6 +165,8 @@ class Sampler:
             self._thread.join()
         self._prefixes.clear()
         self._spans.clear()
+        if self._seen is not None:
+            self._seen.clear()
         if self._fast is not None:
             self._fast.versions.clear()
         self._spare = None
@@ -203,6 +209,8 @@ class Sampler:
         while self._orphans:
             resting.append(ident := self._orphans.popleft())
             self._spans.forget(ident)
+            if self._seen is not None:
+                self._seen.forget(ident)
             for is_long in (False, True):
                 self._prefixes.forget((ident, is_long))  # as ``SlotDecoder`` names them
         if self._fast is not None:
@@ -243,7 +251,8 @@ class Sampler:
             if sees and self._images is not None:
                 runner = self._images
                 most = self._kv_bytes // max(1, self._runner.layout.bytes_per_token)
-                decoder: RowDecoder = ExactDecoder(self._images, policy.adapter, most)
+                seen = None if self._seen is None else (self._seen, policy.ident)
+                decoder: RowDecoder = ExactDecoder(self._images, policy.adapter, most, seen)
             else:
                 decoder, self._spare = self._decoder(policy), None
             batch = DecodeBatch(runner, policy, decoder, max_rows=self.max_batch_size, never=self._never)

@@ -108,20 +108,20 @@ def test_without_a_trusted_cache_it_is_as_exact(
     vision_base_of: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = vision_base_of("qwen2_5_vl")
-    monkeypatch.setattr(image_runner, "_CACHED", {})
+    monkeypatch.setattr(image_runner, "_WAYS", {})
     params = types.SamplingParams(max_tokens=5, temperature=0.0, stop=[])
     with_cache = Sampler(base)
     expected = with_cache.client(None, 0).sample(prompt(1), 1, params).result(120).sequences[0]
     with_cache.close()
-    assert {base: True} == image_runner._CACHED
+    assert {base: (True, True)} == image_runner._WAYS
 
     # Positions that go on from the number of tokens, as those of text do: what M-RoPE must not do.
-    monkeypatch.setattr(image_runner, "_CACHED", {})
-    monkeypatch.setattr(type(base.vision), "going_on", lambda self, position, images: {})
+    monkeypatch.setattr(image_runner, "_WAYS", {})
+    monkeypatch.setattr(type(base.vision), "going_on", lambda self, position, count, images: {})
     without = Sampler(base)
     found = without.client(None, 0).sample(prompt(1), 1, params).result(120).sequences[0]
     without.close()
-    assert {base: False} == image_runner._CACHED
+    assert {base: (False, False)} == image_runner._WAYS
     assert "without a cache: its logits are off" in caplog.text
     assert list(found.tokens) == list(expected.tokens)
     torch.testing.assert_close(torch.tensor(found.logprobs), torch.tensor(expected.logprobs), atol=1e-5, rtol=0)

@@ -82,8 +82,9 @@ class Vision:
         encoded = self._joined([self._of(each.image) for each in images])
         return {"input_ids": ids, "mm_encoder_outputs": {"image": encoded}, **self._layout(ids, kinds, images)}
 
-    def going_on(self, position: int, images: Sequence[PlacedImage]) -> dict[str, Any]:
-        """Further arguments for the token at ``position``, after ``images``, on top of the model's cache."""
+    def going_on(self, position: int, count: int, images: Sequence[PlacedImage]) -> dict[str, Any]:
+        """Further arguments for ``count`` text tokens from ``position`` on, after ``images``, on top of the model's
+        cache."""
         raise NotImplementedError
 
     def written(self, tokenizer: Any) -> tuple[str, str]:
@@ -175,10 +176,11 @@ class _QwenVision(Vision):
         positions, _ = self._model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grids)
         return {"position_ids": positions}
 
-    def going_on(self, position: int, images: Sequence[PlacedImage]) -> dict[str, Any]:
+    def going_on(self, position: int, count: int, images: Sequence[PlacedImage]) -> dict[str, Any]:
         """See ``Vision``."""
         lag = sum(each.image.tokens - max(each.image.grid[1:]) // self._merge for each in images)
-        return {"position_ids": torch.full((3, 1, 1), position - lag, device=self._device)}
+        positions = torch.arange(position - lag, position - lag + count, device=self._device)
+        return {"position_ids": positions.expand(3, 1, count)}
 
     def _encode(self, processed: Any) -> Features:
         out = self._model.get_image_features(processed["pixel_values"], processed["image_grid_thw"], return_dict=True)
@@ -213,7 +215,7 @@ class _Gemma3Vision(Vision):
     def _layout(self, ids: Tensor, kinds: Tensor, images: Sequence[PlacedImage]) -> dict[str, Any]:
         return {"token_type_ids": kinds}
 
-    def going_on(self, position: int, images: Sequence[PlacedImage]) -> dict[str, Any]:
+    def going_on(self, position: int, count: int, images: Sequence[PlacedImage]) -> dict[str, Any]:
         """See ``Vision``."""
         return {}
 

@@ -17,6 +17,7 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import long_rope_limit
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.vision import Vision
+from nat_plugin_evsys.engine.sampling.exact_prefixes import ExactPrefixes
 from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout, SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import Score
 from nat_plugin_evsys.engine.sampling.prompt_scores import PromptScores
@@ -35,9 +36,11 @@ class ExactRunner:
     Args:
         base: the frozen base model.
         cached: go on from transformers' own cache; if not, every token computes its whole sequence again.
+        extends: go on with several tokens at once, too.
     """
 
-    def __init__(self, base: BaseModel, *, cached: bool) -> None:
+    def __init__(self, base: BaseModel, *, cached: bool, extends: bool = False) -> None:
+        self.extends = extends
         self.vocab_size = base.vocab_size
         self.device = base.device
         self.prefill_tokens = 4096
@@ -54,16 +57,17 @@ class ExactRunner:
         return logits[-1], cache
 
     def go_on(
-        self, adapter: LoraAdapter | None, cache: Any, tokens: list[int], images: Images = ()
+        self, adapter: LoraAdapter | None, cache: Any, tokens: list[int], images: Images = (), *, new: int = 1
     ) -> tuple[Tensor, Any]:
-        """``read`` where ``cache`` has all tokens but the last; it is changed."""
-        crosses = self._rope_limit is not None and len(tokens) == self._rope_limit + 1
+        """``read`` where ``cache`` has all tokens but the last ``new`` ones, which are text; it is changed."""
+        known = len(tokens) - new
+        crosses = self._rope_limit is not None and known <= self._rope_limit < len(tokens)
         if cache is None or crosses:
             return self.read(adapter, tokens, images)
         name, state = cache
-        inputs = {"input_ids": torch.tensor([tokens[-1:]], device=self.device), name: state}
+        inputs = {"input_ids": torch.tensor([tokens[known:]], device=self.device), name: state}
         if images and isinstance(self._vision, Vision):
-            inputs |= self._vision.going_on(len(tokens) - 1, images)
+            inputs |= self._vision.going_on(known, new, images)
         logits, cache = self._pass(adapter, inputs, use_cache=True)
         return logits[-1], cache
 
@@ -119,10 +123,20 @@ class ExactDecoder:
 
     Args:
         most_tokens: of all rows together; None where it is not known what a token's state takes.
+        prefixes: what is kept of sequences that were read, and under which number for this policy; None keeps nothing.
     """
 
-    def __init__(self, runner: ExactRunner, adapter: LoraAdapter | None, most_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        runner: ExactRunner,
+        adapter: LoraAdapter | None,
+        most_tokens: int | None = None,
+        prefixes: tuple[ExactPrefixes, int] | None = None,
+    ) -> None:
         self.store = SlotStore(runner.layout)
+        self._prefixes, self._policy = prefixes or (None, -1)
+        if not runner.extends:
+            self._prefixes = None
         self._runner = runner
         self._adapter = adapter
         self._most_tokens = most_tokens
@@ -148,7 +162,7 @@ class ExactDecoder:
             logits.append(found)
         read, self._waiting = self._waiting, []
         for context in read:
-            found, cache = self._runner.read(self._adapter, context.tokens, context.images)
+            found, cache = self._read(context)
             self._rows += [
                 (list(context.tokens), context.images, copy.deepcopy(cache) if more else cache)
                 for more in range(context.rows)
@@ -156,8 +170,30 @@ class ExactDecoder:
             logits.append(found)
         return torch.stack(logits), read
 
+    def _read(self, context: Context) -> tuple[Tensor, Any]:
+        """``ExactRunner.read`` of a context, from what is kept; what was read is kept in turn."""
+        tokens, images, kept = context.tokens, context.images, self._prefixes
+        if kept is None or not images:
+            return self._runner.read(self._adapter, tokens, images)
+        prefix = kept.find(self._policy, tokens, images)
+        if prefix is not None:
+            context.known = prefix.length
+        else:  # another question about the same images goes on from their end
+            seen = tokens[: images[-1].end]
+            logits, cache = self._runner.read(self._adapter, seen, images)
+            prefix = kept.keep(self._policy, seen, images, cache, logits)
+        if prefix.length == len(tokens) and prefix.logits is not None:
+            return prefix.logits, copy.deepcopy(prefix.cache)
+        cache, new = copy.deepcopy(prefix.cache), len(tokens) - prefix.length
+        logits, cache = self._runner.go_on(self._adapter, cache, tokens, images, new=new)
+        kept.keep(self._policy, tokens, images, copy.deepcopy(cache), logits)
+        return logits, cache
+
     def remove(self, row: int, tokens: list[int] | None) -> None:
-        """See ``RowDecoder``; nothing is kept."""
+        """See ``RowDecoder``; only sequences with images are kept."""
+        whole, images, cache = self._rows[row]
+        if tokens is not None and images and self._prefixes is not None:
+            self._prefixes.keep(self._policy, whole, images, cache)
         last = self._rows.pop()
         if row < len(self._rows):
             self._rows[row] = last

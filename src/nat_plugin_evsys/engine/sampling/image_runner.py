@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +23,15 @@ logger = logging.getLogger(__name__)
 
 _BEFORE, _AFTER, _STEPS = 3, 2, 3
 
-_CACHED: WeakKeyDictionary[BaseModel, bool] = WeakKeyDictionary()
+
+class Way(NamedTuple):
+    """How a base model's sequences with images are decoded; see ``ExactRunner``."""
+
+    cached: bool
+    extends: bool
+
+
+_WAYS: WeakKeyDictionary[BaseModel, Way] = WeakKeyDictionary()
 
 
 def image_runner(base: BaseModel) -> ExactRunner:
@@ -31,47 +40,66 @@ def image_runner(base: BaseModel) -> ExactRunner:
     Raises:
         ModelError: decoding gives something else than a pass over the whole sequence, with a cache and without.
     """
-    if base not in _CACHED:
-        _CACHED[base] = _find_out(base)
-    return ExactRunner(base, cached=_CACHED[base])
+    if base not in _WAYS:
+        _WAYS[base] = _find_out(base)
+    return ExactRunner(base, cached=_WAYS[base].cached, extends=_WAYS[base].extends)
 
 
-def _find_out(base: BaseModel) -> bool:
+def _find_out(base: BaseModel) -> Way:
     reasons: list[str] = []
     for cached in (True, False):
         reason = mismatch(base, partial(_gap_of, base, cached))
-        if not reason:
-            if reasons:
-                logger.warning("%s: prompts with images are sampled without a cache: %s", base.name, reasons[0])
-            return cached
-        reasons.append(reason)
+        if reason:
+            reasons.append(reason)
+            continue
+        if reasons:
+            logger.warning("%s: prompts with images are sampled without a cache: %s", base.name, reasons[0])
+            return Way(cached=False, extends=False)
+        reason = mismatch(base, partial(_gap_of_several, base))
+        if reason:
+            logger.warning("%s: prompts with images share no prefixes: %s", base.name, reason)
+        return Way(cached=True, extends=not reason)
     raise ModelError(
         f"cannot sample from images with base_model {base.name!r}: with transformers' cache {reasons[0]}; without a "
         f"cache {reasons[1]}"
     )
 
 
-def _gap_of(base: BaseModel, cached: bool) -> float:
-    """Distance of a few decoded tokens' logits from those of whole passes, as a share of their norm; the worst one."""
+def _probe(base: BaseModel, after: int) -> tuple[Vision, list[int], tuple[PlacedImage, ...]]:
+    """What reads images, and a few random tokens with an image among them."""
     vision = base.vision
     assert isinstance(vision, Vision)
     generator = torch.Generator().manual_seed(0)
+    drawn: list[int] = torch.randint(vision.token, (_BEFORE + after,), generator=generator).tolist()
     image = vision.probe()
+    tokens = [*drawn[:_BEFORE], *[vision.token] * image.tokens, *drawn[_BEFORE:]]
+    return vision, tokens, (PlacedImage(_BEFORE, image),)
 
-    def draw(count: int) -> list[int]:
-        drawn: list[int] = torch.randint(vision.token, (count,), generator=generator).tolist()
-        return drawn
 
-    tokens = [*draw(_BEFORE), *[vision.token] * image.tokens, *draw(_AFTER)]
-    context = Context(tokens, rows=2, images=(PlacedImage(_BEFORE, image),))
+def _gap_of(base: BaseModel, cached: bool) -> float:
+    """Distance of a few decoded tokens' logits from those of whole passes, as a share of their norm; the worst one."""
+    vision, whole, images = _probe(base, _AFTER + _STEPS)
+    tokens = whole[:-_STEPS]
     decoder, gaps = ExactDecoder(ExactRunner(base, cached=cached), None), []
-    decoder.join(context)
+    decoder.join(Context(tokens, rows=2, images=images))
     found, _ = decoder.step([])
-    for _ in range(_STEPS):
-        gaps.append(distance(found[-1], _plain(base, vision, tokens, context.images)))
-        tokens = [*tokens, *draw(1)]
-        found, _ = decoder.step([tokens[-1]] * 2)
-    gaps.append(distance(found[0], _plain(base, vision, tokens, context.images)))
+    for token in whole[-_STEPS:]:
+        gaps.append(distance(found[-1], _plain(base, vision, tokens, images)))
+        tokens = [*tokens, token]
+        found, _ = decoder.step([token] * 2)
+    gaps.append(distance(found[0], _plain(base, vision, tokens, images)))
+    return max(gaps)
+
+
+def _gap_of_several(base: BaseModel) -> float:
+    """The same for tokens that are read at once, on top of a cache that ends with an image, or behind one."""
+    vision, tokens, images = _probe(base, _AFTER + _STEPS)
+    runner = ExactRunner(base, cached=True)
+    gaps = []
+    for known in (images[-1].end, images[-1].end + _AFTER):
+        _, cache = runner.read(None, tokens[:known], images)
+        found, _ = runner.go_on(None, cache, tokens, images, new=len(tokens) - known)
+        gaps.append(distance(found, _plain(base, vision, tokens, images)))
     return max(gaps)
 
 
