@@ -134,9 +134,8 @@ class ExactDecoder:
         prefixes: tuple[ExactPrefixes, int] | None = None,
     ) -> None:
         self.store = SlotStore(runner.layout)
-        self._prefixes, self._policy = prefixes or (None, -1)
-        if not runner.extends:
-            self._prefixes = None
+        kept, self._policy = prefixes or (None, -1)
+        self._prefixes: ExactPrefixes | None = kept if runner.extends else None
         self._runner = runner
         self._adapter = adapter
         self._most_tokens = most_tokens
