@@ -66,6 +66,8 @@ async def gym_servers(gym: Path, directory: Path, policy: Policy) -> AsyncIterat
     ]
     environment = {**os.environ, "PATH": f"{gym}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("PYTHONPATH", None)
+    # Gym ends at SIGINT, which it would ignore where this program was started in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (directory / "gym.log").open("w") as log:
         process = await asyncio.create_subprocess_exec(
             gym / "gym", "env", "start", *options, env=environment, cwd=directory, stdout=log, stderr=log

@@ -5,18 +5,20 @@ Most of them SmolLM2-135M. What each prints is in docs/interop.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cookbook_data
 import pytest
-from cookbook_programs import PROGRAMS, Program, Steps
+from cookbook_programs import PROGRAMS, Program, Steps, falls, series
 from other_environment import python_with
 from serve_process import ServerProcess, start_server
 
@@ -37,6 +39,9 @@ NEEDS = (
     "termcolor",
     "tabulate",
 )
+SKYRLS_MODEL = "Qwen/Qwen3-4B-Instruct-2507"
+"""What SkyRL's pages train: the loops take a renderer by the name. Here it is a directory with SmolLM2, whose chat
+format is the same."""
 BUILD = ("hatchling", "hatch-vcs")
 """What pip wants for the source archive, which alone has the cookbook's scripts."""
 
@@ -106,12 +111,16 @@ def models(directory: Path) -> dict[str, Path]:
     """By name. The SDK takes an absolute path of more than two slashes for a directory, not for a hub's id."""
     found = {"tiny": ensure_builtin("builtin/tiny", directory / "models")}
     found["smollm2"] = ensure_builtin("builtin/smollm2-135m", directory / "models")
+    named = directory / SKYRLS_MODEL
+    named.parent.mkdir()
+    named.symlink_to(found["smollm2"])
     return {name: Path(path) for name, path in found.items()}
 
 
 @pytest.fixture(scope="module")
 def server(directory: Path, models: dict[str, Path]) -> Iterator[ServerProcess]:
-    process = start_server(models["smollm2"], directory / "store", "--base-model", str(models["tiny"]))
+    with contextlib.chdir(directory):  # where SKYRLS_MODEL is a model's directory, for the server as for its clients
+        process = start_server(models["smollm2"], directory / "store", "--base-model", str(models["tiny"]))
     yield process
     process.stop()
 
@@ -137,6 +146,34 @@ def scripts(cookbook: Cookbook) -> Path:
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_it_trains(cookbook: Cookbook, program: Program) -> None:
     print(f"{program.name}: {program.check(cookbook.report(program))}")
+
+
+def skyrls_loop(cookbook: Cookbook, name: str, log: str, **options: object) -> Steps:
+    """A command of SkyRL's pages; the options are those of the pages, and what keeps it short."""
+    given = {"base_url": cookbook.url, "model_name": SKYRLS_MODEL, "log_path": cookbook.directory / "logs" / log}
+    arguments = (f"{option}={value}" for option, value in {**given, **options}.items())
+    cookbook.run("-m", f"tinker_cookbook.recipes.{name}", *arguments, timeout=1500)
+    return read_lines(cookbook.directory / "logs" / log / "metrics.jsonl")
+
+
+@pytest.mark.timeout(1800)
+def test_skyrls_two_supervised_clients_at_once(cookbook: Cookbook) -> None:
+    options = {"train_on_what": "LAST_ASSISTANT_MESSAGE", "lora_rank": 32, "batch_size": 8, "learning_rate": 1e-3}
+    with ThreadPoolExecutor() as clients:
+        runs = [clients.submit(skyrls_loop, cookbook, "sl_loop", f"sl_loop_{each}", **options) for each in "ab"]
+    for run in runs:
+        print(f"sl_loop: {falls(run.result(), 'train_mean_nll', 0.8, 8)}")
+
+
+@pytest.mark.timeout(1800)
+def test_skyrls_rl_client(cookbook: Cookbook) -> None:
+    """With the loss of SkyRL's pages: the default of newer releases, stable_reinforce, is refused by name."""
+    size = {"batch_size": 8, "group_size": 8, "max_tokens": 24, "learning_rate": 5e-4, "max_steps": 6}
+    steps = skyrls_loop(cookbook, "rl_loop", "rl_loop", loss_fn="importance_sampling", **size)
+    rewards = series(steps, "reward/total")
+    assert len(rewards) == 6
+    assert max(rewards[-2:]) > rewards[0] + 0.05
+    print(f"rl_loop: reward/total {' '.join(f'{reward:.3f}' for reward in rewards)}")
 
 
 WITH_A_LOCAL_TEXT = """

@@ -21,6 +21,15 @@ LANGUAGES = {
 }
 
 
+GSM8K_CARD = """---
+configs:
+- config_name: main
+  data_files: train.jsonl
+---
+"""
+"""The data set is asked for by the name of its configuration too."""
+
+
 def write(directory: Path, pairs: int = 64) -> None:
     """All data sets, below the directory that the programs run in."""
     random = Random(0)
@@ -31,10 +40,13 @@ def write(directory: Path, pairs: int = 64) -> None:
         ("Anthropic/hh-rlhf/test.jsonl", _preferences(random, 4)),
         ("zwhe99/DeepMath-103K/train.jsonl", ({"question": _sum(random)[0]} for _ in range(pairs))),
         ("hicai-zju/SciKnowEval/test.jsonl", _choices(random, pairs)),
+        ("HuggingFaceH4/no_robots/train.jsonl", _sums(random, pairs)),
+        ("openai/gsm8k/train.jsonl", _word_problems(random, pairs)),
     ):
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (directory / "openai/gsm8k/README.md").write_text(GSM8K_CARD)
 
 
 def _conversation(*contents: str) -> dict[str, Any]:
@@ -50,6 +62,14 @@ def _sum(random: Random) -> tuple[str, str]:
 def _sums(random: Random, count: int) -> Iterable[dict[str, Any]]:
     """Conversations with the example that `math_rl` shows before its arithmetic."""
     return (_conversation("What is 4 + 5?", "9", *_sum(random)) for _ in range(count))
+
+
+def _word_problems(random: Random, count: int) -> Iterable[dict[str, Any]]:
+    """The answer behind the mark that GSM8K has."""
+    for _ in range(count):
+        x, y = random.randint(1, 4), random.randint(1, 4)
+        question = f"Tom has {x} apples and buys {y} more. How many apples has Tom?"
+        yield {"question": question, "answer": f"{x} + {y} = {x + y}\n#### {x + y}"}
 
 
 def _preferences(random: Random, count: int) -> Iterable[dict[str, Any]]:

@@ -218,14 +218,7 @@ class RestClient:
         def call() -> types.WeightsInfoResponse:
             info = read_checkpoint(self._store.resolve(tinker_path))
             record = self._record(parse_path(tinker_path)[0])
-            return types.WeightsInfoResponse(
-                base_model=info.base_model,
-                is_lora=True,
-                lora_rank=info.rank,
-                train_unembed=record.train_unembed,
-                train_mlp=record.train_mlp,
-                train_attn=record.train_attn,
-            )
+            return record.weights_info(info)
 
         return self._run(call)
 

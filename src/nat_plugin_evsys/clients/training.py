@@ -8,6 +8,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from tinker import types
@@ -265,13 +266,8 @@ class TrainingClient:
             ConfigError: ttl_seconds or user_metadata is malformed.
         """
 
-        def respond(path: str) -> types.SaveWeightsResponse:
-            return types.SaveWeightsResponse(path=path, type="save_weights")
-
-        def prepare() -> ModelAction:
-            return self._saving("training", name, ttl_seconds, overwrite, user_metadata, respond)
-
-        return self._submit(prepare, ResultFuture(), wait)
+        respond = partial(types.SaveWeightsResponse, type="save_weights")
+        return self._save("training", name, respond, wait, ttl_seconds, overwrite, user_metadata)
 
     save_state_async = submits(save_state)
 
@@ -289,13 +285,8 @@ class TrainingClient:
         Arguments and errors are those of ``save_state``; ``overwrite`` is an *extension*.
         """
 
-        def respond(path: str) -> types.SaveWeightsForSamplerResponse:
-            return types.SaveWeightsForSamplerResponse(path=path, type="save_weights_for_sampler")
-
-        def prepare() -> ModelAction:
-            return self._saving("sampler", name, ttl_seconds, overwrite, user_metadata, respond)
-
-        return self._submit(prepare, ResultFuture(), wait)
+        respond = partial(types.SaveWeightsForSamplerResponse, type="save_weights_for_sampler")
+        return self._save("sampler", name, respond, wait, ttl_seconds, overwrite, user_metadata)
 
     save_weights_for_sampler_async = submits(save_weights_for_sampler)
 
@@ -312,13 +303,8 @@ class TrainingClient:
         Arguments and errors are those of ``save_state``; ``age_encryption_recipients`` is refused.
         """
 
-        def prepare() -> ModelAction:
-            refuse_options(age_encryption_recipients=age_encryption_recipients)
-            return self._saving(
-                "external", name, ttl_seconds, False, None, lambda path: types.SaveWeightsExternalResponse(path=path)
-            )
-
-        return self._submit(prepare, ResultFuture(), wait)
+        refused = {"age_encryption_recipients": age_encryption_recipients}
+        return self._save("external", name, types.SaveWeightsExternalResponse, wait, ttl_seconds, refused=refused)
 
     save_weights_external_async = submits(save_weights_external)
 
@@ -482,15 +468,27 @@ class TrainingClient:
         self._inflight.current = weights
         return SamplingClient(self._inflight, base, self._service)
 
-    def _saving(
-        self, kind: Kind, name: str, ttl: Any, overwrite: Any, metadata: Any, respond: Callable[[str], Any]
-    ) -> ModelAction:
-        options: dict[str, Any] = {
-            "overwrite": check_flag("overwrite", overwrite),
-            "ttl_seconds": check_ttl(ttl),
-            "user_metadata": check_metadata(metadata),
-        }
-        return lambda model, _: respond(self._store.save(self.record, model, name, kind=kind, **options))
+    def _save(
+        self,
+        kind: Kind,
+        name: str,
+        respond: Callable[..., Any],
+        wait: bool,
+        ttl: Any,
+        overwrite: Any = False,
+        metadata: Any = None,
+        refused: Mapping[str, Any] | None = None,
+    ) -> ResultFuture[Any]:
+        def prepare() -> ModelAction:
+            refuse_options(**(refused or {}))
+            options: dict[str, Any] = {
+                "overwrite": check_flag("overwrite", overwrite),
+                "ttl_seconds": check_ttl(ttl),
+                "user_metadata": check_metadata(metadata),
+            }
+            return lambda model, _: respond(path=self._store.save(self.record, model, name, kind=kind, **options))
+
+        return self._submit(prepare, ResultFuture(), wait)
 
     def _load(
         self, path: str, weights_access_token: str | None, with_optimizer: bool, wait: bool

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 
 from tinker import types
 
+from nat_plugin_evsys.engine.checkpoints import CheckpointInfo
+
 RUN_FILE = "run.json"
 
 
@@ -56,4 +58,15 @@ class RunRecord:
             last_checkpoint=last("training"),
             last_sampler_checkpoint=last("sampler"),
             user_metadata=self.user_metadata or None,
+        )
+
+    def weights_info(self, checkpoint: CheckpointInfo) -> types.WeightsInfoResponse:
+        """What a checkpoint of the run holds, in Tinker's form."""
+        return types.WeightsInfoResponse(
+            base_model=checkpoint.base_model,
+            is_lora=True,
+            lora_rank=checkpoint.rank,
+            train_unembed=self.train_unembed,
+            train_mlp=self.train_mlp,
+            train_attn=self.train_attn,
         )

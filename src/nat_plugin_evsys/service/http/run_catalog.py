@@ -119,14 +119,7 @@ class RunCatalog:
         """
         info = self._access.read(path, owner)
         record = self._checkpoints.run(path.removeprefix(SCHEME).split("/", 1)[0])
-        return types.WeightsInfoResponse(
-            base_model=info.base_model,
-            is_lora=True,
-            lora_rank=info.rank,
-            train_unembed=record.train_unembed,
-            train_mlp=record.train_mlp,
-            train_attn=record.train_attn,
-        )
+        return record.weights_info(info)
 
     def expire(self) -> None:
         """Delete expired checkpoints."""
