@@ -85,11 +85,13 @@ class DatumSet:
         dropped: calls left out, by reason.
         dropped_trajectories: trajectories without any Datum, by reason.
         reasons: why each dropped call was left out.
+        silent: whether no trajectory of the group is better than another.
     """
 
     datums: list[Datum] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
     calls: int = 0
+    silent: bool = False
     dropped: Counter[DropReason] = field(default_factory=Counter)
     dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
     reasons: dict[CallKey, DropReason] = field(default_factory=dict)
@@ -129,11 +131,13 @@ def group_datums(
     merge_calls: bool = True,
     discount: float = 1.0,
     mask_truncated: bool = False,
+    keep_silent: bool = False,
 ) -> DatumSet:
     """The Datums of one group.
 
-    A group without any advantage under the group methods is left out (``zero_variance_group``, or
-    ``single_trajectory_group`` if it has only one trajectory).
+    A group without any advantage under the group methods is silent. It is left out (``zero_variance_group``, or
+    ``single_trajectory_group`` if it has only one trajectory) unless ``keep_silent``: a KL penalty still has a gradient
+    there, and pulls hardest where all replies to a row are the same.
 
     Args:
         advantage: see ``group_advantages``.
@@ -155,8 +159,9 @@ def group_datums(
     advantages_G = call_advantages(
         group.rewards_G, calls_G, advantage, step_rewards_G=group.step_rewards_G, discount=discount
     )
-    silent = any(calls_G) or has_zero_variance(group.rewards_G)  # or no trajectory has a call, which is said of each
-    if advantage != "reward" and silent and not any(any(values) for values in advantages_G):
+    known = any(calls_G) or has_zero_variance(group.rewards_G)  # or no trajectory has a call, which is said of each
+    result.silent = advantage != "reward" and known and not any(any(values) for values in advantages_G)
+    if result.silent and not keep_silent:
         single = len(group.rewards_G) == 1
         reason = DropReason.SINGLE_TRAJECTORY_GROUP if single else DropReason.ZERO_VARIANCE_GROUP
         result.drop(reason, itertools.chain.from_iterable(group.calls_G))

@@ -107,10 +107,10 @@ def _figures(groups: Sequence[TrajectoryGroup], sets: Sequence[DatumSet]) -> dic
     """``groups_without_signal``: share of the groups whose rewards are all equal. ``reply_tokens``: tokens sampled in
     one trajectory, on average. ``forced_tokens``, where decoding was constrained: those that a grammar left no
     choice about, which carry no loss."""
-    dull = sum(DropReason.ZERO_VARIANCE_GROUP in datums.dropped_trajectories for datums in sets)
+    silent = sum(datums.silent for datums in sets)
     trajectories = [calls for group in groups for calls in group.calls_G]
     sampled = sum(len(call.output_ids) for calls in trajectories for call in calls)
-    figures = {"groups_without_signal": dull / len(groups), "reply_tokens": sampled / max(len(trajectories), 1)}
+    figures = {"groups_without_signal": silent / len(groups), "reply_tokens": sampled / max(len(trajectories), 1)}
     if any(call.constrained for calls in trajectories for call in calls):
         forced = sum(len(call.forced) for calls in trajectories for call in calls)
         figures["forced_tokens"] = forced / max(len(trajectories), 1)

@@ -40,6 +40,7 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
             merge_calls=s.merge_calls,
             discount=s.discount,
             mask_truncated=s.mask_truncated,
+            keep_silent=s.kl_beta > 0,
         )
         for group in groups
     ]
