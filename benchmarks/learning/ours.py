@@ -23,7 +23,7 @@ def run(task: Task, rate: float, seed: int, work: Path, epochs: int) -> list[Poi
     exit_code, log = finetune(task, settings(task, rate, seed, work, epochs), work)
     if exit_code:
         raise RuntimeError(log[-3000:])
-    return points(run_directory(work))
+    return points(run_directory(work), task)
 
 
 def finetune(task: Task, config: dict[str, Any], work: Path) -> tuple[int, str]:
@@ -66,13 +66,18 @@ def settings(task: Task, rate: float, seed: int, work: Path, epochs: int) -> dic
             },
             "evaluators": {"reward": {"_type": "task_reward", "task": task.name}},
         },
-        "trajectory_builders": {"builder": {"_type": "evsys_trajectory_builder", "num_generations": GENERATIONS}},
+        "trajectory_builders": {
+            "builder": {
+                "_type": "evsys_trajectory_builder",
+                "num_generations": GENERATIONS,
+                "rows_per_epoch": GROUPS_PER_STEP,
+            }
+        },
         "trainer_adapters": {
             "adapter": {
                 "_type": "evsys_trainer_adapter",
                 "policy": "policy",
                 "learning_rate": rate,
-                "groups_per_step": GROUPS_PER_STEP,
                 "shuffle_seed": seed,
             }
         },
@@ -80,7 +85,7 @@ def settings(task: Task, rate: float, seed: int, work: Path, epochs: int) -> dic
             "trainer": {
                 "_type": "evsys_trainer",
                 "validation_dataset": str(work / "heldout.json"),
-                "validation_interval": 1,
+                "validation_interval": len(task.train) // GROUPS_PER_STEP,
                 "seed": seed,
             }
         },
@@ -90,7 +95,7 @@ def settings(task: Task, rate: float, seed: int, work: Path, epochs: int) -> dic
             "trajectory_builder": "builder",
             "trainer_adapter": "adapter",
             "reward_function": {"name": "reward"},
-            "num_epochs": epochs,
+            "num_epochs": epochs * (len(task.train) // GROUPS_PER_STEP),
             "output_dir": output,
         },
     }
@@ -106,13 +111,16 @@ def environment(work: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), "NAT_TELEMETRY_ENABLED": "false"}
 
 
-def points(run_dir: Path) -> list[Point]:
-    """The curve of a run directory."""
+def points(run_dir: Path, task: Task) -> list[Point]:
+    """The curve of a run directory, by passes over the rows; an epoch of the run is one step."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     heldout = {row["epoch"]: row["reward"] for row in rows if row["event"] == "validation"}
     epochs = {row["epoch"]: row for row in rows if row["event"] == "epoch"}
+    steps = len(task.train) // GROUPS_PER_STEP
     curve, seconds = [], 0.0
     for epoch, reward in sorted(heldout.items()):
-        seconds += epochs[epoch]["seconds"] if epoch else 0.0
-        curve.append(Point(epoch, reward, epochs[epoch]["reward_mean"] if epoch else None, round(seconds, 1)))
+        whole = [epochs[step] for step in range(epoch - steps + 1, epoch + 1)] if epoch else []
+        seconds += sum(row["seconds"] for row in whole)
+        sampled = sum(row["reward_mean"] for row in whole) / steps if whole else None
+        curve.append(Point(epoch // steps, reward, sampled, round(seconds, 1)))
     return curve

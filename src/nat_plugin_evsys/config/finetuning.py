@@ -20,6 +20,13 @@ class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="
     """Runs the workflow on the dataset and turns the recorded calls into trajectories, one group per row."""
 
     num_generations: int = Field(default=8, ge=1, description="Attempts at each dataset row (the group size).")
+    rows_per_epoch: int | None = Field(
+        default=None,
+        ge=1,
+        description="Dataset rows that one epoch rolls out before it trains; default: all. With N of M rows, M / N epochs "
+        "visit every row once, in a new order each time, and each trains on rollouts of the newest policy. "
+        "`finetuning.num_epochs` and `validation_interval` count these epochs.",
+    )
     dynamic_sampling: int = Field(
         default=0,
         ge=0,

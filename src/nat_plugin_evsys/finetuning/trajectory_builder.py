@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from nat_plugin_evsys.finetuning.workflow.sessions import Recording, Rollouts
 from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.rollouts.attempts import Attempt, rows_without_signal, with_replacements
+from nat_plugin_evsys.rollouts.row_batches import RowBatches, RowChoice
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         self.by_policy: list[PolicyRollouts] = []
         self.on_rollout: Callable[[int, int], None] | None = None
         self._any_succeeded = False
+        self._epochs_per_pass = 1
         self._runs: dict[str, tuple[asyncio.Task[list[list[Attempt]]], Rollouts]] = {}
         self._nat_config: Config | None = None
 
@@ -83,15 +85,17 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
         Args:
             run_id: unique id of this collection of rollouts.
-            meta: ``epoch`` names the rollouts (and so their seeds).
+            meta: ``epoch``, from 0, names the rollouts (and so their seeds), and decides their rows.
 
         Raises:
             ValueError: this run id is in use.
         """
         if run_id in self._runs:
             raise ValueError(f"run `{run_id}` has already been started; finalize it first")
-        rollouts = self._rollouts(f"epoch-{int((meta or {}).get('epoch', 0)):04d}", "rollout")
-        self._runs[run_id] = asyncio.create_task(self._roll_out_groups(rollouts), name=f"rollouts-{run_id}"), rollouts
+        epoch = int((meta or {}).get("epoch", 0))
+        rollouts = self._rollouts(f"epoch-{epoch:04d}", "rollout")
+        task = asyncio.create_task(self._roll_out_groups(rollouts, epoch), name=f"rollouts-{run_id}")
+        self._runs[run_id] = task, rollouts
 
     def is_started(self, run_id: str) -> bool:
         """Whether ``start_run`` was called and ``finalize`` has not ended."""
@@ -203,16 +207,22 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             raise ConfigError("finetuning.run_configuration must be set; use `nat finetune`")
         return run
 
-    async def _roll_out_groups(self, rollouts: Rollouts) -> list[list[Attempt]]:
+    async def _roll_out_groups(self, rollouts: Rollouts, epoch: int) -> list[list[Attempt]]:
         """An epoch's rollouts for each policy, and those that replace groups without a signal."""
         reps = self.config.num_generations
-        by_policy = await self._roll_out(rollouts, reps)
+        batches = RowBatches(self.config.rows_per_epoch, rollouts.seed)
+
+        def of_epoch(row_ids: Sequence[str]) -> list[str]:
+            self._epochs_per_pass = batches.epochs_per_pass(len(row_ids))
+            return batches.rows(row_ids, epoch)
+
+        by_policy = await self._roll_out(rollouts, reps, choose=of_epoch)
         for extra_round in range(1, self.config.dynamic_sampling + 1):  # refused with several policies
             [attempts] = by_policy
             rows = rows_without_signal(attempts)
             if not rows:
                 break
-            [again] = await self._roll_out(rollouts, reps, rows=rows)
+            [again] = await self._roll_out(rollouts, reps, choose=lambda _, rows=rows: rows)
             by_policy = [with_replacements(attempts, again, extra_round)]
         return by_policy
 
@@ -221,7 +231,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         rollouts: Rollouts,
         reps: int,
         *,
-        rows: Collection[str] | None = None,
+        choose: RowChoice | None = None,
         dataset: EvalDatasetBaseConfig | None = None,
         config: Config | None = None,
     ) -> list[list[Attempt]]:
@@ -235,8 +245,10 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             reps=reps,
             max_concurrency=self.config.max_concurrency,
             evaluator_timeout=self.config.evaluator_timeout,
-            rows=rows,
+            choose=choose,
         )
 
     def _build(self, rollouts: PolicyRollouts) -> tuple[list[list[Trajectory]], RolloutReport]:
-        return rollouts.build(self.run_config.target_functions)
+        groups, report = rollouts.build(self.run_config.target_functions)
+        report.epochs_per_pass = self._epochs_per_pass
+        return groups, report

@@ -61,6 +61,8 @@ class EpochFacts:
         before: the numbers of the epochs before, oldest first.
         last_trained: the last epoch before this one that trained anything; 0 for none.
         entropies: mean entropy of the trained tokens in nats, of each epoch that has one, this one last.
+        epochs_per_pass: epochs that visit every row once. Rewards are compared between windows of that many epochs,
+            since single ones have other rows.
     """
 
     epoch: int
@@ -70,11 +72,18 @@ class EpochFacts:
     before: Sequence[ReplyNumbers] = ()
     last_trained: int = 0
     entropies: Sequence[float] = ()
+    epochs_per_pass: int = 1
 
     @property
     def numbers(self) -> ReplyNumbers:
         """The training rollouts in numbers."""
         return ReplyNumbers.of(self.replies)
+
+    def reward_means(self) -> list[float]:
+        """Mean reward over each window of epochs that together visit every row, oldest first; this epoch's is last."""
+        rewards = [each.reward_mean for each in (*self.before, self.numbers) if each.reward_mean is not None]
+        width = self.epochs_per_pass
+        return [sum(rewards[end - width : end]) / width for end in range(width, len(rewards) + 1)]
 
 
 def diagnose(facts: EpochFacts) -> list[Finding]:
@@ -114,6 +123,8 @@ def _no_signal(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
     low, high = _range(facts, numbers)
     if facts.trained or numbers.rows_with_signal or numbers.reward_mean is None or high - low <= EQUAL_WITHIN:
         return None
+    if facts.epoch - facts.last_trained < facts.epochs_per_pass:
+        return None  # other rows may have one
     is_best = numbers.reward_min == high
     lost = f"every group has lost its signal after epoch {facts.last_trained}" if facts.last_trained else "no signal"
     return Finding(
@@ -136,19 +147,21 @@ def _advice_on_no_signal(facts: EpochFacts, *, is_best: bool) -> str:
 
 
 def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
-    means = [each.reward_mean for each in facts.before if each.reward_mean is not None]
+    *means, now = facts.reward_means() or [math.nan]
     low, high = _range(facts, numbers)
     if not means or numbers.reward_mean is None:
         return None
     gain = max(means) - means[0]
-    if gain < GAIN_WORTH_KEEPING * (high - low) or numbers.reward_mean - means[0] >= FALLEN_TO * gain:
+    if gain < GAIN_WORTH_KEEPING * (high - low) or now - means[0] >= FALLEN_TO * gain:
         return None
-    best = 1 + [each.reward_mean for each in facts.before].index(max(means))
+    best = facts.epoch - len(means) + means.index(max(means))
+    width = facts.epochs_per_pass
+    over = "" if width == 1 else f" (each the mean of {width} epochs, which visit every row)"
     return Finding(
         FindingId.FALLEN,
         facts.epoch,
-        f"The reward has fallen from {max(means):.3f} in epoch {best} to {numbers.reward_mean:.3f} in epoch "
-        f"{facts.epoch}: what was learned is lost.",
+        f"The reward has fallen from {max(means):.3f} in epoch {best} to {now:.3f} in epoch {facts.epoch}{over}: what "
+        "was learned is lost.",
         f"{START_AGAIN}, or serve the best checkpoint (`checkpoint: best`).",
         examples(facts.replies),
         collapse=True,
@@ -156,9 +169,9 @@ def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
 
 
 def _has_lost(facts: EpochFacts, numbers: ReplyNumbers) -> bool:
-    """Whether an earlier epoch of the run had a higher mean reward."""
-    means = [each.reward_mean for each in facts.before if each.reward_mean is not None]
-    return numbers.reward_mean is not None and max(means, default=-math.inf) > numbers.reward_mean
+    """Whether earlier epochs of the run had a higher mean reward."""
+    *means, now = facts.reward_means() or [math.nan]
+    return numbers.reward_mean is not None and max(means, default=-math.inf) > now
 
 
 def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:

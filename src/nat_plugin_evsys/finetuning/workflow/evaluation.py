@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nat.runtime.session import SessionManager
 
     from nat_plugin_evsys.policy.recorder import Recorder
+    from nat_plugin_evsys.rollouts.row_batches import RowChoice
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +45,21 @@ class PolicyEvaluation(EvaluationRun):
     """NAT's EvaluationRun with recorded sessions. The workflow is built once for all repetitions."""
 
     def __init__(
-        self, config: EvaluationRunConfig, rollouts: Rollouts, rows: Collection[str] | None, evaluator_timeout: float
+        self, config: EvaluationRunConfig, rollouts: Rollouts, choose: RowChoice | None, evaluator_timeout: float
     ) -> None:
         super().__init__(config)
         self._rollouts = rollouts
-        self._rows = rows
+        self._choose = choose
         self._evaluator_timeout = evaluator_timeout
 
     async def run_workflow_local(self, session_manager: SessionManager, http_connection: Any = None) -> None:
         """Run the items of the chosen rows through recorded sessions."""
         if self.eval_input is not None:
             items = self.eval_input.eval_input_items
-            if self._rows is not None:
-                items[:] = [item for item in items if _row_and_attempt(item)[0] in self._rows]
+            if self._choose is not None:
+                rows = [_row_and_attempt(item)[0] for item in items]
+                chosen = set(self._choose(list(dict.fromkeys(rows))))
+                items[:] = [item for item, row in zip(items, rows, strict=True) if row in chosen]
             self._rollouts.total += len(items)
         recorded: Any = RecordedSessions(session_manager, self._rollouts)
         await super().run_workflow_local(recorded, http_connection=http_connection)
@@ -85,7 +88,7 @@ async def evaluate_policy(
     reps: int,
     max_concurrency: int | None,
     evaluator_timeout: float,
-    rows: Collection[str] | None = None,
+    choose: RowChoice | None = None,
 ) -> list[list[Attempt]]:
     """Run the workflow ``reps`` times on each dataset row and score every attempt.
 
@@ -94,7 +97,7 @@ async def evaluate_policy(
         rewards: the evaluator whose score is the reward, for each policy that ``rollouts`` record.
         dataset: the rows, instead of the configuration's own.
         evaluator_timeout: seconds to score one rollout; an evaluator that scores all at once has as many for each.
-        rows: ids of the rows to run; all by default.
+        choose: the rows to run; all by default.
 
     Returns:
         For each policy every attempt with its own calls and reward, scored or not; see ``check_batch``.
@@ -105,7 +108,7 @@ async def evaluate_policy(
         write_output=False,
     )
     with quiet_tqdm(), quiet_nat(), exits_are_errors():
-        output = await PolicyEvaluation(run_config, rollouts, rows, evaluator_timeout).run_and_evaluate()
+        output = await PolicyEvaluation(run_config, rollouts, choose, evaluator_timeout).run_and_evaluate()
     scores = {
         (name, str(item.id)): item for name, result in output.evaluation_results for item in result.eval_output_items
     }

@@ -24,6 +24,7 @@ class RolloutReport:
     """The result of one evaluation run of the workflow.
 
     Attributes:
+        epochs_per_pass: epochs that visit every row of the dataset once.
         rewards: reward of every scored attempt; without those of dynamic sampling, which tries the rows that the policy
             always or never gets right more often than the others.
         tally: calls made, and those already dropped; what is left is in the trajectories.
@@ -52,6 +53,7 @@ class RolloutReport:
     extra_rollouts: int = 0
     malformed_calls: int = 0
     drift: float | None = None
+    epochs_per_pass: int = 1
 
     @property
     def mean_reward(self) -> float:
