@@ -1,4 +1,4 @@
-"""Acceptance: an epoch rolls out some of the rows, a pass over the dataset all of them, and a resumed run goes on there."""
+"""Acceptance: an epoch rolls out some of the rows, a pass all of them, and a resumed run goes on where it was."""
 
 from __future__ import annotations
 

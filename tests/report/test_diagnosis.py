@@ -252,6 +252,25 @@ class TestFallen:
             facts = EpochFacts(len(before) + 1, HEALTHY, trained=16, before=[numbers(reward_mean=m) for m in before])
             assert FindingId.FALLEN not in found(facts), before
 
+    def test_epochs_of_other_rows_are_compared_by_the_pass(self) -> None:
+        before = [numbers(reward_mean=mean) for mean in (0.1, 0.3, 0.9, 0.7, 0.1)]
+        facts = EpochFacts(6, HEALTHY, trained=16, before=before)
+        assert FindingId.FALLEN in found(facts)
+        assert FindingId.FALLEN in found(replace(facts, epochs_per_pass=2))  # 0.2 0.6 0.8 0.4 0.175
+        assert FindingId.FALLEN not in found(replace(facts, epochs_per_pass=5))  # 0.42 0.45
+        finding = found(replace(facts, epochs_per_pass=2))[FindingId.FALLEN]
+        assert finding.sentence == (
+            "The reward has fallen from 0.800 in epoch 4 to 0.175 in epoch 6 (each the mean of 2 epochs, which visit "
+            "every row): what was learned is lost."
+        )
+
+    def test_no_signal_is_said_once_every_row_had_its_turn(self) -> None:
+        dull = [replace(each, reward=1.0 if each.row == HEALTHY[0].row else 0.0) for each in HEALTHY]
+        facts = EpochFacts(3, dull, trained=0, before=[numbers(), numbers()], last_trained=2)
+        assert FindingId.NO_SIGNAL in found(facts)
+        assert FindingId.NO_SIGNAL not in found(replace(facts, epochs_per_pass=2))
+        assert FindingId.NO_SIGNAL in found(replace(facts, epochs_per_pass=2, last_trained=1))
+
 
 class TestShrunk:
     def test_more_reward_for_silence(self) -> None:

@@ -23,8 +23,8 @@ class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="
     rows_per_epoch: int | None = Field(
         default=None,
         ge=1,
-        description="Dataset rows that one epoch rolls out before it trains; default: all. With N of M rows, M / N epochs "
-        "visit every row once, in a new order each time, and each trains on rollouts of the newest policy. "
+        description="Dataset rows that one epoch rolls out before it trains; default: all. With N of M rows, M / N "
+        "epochs visit every row once, in a new order each time, and each trains on rollouts of the newest policy. "
         "`finetuning.num_epochs` and `validation_interval` count these epochs.",
     )
     dynamic_sampling: int = Field(

@@ -222,7 +222,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             rows = rows_without_signal(attempts)
             if not rows:
                 break
-            [again] = await self._roll_out(rollouts, reps, choose=lambda _, rows=rows: rows)
+            [again] = await self._roll_out(rollouts, reps, choose=set(rows).intersection)
             by_policy = [with_replacements(attempts, again, extra_round)]
         return by_policy
 

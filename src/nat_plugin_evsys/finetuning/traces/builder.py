@@ -106,7 +106,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
         }
         return read_records(self.traces.files, keys, "trajectory_builders.*.files")
 
-    async def _roll_out_groups(self, rollouts: Rollouts) -> list[list[Attempt]]:
+    async def _roll_out_groups(self, rollouts: Rollouts, epoch: int) -> list[list[Attempt]]:
         """The records as attempts, with their rewards."""
         if self._recorded is None:
             self._recorded = await self._attempts_of(await asyncio.to_thread(self._read), rollouts)
