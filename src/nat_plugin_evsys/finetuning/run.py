@@ -15,13 +15,13 @@ from nat_plugin_evsys.errors import EvsysError, JobError, NothingTrainedError, R
 from nat_plugin_evsys.finetuning.advice import how_to_resume, serve_command, why_nothing_was_trained
 from nat_plugin_evsys.finetuning.collapse import RATE_FACTOR, collapse_of, rate_after, stopped
 from nat_plugin_evsys.finetuning.epoch_checkpoints import reload
-from nat_plugin_evsys.finetuning.garbage import gc_frozen
 from nat_plugin_evsys.finetuning.job_queue import BACKEND
 from nat_plugin_evsys.finetuning.learner import Learner
 from nat_plugin_evsys.finetuning.overlap import hold_next_rollouts, hold_resumed_rollouts
 from nat_plugin_evsys.finetuning.run_inputs import RunInputs
 from nat_plugin_evsys.finetuning.scoring import Scoring, ScoringTrainer
 from nat_plugin_evsys.finetuning.warm_start import warm_start
+from nat_plugin_evsys.garbage import gc_frozen
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.findings import Finding
 from nat_plugin_evsys.report.metrics_log import EPOCH, WARM_START

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from nat_plugin_evsys.calls import FUNCTIONS_HEADER, RUN_ID_HEADER, STEP_ID_HEADER
 from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
+from nat_plugin_evsys.garbage import let_go
 from nat_plugin_evsys.policy.api_errors import (
     api_error_of,
     bad_request,
@@ -127,11 +128,14 @@ class ChatRoutes:
                 if self._note is not None:
                     self._note(request, path, caller)
                 return await handler(request, caller)
-            except ClientGone:
+            except ClientGone as gone:
                 self._recorder.disconnect()
+                let_go(gone)
                 return Response(status_code=499)  # nobody reads it
             except Exception as error:  # noqa: BLE001 - the boundary: answered, counted and logged
-                return error_response(self._fail(error, _run_id(request), is_call=method == "POST"))
+                answer = error_response(self._fail(error, _run_id(request), is_call=method == "POST"))
+                let_go(error)
+                return answer
 
         return Route(path, guarded, methods=[method])
 

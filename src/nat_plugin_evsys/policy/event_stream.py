@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
+from nat_plugin_evsys.garbage import let_go
 from nat_plugin_evsys.inbox import LoopInbox
 from nat_plugin_evsys.policy.api_errors import body_of, shutting_down
 from nat_plugin_evsys.policy.completions import Completion
@@ -137,6 +138,7 @@ async def completion_events(
         if not started:
             raise
         body = json.dumps(body_of(fail(error, completion.run_id))).encode()
+        let_go(error)
         yield b"data: " + body + b"\n\n"
 
 

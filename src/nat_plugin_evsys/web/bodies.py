@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from nat_plugin_evsys.errors import ClientGone, Refusal
 
-_MAX_WINDOW = 1 << 27  # a zstd frame may ask for a window as large as it likes; this bounds the memory for it
+_MAX_WINDOW = 8 << 20  # RFC 9659: what a sender of zstd over HTTP may ask of the receiver's memory, at most
 _PIECE = 1 << 20
 
 
@@ -30,18 +30,20 @@ async def read_body(request: Request, sent: int, decompressed: int | None = None
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > sent:
         raise _too_large("body", sent)
-    body = bytearray()
+    pieces, size = list[bytes](), 0  # not one buffer that grows: it would leave holes of its size in the heap
     try:
         async for chunk in request.stream():
-            body += chunk
-            if len(body) > sent:
+            pieces.append(chunk)
+            size += len(chunk)
+            if size > sent:
                 raise _too_large("body", sent)
     except ClientDisconnect as error:
         raise ClientGone from error
+    body = b"".join(pieces)
     if encoding != "zstd":
-        return bytes(body)
+        return body
     # A few bytes may become many: off the event loop, whatever came.
-    return await asyncio.to_thread(decompress, bytes(body), sent if decompressed is None else decompressed)
+    return await asyncio.to_thread(decompress, body, sent if decompressed is None else decompressed)
 
 
 def decompress(data: bytes, limit: int) -> bytes:
@@ -50,16 +52,17 @@ def decompress(data: bytes, limit: int) -> bytes:
     Raises:
         Refusal: 413 too large, 400 not zstd.
     """
-    out = bytearray()
+    pieces, size = list[bytes](), 0
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).stream_reader(data, read_across_frames=True)
         while chunk := reader.read(_PIECE):
-            out += chunk
-            if len(out) > limit:
+            pieces.append(chunk)
+            size += len(chunk)
+            if size > limit:
                 raise _too_large("decompressed body", limit)
     except (zstandard.ZstdError, MemoryError) as error:
         raise Refusal(400, f"the body is not zstd, as its Content-Encoding says: {error}") from error
-    return bytes(out)
+    return b"".join(pieces)
 
 
 def _too_large(what: str, limit: int) -> Refusal:

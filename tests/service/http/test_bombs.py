@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from pathlib import Path
 
 import httpx
@@ -77,6 +78,22 @@ def test_a_protobuf_bomb(open_server: ServerProcess, piece: bytes) -> None:
     answered = hurl(open_server, "forward_backward", bomb, **kind)
     assert answered.status_code == 400
     assert "Datums" in answered.text
+
+
+def resident(server: ServerProcess) -> int:
+    """Bytes of memory that the server uses now."""
+    return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_refused_bodies_leave_nothing_behind(open_server: ServerProcess) -> None:
+    pack = zstandard.ZstdCompressor().compressobj()
+    bomb = b"".join(pack.compress(bytes(MIB)) for _ in range(200)) + pack.flush()
+    kind = {"content-type": "application/x-protobuf", "content-encoding": "zstd"}
+    before = resident(open_server)
+    for _ in range(8):
+        assert httpx.post(place(open_server, "forward_backward"), content=bomb, headers=kind, timeout=120).is_error
+    print(f"{(resident(open_server) - before) >> 20} MiB")
+    assert resident(open_server) - before < 300 * MIB  # one body of 128 MiB, the most that is taken apart
 
 
 def test_a_header_flood_without_a_key(keyed_server: ServerProcess) -> None:

@@ -22,6 +22,16 @@ _KEEP_BYTES = 2**31 - 1
 _GROW_BYTES = 64 * 2**20
 
 
+def share_heap() -> None:
+    """Let threads that are started later share one heap, once per process and for good.
+
+    glibc would give most threads a heap of their own, each of which keeps what its largest request once took; and what
+    one thread frees, another cannot use.
+    """
+    if _is_glibc():
+        _mallopt(_M_ARENA_MAX, 1)
+
+
 @cache
 def keep_memory() -> bool:
     """Tell glibc to keep freed memory, once per process; returns whether it does.
@@ -29,16 +39,23 @@ def keep_memory() -> bool:
     No buffer gets a mapping of its own (``M_MMAP_MAX=0``: the threshold itself cannot be raised above 32 MiB), the heap
     is never trimmed, and threads started later share the main heap, because the other heaps are trimmed regardless.
     """
-    if os.environ.get("EVSYS_KEEP_MEMORY", "1") == "0" or platform.libc_ver()[0] != "glibc":
+    if os.environ.get("EVSYS_KEEP_MEMORY", "1") == "0" or not _is_glibc():
         return False
-    mallopt = ctypes.CDLL(None).mallopt
     options = {
         _M_MMAP_MAX: 0,
         _M_TRIM_THRESHOLD: _KEEP_BYTES,
         _M_TOP_PAD: _GROW_BYTES,
         _M_ARENA_MAX: 1,
     }
-    done = all(mallopt(option, value) == 1 for option, value in options.items())
+    done = all([_mallopt(option, value) for option, value in options.items()])
     if not done:
         logger.warning("glibc does not let this process keep freed memory; training steps will be slower")
     return done
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
+def _mallopt(option: int, value: int) -> bool:
+    return int(ctypes.CDLL(None).mallopt(option, value)) == 1

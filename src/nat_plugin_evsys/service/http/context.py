@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.errors import CheckpointError, ClientGone, EvsysError, Refusal
+from nat_plugin_evsys.garbage import let_go
 from nat_plugin_evsys.service.http.logs import OWNER, ROUTE
 from nat_plugin_evsys.service.http.refusals import not_found, refusal_of, response_of
 from nat_plugin_evsys.service.http.run_catalog import RunCatalog
@@ -130,16 +131,21 @@ class ServiceContext:
                 owner = "" if public else self.keys.owner(request.headers)
                 request.scope[OWNER] = owner or "-"
                 return await handler(request, owner)
-            except ClientGone:
-                return Response(status_code=499)  # nobody reads it
-            except EvsysError as error:
-                return response_of(refusal_of(self._shown(error)))
-            except Exception as error:  # the boundary: answered and logged
-                logger.error("%s %s failed", request.method, path, exc_info=error)
-                message = f"the server failed: {type(error).__name__}; its log has the rest"
-                return response_of(Refusal(500, message, headers={"x-should-retry": "false"}))
+            except Exception as error:  # noqa: BLE001 - the boundary: answered, and logged if unforeseen
+                answer = self._answer(error, f"{request.method} {path}")
+                let_go(error)
+                return answer
 
         return Route(path, endpoint, methods=[method])
+
+    def _answer(self, error: Exception, where: str) -> Response:
+        if isinstance(error, ClientGone):
+            return Response(status_code=499)  # nobody reads it
+        if isinstance(error, EvsysError):
+            return response_of(refusal_of(self._shown(error)))
+        logger.error("%s failed", where, exc_info=error)
+        message = f"the server failed: {type(error).__name__}; its log has the rest"
+        return response_of(Refusal(500, message, headers={"x-should-retry": "false"}))
 
 
 def session_of(scope: str) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from nat_plugin_evsys.config.serve import KEY_PREFIX, ServeConfig
+from nat_plugin_evsys.engine.machine.allocator import share_heap
+from nat_plugin_evsys.garbage import gc_frozen
 from nat_plugin_evsys.service.http.app import create_app
 from nat_plugin_evsys.service.http.context import ServiceContext
 from nat_plugin_evsys.service.http.housekeeping import Housekeeping
@@ -35,6 +37,7 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
         ModelError: a base model cannot be loaded.
     """
     setup_logging(config.log_format)
+    share_heap()
     _raise_file_limit()
     os.umask(0o077)  # weights, requests and results are nobody else's business
     listener = bind(config.host, config.port, advice="choose another --port, or 0 for a free one")
@@ -50,7 +53,8 @@ async def _serve(config: ServeConfig, listener: socket.socket, announce: Callabl
     try:
         async with running(config, closing) as context:
             if not closing.is_set():
-                await _answer_requests(context, listener, signals, announce)
+                with gc_frozen():
+                    await _answer_requests(context, listener, signals, announce)
     finally:
         signals.restore()
     logger.info("stopped")
