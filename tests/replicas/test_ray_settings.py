@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from nat_plugin_evsys.config.policy import EvsysPolicyConfig
 from nat_plugin_evsys.config.ray import RayConfig
+from nat_plugin_evsys.config.serve import ServeConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.replicas import cluster
 
@@ -18,7 +19,6 @@ from nat_plugin_evsys.replicas import cluster
     ("settings", "message"),
     [
         ({"replicas": 0}, "greater than or equal to 1"),
-        ({"replicas": 2, "gpus_per_replica": 2}, "not split over GPUs yet"),
         ({"replica": 2}, "did you mean `replicas`"),
     ],
 )
@@ -36,3 +36,12 @@ def test_a_service_has_its_own_replicas() -> None:
 def test_without_ray_the_extra_is_named() -> None:
     with pytest.raises(ConfigError, match=r"pip install 'nat_plugin_evsys\[ray\]'"):
         cluster.join(None)
+
+
+def test_what_is_split_over_gpus_needs_something_else_to_sample() -> None:
+    ray = {"replicas": 1, "gpus_per_replica": 2}
+    with pytest.raises(ValidationError, match="set rollout_engine: vllm, or gpus_per_replica: 1"):
+        EvsysPolicyConfig.model_validate({"base_model": "m", "ray": ray})
+    assert EvsysPolicyConfig.model_validate({"base_model": "m", "ray": ray, "rollout_engine": "vllm"}).ray is not None
+    with pytest.raises(ValidationError, match="a server does both"):
+        ServeConfig.model_validate({"base_models": ["m"], "ray": ray})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from nat_plugin_evsys.config.strict import StrictConfig
 
@@ -14,8 +14,8 @@ class RayConfig(StrictConfig):
     gpus_per_replica: int | None = Field(
         default=None,
         ge=0,
-        description="GPUs of each replica: 0 or 1; default is 1 if the cluster has GPUs. A model that is split over "
-        "several GPUs is not offered yet.",
+        description="GPUs of each replica; default is 1 if the cluster has GPUs. Over several (of one machine) the "
+        "model is split by transformers' tensor-parallel plan; such replicas train, and `rollout_engine: vllm` samples.",
     )
     cpus_per_replica: int = Field(default=1, ge=1, description="CPU cores of each replica, and threads it computes on.")
     address: str | None = Field(
@@ -23,13 +23,3 @@ class RayConfig(StrictConfig):
         description="A running cluster's address (`auto`: the one of this machine, or HOST:PORT); default is a new "
         "cluster on this machine, which ends with the process.",
     )
-
-    @field_validator("gpus_per_replica")
-    @classmethod
-    def _one_gpu_each(cls, value: int | None) -> int | None:
-        if value is not None and value > 1:
-            raise ValueError(
-                f"gpus_per_replica is {value}: a replica's model is not split over GPUs yet; set it to 1, or train a "
-                "model that fits on one GPU"
-            )
-        return value

@@ -110,6 +110,16 @@ class ServeConfig(StrictConfig):
                 raise ValueError("an API key must not begin or end with a space")
         return keys
 
+    @field_validator("ray")
+    @classmethod
+    def _replicas_sample(cls, ray: RayConfig | None) -> RayConfig | None:
+        if ray is not None and (ray.gpus_per_replica or 0) > 1:
+            raise ValueError(
+                f"gpus_per_replica is {ray.gpus_per_replica}: a model that is split over GPUs is trained, not sampled "
+                "from, and a server does both; set it to 1, or train with `ray:` in a YAML and rollout_engine: vllm"
+            )
+        return ray
+
     @field_validator("public_url")
     @classmethod
     def _public_url_is_one(cls, url: str | None) -> str | None:

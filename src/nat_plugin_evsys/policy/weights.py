@@ -119,7 +119,8 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool, rollouts: bo
         backend = await RayBackend.start(config.base_model, config.ray, **embedded)
     else:
         backend = await LocalBackend.create(config.base_model, **embedded)
-    if rollouts and config.rollout_engine == "vllm":
+    only_trains = config.ray is not None and (config.ray.gpus_per_replica or 0) > 1
+    if config.rollout_engine == "vllm" and (rollouts or only_trains):
         await _sample_by_vllm(backend, config)
     return backend
 

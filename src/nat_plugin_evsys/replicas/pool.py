@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class Replicas:
 
     Attributes:
         cpus: cores of each, and threads that it computes on.
-        gpus: of each; None is one if the cluster has any.
+        gpus: of each; None is one if the cluster has any. With several the model is split over as many processes.
         address: of a running cluster; None starts one on this machine.
     """
 
@@ -129,6 +130,7 @@ class ReplicaPool:
             max_task_retries=RETRIES,
             scheduling_strategy="SPREAD",
         )
+        settings = dataclasses.replace(settings, parts=max(1, gpus))
         members = [Member(actor.remote(settings)) for _ in range(replicas.count)]
         self.members = members
         for member in members:

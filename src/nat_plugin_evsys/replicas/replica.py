@@ -1,4 +1,4 @@
-"""One copy of the base model, in a process of its own that Ray keeps alive.
+"""One copy of the base model, in a process of its own that Ray keeps alive (or several: see ``split``).
 
 A replica keeps nothing that could be lost: every call brings the weights that it is about, and every result goes back
 to the caller, who adds gradients up and takes the steps. So Ray may run a call of a killed replica again as it is.
@@ -22,16 +22,17 @@ import torch
 
 from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.results import DatumResult
-from nat_plugin_evsys.engine.gradient.steps import LocalSteps, Pass
+from nat_plugin_evsys.engine.gradient.steps import LocalSteps, Pass, PassResult, Progress
 from nat_plugin_evsys.engine.machine.memory import peak_bytes
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.result import SampleResult
-from nat_plugin_evsys.errors import OperationCancelled, ReplicaError
+from nat_plugin_evsys.errors import OperationCancelled, ReplicaError, UnsupportedError
 from nat_plugin_evsys.inbox import LoopInbox
 from nat_plugin_evsys.replicas.orders import Item, SampleOrder, Tokens
+from nat_plugin_evsys.replicas.split import Followers, Order, whole_group
 from nat_plugin_evsys.replicas.weights import Flat, Shape, Weights, digest, empty_adapter, fill, flatten
-from nat_plugin_evsys.runtime.bases import open_here
+from nat_plugin_evsys.runtime.bases import SharedBase, open_here
 
 _KEPT_VERSIONS = 4
 """Policy versions that stay ready to be sampled from; older ones are fetched again."""
@@ -44,6 +45,7 @@ class ReplicaSettings:
     Attributes:
         options: of ``load_base_model``.
         threads: it computes on.
+        parts: processes that the model is split over, each with a GPU where there are any.
     """
 
     base_model: str
@@ -51,6 +53,7 @@ class ReplicaSettings:
     max_batch_size: int
     deterministic: bool
     threads: int
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,63 @@ class _Trained:
     key: str = ""
 
 
+def open_part(settings: ReplicaSettings) -> SharedBase:
+    """The base model, or this process's part of it."""
+    torch.set_num_threads(settings.threads)
+    return open_here(
+        settings.base_model,
+        max_batch_size=settings.max_batch_size,
+        deterministic=settings.deterministic,
+        parts=settings.parts,
+        **settings.options,
+    )
+
+
+class Passes:
+    """Computes passes, and keeps the adapters that they are over."""
+
+    def __init__(self, shared: SharedBase) -> None:
+        self._shared = shared
+        self._trained: dict[Shape, _Trained] = {}
+
+    def run(
+        self, order: Order, digest_of: str | None = None, progress: Progress | None = None
+    ) -> tuple[LoraAdapter, PassResult]:
+        """The pass of an order, and the adapter that it is over.
+
+        Args:
+            digest_of: what the digest of the values must be.
+
+        Raises:
+            ReplicaError: it is another one.
+        """
+        trained = self._trained.get(order.shape)
+        if trained is None:
+            adapter = empty_adapter(order.shape, self._shared.base.model)
+            trained = self._trained[order.shape] = _Trained(adapter, LocalSteps(self._shared.base, adapter))
+        if order.values is not None:
+            trained.key = ""
+            fill(trained.adapter, order.values)
+            if digest_of is not None and digest(flatten(trained.adapter)) != digest_of:
+                raise ReplicaError(
+                    f"the replica of process {os.getpid()} on {socket.gethostname()} has other weights than were sent "
+                    "to it: its memory or its network is at fault; take the machine out of the cluster"
+                )
+            trained.key = order.key
+        return trained.adapter, trained.steps.run(order.examples, order.of, progress)
+
+    def knows(self, shape: Shape, key: str) -> bool:
+        """Whether the adapter of that shape has these values."""
+        return shape in self._trained and self._trained[shape].key == key
+
+
 class Replica:
     """The actor. Its methods run in one event loop; passes run in one thread, and samples in the sampler's."""
 
     def __init__(self, settings: ReplicaSettings) -> None:
-        torch.set_num_threads(settings.threads)
-        self._shared = open_here(
-            settings.base_model,
-            max_batch_size=settings.max_batch_size,
-            deterministic=settings.deterministic,
-            **settings.options,
-        )
-        self._trained: dict[Shape, _Trained] = {}
+        self._followers = Followers(settings) if settings.parts > 1 else None
+        self._shared = open_part(settings)
+        self._passes = Passes(self._shared)
         self._sampled: OrderedDict[tuple[str, int], LocalSamplingClient] = OrderedDict()
         self._opening = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evsys-pass")
@@ -111,6 +159,8 @@ class Replica:
 
     async def is_healthy(self) -> bool:
         """See ``SharedBase.is_healthy``."""
+        if self._followers is not None:
+            return True  # a pass needs all of them; one that ends takes the others with it
         return await asyncio.to_thread(self._shared.is_healthy)
 
     async def compute(self, weights: Weights, examples: Sequence[Example], of: Pass) -> ShareResult:
@@ -130,31 +180,20 @@ class Replica:
         started = time.perf_counter()
 
         def progress(done: int, total: int) -> None:
-            if stop.is_set():
+            # Not between followers: all of them go through all micro-batches.
+            if stop.is_set() and self._followers is None:
                 raise OperationCancelled
 
-        trained = self._prepared(weights)
-        found = trained.steps.run(examples, of, progress)
-        gradient = (
-            flatten(dataclasses.replace(trained.adapter, weights=_pairs(found.gradient))) if of.backward else None
-        )
+        known = self._passes.knows(weights.shape, weights.key)
+        order = Order(weights.shape, weights.key, None if known else _fetched(weights), examples, of)
+        if self._followers is None:
+            adapter, found = self._passes.run(order, weights.digest, progress)
+        else:
+            self._followers.send(order)
+            with whole_group():
+                adapter, found = self._passes.run(order, weights.digest, progress)
+        gradient = flatten(dataclasses.replace(adapter, weights=_pairs(found.gradient))) if of.backward else None
         return ShareResult(found.datums, gradient, found.metrics, time.perf_counter() - started, os.getpid())
-
-    def _prepared(self, weights: Weights) -> _Trained:
-        trained = self._trained.get(weights.shape)
-        if trained is None:
-            adapter = empty_adapter(weights.shape, self._shared.base.model)
-            trained = self._trained[weights.shape] = _Trained(adapter, LocalSteps(self._shared.base, adapter))
-        if trained.key != weights.key:
-            trained.key = ""
-            fill(trained.adapter, _fetched(weights))
-            if weights.digest is not None and digest(flatten(trained.adapter)) != weights.digest:
-                raise ReplicaError(
-                    f"the replica of process {os.getpid()} on {socket.gethostname()} has other weights than were sent "
-                    "to it: its memory or its network is at fault; take the machine out of the cluster"
-                )
-            trained.key = weights.key
-        return trained
 
     async def sample(self, weights: Weights | None, version: int, order: SampleOrder) -> AsyncIterator[Item]:
         """The tokens as they come, if the order asks for that, and then the result.
@@ -182,6 +221,8 @@ class Replica:
             future.cancel()
 
     def _client(self, weights: Weights | None, version: int) -> LocalSamplingClient:
+        if self._followers is not None:
+            raise UnsupportedError("a replica whose model is split computes passes only; set rollout_engine: vllm")
         if weights is None:
             return self._shared.sampler.client(None, version)
         with self._opening:

@@ -15,6 +15,7 @@ from nat_plugin_evsys.engine.gradient.results import DatumResult
 from nat_plugin_evsys.engine.machine.allocator import keep_memory
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.tensor_parallel import is_split
 
 Progress = Callable[[int, int], None]
 """``(done tokens, total tokens)``, called as the work goes on. Raising from it abandons the operation."""
@@ -63,14 +64,14 @@ class LocalSteps:
     """In this process, in micro-batches that fit in memory.
 
     Args:
-        path: see ``TrainableModel``.
+        path: see ``TrainableModel``; always ``plain`` for a model that is split over processes.
     """
 
     def __init__(self, base: BaseModel, adapter: LoraAdapter, path: Literal["auto", "plain"] = "auto") -> None:
         if base.device.type == "cpu":
             keep_memory()
         self._parameters = dict(adapter.named_tensors())
-        self._batches = MicroBatches(base, adapter, path)
+        self._batches = MicroBatches(base, adapter, "plain" if is_split(base.model) else path)
 
     def run(self, examples: Sequence[Example], of: Pass, progress: Progress | None) -> PassResult:
         """See ``Steps``; ``progress`` is called after each micro-batch."""

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nat_plugin_evsys.engine.machine.split_tensors import local
+
 _COMFORTABLE_BYTES = 2**30  # beyond this a CPU gains nothing from a bigger pack but what the pack shares
 _CPU_SHARE, _GPU_SHARE = 0.5, 0.7
 _FEWEST_TOKENS = 256
@@ -22,7 +24,7 @@ class SavedBytes:
 
     def __init__(self, frozen: Iterable[Tensor]) -> None:
         self.total = 0
-        self._seen = {t.untyped_storage().data_ptr() for t in frozen}
+        self._seen = {local(t).untyped_storage().data_ptr() for t in frozen}
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -31,7 +33,7 @@ class SavedBytes:
             yield
 
     def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from nat_plugin_evsys.engine.machine.split_tensors import whole
 from nat_plugin_evsys.engine.model.quantized import packed_name
 
 _SAMPLES_PER_TENSOR = 16
@@ -18,6 +19,7 @@ _VOLATILE = frozenset(
     {
         "_name_or_path",
         "transformers_version",
+        "distributed_config",
         "dtype",
         "torch_dtype",
         "use_cache",
@@ -55,7 +57,7 @@ def weight_fingerprint(model: PreTrainedModel) -> str:
     samples = []
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
         samples.append(flat[::step][:_SAMPLES_PER_TENSOR].to(torch.bfloat16).cpu())
     digest.update(torch.cat(samples).view(torch.int16).numpy().tobytes())

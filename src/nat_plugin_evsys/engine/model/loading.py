@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from nat_plugin_evsys.engine.model import long_rope, lora, quantized
+from nat_plugin_evsys.engine.model import long_rope, lora, quantized, tensor_parallel
 from nat_plugin_evsys.engine.model.builtin import PREFIX, builtin_tokenizer
 from nat_plugin_evsys.engine.model.identity import model_identity
 from nat_plugin_evsys.engine.model.images import NoImages
@@ -61,12 +61,14 @@ def load_base_model(
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
     quantization: str = QUANTIZATION,
+    parts: int = 1,
 ) -> BaseModel:
     """Load ``builtin/<name>``, a local directory, a GGUF file (or the one in a directory) or a Hugging Face hub id.
 
     ``device="auto"`` is CUDA when present, else the CPU. ``dtype="auto"`` is bfloat16 on a GPU that has it and float32
     elsewhere. A hub model that is already in the Hugging Face cache is loaded from there without any network access.
-    ``quantization``: ``none``, or one of ``quantized.PACKED``, which packs the linear layers.
+    ``quantization``: ``none``, or one of ``quantized.PACKED``, which packs the linear layers. ``parts``: processes
+    of the present torch process group, each of which loads its part of the model (``tensor_parallel``).
 
     Raises:
         ModelError: the model cannot be found or loaded, or its tokenizer is larger; the message says what to type.
@@ -79,6 +81,7 @@ def load_base_model(
         "trust_remote_code": trust_remote_code,
         "quantization": quantization,
         "device": where,
+        "parts": parts,
     }
     source = find_local(base_model, cache_dir or default_cache_dir())
     loaded = load_stored(base_model, source, **options) if source is not None else load_from_hub(base_model, **options)
@@ -138,6 +141,7 @@ def wrap_model(
         )
     quantized.check_head(name, model)
     lora.install(model)
+    tensor_parallel.install(model)
     long_rope.install(model)
     return BaseModel(
         name=name,

@@ -140,6 +140,12 @@ def applied(adapter: LoraAdapter | None, *, fused: bool = True) -> Iterator[None
         _FUSED.reset(fused_token)
 
 
+def active_pair(name: str) -> tuple[LoraAdapter | None, tuple[Tensor, Tensor] | None]:
+    """The adapter that is active here, and its matrices ``(A, B)`` of module ``name``; None for what is not there."""
+    adapter = _ACTIVE.get()
+    return adapter, None if adapter is None else adapter.weights.get(name)
+
+
 class LoraLinear(nn.Linear):
     """A plain ``nn.Linear`` after ``install``, in place: the same layer plus the active adapter's delta."""
 
@@ -147,8 +153,7 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
-        adapter = _ACTIVE.get()
-        pair = None if adapter is None else adapter.weights.get(self.lora_name)
+        adapter, pair = active_pair(self.lora_name)
         if adapter is None or pair is None:
             return F.linear(x, self.weight, self.bias)
         if not _FUSED.get():

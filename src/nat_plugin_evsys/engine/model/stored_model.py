@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from nat_plugin_evsys.engine.machine.memory import free_bytes
-from nat_plugin_evsys.engine.model import quantized
+from nat_plugin_evsys.engine.model import quantized, tensor_parallel
 from nat_plugin_evsys.engine.model.source import WHAT_TO_TYPE, LocalSource
 from nat_plugin_evsys.engine.model.vision import auto_class, load_image_processor
 from nat_plugin_evsys.errors import ConfigError, ModelError, one_line
@@ -64,6 +64,7 @@ def load_stored(
     trust_remote_code: bool,
     quantization: str,
     device: torch.device,
+    parts: int = 1,
     local_files_only: bool = False,
 ) -> StoredModel:
     """All of a model from ``source``, else from the hub (or, with ``local_files_only``, from its cache)."""
@@ -78,6 +79,10 @@ def load_stored(
         for_model |= quantized.loading_options(base_model, quantization, packing, dtype, device)
     elif quantization != QUANTIZATION:
         raise ConfigError(f"base_model {base_model!r} is a GGUF file, which is unpacked; set quantization to none")
+    if parts > 1:
+        if for_model.keys() & {"gguf_file", "quantization_config"}:
+            raise ConfigError(f"base_model {base_model!r}: a packed model is not split; set quantization to none")
+        for_model |= tensor_parallel.loading_options(base_model, where, parts, **common)
     try:
         with LOADING, quantized.quiet_about_merging():
             tokenizer = AutoTokenizer.from_pretrained(where, **for_tokenizer)
