@@ -1,4 +1,4 @@
-"""A replica whose model is split over two processes. Ray counts made-up GPUs; the parts compute on the CPU, with gloo."""
+"""A replica whose model is split over two processes. Ray counts made-up GPUs, and they compute on the CPU."""
 
 from __future__ import annotations
 

@@ -193,8 +193,8 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
                 raise ValueError("deterministic: vLLM's samples depend on how it batches; use rollout_engine: embedded")
         elif self.ray is not None and (self.ray.gpus_per_replica or 0) > 1:
             raise ValueError(
-                f"ray: gpus_per_replica is {self.ray.gpus_per_replica}: a model that is split over GPUs is trained, not "
-                "sampled from; set rollout_engine: vllm, or gpus_per_replica: 1"
+                f"ray: gpus_per_replica is {self.ray.gpus_per_replica}: a model that is split over GPUs is trained, "
+                "not sampled from; set rollout_engine: vllm, or gpus_per_replica: 1"
             )
         elif self.vllm is not None:
             raise ValueError("vllm: without rollout_engine: vllm it has no effect; set that, or remove it")

@@ -15,7 +15,7 @@ class RayConfig(StrictConfig):
         default=None,
         ge=0,
         description="GPUs of each replica; default is 1 if the cluster has GPUs. Over several (of one machine) the "
-        "model is split by transformers' tensor-parallel plan; such replicas train, and `rollout_engine: vllm` samples.",
+        "model is split by transformers' tensor-parallel plan; they train, and `rollout_engine: vllm` samples.",
     )
     cpus_per_replica: int = Field(default=1, ge=1, description="CPU cores of each replica, and threads it computes on.")
     address: str | None = Field(

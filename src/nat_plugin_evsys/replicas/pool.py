@@ -13,7 +13,8 @@ from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.steps import Pass
 from nat_plugin_evsys.errors import EvsysError, ModelError, OperationCancelled, ReplicaError
 from nat_plugin_evsys.replicas import cluster
-from nat_plugin_evsys.replicas.replica import Replica, ReplicaSettings, ShareResult
+from nat_plugin_evsys.replicas.passes import ReplicaSettings
+from nat_plugin_evsys.replicas.replica import Replica, ShareResult
 from nat_plugin_evsys.replicas.weights import Weights
 
 logger = logging.getLogger(__name__)

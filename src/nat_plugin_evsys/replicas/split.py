@@ -11,39 +11,18 @@ import os
 import socket
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nat_plugin_evsys.engine.gradient.datums import Example
-from nat_plugin_evsys.engine.gradient.steps import Pass
 from nat_plugin_evsys.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from nat_plugin_evsys.replicas.replica import ReplicaSettings
-    from nat_plugin_evsys.replicas.weights import Flat, Shape
+from nat_plugin_evsys.replicas.passes import Order, Passes, ReplicaSettings, open_part
 
 _LOST = 70
 """Exit code of a process whose group is no longer whole."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What all processes of a replica compute.
-
-    Attributes:
-        values: of the adapter; None if they are those of the order before.
-    """
-
-    shape: Shape
-    key: str
-    values: Flat | None
-    examples: Sequence[Example]
-    of: Pass
 
 
 class Followers:
@@ -79,8 +58,6 @@ def join_group(rank: int, parts: int, address: str) -> None:
 
 def _follow(settings: ReplicaSettings, rank: int, address: str, pipe: Any) -> None:
     """A follower's life: until its leader's end of the pipe is closed."""
-    from nat_plugin_evsys.replicas.replica import Passes, open_part
-
     join_group(rank, settings.parts, address)
     passes = Passes(open_part(settings))
     orders: list[Order] = []
