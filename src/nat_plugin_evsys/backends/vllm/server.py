@@ -26,6 +26,10 @@ _LOADED, _IN_A_BATCH = 8, 2
 """Adapters that vLLM keeps, and that it can mix in a batch: calls in flight finish on their policy version."""
 
 _POLL_SECONDS, _END_SECONDS = 0.5, 20.0
+_STEP_SECONDS = "3600"
+"""A step of the model may take so long before vLLM takes its worker for dead, unless the environment says otherwise: its
+300 s end the server on a busy CPU."""
+
 _AN_ERROR = re.compile(r"\b\w*(Error|Exception): |error: ")
 _ERROR_LINES, _LAST_LINES = 2, 12
 
@@ -147,7 +151,7 @@ def telling_lines(log: str) -> list[str]:
 def _environment(ours: Mapping[str, str], key: str) -> dict[str, str]:
     kept = {name: value for name, value in ours.items() if name not in _OTHER_ENVIRONMENT}
     ours_too = {"VLLM_API_KEY": key, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_NO_USAGE_STATS": "1"}
-    return {**kept, **ours_too}
+    return {"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": _STEP_SECONDS, **kept, **ours_too}
 
 
 def _answers(url: str, key: str) -> bool:
