@@ -27,8 +27,8 @@ _LOADED, _IN_A_BATCH = 8, 2
 
 _POLL_SECONDS, _END_SECONDS = 0.5, 20.0
 _STEP_SECONDS = "3600"
-"""A step of the model may take so long before vLLM takes its worker for dead, unless the environment says otherwise: its
-300 s end the server on a busy CPU."""
+"""A step of the model may take so long before vLLM takes its worker for dead, unless the environment says otherwise;
+its own 300 s end the server on a busy CPU."""
 
 _AN_ERROR = re.compile(r"\b\w*(Error|Exception): |error: ")
 _ERROR_LINES, _LAST_LINES = 2, 12
