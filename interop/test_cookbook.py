@@ -195,3 +195,14 @@ def test_sampler_and_trainer_agree_on_a_text(cookbook: Cookbook, scripts: Path) 
     (error,) = (float(found) for found in re.findall(r"'mse\[sample, train\]': (\S+),", shown))
     assert error < 1e-6
     print(f"compare_sampling_training_logprobs: mse[sample, train] {error:.1e}")
+
+
+@pytest.mark.timeout(900)
+def test_logprobs_scale_with_the_temperature(cookbook: Cookbook, scripts: Path) -> None:
+    """At a temperature the log-ratio of two tokens is that at 1, divided by the temperature."""
+    shown = cookbook.run(str(scripts / "validate_temperature_logprobs.py"), f"base_model={cookbook.models['smollm2']}")
+    rows = re.findall(r"^ +([\d.]+) +\d+ +(\d+) +[\d.]+ +([\d.]+)$", shown, flags=re.M)
+    apart = [float(furthest) for temperature, pairs, furthest in rows if int(pairs) and float(temperature) > 1]
+    assert len(apart) == 3
+    assert max(apart) < 1e-3
+    print(f"validate_temperature_logprobs: {max(apart):.1e} at most")

@@ -1,4 +1,4 @@
-"""verifiers, unmodified, in an environment of its own: its train client and its eval client on ``nat evsys serve``."""
+"""verifiers, unmodified, in an environment of its own: its clients on ``nat evsys serve`` and the policy endpoint."""
 
 from __future__ import annotations
 
@@ -14,12 +14,25 @@ NEEDS = ("verifiers==0.4.0", "tinker==0.38.0")
 STEPS = 6
 
 
+@pytest.fixture(scope="module")
+def python() -> Path:
+    return python_apart("interop-verifiers", NEEDS, "{}.{}".format(*sys.version_info))
+
+
 @pytest.mark.timeout(1800)
-def test_a_verifiers_environment_trains_on_the_server(server: ServerProcess, model: Path) -> None:
-    python = python_apart("interop-verifiers", NEEDS, "{}.{}".format(*sys.version_info))
+def test_a_verifiers_environment_trains_on_the_server(python: Path, server: ServerProcess, model: Path) -> None:
     settings = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0"}
     *steps, evaluated = run_program("verifiers_program.py", model, STEPS, python=python, **settings)
     assert [(step["rollouts"], step["turns"]) for step in steps] == [(32, 2)] * STEPS
     assert all(step["distance"] < 1e-4 for step in steps), "the learner does not have the sampler's logprobs"
     assert max(step["reward"] for step in steps[-2:]) > steps[0]["reward"] + 0.2
     assert evaluated["evaluated"] > steps[0]["reward"] + 0.2
+
+
+@pytest.mark.timeout(1800)
+def test_a_verifiers_environment_trains_the_policy_of_this_process(python: Path, model: Path) -> None:
+    """Its train client calls the policy endpoint."""
+    steps = run_program("verifiers_local.py", python, model, STEPS)
+    assert [(step["rollouts"], step["calls"], step["left out"]) for step in steps] == [(32, 64, {})] * STEPS
+    assert all(abs(step["ratio"] - 1) < 1e-3 for step in steps), "the learner does not have the sampler's logprobs"
+    assert max(step["reward"] for step in steps[-2:]) > steps[0]["reward"] + 0.2

@@ -16,9 +16,7 @@ import tinker
 import verifiers.v1 as vf
 from tinker import types
 from tinker_figures import distance
-
-GROUP_SIZE = 8
-LETTERS = "verifiers_letters"
+from verifiers_rollouts import agent_config, letters, roll_out_all
 
 
 def datum(branch: vf.Branch, advantage: float) -> types.Datum:
@@ -38,29 +36,12 @@ def datums_of(group: list[vf.Trace]) -> list[types.Datum]:
     return [datum(branch, trace.reward - mean) for trace in group for branch in trace.branches]
 
 
-async def roll_out_all(config: vf.AgentConfig, taskset: vf.Taskset) -> list[list[vf.Trace]]:
-    """A group of rollouts for each task."""
-    async with vf.make_agent(config) as agent:
-        runs = [asyncio.gather(*(agent.run(task) for _ in range(GROUP_SIZE))) for task in taskset]
-        groups = [list(await each) for each in runs]
-    for trace in (trace for group in groups for trace in group):
-        assert trace.ok, trace.errors
-    return groups
-
-
 async def main(base_model: str, steps: int) -> None:
     client = tinker.ServiceClient()
     training = await client.create_lora_training_client_async(base_model, rank=16)
     run = training.get_info().model_id
-    taskset = vf.load_taskset(vf.taskset_config_type(LETTERS)(id=LETTERS))
-    place = {"base_url": f"{os.environ['TINKER_BASE_URL']}/v1", "api_key_var": "TINKER_API_KEY"}
-    config = vf.AgentConfig(
-        harness={"id": LETTERS},
-        runtime=vf.SubprocessConfig(),
-        model=run,  # the newest weights that the run has saved for sampling
-        client=vf.TrainClientConfig(**place, renderer_model_name=base_model),
-        sampling={"temperature": 1.0, "max_tokens": 16},
-    )
+    taskset, url = letters(), f"{os.environ['TINKER_BASE_URL']}/v1"
+    config = agent_config(url, run, base_model)  # the newest weights that the run has saved for sampling
     for step in range(steps):
         await (await training.save_weights_for_sampler_async(f"step-{step}")).result_async()
         groups = await roll_out_all(config, taskset)
@@ -72,7 +53,7 @@ async def main(base_model: str, steps: int) -> None:
         figures = {"step": step, "reward": reward, "rollouts": len(traces), "turns": traces[0].num_turns}
         print(json.dumps({**figures, "datums": len(data), "distance": distance(data, output)}), flush=True)
     await (await training.save_weights_for_sampler_async("last")).result_async()
-    chat = config.model_copy(update={"client": vf.EvalClientConfig(**place)})
+    chat = config.model_copy(update={"client": vf.EvalClientConfig(base_url=url, api_key_var="TINKER_API_KEY")})
     rewards = [trace.reward for group in await roll_out_all(chat, taskset) for trace in group]
     print(json.dumps({"evaluated": statistics.fmean(rewards)}))
 
