@@ -192,6 +192,7 @@ def test_sampler_and_trainer_agree_on_a_text(cookbook: Cookbook, scripts: Path) 
     text.write_text(Path(cookbook_data.__file__).read_text())
     script = str(scripts / "compare_sampling_training_logprobs.py")
     shown = cookbook.run("-c", WITH_A_LOCAL_TEXT, script, str(text), f"model_names={cookbook.models['smollm2']}")
+    assert "ERROR: Timeout" not in shown, "the script gives each model 300 s"
     (error,) = (float(found) for found in re.findall(r"'mse\[sample, train\]': (\S+),", shown))
     assert error < 1e-6
     print(f"compare_sampling_training_logprobs: mse[sample, train] {error:.1e}")

@@ -263,10 +263,10 @@ class Script:
             self.skipped.append("save_weights_and_get_sampling_client(kind=)")
             return
         data, prompt = [datum(PROMPT, TARGET)], types.ModelInput.from_ints(PROMPT + TARGET)
-        snapshot, first = save(), save(kind="inflight")
+        snapshot, first = save().result(), save(kind="inflight").result()
         self.trainer.forward_backward(data, "cross_entropy").result()
         self.trainer.optim_step(types.AdamParams(learning_rate=5e-2)).result()
-        second = save(kind="inflight")
+        second = save(kind="inflight").result()  # published: save() itself returns a future
         old, new, also_new = (sum(each.compute_logprobs(prompt).result()[1:]) for each in (snapshot, first, second))
         self.check(math.isclose(new, also_new, abs_tol=1e-4), f"inflight samplers share weights: {new}, {also_new}")
         self.check(abs(new - old) > 1e-2, f"a snapshot stays as it was: {old}, {new}")
