@@ -142,7 +142,7 @@ PROGRAMS = (
     Program(
         "sdft",
         "recipes.sdft.train",
-        {"dataset": "sciknoweval", "groups_per_batch": 4, "group_size": 1, "learning_rate": 1e-3, "topk": 20}
+        {"dataset": "sciknoweval", "groups_per_batch": 8, "group_size": 1, "learning_rate": 1e-3, "topk": 20}
         | {"reverse": True, "max_context_length": 1024, "max_steps": 4, "lora_rank": 32, "max_tokens": 12},
         lambda steps: falls(steps, "sdft/reverse_kl_mean", 0.85, 4),
     ),
