@@ -94,10 +94,10 @@ def _nat_serve() -> Iterator[Server]:
 def _serve(pipe: Connection) -> None:
     """The endpoint of a policy, as `nat serve` has it."""
     from nat_plugin_evsys.config.policy import EvsysPolicyConfig
-    from nat_plugin_evsys.engine import sampler
+    from nat_plugin_evsys.engine.sampling import budgets
     from nat_plugin_evsys.policy.policy import Policy
 
-    sampler._PREFIX_BYTES = 64 * MIB
+    budgets._PREFIX_BYTES = 64 * MIB
     policy = Policy.of(EvsysPolicyConfig(base_model=MODEL, checkpoint="none", max_tokens=24))
     asyncio.run(policy.ensure_loaded())
     pipe.send((policy.endpoint.base_url, policy.endpoint.api_key))

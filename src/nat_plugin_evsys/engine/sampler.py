@@ -7,15 +7,17 @@ import logging
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Literal
 
 import torch
 
-from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.vision import Vision
+from nat_plugin_evsys.engine.sampling.budgets import kv_budget, prefix_budget
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch, SamplingPolicy
 from nat_plugin_evsys.engine.sampling.decoding_check import trusted_runner
@@ -31,6 +33,7 @@ from nat_plugin_evsys.engine.sampling.row_decoder import RowDecoder
 from nat_plugin_evsys.engine.sampling.slot_decoder import SlotDecoder
 from nat_plugin_evsys.engine.sampling.stopping import eos_token_ids, ids_without_a_token
 from nat_plugin_evsys.engine.spans.decoder import FIRST_LENGTH, SpanDecoder
+from nat_plugin_evsys.engine.spans.joint import JointDecoding
 from nat_plugin_evsys.engine.spans.probe import rollout_model
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.engine.spans.tree import SpanTree
@@ -39,8 +42,6 @@ from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
 logger = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 * 2**20
-_CPU_KV_BYTES = 4 * 2**30
-_PREFIX_BYTES = 2 * 2**30
 _PASS_TOKENS = 1024
 
 SamplerPath = Literal["auto", "plain"]
@@ -49,8 +50,9 @@ SamplerPath = Literal["auto", "plain"]
 class Sampler:
     """Samples from many policy versions of one base model at once.
 
-    Requests join and leave between decode steps. Versions are decoded in turns, one step each, so that a new version
-    does not wait for an old one to finish, or vice versa; no sequence ever changes its version.
+    Requests join and leave between decode steps. Versions are decoded jointly on the fast path, in turns on the
+    others, one step each, so that a new version does not wait for an old one to finish, or vice versa; no sequence ever
+    changes its version.
 
     Args:
         base: the frozen base model.
@@ -92,7 +94,7 @@ class Sampler:
         if isinstance(base.vision, Vision):
             never.append(base.vision.token)  # it could not be read back beside an image
         self._never = torch.tensor(never, device=base.device) if never else None
-        keep = prefix_cache_bytes if prefix_cache_bytes is not None else _prefix_budget(base.device)
+        keep = prefix_cache_bytes if prefix_cache_bytes is not None else prefix_budget(base.device)
         if isinstance(base.vision, Vision):
             keep //= 2  # of text, and of sequences with images
         self._prefixes = PrefixCache(keep)
@@ -102,7 +104,8 @@ class Sampler:
             self._fast, self.plain_because = rollout_model(base, self._runner.layout)
         else:
             self.plain_because = self.plain_because or "it was asked for"
-        self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else _kv_budget(base.device)
+        self._joint = None if self._fast is None else JointDecoding(self._fast)
+        self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else kv_budget(base.device)
         self._base = base
         self._images: ExactRunner | None = None
         self._seen = ExactPrefixes(keep) if keep else None
@@ -219,25 +222,33 @@ class Sampler:
 
     def _step_all(self) -> None:
         # Not in the loop that waits for work: its variable would keep a policy that nobody samples from.
-        for batch in list(self._batches.values()):
-            self._step(batch)
+        together = [] if self._joint is None else self._joint.chosen(list(self._batches.values()))
+        for batch in [each for each in self._batches.values() if each not in together]:
+            self._step([batch], batch.step)
+        if self._joint is not None and together:
+            self._step(together, partial(self._joint.decode, together))
+        if self._joint is not None and not any(batch in self._batches.values() for batch in together):
+            self._joint.end()
 
-    def _step(self, batch: DecodeBatch) -> None:
+    def _step(self, batches: list[DecodeBatch], step: Callable[[], None]) -> None:
+        """A step of one batch, or a joint one of several."""
         try:
-            batch.step()
+            step()
         except Exception as exc:  # boundary: a bug in the loop must fail requests, not end the thread
             logger.exception("the sampler's decode loop failed")
-            for request in batch.requests():
+            for request in (request for batch in batches for request in batch.requests()):
                 error = ModelError(f"the sampler failed: {type(exc).__name__}: {exc}")
                 error.__cause__ = exc
                 request.fail(error)
-            self._end(batch)
+            for batch in batches:
+                self._end(batch)
             return
-        if batch.idle:
-            self._end(batch)
-            store = batch.decoder.store
-            if not isinstance(batch.decoder, ExactDecoder):
-                self._spare = store if store.nbytes <= _SPARE_BYTES else None
+        for batch in batches:
+            if batch.idle:
+                self._end(batch)
+                store = batch.decoder.store
+                if not isinstance(batch.decoder, ExactDecoder):
+                    self._spare = store if store.nbytes <= _SPARE_BYTES else None
 
     def _end(self, batch: DecodeBatch) -> None:
         self._batches = {key: other for key, other in self._batches.items() if other is not batch}
@@ -285,11 +296,3 @@ class Sampler:
 
 def _closed_error() -> EngineClosedError:
     return EngineClosedError("the sampler has been closed and takes no more requests; create a new one")
-
-
-def _kv_budget(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_KV_BYTES
-
-
-def _prefix_budget(device: torch.device) -> int:
-    return min(_PREFIX_BYTES, free_bytes(device) // 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,12 +82,31 @@ class DecodeBatch:
 
     def step(self) -> None:
         """Score, admit, decode one token. A failure fails the requests that it was for."""
-        for stage in (self._retire, self._score, self._admit, self._decode):
+        tokens = self.begin()
+        if tokens is not None:
+            self.decode(tokens)
+
+    def begin(self) -> list[int] | None:
+        """All of a step before its pass: the rows' last tokens, or None if there is nothing to decode."""
+        for stage in (self._retire, self._score, self._admit, self._preempt):
             self._at_stake = []
-            try:
-                stage()
-            except Exception as exc:  # noqa: BLE001 - boundary: whatever the model raises goes to the requests concerned
-                self._fail(self._at_stake or self.requests(), exc)
+            self._guard(stage)
+        self._at_stake = _requests(self._in_decoder())
+        return [s.tokens[-1] for s in self._rows] if self._at_stake else None
+
+    def decode(self, tokens: list[int]) -> None:
+        """The pass, and what follows it, after ``begin``."""
+        self._guard(lambda: self._take(*self.decoder.step(tokens)))
+
+    def end(self, logits: Tensor, read: list[Context]) -> None:
+        """What follows the pass, with what the decoder gave."""
+        self._guard(lambda: self._take(logits, read))
+
+    def _guard(self, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except Exception as exc:  # noqa: BLE001 - boundary: whatever the model raises goes to the requests concerned
+            self._fail(self._at_stake or self.requests(), exc)
 
     def _fail(self, requests: Iterable[SampleRequest], cause: Exception) -> None:
         for request in requests:
@@ -164,13 +183,8 @@ class DecodeBatch:
 
     # -- decoding
 
-    def _decode(self) -> None:
+    def _take(self, logits: Tensor, read: list[Context]) -> None:
         """One token for every row, and the first one for those whose context has been read."""
-        self._preempt()
-        self._at_stake = _requests(self._in_decoder())
-        if not self._at_stake:
-            return
-        logits, read = self.decoder.step([s.tokens[-1] for s in self._rows])
         if read:
             counts = torch.tensor([1] * len(self._rows) + [context.rows for context in read])
             logits = logits.repeat_interleave(counts.to(logits.device), dim=0)

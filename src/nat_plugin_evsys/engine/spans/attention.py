@@ -63,7 +63,7 @@ class Level:
 
 @dataclass(frozen=True)
 class OwnTokens:
-    """Tokens ``[0, rows)`` of a pass are those of rows: row i's goes to column ``columns[i]`` of slot i.
+    """Tokens ``[first, first + rows)`` of a pass are those of rows: row i's goes to column ``columns[i]`` of slot i.
 
     ``mask [rows, 1, 1, length]`` hides columns of rows that are shorter than the longest; None if none is.
     """
@@ -73,6 +73,7 @@ class OwnTokens:
     columns: Tensor
     length: int
     mask: Tensor | None
+    first: int = 0
 
 
 @dataclass
@@ -80,7 +81,7 @@ class SpanPlan:
     """Who sees what in a pass over ``tokens`` tokens."""
 
     tokens: int
-    own: OwnTokens | None = None
+    own: list[OwnTokens] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)
     levels: list[Level] = field(default_factory=list)
 
@@ -144,8 +145,8 @@ def span_attention(query: Tensor, key: Tensor, value: Tensor, plan: SpanPlan, la
     _, heads, tokens, dim = query.shape
     out = query.new_empty(1, tokens, heads, dim).transpose(1, 2)
     lse = query.new_empty(1, tokens, heads, dtype=torch.float32).transpose(1, 2)
-    if plan.own is not None:
-        _own(query, key, value, plan.own, layer, scale, out, lse)
+    for own in plan.own:
+        _own(query, key, value, own, layer, scale, out, lse)
     for piece in plan.pieces:
         here = slice(piece.start, piece.stop)
         q, k, v = query[:, :, here], key[:, :, here], value[:, :, here]
@@ -160,7 +161,7 @@ def span_attention(query: Tensor, key: Tensor, value: Tensor, plan: SpanPlan, la
 def _own(
     query: Tensor, key: Tensor, value: Tensor, own: OwnTokens, layer: int, scale: float, out: Tensor, lse: Tensor
 ) -> None:
-    rows = slice(0, own.rows)
+    rows = slice(own.first, own.first + own.rows)
     keys, values = (view[: own.rows] for view in own.store.views(layer))
     index = torch.arange(own.rows)
     keys[index, :, own.columns] = key[0, :, rows].transpose(0, 1)

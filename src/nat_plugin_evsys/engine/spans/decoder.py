@@ -11,7 +11,8 @@ from torch import Tensor
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore, rounded_length
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
-from nat_plugin_evsys.engine.spans.attention import Level, OwnTokens, Piece, Read, SpanPlan
+from nat_plugin_evsys.engine.spans.attention import Level, OwnTokens, Piece, SpanPlan
+from nat_plugin_evsys.engine.spans.levels import Chain, levels_of
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.engine.spans.tree import Span, SpanTree
 
@@ -22,9 +23,6 @@ _SHARED = 256
 a call of its own, and a slot one more part of a call that all rows share."""
 _MOST_TAKEN = 128
 """Tokens of its context that a row may have in its slot: every slot is as long as the longest."""
-
-_Chain = list[tuple[Tensor, int]]
-"""What tokens see above themselves: keys and values, and how many of their columns."""
 
 
 @dataclass
@@ -59,6 +57,22 @@ class _Feed:
     start: int
 
 
+@dataclass
+class SpanPass:
+    """A pass over ``ids`` at ``positions`` [T], whose logits at ``at`` are wanted.
+
+    Attributes:
+        feeds: what it reads of waiting contexts; ``finished`` are those that it completes.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    plan: SpanPlan
+    at: Tensor
+    feeds: list[_Feed]
+    finished: list[Context]
+
+
 class SpanDecoder:
     """The fast ``RowDecoder``. Slot i has the end of row i's context, if it is short, and what was sampled since.
 
@@ -82,11 +96,11 @@ class SpanDecoder:
         store: SlotStore,
     ) -> None:
         self.store = store
+        self.policy = policy
+        self.adapter = adapter
+        self.pass_tokens = pass_tokens
         self._model = model
         self._tree = tree
-        self._policy = policy
-        self._adapter = adapter
-        self._pass_tokens = pass_tokens
         self._kv_bytes = kv_bytes
         self._rows: list[_Row] = []
         self._waiting: dict[Context, Span] = {}
@@ -94,7 +108,7 @@ class SpanDecoder:
 
     def join(self, context: Context) -> None:
         """See ``RowDecoder``."""
-        self._waiting[context], context.known = self._tree.hold(self._policy, context.tokens)
+        self._waiting[context], context.known = self._tree.hold(self.policy, context.tokens)
 
     def leave(self, context: Context) -> None:
         """See ``RowDecoder``."""
@@ -102,7 +116,14 @@ class SpanDecoder:
 
     def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
         """See ``RowDecoder``."""
-        feeds, finished = self._feeds(len(tokens))
+        planned = self.plan(tokens, self.pass_tokens)
+        self._model.versions.use(self.policy, self.adapter)
+        logits = self._model.logits(self.adapter, planned.ids, planned.positions, planned.plan, planned.at)
+        return self.take(planned, logits)
+
+    def plan(self, tokens: Sequence[int], room: int) -> SpanPass:
+        """The pass that ``step`` makes, with at most ``room`` tokens of waiting contexts."""
+        feeds, finished = self._feeds(len(tokens), room)
         ids, positions = list(tokens), [row.position for row in self._rows]
         for feed in feeds:
             first = _depth(feed.span) + feed.at
@@ -110,19 +131,20 @@ class SpanDecoder:
             positions += range(first, first + feed.count)
         at = [*range(len(tokens)), *(finished.values())]
         plan = SpanPlan(len(ids), self._own(), [Piece(f.start, f.start + f.count, f.span.kv, f.at) for f in feeds])
-        plan.levels = self._row_levels() if not feeds else _levels(self._chains(feeds))
-        self._model.versions.use(self._policy, self._adapter)
-        logits = self._model.logits(
-            self._adapter, torch.tensor(ids), torch.tensor(positions), plan, torch.tensor(at, dtype=torch.long)
-        )
-        self._model.fed_tokens += len(ids)
-        for feed in feeds:
+        plan.levels = self._row_levels() if not feeds else levels_of(self._chains(feeds))
+        as_rows = torch.tensor(at, dtype=torch.long)
+        return SpanPass(torch.tensor(ids), torch.tensor(positions), plan, as_rows, feeds, list(finished))
+
+    def take(self, made: SpanPass, logits: Tensor) -> tuple[Tensor, list[Context]]:
+        """What ``step`` returns, once the pass has been made."""
+        self._model.fed_tokens += len(made.ids)
+        for feed in made.feeds:
             feed.span.filled = max(feed.span.filled, feed.at + feed.count)
         for row in self._rows:
             row.own += 1
-        if finished:
-            self._enter(list(finished))
-        return logits, list(finished)
+        if made.finished:
+            self._enter(made.finished)
+        return logits, made.finished
 
     def remove(self, row: int, tokens: list[int] | None) -> None:
         """See ``RowDecoder``."""
@@ -142,7 +164,7 @@ class SpanDecoder:
 
     def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:
         """See ``RowDecoder``."""
-        self._tree.keep(self._policy, tokens, store.read(slot, 0, len(tokens)))
+        self._tree.keep(self.policy, tokens, store.read(slot, 0, len(tokens)))
 
     def fits(self, contexts: Sequence[Context]) -> bool:
         """See ``RowDecoder``."""
@@ -150,7 +172,7 @@ class SpanDecoder:
         taken = [min(_MOST_TAKEN, len(c.tokens)) for c in (*self._waiting, *contexts)]
         own = max([*(r.own for r in self._rows), *taken], default=0)
         longest = max(self.store.length, rounded_length(own + 1, FIRST_LENGTH))
-        new = sum(self._tree.missing(self._policy, c.tokens) for c in contexts)
+        new = sum(self._tree.missing(self.policy, c.tokens) for c in contexts)
         per_token = self.store.layout.bytes_per_token
         return self._tree.held_bytes + per_token * (rows * longest + new) <= self._kv_bytes
 
@@ -160,7 +182,7 @@ class SpanDecoder:
             self._tree.release(span)
         self._waiting.clear()
         self._rows.clear()
-        self._model.versions.done(self._policy)
+        self._model.versions.done(self.policy)
 
     def _enter(self, contexts: Sequence[Context]) -> None:
         """Rows for contexts that have been read; they share their holds."""
@@ -179,7 +201,7 @@ class SpanDecoder:
                     self.store.write(len(self._rows) - 1, pieces)
         self._levels = None
 
-    def _feeds(self, start: int) -> tuple[list[_Feed], dict[Context, int]]:
+    def _feeds(self, start: int, room: int) -> tuple[list[_Feed], dict[Context, int]]:
         """Pieces of spans that waiting contexts need, first come first served, from row ``start`` of the pass on.
 
         Also, of each context that they complete, the row of its last token. A context whose last token was computed
@@ -187,7 +209,6 @@ class SpanDecoder:
         """
         feeds: dict[Span, _Feed] = {}
         finished: dict[Context, int] = {}
-        room = self._pass_tokens
         for context, last in self._waiting.items():
             for span in last.path():
                 todo = len(span.tokens) - span.filled
@@ -210,9 +231,9 @@ class SpanDecoder:
                 break
         return [feed for feed in feeds.values() if feed.count], finished
 
-    def _own(self) -> OwnTokens | None:
+    def _own(self) -> list[OwnTokens]:
         if not self._rows:
-            return None
+            return []
         columns = torch.tensor([row.own for row in self._rows])
         longest = int(columns.max()) + 1
         self.store.reserve(len(self._rows), longest)
@@ -221,14 +242,14 @@ class SpanDecoder:
             hidden = torch.arange(longest) > columns[:, None]
             mask = torch.zeros(hidden.shape, dtype=self.store.layout.dtype).masked_fill_(hidden, float("-inf"))
             mask = mask[:, None, None]
-        return OwnTokens(self.store, len(self._rows), columns, longest, mask)
+        return [OwnTokens(self.store, len(self._rows), columns, longest, mask)]
 
     def _row_levels(self) -> list[Level]:
         if self._levels is None:
-            self._levels = _levels(self._chains([]))
+            self._levels = levels_of(self._chains([]))
         return self._levels
 
-    def _chains(self, feeds: Sequence[_Feed]) -> list[tuple[range, _Chain]]:
+    def _chains(self, feeds: Sequence[_Feed]) -> list[tuple[range, Chain]]:
         """Tokens of the pass, and what they see above."""
         out = [(range(i, i + 1), _whole(row.above.path())) for i, row in enumerate(self._rows)]
         for feed in feeds:
@@ -250,29 +271,9 @@ def _short_end(last: Span) -> tuple[Span, list[Tensor]]:
     return last, pieces
 
 
-def _whole(path: list[Span]) -> _Chain:
+def _whole(path: list[Span]) -> Chain:
     return [(span.kv, len(span.tokens)) for span in path]
 
 
 def _depth(span: Span) -> int:
     return sum(len(above.tokens) for above in span.path()[:-1])
-
-
-def _levels(chains: Sequence[tuple[range, _Chain]]) -> list[Level]:
-    """The n-th link of every chain makes level n; tokens that see the same there are read together."""
-    levels = []
-    for depth in range(max((len(chain) for _, chain in chains), default=0)):
-        groups: dict[tuple[int, int], tuple[Tensor, list[int]]] = {}
-        for tokens, chain in chains:
-            if depth < len(chain):
-                kv, length = chain[depth]
-                groups.setdefault((id(kv), length), (kv, []))[1].extend(tokens)
-        reads: list[Read] = []
-        order: list[int] = []
-        for (_, length), (kv, members) in groups.items():
-            reads.append(Read(len(order), len(order) + len(members), kv, length))
-            order += members
-        side_by_side = order == list(range(order[0], order[0] + len(order)))
-        where = slice(order[0], order[0] + len(order)) if side_by_side else torch.tensor(order)
-        levels.append(Level(where, reads))
-    return levels

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear
+from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +26,19 @@ PackedWeights = dict[str, Tensor]
 _ROWS = 32  # hints from 8 on were all equally fast, for any number of rows
 _KEPT = 2
 _FREE_SHARE = 0.5
+_SHARED = -1
+"""Ident of the base model's weights under several adapters; policies count from 0."""
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that computes with ``packed`` if there is one, else with ``plain``."""
+    """A linear layer that computes with ``packed`` if there is one, else with ``plain``; ``mixed`` adds to it."""
 
     def __init__(self, name: str, plain: nn.Linear) -> None:
         super().__init__()
         self.name = name
         self.plain = plain
         self.packed: Tensor | None = None
+        self.mixed: MixedAdapters | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -47,7 +51,7 @@ class PackedLinear(nn.Module):
             out: Tensor = self.plain(x)
         else:
             out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.plain.bias, "none", [], "")
-        return out
+        return out if self.mixed is None else self.mixed.add(self.name, x, out)
 
 
 def replace_linears(model: PreTrainedModel) -> list[PackedLinear]:
@@ -77,6 +81,22 @@ class PackedVersions:
         self._unadapted: PackedWeights = {}
         self._current: int | None = None
 
+    @property
+    def names(self) -> set[str]:
+        """Of the layers."""
+        return {layer.name for layer in self._layers}
+
+    def share(self, mixed: MixedAdapters) -> None:
+        """Let the layers compute with the base model's weights, which are packed once, and ``mixed``."""
+        self.use(_SHARED, None)
+        for layer in self._layers:
+            layer.mixed = mixed
+
+    def done_sharing(self) -> None:
+        """End ``share``."""
+        if _SHARED in self._in_flight:
+            self.done(_SHARED)
+
     def use(self, ident: int, adapter: LoraAdapter | None) -> None:
         """Let the layers compute with the weights of version ``ident``."""
         if ident == self._current:
@@ -86,6 +106,7 @@ class PackedVersions:
         weights = self._in_flight[ident]
         for layer in self._layers:
             layer.packed = None if weights is None else weights[layer.name]
+            layer.mixed = None
         self._current = ident
 
     def done(self, ident: int) -> None:
@@ -111,7 +132,7 @@ class PackedVersions:
     def _unpack(self) -> None:
         self._current = None
         for layer in self._layers:
-            layer.packed = None
+            layer.packed = layer.mixed = None
 
     def _new(self, adapter: LoraAdapter | None) -> PackedWeights | None:
         if not self._able:

@@ -96,5 +96,5 @@ def _over_spans(model: RolloutModel, layout: KVLayout, above: Tensor, below: lis
     borders = [0, _ABOVE, _ABOVE + _BELOW, len(ids)]
     pieces = [Piece(borders[i], borders[i + 1], kv[i], 0) for i in range(3)]
     level = Level(slice(_ABOVE, len(ids)), [Read(0, 2 * _BELOW, kv[0], _ABOVE)])
-    plan = SpanPlan(len(ids), None, pieces, [level])
+    plan = SpanPlan(len(ids), [], pieces, [level])
     return model.logits(None, ids, positions, plan, torch.arange(len(ids)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.forward import OutputHead
@@ -10,6 +13,7 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.plain_copy import copy_of_modules
 from nat_plugin_evsys.engine.model.targets import text_decoder
 from nat_plugin_evsys.engine.spans.attention import SpanPlan, attending, install
+from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
 from nat_plugin_evsys.engine.spans.packed_linear import PackedVersions, replace_linears
 
 
@@ -45,3 +49,22 @@ class RolloutModel:
         with applied(adapter), attending(plan):
             out = self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
             return self._head(out.last_hidden_state[0, rows])
+
+    def mixed_logits(
+        self,
+        mixed: MixedAdapters,
+        ids: Tensor,
+        positions: Tensor,
+        plan: SpanPlan,
+        rows: Sequence[Tensor],
+        counts: Sequence[int],
+    ) -> list[Tensor]:
+        """``logits`` at the ``rows`` of each adapter. One after another, they have ``counts`` of the tokens."""
+        self.versions.share(mixed)
+        with applied(None), attending(plan):
+            mixed.set_rows(counts)
+            out = self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+            wanted = [len(each) for each in rows]
+            mixed.set_rows(wanted)
+            logits = self._head(out.last_hidden_state[0, torch.cat([*rows])])
+        return list(logits.split(wanted))

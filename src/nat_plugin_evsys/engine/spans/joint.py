@@ -1,0 +1,128 @@
+"""Policies that decode at the same time do so in one pass over the model, each with its own adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch
+from nat_plugin_evsys.engine.sampling.row_decoder import Context
+from nat_plugin_evsys.engine.spans.attention import Level, OwnTokens, Piece, SpanPlan
+from nat_plugin_evsys.engine.spans.decoder import SpanDecoder, SpanPass
+from nat_plugin_evsys.engine.spans.mixed import MixedAdapters, is_finite
+from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
+from nat_plugin_evsys.errors import one_line
+
+logger = logging.getLogger(__name__)
+
+
+class JointDecoding:
+    """Steps of several ``SpanDecoder`` of one model.
+
+    The weights of the base model are packed once for all of them, whatever their number; each alone has a merged copy.
+    A policy that has begun to decode jointly goes on so until it has nothing to do. Models with experts, which get rows
+    in an order of their own, decode each policy alone, and so does one whose joint pass fails.
+    """
+
+    def __init__(self, model: RolloutModel) -> None:
+        self._model = model
+        self._mixed: tuple[list[LoraAdapter | None], MixedAdapters] | None = None
+        self._fit: dict[int, bool] = {}
+        self._able = not any("expert" in name for name in model.versions.names)
+
+    def chosen(self, batches: Sequence[DecodeBatch]) -> list[DecodeBatch]:
+        """Those that decode in one pass from now on; none where only one could, unless it has done so before."""
+        least = 2 if self._mixed is None else 1
+        if len(batches) < least:
+            return []
+        found = [batch for batch in batches if isinstance(batch.decoder, SpanDecoder) and self._takes(batch.decoder)]
+        return found if len(found) >= least else []
+
+    def _takes(self, decoder: SpanDecoder) -> bool:
+        """Whether a decoder can be part of a joint step: its adapter is finite and of layers that can be mixed."""
+        adapter = decoder.adapter
+        if not self._able or adapter is None:
+            return self._able
+        if decoder.policy not in self._fit:
+            fits = set(adapter.weights) <= self._model.versions.names and is_finite(adapter)
+            self._fit[decoder.policy] = fits
+        return self._fit[decoder.policy]
+
+    def decode(self, batches: Sequence[DecodeBatch]) -> None:
+        """``DecodeBatch.step`` of each, with one pass for all of them."""
+        begun = [(batch, batch.begin()) for batch in batches]
+        ready = [(batch, tokens) for batch, tokens in begun if tokens is not None]
+        if not ready:
+            return
+        decoders = [batch.decoder for batch, _ in ready]
+        try:
+            found = self.step([each for each in decoders if isinstance(each, SpanDecoder)], [last for _, last in ready])
+        except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; alone, each fails by itself
+            logger.warning("policies are sampled one after the other: their joint pass fails: %s", one_line(exc))
+            self._able = False
+            self.end()
+            for batch, tokens in ready:
+                batch.decode(tokens)
+            return
+        for (batch, _), (logits, read) in zip(ready, found, strict=True):
+            batch.end(logits, read)
+
+    def step(
+        self, decoders: Sequence[SpanDecoder], tokens: Sequence[Sequence[int]]
+    ) -> list[tuple[Tensor, list[Context]]]:
+        """``SpanDecoder.step`` of each, in one pass."""
+        # Before ``take`` nothing is changed that another pass would not set again.
+        room = max(1, min(decoder.pass_tokens for decoder in decoders) // len(decoders))
+        passes = [decoder.plan(last, room) for decoder, last in zip(decoders, tokens, strict=True)]
+        mixed = self._mixed_of([decoder.adapter for decoder in decoders])
+        logits = self._model.mixed_logits(
+            mixed,
+            torch.cat([each.ids for each in passes]),
+            torch.cat([each.positions for each in passes]),
+            joined([each.plan for each in passes]),
+            [each.at + start for each, start in zip(passes, _starts(passes), strict=True)],
+            [len(each.ids) for each in passes],
+        )
+        return [decoder.take(each, found) for decoder, each, found in zip(decoders, passes, logits, strict=True)]
+
+    def end(self) -> None:
+        """Free what joint steps need; the next one makes it again."""
+        self._mixed = None
+        self._model.versions.done_sharing()
+
+    def _mixed_of(self, adapters: list[LoraAdapter | None]) -> MixedAdapters:
+        if self._mixed is None or not _same(self._mixed[0], adapters):
+            self._mixed = None  # freed before the next is made
+            self._mixed = adapters, MixedAdapters(adapters)
+        return self._mixed[1]
+
+
+def joined(plans: Sequence[SpanPlan]) -> SpanPlan:
+    """The plan of all tokens, one plan's after another's; none sees another's."""
+    whole = SpanPlan(sum(plan.tokens for plan in plans))
+    start = 0
+    for plan in plans:
+        whole.own += [OwnTokens(o.store, o.rows, o.columns, o.length, o.mask, o.first + start) for o in plan.own]
+        whole.pieces += [Piece(p.start + start, p.stop + start, p.kv, p.at) for p in plan.pieces]
+        whole.levels += [Level(_moved(level.order, start), level.reads) for level in plan.levels]
+        start += plan.tokens
+    return whole
+
+
+def _moved(order: slice | Tensor, start: int) -> slice | Tensor:
+    return order + start if isinstance(order, Tensor) else slice(order.start + start, order.stop + start)
+
+
+def _starts(passes: Sequence[SpanPass]) -> Iterator[int]:
+    start = 0
+    for each in passes:
+        yield start
+        start += len(each.ids)
+
+
+def _same(some: Sequence[LoraAdapter | None], others: Sequence[LoraAdapter | None]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))

@@ -1,0 +1,141 @@
+"""Adapters that are sampled at once share the passes, and each samples what it samples alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from tinker import types
+from tiny import perturb
+
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampler import Sampler
+from nat_plugin_evsys.engine.spans import joint
+from nat_plugin_evsys.errors import ModelError
+
+FAMILIES = ("qwen3", "llama")
+GREEDY = types.SamplingParams(max_tokens=6, temperature=0.0, stop=[])
+
+
+def adapters_of(base: Any) -> list[LoraAdapter | None]:
+    """Of unequal ranks, scales and layers, and the bare model."""
+    kinds: list[dict[str, Any]] = [
+        {"rank": 2, "alpha": 4.0},
+        {"rank": 5, "alpha": 3.0, "train_mlp": False},
+        {"rank": 3, "alpha": 9.0, "train_unembed": False},
+        {"rank": 2, "alpha": 4.0, "train_attn": False},
+    ]
+    made = [perturb(LoraAdapter.create(base.model, **kind), seed) for seed, kind in enumerate(kinds)]
+    return [*made, None]
+
+
+def prompts(seed: int, count: int) -> list[types.ModelInput]:
+    draw = random.Random(seed)
+    start = [draw.randint(0, 30) for _ in range(9)]
+    rows = [
+        start[: draw.randint(1, 9)] + [draw.randint(0, 30) for _ in range(draw.randint(1, 20))] for _ in range(count)
+    ]
+    return [types.ModelInput.from_ints(row) for row in rows]
+
+
+def check(futures: list[Any], alone: list[Any]) -> None:
+    for one, other in zip(futures, alone, strict=True):
+        for here, there in zip(one.result(120).sequences, other.sequences, strict=True):
+            assert list(here.tokens) == list(there.tokens)
+            torch.testing.assert_close(torch.tensor(here.logprobs), torch.tensor(there.logprobs), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_samples_what_it_samples_alone(base_of: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of(family)
+    adapters = adapters_of(base)
+    wide: list[int] = []
+    stepped = joint.JointDecoding.step
+
+    def counted(self: Any, decoders: Any, tokens: Any) -> Any:
+        wide.append(len(decoders))
+        return stepped(self, decoders, tokens)
+
+    monkeypatch.setattr(joint.JointDecoding, "step", counted)
+    asked = [(which, prompt) for which in range(len(adapters)) for prompt in prompts(which, 3)]
+    plain = Sampler(base, path="plain")
+    clients = [plain.client(adapter, at) for at, adapter in enumerate(adapters)]
+    alone = [clients[which].sample(prompt, 2, GREEDY).result(120) for which, prompt in asked]
+    plain.close()
+    assert not wide
+    sampler = Sampler(base)
+    assert not sampler.plain_because
+    clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters)]
+    random.Random(1).shuffle(order := list(range(len(asked))))
+    futures = {at: clients[asked[at][0]].sample(asked[at][1], 2, GREEDY) for at in order}
+    check([futures[at] for at in range(len(asked))], alone)
+    assert max(wide) == len(adapters)
+    # Once all are done, one alone is decoded with weights of its own again.
+    wide.clear()
+    check([clients[0].sample(asked[0][1], 2, GREEDY)], alone[:1])
+    assert not wide
+    sampler.close()
+
+
+def test_a_broken_adapter_reaches_no_other(base_of: Any) -> None:
+    base = base_of("qwen3")
+    good = perturb(LoraAdapter.create(base.model, rank=2, alpha=4.0), 1)
+    broken = perturb(LoraAdapter.create(base.model, rank=2, alpha=4.0), 2)
+    next(iter(broken.weights.values()))[1].data[0] = float("nan")
+    sampler = Sampler(base)
+    [prompt] = prompts(3, 1)
+    alone = sampler.client(good, 0).sample(prompt, 1, GREEDY).result(120)
+    clients = [sampler.client(adapter, at) for at, adapter in enumerate((good, broken, None))]
+    futures = [client.sample(prompt, 1, GREEDY) for client in clients]
+    with pytest.raises(ModelError, match="not finite"):
+        futures[1].result(120)
+    check(futures[:1], [alone])
+    assert len(futures[2].result(120).sequences[0].tokens) == 6
+    sampler.close()
+
+
+def test_where_a_joint_pass_fails_each_goes_alone(
+    base_of: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = base_of("qwen3")
+    adapters = adapters_of(base)[:3]
+    sampler = Sampler(base)
+    clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters)]
+    asked = prompts(4, 3)
+    alone = [client.sample(prompt, 2, GREEDY).result(120) for client, prompt in zip(clients, asked, strict=True)]
+    monkeypatch.setattr(joint.MixedAdapters, "set_rows", lambda self, counts: setattr(self, "_groups", torch.zeros(1)))
+    check([client.sample(prompt, 2, GREEDY) for client, prompt in zip(clients, asked, strict=True)], alone)
+    assert "sampled one after the other: their joint pass fails" in caplog.text
+    sampler.close()
+
+
+def test_six_adapters_take_the_passes_and_the_weights_of_one(base_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("qwen3")
+    sampler = Sampler(base)
+    assert sampler._fast is not None
+    passes: list[int] = []
+    for name in ("logits", "mixed_logits"):
+        run = getattr(sampler._fast, name)
+        monkeypatch.setattr(sampler._fast, name, lambda *given, run=run: passes.append(1) or run(*given))
+    packed: list[int] = []
+    pack = sampler._fast.versions._pack_layer
+    monkeypatch.setattr(
+        sampler._fast.versions, "_pack_layer", lambda layer, *given: packed.append(1) or pack(layer, *given)
+    )
+    adapters = [perturb(LoraAdapter.create(base.model, rank=2, alpha=4.0), seed) for seed in range(6)]
+    params = types.SamplingParams(max_tokens=20, temperature=0.0, stop=[])
+
+    def cost(clients: list[Any]) -> tuple[int, int]:
+        passes.clear()
+        packed.clear()
+        with sampler._wake:  # all of them are in the inbox before the first is taken
+            futures = [client.sample(prompt, 1, params) for client, prompt in zip(clients, prompts(5, 6), strict=True)]
+        assert all(len(future.result(120).sequences[0].tokens) == 20 for future in futures)
+        return len(passes), len(packed)
+
+    one = cost([sampler.client(adapters[0], 0)] * 6)
+    six = cost([sampler.client(adapter, at) for at, adapter in enumerate(adapters)])
+    assert six == one
+    sampler.close()
