@@ -3,7 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,9 +16,12 @@ from nat.data_models.finetuning import (
     TrajectoryCollection,
 )
 
+from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import EngineClosedError, ModelError
+from nat_plugin_evsys.finetuning.job_queue import JobQueue
 from nat_plugin_evsys.json_lines import read_json_lines
 from nat_plugin_evsys.training import loop
+from nat_plugin_evsys.training.job_report import Account, JobReport
 
 Fixture = Any
 
@@ -309,6 +312,28 @@ async def test_close_ends_every_job_and_refuses_new_ones(policy: Fixture, make_a
     assert await policy.backend.is_healthy()
     with pytest.raises(EngineClosedError, match="closed"):
         await adapter.submit(collection)
+
+
+async def test_a_queue_keeps_the_newest_ended_jobs_and_all_open_ones() -> None:
+    class Work:
+        async def run(self, report: JobReport) -> None:
+            await gate.wait()
+
+        def account(self, lost_reason: DropReason) -> Account:
+            return Account()
+
+    gate, queue = asyncio.Event(), JobQueue(keep_ended=2)
+    open_jobs = [queue.start("run", cast(Any, Work()), {}, None, run_dir=None, save_datums=False) for _ in range(5)]
+    assert list(queue.tasks) == [job.job_id for job in open_jobs]
+    gate.set()
+    for job in open_jobs:
+        await job.wait()
+    newest = queue.start("run", cast(Any, Work()), {}, None, run_dir=None, save_datums=False)
+    assert list(queue.tasks) == [job.job_id for job in [*open_jobs[-2:], newest]]
+    await newest.wait()
+    forgotten = TrainingJobRef(run_id="run", backend="evsys", metadata={"job_id": open_jobs[0].job_id})
+    with pytest.raises(ValueError, match="no training job"):
+        queue.find(forgotten)
 
 
 async def test_log_progress_appends_a_json_line(policy: Fixture, make_adapter: Fixture, tmp_path: Path) -> None:

@@ -18,17 +18,24 @@ if TYPE_CHECKING:
 BACKEND = "evsys"
 """``TrainingJobRef.backend`` of every job of this adapter."""
 
+KEPT_ENDED = 64
+
 
 class JobQueue:
-    """Every job ever submitted; they run in the order of submission, one at a time."""
+    """Jobs run in the order of submission, one at a time.
 
-    def __init__(self) -> None:
+    Args:
+        keep_ended: of the jobs that have ended, how many of the newest can still be looked up. The ledger has all.
+    """
+
+    def __init__(self, keep_ended: int = KEPT_ENDED) -> None:
         self._jobs: dict[str, TrainingJob] = {}
+        self._keep_ended = keep_ended
         self._turn = asyncio.Lock()
 
     @property
     def tasks(self) -> dict[str, asyncio.Task[None]]:
-        """The task of every job by job id, in the order of submission."""
+        """The task of every job that can be looked up, by job id, in the order of submission."""
         return {job_id: job.task for job_id, job in self._jobs.items()}
 
     def start(
@@ -55,13 +62,19 @@ class JobQueue:
         if ledger is not None:
             ledger.submitted(job.job_id, run_id, epoch=epoch, **sizes)
         self._jobs[job.job_id] = job
+        self._forget()
         return job
+
+    def _forget(self) -> None:
+        ended = [job_id for job_id, job in self._jobs.items() if job.ended]
+        for job_id in ended[: max(0, len(ended) - self._keep_ended)]:
+            del self._jobs[job_id]
 
     def find(self, ref: TrainingJobRef) -> TrainingJob:
         """The job of a ref, or the newest of its run if the ref names none.
 
         Raises:
-            ValueError: unknown job; the text lists what is known.
+            ValueError: unknown job, or one that ended long ago; the text lists what is known.
         """
         job_id = (ref.metadata or {}).get("job_id")
         of_run = [job for job in self._jobs.values() if job.run_id == ref.run_id]

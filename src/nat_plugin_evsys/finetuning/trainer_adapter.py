@@ -80,7 +80,7 @@ class EvsysTrainerAdapter(TrainerAdapter):
 
     @property
     def training_jobs(self) -> dict[str, asyncio.Task[None]]:
-        """The task of every job ever submitted, by job id, in the order of submission."""
+        """The task of every job that runs, waits, or is among the newest that have ended, by job id; oldest first."""
         return self._jobs.tasks
 
     async def initialize(self, run_config: FinetuneConfig) -> None:
