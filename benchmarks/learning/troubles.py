@@ -1,4 +1,4 @@
-"""Runs that cannot go well, and what each says within two epochs: python benchmarks/learning/troubles.py [NAME …]
+"""Runs that cannot go well, and what each says within two passes: python benchmarks/learning/troubles.py [NAME …]
 
 Real runs of `nat finetune` on the help desk with the real model. Passes if each says what is wrong.
 """
@@ -17,7 +17,7 @@ import ours
 from tasks import helpdesk
 
 RATE = 5e-4
-EPOCHS = 2
+PASSES = 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def said(trouble: Trouble) -> tuple[bool, str]:
     task = helpdesk()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        config = ours.settings(task, RATE, 0, work, EPOCHS)
+        config = ours.settings(task, RATE, 0, work, PASSES)
         trouble.break_it(config)
         exit_code, log = ours.finetune(task, config, work)
         rows = [json.loads(line) for line in (ours.run_directory(work) / "metrics.jsonl").read_text().splitlines()]
