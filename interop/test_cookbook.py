@@ -9,8 +9,8 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -137,8 +137,7 @@ def scripts(cookbook: Cookbook) -> Path:
     pip = ("-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation")
     cookbook.run(*pip, "--no-binary", ":all:", COOKBOOK)
     name = f"tinker_cookbook-{VERSION}"
-    with tarfile.open(cookbook.directory / f"{name}.tar.gz") as archive:
-        archive.extractall(cookbook.directory, filter="data")
+    shutil.unpack_archive(cookbook.directory / f"{name}.tar.gz", cookbook.directory)
     return cookbook.directory / name / "tests"
 
 
@@ -168,11 +167,11 @@ def test_skyrls_two_supervised_clients_at_once(cookbook: Cookbook) -> None:
 @pytest.mark.timeout(1800)
 def test_skyrls_rl_client(cookbook: Cookbook) -> None:
     """With the loss of SkyRL's pages: the default of newer releases, stable_reinforce, is refused by name."""
-    size = {"batch_size": 8, "group_size": 8, "max_tokens": 24, "learning_rate": 5e-4, "max_steps": 6}
+    size = {"batch_size": 8, "group_size": 8, "max_tokens": 24, "learning_rate": 5e-4, "max_steps": 10}
     steps = skyrls_loop(cookbook, "rl_loop", "rl_loop", loss_fn="importance_sampling", **size)
     rewards = series(steps, "reward/total")
-    assert len(rewards) == 6
-    assert max(rewards[-2:]) > rewards[0] + 0.05
+    assert len(rewards) == 10
+    assert max(rewards[-3:]) > rewards[0] + 0.05
     print(f"rl_loop: reward/total {' '.join(f'{reward:.3f}' for reward in rewards)}")
 
 

@@ -64,7 +64,7 @@ def test_the_status_shows_the_replicas_and_one_that_was_killed(server: ServerPro
     [
         (["--replicas", "2"], "--replicas has no effect without --ray"),
         (["--ray"], "--ray needs --replicas N"),
-        (["--ray", "--replicas", "1", "--gpus-per-replica", "2"], "not split over GPUs yet"),
+        (["--ray", "--replicas", "1", "--gpus-per-replica", "2"], "is trained, not sampled from"),
     ],
 )
 def test_options_that_cannot_take_effect_are_refused(options: list[str], message: str) -> None:
