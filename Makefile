@@ -98,7 +98,8 @@ test-gpu-rehearsal: $(BIN)/python
 # Programs of others, unmodified: ART, NeMo Gym, verifiers, Agent Lightning, and recipes of the Tinker cookbook. Not in CI: they install a lot of their own.
 test-interop: $(INSTALLED_DEV)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -s interop/test_art.py interop/test_gym.py \
-		interop/test_verifiers.py interop/test_lightning.py interop/test_cookbook.py
+		interop/test_verifiers.py interop/test_lightning.py interop/test_cookbook.py \
+		$(if $(PROGRAMS),-k "$(PROGRAMS)")
 
 # LlamaIndex, CrewAI, … in an environment each: they cannot be installed together. FRAMEWORK=agno: one of them. Two at a
 # time: an install waits for the index.
