@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import traceback
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch.multiprocessing as mp
 
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.replicas.passes import Order, Passes, ReplicaSettings, open_part
+from nat_plugin_evsys.runtime.ports import free_port
 
 _LOST = 70
 """Exit code of a process whose group is no longer whole."""
@@ -30,7 +30,7 @@ class Followers:
 
     def __init__(self, settings: ReplicaSettings) -> None:
         context: Any = mp.get_context("spawn")
-        address = f"tcp://127.0.0.1:{_free_port()}"
+        address = f"tcp://127.0.0.1:{free_port()}"
         self._pipes: list[Any] = []
         for rank in range(1, settings.parts):
             ours, theirs = context.Pipe()
@@ -99,10 +99,3 @@ def whole_group() -> Iterator[None]:
 def _end_with(process: Any) -> None:
     process.join()
     os._exit(_LOST)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

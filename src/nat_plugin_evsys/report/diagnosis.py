@@ -79,11 +79,16 @@ class EpochFacts:
         """The training rollouts in numbers."""
         return ReplyNumbers.of(self.replies)
 
-    def reward_means(self) -> list[float]:
-        """Mean reward over each window of epochs that together visit every row, oldest first; this epoch's is last."""
-        rewards = [each.reward_mean for each in (*self.before, self.numbers) if each.reward_mean is not None]
-        width = self.epochs_per_pass
-        return [sum(rewards[end - width : end]) / width for end in range(width, len(rewards) + 1)]
+
+def _reward_means(facts: EpochFacts, numbers: ReplyNumbers) -> tuple[list[float], float]:
+    """Mean reward over windows of epochs that together visit every row: those before, oldest first, and the last one.
+
+    The last one is NaN where there are too few epochs for a window.
+    """
+    rewards = [each.reward_mean for each in (*facts.before, numbers) if each.reward_mean is not None]
+    width = facts.epochs_per_pass
+    means = [sum(rewards[end - width : end]) / width for end in range(width, len(rewards) + 1)]
+    return (means[:-1], means[-1]) if means else ([], math.nan)
 
 
 def diagnose(facts: EpochFacts) -> list[Finding]:
@@ -147,7 +152,7 @@ def _advice_on_no_signal(facts: EpochFacts, *, is_best: bool) -> str:
 
 
 def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
-    *means, now = facts.reward_means() or [math.nan]
+    means, now = _reward_means(facts, numbers)
     low, high = _range(facts, numbers)
     if not means or numbers.reward_mean is None:
         return None
@@ -170,7 +175,7 @@ def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
 
 def _has_lost(facts: EpochFacts, numbers: ReplyNumbers) -> bool:
     """Whether earlier epochs of the run had a higher mean reward."""
-    *means, now = facts.reward_means() or [math.nan]
+    means, now = _reward_means(facts, numbers)
     return numbers.reward_mean is not None and max(means, default=-math.inf) > now
 
 

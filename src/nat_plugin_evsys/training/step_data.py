@@ -10,10 +10,7 @@ from tinker import Datum, TensorData
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.rollouts.datum_logprobs import with_missing_logprobs, with_prompt_logprobs, with_sampled_logprobs
-from nat_plugin_evsys.rollouts.datums import (
-    DatumSet,
-    Provenance,
-)
+from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.training.kl import kl_penalised, mean_kl, mean_square_gap
 from nat_plugin_evsys.training.loop import NamedLoss

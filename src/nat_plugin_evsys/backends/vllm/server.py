@@ -8,7 +8,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import httpx
 
 from nat_plugin_evsys.errors import ConfigError, ServiceUnavailableError
+from nat_plugin_evsys.runtime.ports import free_port
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Those that ``--max-lora-rank`` takes."""
@@ -92,7 +92,7 @@ class VllmServer:
         """Start it; ``wait`` for it next. ``log`` is where its output goes."""
         self.key = secrets.token_hex(16)
         self._log = log
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         shell = ["/bin/sh", "-c", _ENDS_WITH_ITS_STARTER, "vllm"]
         with log.open("wb") as output:
@@ -159,13 +159,6 @@ def _answers(url: str, key: str) -> bool:
         return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}, timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _kill_group(pid: int) -> None:
