@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,29 @@ def test_the_status_shows_the_replicas_and_one_that_was_killed(server: ServerPro
     assert "REPLICA" in shown
     assert "TOKENS/S" in shown
     assert max(each["restarts"] for each in replicas(server)) == 1
+
+
+def test_an_operator_removes_and_adds_replicas_while_clients_sample(server: ServerProcess, model: Path) -> None:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="tml-local", max_retries=0, timeout=120)
+    asked: Any = {"model": str(model), "messages": [{"role": "user", "content": "hi"}], "max_tokens": 48, "seed": 1}
+
+    def reply(_: int) -> str | None:
+        return client.chat.completions.create(**asked).choices[0].message.content
+
+    expected = reply(0)
+    for count in (1, 2):
+        with ThreadPoolExecutor(4) as executor:
+            replies = [executor.submit(reply, number) for number in range(12)]
+            done = run_nat("evsys", "scale", str(count), "--url", server.url)
+            assert [each.result() for each in replies] == [expected] * 12
+        assert done.code == 0, done.text
+        assert sum(line.split()[2:3] == ["up"] for line in done.out.splitlines()) == count
+        assert [each["state"] for each in replicas(server)] == ["up"] * count
+    refused = run_nat("evsys", "scale", "99", "--url", server.url, "--base-model", str(model))
+    assert refused.code == 1
+    assert "97 more replicas with 1 CPU each needs 97 CPU" in refused.err
+    assert "is not served here" in run_nat("evsys", "scale", "1", "--url", server.url, "--base-model", "x").err
+    assert len(replicas(server)) == 2
 
 
 @pytest.mark.parametrize(

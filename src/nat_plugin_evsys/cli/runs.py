@@ -12,7 +12,8 @@ from nat_plugin_evsys.cli.models import check_command, export_command
 from nat_plugin_evsys.cli.options import find_run, no_run_under, output_dir_options, readable_errors, run_options
 from nat_plugin_evsys.cli.report import report_command
 from nat_plugin_evsys.cli.rollouts import rollouts_command
-from nat_plugin_evsys.cli.serve import serve_command, status_command
+from nat_plugin_evsys.cli.serve import serve_command
+from nat_plugin_evsys.cli.server import scale_command, status_command
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.runs import RunDirectory
@@ -36,6 +37,7 @@ evsys.add_command(check_command)
 evsys.add_command(export_command)
 evsys.add_command(report_command)
 evsys.add_command(rollouts_command)
+evsys.add_command(scale_command)
 evsys.add_command(serve_command)
 evsys.add_command(status_command)
 

@@ -1,4 +1,4 @@
-"""``nat evsys serve`` and ``nat evsys status``."""
+"""``nat evsys serve``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from nat_plugin_evsys.cli.options import config_file_option, read_config, readable_errors
 from nat_plugin_evsys.config.quantization import Quantization
 from nat_plugin_evsys.errors import ConfigError, EvsysError
 from nat_plugin_evsys.files import others_may_read
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.config.serve import ServeConfig
 
 KEYS_VARIABLE = "EVSYS_API_KEYS"
-
-_STATUS_SECONDS = 10.0
+OPERATOR_VARIABLE = "EVSYS_OPERATOR_KEY"
 
 
 @click.command(name="serve")
@@ -107,9 +105,13 @@ _STATUS_SECONDS = 10.0
 def serve_command(
     api_keys: tuple[str, ...], api_key_file: Path | None, policies: tuple[str, ...], store: Path | None, **settings: Any
 ) -> None:
-    """Train and sample over HTTP: the Tinker protocol for the tinker SDK, and OpenAI's chat completions."""
+    """Train and sample over HTTP: the Tinker protocol for the tinker SDK, and OpenAI's chat completions.
+
+    The key in $EVSYS_OPERATOR_KEY is one more, and the only one that may `nat evsys scale`.
+    """
     try:
         settings["api_keys"] = [*api_keys, *_keys_of_environment(), *_keys_of_file(api_key_file)]
+        settings["operator_key"] = os.environ.get(OPERATOR_VARIABLE) or None
         settings["policies"] = dict(_named(policy) for policy in policies)
         settings["ray"] = _ray(settings)
         config = _config({**settings, **({} if store is None else {"store": store})})
@@ -118,46 +120,6 @@ def serve_command(
         serve(config, _announce)
     except EvsysError as error:
         raise click.ClickException(str(error)) from error
-
-
-@click.command(name="status")
-@click.option("--url", help="URL of the server; default: $TINKER_BASE_URL, else http://127.0.0.1:8000.")
-@config_file_option("Ask the server that a policy of this YAML trains on (its base_url).")
-@click.option("--api-key", help="Key for the server; default: $TINKER_API_KEY.")
-@click.option("--json", "as_json", is_flag=True, help="Print the server's answer as JSON.")
-@readable_errors
-def status_command(url: str | None, config_file: Path | None, api_key: str | None, as_json: bool) -> None:
-    """Show a server's models, queue, memory and speed."""
-    import httpx
-
-    from nat_plugin_evsys.cli.status_table import status_table
-
-    variable = "TINKER_API_KEY"
-    if config_file is not None:
-        if url is not None:
-            raise click.UsageError("--config_file names the server; remove --url")
-        url, variable = _service_of(config_file)
-    url = (url or os.environ.get("TINKER_BASE_URL") or "http://127.0.0.1:8000").rstrip("/")
-    key = api_key or os.environ.get(variable)
-    try:
-        answer = httpx.get(f"{url}/status", headers={"x-api-key": key} if key else {}, timeout=_STATUS_SECONDS)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise click.ClickException(f"no answer from {url}: {error}; is `nat evsys serve` running there?") from error
-    if answer.status_code != 200:
-        raise click.ClickException(f"{url} answered {answer.status_code}: {answer.text[:500]}")
-    click.echo(answer.text if as_json else status_table(answer.json()))
-
-
-def _service_of(config_file: Path) -> tuple[str, str]:
-    """The URL of the server that a policy of the YAML trains on, and the environment variable that holds its key."""
-    llms = (read_config(config_file).get("llms") or {}).values()
-    for llm in llms:
-        if llm.get("_type") == "evsys_policy" and llm.get("base_url"):
-            return str(llm["base_url"]), str(llm.get("api_key_env") or "TINKER_API_KEY")
-    raise ConfigError(
-        f"--config_file {config_file.absolute()}: no evsys_policy has a base_url: the policy trains in the process "
-        "of `nat finetune`, and there is no server to ask; `nat evsys runs --config_file …` shows its runs"
-    )
 
 
 def _announce(line: str) -> None:

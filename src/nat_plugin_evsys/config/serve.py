@@ -5,10 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
 from nat_plugin_evsys.config.quantization import QUANTIZATION, Quantization
 from nat_plugin_evsys.config.ray import RayConfig
@@ -32,6 +32,22 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _usable_key(key: SecretStr) -> SecretStr:
+    text = key.get_secret_value()
+    # A key that a header cannot carry would never match; one shorter than 16 is too easy to guess.
+    if not text.startswith(KEY_PREFIX) or len(text) < 16 or not text.isascii() or not text.isprintable():
+        raise ValueError(
+            f"an API key must start with `{KEY_PREFIX}` (the tinker SDK insists), have at least 16 printable "
+            f"ASCII characters and no spaces at its ends; make one with `echo {KEY_PREFIX}$(openssl rand -hex 24)`"
+        )
+    if text != text.strip():
+        raise ValueError("an API key must not begin or end with a space")
+    return key
+
+
+Key = Annotated[SecretStr, AfterValidator(_usable_key)]
+
+
 class ServeConfig(StrictConfig):
     """One training and sampling server over the engine of this machine."""
 
@@ -49,8 +65,9 @@ class ServeConfig(StrictConfig):
     store: Path = Field(
         default_factory=default_service_store, description="Directory of sessions, futures, model states, checkpoints."
     )
-    api_keys: list[SecretStr] = Field(
-        default=[], description="Keys that may use the server; each sees only its own runs."
+    api_keys: list[Key] = Field(default=[], description="Keys that may use the server; each sees only its own runs.")
+    operator_key: Key | None = Field(
+        default=None, description="One more key, the only one that may change the number of replicas."
     )
     policies: dict[str, str] = Field(
         default={}, description="Extra model names for the OpenAI endpoint: name -> tinker:// path."
@@ -94,22 +111,6 @@ class ServeConfig(StrictConfig):
         default=False, description="Keep the payloads of all operations, so that the whole log can be replayed."
     )
 
-    @field_validator("api_keys")
-    @classmethod
-    def _keys_suit_the_sdk(cls, keys: list[SecretStr]) -> list[SecretStr]:
-        for key in keys:
-            text = key.get_secret_value()
-            # A key that a header cannot carry would never match; one shorter than 16 is too easy to guess.
-            if not text.startswith(KEY_PREFIX) or len(text) < 16 or not text.isascii() or not text.isprintable():
-                raise ValueError(
-                    f"an API key must start with `{KEY_PREFIX}` (the tinker SDK insists), have at least 16 printable "
-                    "ASCII characters and no spaces at its ends; make one with "
-                    f"`echo {KEY_PREFIX}$(openssl rand -hex 24)`"
-                )
-            if text != text.strip():
-                raise ValueError("an API key must not begin or end with a space")
-        return keys
-
     @field_validator("ray")
     @classmethod
     def _replicas_sample(cls, ray: RayConfig | None) -> RayConfig | None:
@@ -132,7 +133,7 @@ class ServeConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _closed_off_loopback(self) -> ServeConfig:
-        if not self.api_keys and not is_loopback(self.host):
+        if not self.api_keys and self.operator_key is None and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and there is no API key; give --api-key "
                 "(or EVSYS_API_KEYS, or --api-key-file), or listen on 127.0.0.1"

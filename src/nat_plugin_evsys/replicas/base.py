@@ -9,9 +9,9 @@ from nat_plugin_evsys.engine.gradient.steps import Steps
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import EvsysError, ModelError
+from nat_plugin_evsys.replicas.cluster import Replicas as Replicas
 from nat_plugin_evsys.replicas.passes import ReplicaSettings
 from nat_plugin_evsys.replicas.pool import ReplicaPool
-from nat_plugin_evsys.replicas.pool import Replicas as Replicas
 from nat_plugin_evsys.replicas.sampling import ReplicaSampler
 from nat_plugin_evsys.replicas.steps import ReplicaSteps
 from nat_plugin_evsys.runtime import defaults

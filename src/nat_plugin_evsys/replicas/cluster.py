@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,22 @@ _FREED_S = 10.0
 _lock = threading.Lock()
 _users = 0
 _keeper: _Keeper | None = None
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many replicas of a base model, of what size, and where.
+
+    Attributes:
+        cpus: cores of each, and threads that it computes on.
+        gpus: of each; None is one if the cluster has any. With several the model is split over as many processes.
+        address: of a running cluster; None starts one on this machine.
+    """
+
+    count: int
+    cpus: int = 1
+    gpus: int | None = None
+    address: str | None = None
 
 
 class _Keeper:
@@ -105,10 +122,13 @@ def gpus_each(wanted: int | None) -> int:
     return wanted if wanted is not None else int(ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def check_room(replicas: int, cpus: int, gpus: int) -> None:
+def check_room(what: str, replicas: int, cpus: int, gpus: int) -> None:
     """Raise ConfigError if so many replicas do not fit into what the cluster has free: Ray would wait forever.
 
     What ended a moment ago is not free yet, so it waits for some seconds.
+
+    Args:
+        what: was asked for, for the error's message.
     """
     import ray
 
@@ -121,7 +141,7 @@ def check_room(replicas: int, cpus: int, gpus: int) -> None:
     for name, each in (("GPU", gpus), ("CPU", cpus)):
         if replicas * each > free.get(name, 0.0):
             raise ConfigError(
-                f"ray: replicas: {replicas} with {each} {name} each needs {replicas * each} {name}, and the cluster "
+                f"ray: {what} with {each} {name} each needs {replicas * each} {name}, and the cluster "
                 f"has {free.get(name, 0.0):g} free; set fewer, or add machines (`ray start --address=HOST:PORT`)"
             )
 

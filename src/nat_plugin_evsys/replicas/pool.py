@@ -1,96 +1,30 @@
-"""The replicas of one base model: started, called, watched."""
+"""The replicas of one base model: started, called, watched, and more or fewer of them when asked."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.steps import Pass
-from nat_plugin_evsys.errors import EvsysError, ModelError, OperationCancelled, ReplicaError
+from nat_plugin_evsys.errors import EngineClosedError, ModelError, ReplicaError
 from nat_plugin_evsys.replicas import cluster
+from nat_plugin_evsys.replicas.answers import RETRIES, answer
+from nat_plugin_evsys.replicas.cluster import Replicas
+from nat_plugin_evsys.replicas.members import Member, stragglers_of
 from nat_plugin_evsys.replicas.passes import ReplicaSettings
 from nat_plugin_evsys.replicas.replica import Replica, ShareResult
 from nat_plugin_evsys.replicas.weights import Weights
 
 logger = logging.getLogger(__name__)
 
-RETRIES = 5
-"""How often Ray runs a call again whose replica has died, so that a call that kills its replica ends."""
-
 _POLL_S = 0.1
 _FACTS_S = 2.0
-_STRAGGLES = 0.5
-"""A replica straggles if it computes fewer than this many times the tokens per second that the fastest one does."""
-_FEWEST_PASSES = 5
-"""Before that many passes a replica's speed is that of a first one, which also checks the fast path."""
-_MEMORY = 0.7
-"""Share of the older calls in a replica's measured speed."""
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """How many replicas of a base model, of what size, and where.
-
-    Attributes:
-        cpus: cores of each, and threads that it computes on.
-        gpus: of each; None is one if the cluster has any. With several the model is split over as many processes.
-        address: of a running cluster; None starts one on this machine.
-    """
-
-    count: int
-    cpus: int = 1
-    gpus: int | None = None
-    address: str | None = None
-
-
-@dataclass
-class Member:
-    """One replica as its callers see it.
-
-    Attributes:
-        actor: Ray's handle.
-        facts: see ``Replica.facts``; as of the last time that it answered.
-        restarts: seen so far.
-        speed: tokens per second of passes, recent calls weighing more; None before the first.
-        passes: computed so far, since its last restart.
-        tokens: of passes and samples so far.
-        in_flight: sequences being sampled.
-    """
-
-    actor: Any
-    facts: dict[str, Any] = field(default_factory=dict)
-    restarts: int = 0
-    speed: float | None = None
-    passes: int = 0
-    tokens: int = 0
-    in_flight: int = 0
-
-    def seen(self, pid: int) -> None:
-        """Note which process answered."""
-        if self.facts.get("pid", pid) != pid:
-            self.restarts += 1
-            self.passes, self.speed = 0, None
-            logger.warning("a replica died and was started again (process %s is now %s)", self.facts["pid"], pid)
-        self.facts["pid"] = pid
-
-    def computed(self, tokens: int, seconds: float, pid: int) -> None:
-        """Note a pass."""
-        self.seen(pid)
-        self.tokens += tokens
-        self.passes += 1
-        speed = tokens / max(seconds, 1e-9)
-        self.speed = speed if self.speed is None else _MEMORY * self.speed + (1 - _MEMORY) * speed
-
-
-def stragglers_of(members: Sequence[Member]) -> list[int]:
-    """Numbers of the replicas that compute less than half of the tokens per second that the fastest one does."""
-    speeds = {number: m.speed or 0.0 for number, m in enumerate(members) if m.passes >= _FEWEST_PASSES}
-    return [number for number, speed in speeds.items() if speed < _STRAGGLES * max(speeds.values())]
 
 
 class ReplicaPool:
@@ -99,6 +33,10 @@ class ReplicaPool:
     Args:
         settings: of each replica.
 
+    Attributes:
+        members: those that get work.
+        identity: of the base model.
+
     Raises:
         ConfigError: Ray is not installed, there is no such cluster, or it is too small.
         ModelError: the base model cannot be loaded there.
@@ -106,51 +44,139 @@ class ReplicaPool:
 
     def __init__(self, settings: ReplicaSettings, replicas: Replicas) -> None:
         cluster.join(replicas.address)
+        self._settings = settings
+        self._replicas = replicas
         self._lock = threading.Lock()
+        self._scaling = threading.Lock()
         self._closed = False
-        self._named: set[int] = set()
-        self.members: list[Member] = []
+        self._named: set[Member] = set()
+        self._ended_restarts = 0
+        self._alive: list[Member] = []  # also those that are starting or leaving
+        self.members: tuple[Member, ...] = ()
+        self.identity: dict[str, Any] = {}
         try:
-            self.members = self._start(settings, replicas)
+            self.scale(replicas.count)
         except BaseException:
             self.close()
             raise
 
-    def __len__(self) -> int:
-        return len(self.members)
+    def scale(self, count: int) -> None:
+        """Have ``count`` replicas: start more, which get work once they have loaded the model, or take the last ones
+        out and end them once nobody waits for their answers. A pass goes on with the replicas that it began with.
 
-    def _start(self, settings: ReplicaSettings, replicas: Replicas) -> list[Member]:
+        Raises:
+            ConfigError: the cluster is too small for more.
+            ModelError: the base model cannot be loaded there.
+            EngineClosedError: the pool has been closed.
+        """
+        with self._scaling:
+            more = count - len(self.members)
+            if more > 0:
+                self._add(more)
+            elif more < 0:
+                self._remove(-more)
+
+    def _add(self, count: int) -> None:
         import ray
 
-        gpus = cluster.gpus_each(replicas.gpus)
-        cluster.check_room(replicas.count, replicas.cpus, gpus)
+        cpus, gpus = self._replicas.cpus, cluster.gpus_each(self._replicas.gpus)
+        what = f"{count} more replicas" if self.members else f"replicas: {count}"
+        cluster.check_room(what, count, cpus, gpus)
         actor = ray.remote(Replica).options(
-            num_cpus=replicas.cpus,
+            num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=-1,
             max_task_retries=RETRIES,
             scheduling_strategy="SPREAD",
         )
-        settings = dataclasses.replace(settings, parts=max(1, gpus))
-        members = [Member(actor.remote(settings)) for _ in range(replicas.count)]
-        self.members = members
+        settings = dataclasses.replace(self._settings, parts=max(1, gpus))
+        with self._lock:
+            if self._closed:
+                raise EngineClosedError("the engine has been closed; create a new one")
+            new = [Member(actor.remote(settings)) for _ in range(count)]
+            self._alive += new
+        try:
+            for member in new:
+                member.facts = answer(member.actor.facts.remote())
+            self._check_same_model(new)
+        except BaseException:
+            self._end(new)
+            raise
+        with self._lock:
+            self.members = (*self.members, *new)
+
+    def _check_same_model(self, new: Sequence[Member]) -> None:
+        for member in new:
+            identity = member.facts.pop("identity")
+            self.identity = self.identity or identity
+            if identity != self.identity:
+                raise ModelError(
+                    f"ray: {self._settings.base_model} is not the same model on every machine of the cluster; give the "
+                    "same files to all"
+                )
+
+    def _remove(self, count: int) -> None:
+        with self._lock:
+            self.members, leaving = self.members[:-count], self.members[-count:]
+            for member in leaving:
+                member.leaving = True
+        while any(member.busy for member in leaving) and not self._closed:
+            time.sleep(_POLL_S)
+        self._end(leaving)
+
+    def _end(self, members: Sequence[Member]) -> None:
+        import ray
+
+        with self._lock:
+            if self._closed:
+                return  # ``close`` ends all
+            self._alive = [member for member in self._alive if member not in members]
+            self._ended_restarts += sum(member.restarts for member in members)
         for member in members:
-            member.facts = self._answer(member.actor.facts.remote())
-        identities = [member.facts.pop("identity") for member in members]
-        if any(identity != identities[0] for identity in identities):
-            raise ModelError(
-                f"ray: {settings.base_model} is not the same model on every machine of the cluster; give the same "
-                "files to all"
-            )
-        self.identity = identities[0]
-        return members
+            ray.kill(member.actor, no_restart=True)
+
+    @contextmanager
+    def passing(self) -> Iterator[tuple[Member, ...]]:
+        """The replicas of a pass. None of them is ended before the pass is over."""
+        with self._lock:
+            members = self.members
+            for member in members:
+                member.passing += 1
+        try:
+            yield members
+        finally:
+            with self._lock:
+                for member in members:
+                    member.passing -= 1
+
+    @contextmanager
+    def sampling(self, sequences: int, choose: Callable[[Sequence[Member]], int]) -> Iterator[Member]:
+        """The replica of a sampling request, which is not ended before the request is over.
+
+        Args:
+            choose: gives the number of one of the replicas.
+        """
+        with self._lock:
+            member = self.members[choose(self.members)]
+            member.in_flight += sequences
+        try:
+            yield member
+        finally:
+            with self._lock:
+                member.in_flight -= sequences
 
     def compute(
-        self, weights: Weights, shares: Sequence[Sequence[Example]], of: Pass, poll: Callable[[list[int]], None]
+        self,
+        members: Sequence[Member],
+        weights: Weights,
+        shares: Sequence[Sequence[Example]],
+        of: Pass,
+        poll: Callable[[list[int]], None],
     ) -> list[ShareResult | None]:
         """Each replica's share, in the order of the replicas; None for an empty one. All or nothing.
 
         Args:
+            members: as ``passing`` gave them.
             poll: called several times a second with the numbers of the replicas that are done. If it raises, the work
                 stops.
         """
@@ -158,7 +184,7 @@ class ReplicaPool:
 
         calls = {
             member.actor.compute.remote(weights, list(share), of): number
-            for number, (member, share) in enumerate(zip(self.members, shares, strict=True))
+            for number, (member, share) in enumerate(zip(members, shares, strict=True))
             if share
         }
         results: list[ShareResult | None] = [None] * len(shares)
@@ -167,7 +193,7 @@ class ReplicaPool:
             while waiting:
                 done, waiting = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
                 for call in done:
-                    results[calls[call]] = self._took(calls[call], self._answer(call))
+                    results[calls[call]] = self._took(members[calls[call]], answer(call))
                 poll([number for number, result in enumerate(results) if result is not None])
         except BaseException:
             for call in waiting:
@@ -178,50 +204,56 @@ class ReplicaPool:
 
     def is_healthy(self) -> bool:
         """True when every replica gives finite logits."""
-        return all([self._answer(member.actor.is_healthy.remote()) for member in self.members])
+        with self.passing() as members:
+            return all([answer(member.actor.is_healthy.remote()) for member in members])
 
     def restarts(self) -> int:
         """Deaths of replicas that were seen."""
-        return sum(member.restarts for member in self.members)
+        with self._lock:
+            return self._ended_restarts + sum(member.restarts for member in self._alive)
 
     def status(self) -> list[dict[str, Any]]:
         """The state of each replica.
 
         Returns:
-            ``replica``, ``host``, ``node``, ``pid``, ``device``, ``memory`` (peak bytes), ``state`` (``up``, or
-            ``starting`` if it does not answer), ``restarts``, ``tokens``, ``tokens_per_second`` (of recent passes, None
-            before the first), ``sampling`` (sequences) and ``straggles``.
+            ``replica``, ``host``, ``node``, ``pid``, ``device``, ``memory`` (peak bytes), ``state`` (``up``;
+            ``starting`` if it does not answer, or gets no work yet; ``leaving``), ``restarts``, ``tokens``,
+            ``tokens_per_second`` (of recent passes, None before the first), ``sampling`` (sequences) and
+            ``straggles``. What a replica says of itself is None before its first answer.
         """
         import ray
 
-        asked = [member.actor.facts.remote() for member in self.members]
+        with self._lock:
+            alive = list(self._alive)
+        asked = [member.actor.facts.remote() for member in alive]
         up, _ = ray.wait(asked, num_returns=len(asked), timeout=_FACTS_S)
-        slow = self.stragglers()
-        found = []
-        for number, (member, call) in enumerate(zip(self.members, asked, strict=True)):
-            if call in up:
-                facts = self._answer(call)
-                with self._lock:
-                    member.seen(facts["pid"])
-                    member.facts = {key: value for key, value in facts.items() if key != "identity"}
-            found.append(
+        answered = {member: call for member, call in zip(alive, asked, strict=True) if call in up}
+        for member, call in answered.items():
+            self._note(member, call)
+        with self._lock:
+            slow = stragglers_of(self.members)
+            ready = answered.keys() & set(self.members)
+            return [
                 {
                     "replica": number,
-                    **member.facts,
-                    "state": "up" if call in up else "starting",
-                    "restarts": member.restarts,
-                    "tokens": member.tokens,
-                    "tokens_per_second": member.speed,
-                    "sampling": member.in_flight,
+                    **member.row(),
+                    "state": "leaving" if member.leaving else "up" if member in ready else "starting",
                     "straggles": number in slow,
                 }
-            )
-        return found
+                for number, member in enumerate(self._alive)
+            ]
 
-    def stragglers(self) -> list[int]:
-        """See ``stragglers_of``."""
+    def _note(self, member: Member, call: Any) -> None:
+        try:
+            facts = answer(call)
+        except ReplicaError:
+            if member in self._alive:
+                raise
+            return  # it was leaving, and has left
+        del facts["identity"]
         with self._lock:
-            return stragglers_of(self.members)
+            member.seen(facts["pid"])
+            member.facts.update(facts)
 
     def close(self) -> None:
         """End the replicas, and the cluster if it was started here. Idempotent."""
@@ -231,53 +263,26 @@ class ReplicaPool:
             if self._closed:
                 return
             self._closed = True
-        for member in self.members:
+        for member in self._alive:
             ray.kill(member.actor, no_restart=True)
-        cluster.leave()
+        with self._scaling:  # who waits for a replica that was killed is told so by Ray
+            cluster.leave()
 
-    def _took(self, number: int, share: ShareResult) -> ShareResult:
+    def _took(self, member: Member, share: ShareResult) -> ShareResult:
         with self._lock:
-            self.members[number].computed(int(share.metrics["computed_tokens:sum"]), share.seconds, share.pid)
+            member.computed(int(share.metrics["computed_tokens:sum"]), share.seconds, share.pid)
         return share
 
     def _name_stragglers(self) -> None:
-        slow = self.stragglers()
-        for number in set(slow) - self._named:
-            member = self.members[number]
+        with self._lock:
+            members = self.members
+            slow = {members[number]: number for number in stragglers_of(members)}
+        for member in slow.keys() - self._named:
             logger.warning(
                 "replica %d on %s straggles: %.0f tokens/s, the fastest one has %.0f",
-                number,
+                slow[member],
                 member.facts.get("host"),
                 member.speed,
-                max(m.speed or 0.0 for m in self.members),
+                max(m.speed or 0.0 for m in members),
             )
         self._named = set(slow)
-
-    def _answer(self, call: Any) -> Any:
-        import ray
-
-        try:
-            return ray.get(call)
-        except ray.exceptions.RayError as exc:
-            raise readable(exc) from exc
-
-
-def readable(error: Exception) -> Exception:
-    """What a call of a replica failed of: its own error, or that it died."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, EvsysError | OperationCancelled):
-        return cause
-    import ray
-
-    if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
-        return ReplicaError(
-            f"a replica died {RETRIES + 1} times in the same call, or cannot be started again: {_last_line(error)}; "
-            "`nat evsys status` shows the replicas, and Ray's logs are in /tmp/ray/session_latest/logs there"
-        )
-    return ReplicaError(f"a replica failed: {_last_line(cause or error)}")
-
-
-def _last_line(error: Exception) -> str:
-    """Where Ray quotes the error of a replica that could not start, that is the error itself."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[-1].strip()[:300] if text else ''}"

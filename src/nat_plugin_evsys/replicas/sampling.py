@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -21,8 +23,10 @@ from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.engine.sampling.stopping import eos_token_ids
 from nat_plugin_evsys.errors import EngineClosedError, EvsysError
+from nat_plugin_evsys.replicas.answers import readable
+from nat_plugin_evsys.replicas.members import Member
 from nat_plugin_evsys.replicas.orders import Delivery, SampleOrder, Tokens, with_seed
-from nat_plugin_evsys.replicas.pool import ReplicaPool, readable
+from nat_plugin_evsys.replicas.pool import ReplicaPool
 from nat_plugin_evsys.replicas.routing import PrefixRoutes
 from nat_plugin_evsys.replicas.weights import Weights, flatten, publish
 
@@ -39,7 +43,7 @@ class ReplicaSampler:
         self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
         self._pool = pool
         self._routes = PrefixRoutes()
-        self._restarts = [0] * len(pool)
+        self._seen: list[tuple[Member, int]] = []
         self._idents = count()
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -67,14 +71,12 @@ class ReplicaSampler:
 
     async def _follow(self, request: SampleRequest, order: SampleOrder, weights: Weights | None, version: int) -> None:
         """One request from its start to its end, in the event loop."""
-        number = self._choose(_BARE if weights is None else weights.key, order.prompt)
-        member = self._pool.members[number]
-        sequences = max(1, order.num_samples)
-        member.in_flight += sequences
+        policy = _BARE if weights is None else weights.key
         try:
-            result = await self._received(member.actor, request, order, weights, version)
-            if isinstance(result, SampleResult):
-                member.tokens += sum(len(sequence.tokens) for sequence in result.sequences)
+            with self._pool.sampling(max(1, order.num_samples), partial(self._choose, policy, order.prompt)) as member:
+                result = await self._received(member.actor, request, order, weights, version)
+                if isinstance(result, SampleResult):
+                    member.tokens += sum(len(sequence.tokens) for sequence in result.sequences)
             request.answer(result)
         except asyncio.CancelledError:
             if self._closed:
@@ -83,8 +85,6 @@ class ReplicaSampler:
             raise
         except Exception as exc:  # noqa: BLE001 - boundary: whatever went wrong belongs to the request
             request.fail(exc if isinstance(exc, EvsysError) else readable(exc))
-        finally:
-            member.in_flight -= sequences
 
     async def _received(
         self, actor: Any, request: SampleRequest, order: SampleOrder, weights: Weights | None, version: int
@@ -114,12 +114,13 @@ class ReplicaSampler:
             delivery.finish(item)
         return item.decoded_by(request.decode)
 
-    def _choose(self, policy: str, prompt: list[int]) -> int:
-        for number, member in enumerate(self._pool.members):
-            if member.restarts != self._restarts[number]:
-                self._restarts[number] = member.restarts
-                self._routes.forget(number)
-        return self._routes.choose(policy, prompt, [member.in_flight for member in self._pool.members])
+    def _choose(self, policy: str, prompt: list[int], members: Sequence[Member]) -> int:
+        now = [(member, member.restarts) for member in members]
+        for number in range(max(len(now), len(self._seen))):
+            if now[number : number + 1] != self._seen[number : number + 1]:
+                self._routes.forget(number)  # another one, started again, or gone
+        self._seen = now
+        return self._routes.choose(policy, prompt, [member.in_flight for member in members])
 
     def close(self) -> None:
         """Fail requests in flight with ``EngineClosedError`` and end the thread. Idempotent."""

@@ -12,6 +12,7 @@ from nat_plugin_evsys.engine.gradient.results import DatumResult
 from nat_plugin_evsys.engine.gradient.steps import Pass, PassResult, Progress
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.replicas.members import Member
 from nat_plugin_evsys.replicas.pool import ReplicaPool
 from nat_plugin_evsys.replicas.replica import ShareResult
 from nat_plugin_evsys.replicas.shares import Shares, share_out
@@ -36,7 +37,13 @@ class ReplicaSteps:
         """See ``Steps``; ``progress`` is called several times a second, and counts the shares that are done."""
         if any(example.images for example in examples):
             raise DataError("a Datum has an image, and replicas read text only; train on images without ray")
-        shares = share_out([e.tokens.numpy() for e in examples], len(self._pool))
+        with self._pool.passing() as members:
+            return self._run(members, examples, of, progress)
+
+    def _run(
+        self, replicas: Sequence[Member], examples: Sequence[Example], of: Pass, progress: Progress | None
+    ) -> PassResult:
+        shares = share_out([e.tokens.numpy() for e in examples], len(replicas))
         sizes = [sum(len(examples[i]) for i in members) for members in shares.members]
 
         def poll(done: list[int]) -> None:
@@ -44,7 +51,7 @@ class ReplicaSteps:
                 progress(sum(sizes[number] for number in done), sum(sizes))
 
         parts = [[examples[i] for i in members] for members in shares.members]
-        found = self._pool.compute(self._published(), parts, of, poll)
+        found = self._pool.compute(replicas, self._published(), parts, of, poll)
         datums: dict[int, DatumResult] = {}
         for members, share in zip(shares.members, found, strict=True):
             if share is not None:

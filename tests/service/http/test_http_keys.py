@@ -24,6 +24,7 @@ PROTECTED = [
     ("GET", "/api/v1/checkpoints"),
     ("GET", "/metrics"),
     ("GET", "/status"),
+    ("POST", "/replicas"),
     ("GET", "/v1/models"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/api/v1/copy_weights"),
@@ -50,6 +51,21 @@ def test_a_key_is_taken_as_x_api_key_or_bearer_from_file_and_environment(keyed_s
     for key in (ALICE, BOB):
         for headers in ({"x-api-key": key}, {"authorization": f"Bearer {key}"}, {"authorization": f"bearer {key}"}):
             assert httpx.get(f"{keyed_server.url}/api/v1/sessions", headers=headers).status_code == 200
+
+
+def test_only_the_operator_may_change_the_server(keyed_server: ServerProcess) -> None:
+    answer = httpx.post(f"{keyed_server.url}/replicas", headers={"x-api-key": ALICE}, json={"replicas": 2})
+    assert answer.status_code == 403
+    assert "EVSYS_OPERATOR_KEY" in answer.text
+    operator = "tml-operator-0123456789"
+    keys = Keys([ALICE], operator)
+    keys.check_operator(keys.owner({"x-api-key": operator}))
+    Keys([]).check_operator(Keys([]).owner({}))  # without keys, whoever is on this machine
+    Keys([], operator).check_operator(owner_of(operator))
+    for with_keys, owner in ((keys, owner_of(ALICE)), (Keys([ALICE]), owner_of(ALICE)), (Keys([], operator), LOCAL)):
+        with pytest.raises(Refusal, match="only the operator") as caught:
+            with_keys.check_operator(owner)
+        assert caught.value.status == 403
 
 
 def test_what_is_anothers_answers_like_what_is_not_there(

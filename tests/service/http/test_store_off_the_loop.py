@@ -130,6 +130,7 @@ def use_every_route(client: Wire, base_model: str) -> None:
     get, api = client.http.get, "/api/v1"
     for path in ("/healthz", f"{api}/healthz", "/metrics", "/status", f"{api}/get_server_capabilities"):
         assert get(path).status_code == 200
+    assert "start it with --ray" in client.http.post("/replicas", json={"replicas": 2}).json()["error"]
     for path in ("client/config", "client/dynamic_config", "telemetry"):
         assert client.post(path).status_code == 200
     session = client.session()

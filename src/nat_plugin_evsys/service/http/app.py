@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from nat_plugin_evsys.service.http.context import API, ServiceContext
+from nat_plugin_evsys.service.http.context import ServiceContext
 from nat_plugin_evsys.service.http.download_routes import DownloadRoutes
 from nat_plugin_evsys.service.http.future_routes import FutureRoutes
 from nat_plugin_evsys.service.http.logs import AccessLog
 from nat_plugin_evsys.service.http.openai import openai_routes
 from nat_plugin_evsys.service.http.operation_routes import OperationRoutes
-from nat_plugin_evsys.service.http.prometheus import CONTENT_TYPE
+from nat_plugin_evsys.service.http.operator_routes import OperatorRoutes
 from nat_plugin_evsys.service.http.run_routes import RunRoutes
 from nat_plugin_evsys.service.http.sampler_routes import SamplerRoutes
 from nat_plugin_evsys.service.http.session_routes import SessionRoutes
@@ -30,7 +25,7 @@ def create_app(context: ServiceContext) -> ASGIApp:
     context.metrics.watch(lambda: server_status(context, None))
     app = Starlette(
         routes=[
-            *_operator_routes(context),
+            *OperatorRoutes(context).routes(),
             *unoffered_routes(context),
             *SessionRoutes(context).routes(),
             *OperationRoutes(context).routes(),
@@ -44,21 +39,3 @@ def create_app(context: ServiceContext) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     return AccessLog(app, context.metrics)
-
-
-def _operator_routes(context: ServiceContext) -> list[Route]:
-    async def healthz(request: Request, owner: str) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def metrics(request: Request, owner: str) -> Response:
-        return Response(await asyncio.to_thread(context.metrics.exposition), media_type=CONTENT_TYPE)
-
-    async def status(request: Request, owner: str) -> Response:
-        return JSONResponse(await asyncio.to_thread(server_status, context, owner))
-
-    return [
-        context.route("GET", "/healthz", healthz, public=True),
-        context.route("GET", f"{API}/healthz", healthz, public=True),
-        context.route("GET", "/metrics", metrics),
-        context.route("GET", "/status", status),
-    ]

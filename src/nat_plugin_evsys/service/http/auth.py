@@ -22,11 +22,14 @@ class Keys:
     """The configured API keys. Keeps only their digests and never logs them.
 
     Args:
-        keys: without any, everybody on this machine is let in as ``local``.
+        keys: without any, everybody on this machine is let in as ``local``, and may do what an operator may.
+        operator: one more key, whose owner may change the server.
     """
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(self, keys: Sequence[str], operator: str | None = None) -> None:
+        every = [*keys, *filter(None, [operator])]
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in every]
+        self._operator = LOCAL if not every else operator and owner_of(operator)
 
     @property
     def required(self) -> bool:
@@ -56,6 +59,13 @@ class Keys:
                 headers={"www-authenticate": "Bearer"},
             )
         return owner_of(given)
+
+    def check_operator(self, owner: str) -> None:
+        """Raise Refusal, 403, unless this owner may change the server."""
+        if owner != self._operator:
+            raise Refusal(
+                403, "only the operator may do this; send the key that EVSYS_OPERATOR_KEY was when the server started"
+            )
 
 
 def _given_key(headers: Mapping[str, str]) -> str:

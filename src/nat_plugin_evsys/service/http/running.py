@@ -46,7 +46,8 @@ async def running(config: ServeConfig, closing: asyncio.Event) -> AsyncIterator[
             await asyncio.to_thread(engine.start)
             if config.ray is not None:
                 keep_signal_handlers()
-            keys = Keys([key.get_secret_value() for key in config.api_keys])
+            operator = None if config.operator_key is None else config.operator_key.get_secret_value()
+            keys = Keys([key.get_secret_value() for key in config.api_keys], operator)
             yield ServiceContext(config, store, checkpoints, engine, keys, pending, Presence(store), metrics, closing)
         finally:
             pending.close()

@@ -169,6 +169,10 @@ class Engine:
         """The engine's activity; see ``engine_status``."""
         return engine_status(self._store, self._hosting, self._sampling, self._samplers, self._bases)
 
+    def scale(self, replicas: int, base_model: str | None = None) -> None:
+        """Add or remove replicas; see ``ServedBases.scale``. Blocks until it is done."""
+        self._bases.scale(replicas, base_model)
+
     def close(self, timeout: float = 30.0) -> None:
         """Finish running operations, or stop them after ``timeout`` seconds; save the models' state; free everything.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nat_plugin_evsys.engine.checkpoints import CheckpointInfo
 from nat_plugin_evsys.engine.model.loading import BaseModel
-from nat_plugin_evsys.errors import CheckpointError, ModelError
+from nat_plugin_evsys.errors import CheckpointError, ConfigError, ModelError
 from nat_plugin_evsys.replicas.base import Replicas, ReplicatedBase
 from nat_plugin_evsys.runtime.bases import BaseModels, SharedBase
 
@@ -53,11 +53,26 @@ class ServedBases:
     def replicas(self) -> list[dict[str, Any]]:
         """The state of each replica of each model; empty without a cluster. See ``ReplicaPool.status``."""
         return [
-            {"base_model": shared.base.name, **facts}
-            for shared in self._shared.values()
-            if isinstance(shared, ReplicatedBase)
-            for facts in shared.pool.status()
+            {"base_model": shared.base.name, **facts} for shared in self._replicated() for facts in shared.pool.status()
         ]
+
+    def scale(self, replicas: int, base_model: str | None) -> None:
+        """Have so many replicas of a model; None is every model. See ``ReplicaPool.scale``.
+
+        Raises:
+            ConfigError: the models are not on a cluster, or it is too small.
+            ModelError: the model is not served.
+        """
+        replicated = self._replicated()
+        if not replicated:
+            raise ConfigError("this server computes in its own process; start it with --ray --replicas N to scale it")
+        wanted = None if base_model is None else self.get(base_model)
+        for shared in replicated:
+            if wanted in (None, shared):
+                shared.pool.scale(replicas)
+
+    def _replicated(self) -> list[ReplicatedBase]:
+        return [shared for shared in self._shared.values() if isinstance(shared, ReplicatedBase)]
 
     def find(self, name: str) -> SharedBase | None:
         """The model of that name, or of that directory however it is spelled."""
