@@ -2,7 +2,8 @@
 
     make bench-ray [ARGS="--small"]
 
-The workloads and the model are those of benchmarks/cpu. Of every part it prints
+The workloads and the model are those of benchmarks/cpu; ``rollouts`` is 64 requests of their own, and ``quickstart`` a
+whole step of ``quickstart_worker.py`` on SmolLM2-135M. Of every part it prints
 
 - wall seconds, with one and with two replicas, and their efficiency, ``wall_1 / (2 wall_2)``;
 - the same by CPU seconds: those of the busier replica plus those of the process that drives them, as if nothing of
@@ -36,6 +37,8 @@ from tinker import types
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cpu"))
 
+import quickstart_worker as quickstart
+import rollouts_worker
 from models import ALPHA, RANK, build_model
 from workloads import FULL, SMALL, Shape, workload
 
@@ -44,7 +47,7 @@ from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.engine.model.loading import load_tokenizer
 from nat_plugin_evsys.replicas.weights import digest
 
-PARTS = ("W1", "W2", "rollouts")
+PARTS = ("W1", "W2", "R1", "rollouts", "quickstart")
 _BYTES = 100_000_000
 PROMPTS, SAMPLES, PROMPT_TOKENS, TOKENS = 8, 8, 256, 64
 
@@ -71,7 +74,7 @@ def main() -> None:
                 return
             found = {}
             for replicas in (1, 2):
-                found[replicas] = asyncio.run(_measured(model, replicas, shape, options))
+                found[replicas] = asyncio.run(_found(model, replicas, shape, options))
                 print(json.dumps({"replicas": replicas, **found[replicas]}), flush=True)
         finally:
             ray.shutdown()
@@ -106,29 +109,42 @@ def _efficiency(one: dict[str, float], two: dict[str, float]) -> dict[str, float
     return {clock: round(one[clock] / (2 * two[clock]), 3) for clock in ("wall", "cpu")}
 
 
-async def _measured(
-    model: Path, replicas: int, shape: Shape, options: argparse.Namespace
-) -> dict[str, dict[str, float]]:
-    backend = await RayBackend.start(
-        str(model),
-        RayConfig(replicas=replicas),
-        rank=RANK,
-        alpha=ALPHA,
-        checkpoint_dir=model.parent / f"checkpoints-{replicas}",
-        untrained_logprobs=False,
-        device="cpu",
-    )
-    try:
-        found = {}
-        for name in options.only:
-            if name == "rollouts":
-                found[name] = await _median(backend, lambda: _rollout(backend, shape), options.repeats)
-                continue
-            data = [_datum(ids, mask) for ids, mask in workload(name, shape)]
-            found[name] = await _median(backend, lambda data=data: _step(backend, data), options.repeats)
-        return found
-    finally:
-        await backend.close()
+async def _found(model: Path, replicas: int, shape: Shape, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    real = quickstart.MODELS["small" if options.small else "full"]
+    parts = [(str(model), [name for name in options.only if name != "quickstart"], RANK, ALPHA)]
+    parts += [(real, [name for name in options.only if name == "quickstart"], quickstart.RANK, quickstart.ALPHA)]
+    found = {}
+    for number, (base_model, names, rank, alpha) in enumerate(parts):
+        if not names:
+            continue
+        backend = await RayBackend.start(
+            base_model,
+            RayConfig(replicas=replicas),
+            rank=rank,
+            alpha=alpha,
+            checkpoint_dir=model.parent / f"checkpoints-{replicas}-{number}",
+            untrained_logprobs=False,
+            device="cpu",
+        )
+        try:
+            for name in names:
+                found[name] = await _median(backend, await _part(backend, name, shape), options.repeats)
+        finally:
+            await backend.close()
+    return found
+
+
+async def _part(backend: RayBackend, name: str, shape: Shape) -> Callable[[], Awaitable[dict[str, float]]]:
+    """What is measured under that name."""
+    if name == "rollouts":
+        return lambda: _rollout(backend, shape)
+    if name == "R1":
+        return lambda: _r1(backend, shape)
+    if name == "quickstart":
+        steps = quickstart.OurSteps(backend, (await backend.snapshot_sampling_client()).get_tokenizer())
+        return lambda: _sampled(steps.step())
+    data = [_datum(ids, mask) for ids, mask in workload(name, shape)]
+    return lambda: _step(backend, data)
 
 
 async def _median(
@@ -168,6 +184,22 @@ async def _rollout(backend: RayBackend, shape: Shape) -> dict[str, float]:
     calls = [client.sample_async(types.ModelInput.from_ints(p), 1, params) for p in prompts for _ in range(SAMPLES)]
     responses = await asyncio.gather(*calls)
     return {"sampled_tokens": float(sum(len(s.tokens) for r in responses for s in r.sequences))}
+
+
+async def _r1(backend: RayBackend, shape: Shape) -> dict[str, float]:
+    client = await backend.snapshot_sampling_client()
+
+    class Engine:
+        def sample(self, prompts: list[list[int]], samples: int, tokens: int) -> list[list[int]]:
+            params = types.SamplingParams(max_tokens=tokens, temperature=1.0, stop=[], seed=0)
+            futures = [client.sample(types.ModelInput.from_ints(prompt), samples, params) for prompt in prompts]
+            return [sequence.tokens for future in futures for sequence in future.result().sequences]
+
+    return {"sampled_tokens": float(await asyncio.to_thread(rollouts_worker.r1, Engine(), shape))}
+
+
+async def _sampled(tokens: Awaitable[int]) -> dict[str, float]:
+    return {"sampled_tokens": float(await tokens)}
 
 
 def _datum(ids: list[int], mask: list[bool]) -> types.Datum:

@@ -1,0 +1,197 @@
+"""One way to take an RL step of the quickstart's size, in a process of its own: a line of JSON in, a line of JSON out.
+
+A step is 64 rollouts, 8 after each of 8 prompts, of 32 tokens each (nothing ends one earlier), rewards, advantages, one
+forward and backward pass and one step of AdamW, with LoRA of rank 32 on all linear layers. ``ours`` is this package's
+backend, ``trl`` TRL's ``GRPOTrainer`` with its defaults, in micro-batches of 16 sequences (all 64 at once take 11 GB).
+The reward is the share of even token ids: it costs nothing and differs within every group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
+
+import trl_peer
+from tasks import helpdesk
+
+from nat_plugin_evsys.engine.model.builtin import ensure_builtin
+from nat_plugin_evsys.engine.model.loading import default_cache_dir
+
+GROUPS, SAMPLES, TOKENS, RATE = 8, 8, 32, 3e-4
+RANK, ALPHA = 32, 32.0
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODELS = {"full": "builtin/smollm2-135m", "small": "builtin/tiny"}
+_TRL_SEQUENCES = 16
+
+
+def prompts(tokenizer: Any) -> list[str]:
+    """Those of the quickstart's tickets, as text."""
+    task = helpdesk()
+    asked = [task.messages(row) for row in task.train]
+    return [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=True) for each in asked]
+
+
+def reward(ids: Sequence[int]) -> float:
+    """Of a reply."""
+    return sum(token % 2 == 0 for token in ids) / len(ids)
+
+
+class Clock:
+    """Answers a line of stdin with the CPU seconds since it was read."""
+
+    def __init__(self) -> None:
+        print(json.dumps({"ready": True}), flush=True)
+        self._started = 0.0
+
+    def asked(self) -> bool:
+        """Wait for a line; False at the end of them."""
+        line = sys.stdin.readline()
+        self._started = time.process_time()
+        return bool(line)
+
+    def answer(self, tokens: int) -> None:
+        """The step is done."""
+        print(json.dumps({"seconds": time.process_time() - self._started, "tokens": tokens}), flush=True)
+
+
+class OurSteps:
+    """Steps of a backend of this package, each with a policy version of its own."""
+
+    def __init__(self, backend: Any, tokenizer: Any) -> None:
+        self._backend = backend
+        self._prompts = [tokenizer.encode(text, add_special_tokens=False) for text in prompts(tokenizer)]
+        self._number = 0
+
+    async def step(self) -> int:
+        """Tokens sampled."""
+        from tinker import types
+
+        client = await self._backend.snapshot_sampling_client()
+        first, self._number = self._number * GROUPS, self._number + 1
+        chosen = [self._prompts[(first + index) % len(self._prompts)] for index in range(GROUPS)]
+        params = types.SamplingParams(max_tokens=TOKENS, temperature=1.0, stop=[], seed=0)
+        sampled = await asyncio.gather(
+            *(client.sample_async(types.ModelInput.from_ints(prompt), SAMPLES, params) for prompt in chosen)
+        )
+        data = [d for prompt, of in zip(chosen, sampled, strict=True) for d in _group(types, prompt, of.sequences)]
+        await self._backend.forward_backward_async(data, loss_fn="importance_sampling")
+        await self._backend.optim_step_async(types.AdamParams(learning_rate=RATE))
+        return sum(len(sequence.tokens) for of in sampled for sequence in of.sequences)
+
+
+async def ours(model: str, work: Path) -> None:
+    """Steps of this package's backend."""
+    from nat_plugin_evsys.backends.local import LocalBackend
+
+    backend = await LocalBackend.create(
+        model, rank=RANK, alpha=ALPHA, checkpoint_dir=work, untrained_logprobs=False, device="cpu"
+    )
+    steps = OurSteps(backend, (await backend.snapshot_sampling_client()).get_tokenizer())
+    await steps.step()
+    clock = Clock()
+    while clock.asked():
+        clock.answer(await steps.step())
+    await backend.close()
+
+
+def _group(types: Any, prompt: list[int], sequences: Sequence[Any]) -> list[Any]:
+    """A group's Datums. An advantage: the reward less the group's mean, over its deviation and the step's tokens."""
+    rewards = [reward(sequence.tokens) for sequence in sequences]
+    mean, deviation = statistics.mean(rewards), statistics.stdev(rewards)
+    data = []
+    for sequence, earned in zip(sequences, rewards, strict=True):
+        ids, before = [*prompt, *sequence.tokens], [0.0] * (len(prompt) - 1)
+        advantage = (earned - mean) / (deviation + 1e-4) / (GROUPS * SAMPLES * TOKENS)
+        inputs = {
+            "target_tokens": ids[1:],
+            "logprobs": [*before, *sequence.logprobs],
+            "advantages": [*before, *[advantage] * len(sequence.tokens)],
+        }
+        data.append(types.Datum(types.ModelInput.from_ints(ids[:-1]), inputs))
+    return data
+
+
+def trl(model: str, work: Path) -> None:
+    """Steps of TRL's trainer."""
+    sys.path.append(str(trl_peer.FOLDER))
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    directory = ensure_builtin(model, default_cache_dir())
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    sampled: list[int] = []
+
+    def rewards(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        sampled.append(sum(map(len, completion_ids)))
+        return [reward(ids) for ids in completion_ids]
+
+    class Steps(TrainerCallback):  # type: ignore[misc]
+        clock: Clock | None = None
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.clock is None:  # the first step loads code and kernels
+                self.clock = Clock()
+            else:
+                self.clock.answer(sampled[-1])
+            control.should_training_stop = not self.clock.asked()
+
+    config = GRPOConfig(
+        output_dir=str(work),
+        learning_rate=RATE,
+        per_device_train_batch_size=_TRL_SEQUENCES,
+        gradient_accumulation_steps=GROUPS * SAMPLES // _TRL_SEQUENCES,
+        num_generations=SAMPLES,
+        max_steps=10_000,
+        max_completion_length=TOKENS,
+        generation_kwargs={"min_new_tokens": TOKENS},
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = [{"prompt": text} for text in prompts(tokenizer)]
+    GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+        reward_funcs=rewards,
+        args=config,
+        # With a fingerprint of its own: datasets 5 cannot compute one with each version of dill.
+        train_dataset=Dataset(InMemoryTable.from_pylist(rows), fingerprint="quickstart"),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        callbacks=[Steps()],
+    ).train()
+
+
+def main() -> None:
+    """``quickstart_worker.py ours|trl full|small``."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    role, size = sys.argv[1:3]
+    with tempfile.TemporaryDirectory() as directory:
+        if role == "ours":
+            asyncio.run(ours(MODELS[size], Path(directory)))
+        else:
+            trl(MODELS[size], Path(directory))
+
+
+if __name__ == "__main__":
+    main()
