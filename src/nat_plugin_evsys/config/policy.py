@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from nat.data_models.common import OptionalSecretStr
 from nat.data_models.llm import LLMBaseConfig
@@ -11,6 +10,7 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from nat_plugin_evsys.config.quantization import QUANTIZATION, Quantization
 from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.config.urls import server_url
 from nat_plugin_evsys.config.vllm import VllmConfig
 from nat_plugin_evsys.runtime import defaults
 
@@ -177,14 +177,7 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     @field_validator("base_url")
     @classmethod
     def _plain_url(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url is {value!r}; it must be a URL such as http://127.0.0.1:8000")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("base_url must be scheme, host, port and path alone; put a key into the environment")
-        return value.rstrip("/")
+        return server_url("base_url", value)
 
     @model_validator(mode="after")
     def _something_samples(self) -> "EvsysPolicyConfig":

@@ -6,13 +6,13 @@ import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
 from nat_plugin_evsys.config.quantization import QUANTIZATION, Quantization
 from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.config.urls import server_url
 from nat_plugin_evsys.runtime import defaults
 
 KEY_PREFIX = "tml-"
@@ -124,12 +124,7 @@ class ServeConfig(StrictConfig):
     @field_validator("public_url")
     @classmethod
     def _public_url_is_one(cls, url: str | None) -> str | None:
-        if url is None:
-            return None
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"public_url must be http(s)://HOST[:PORT][/PATH], got {url!r}")
-        return url.rstrip("/")
+        return server_url("public_url", url, "https://tinker.example.org")
 
     @model_validator(mode="after")
     def _closed_off_loopback(self) -> ServeConfig:

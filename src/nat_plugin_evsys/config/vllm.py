@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.config.urls import server_url
 
 
 class VllmConfig(StrictConfig):
@@ -44,12 +44,8 @@ class VllmConfig(StrictConfig):
     @field_validator("base_url")
     @classmethod
     def _plain_url(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise ValueError(f"vllm.base_url is {value!r}; it must be a URL such as http://127.0.0.1:8000")
-        return value.rstrip("/").removesuffix("/v1")
+        url = server_url("vllm.base_url", value)
+        return url and url.removesuffix("/v1")
 
     @model_validator(mode="after")
     def _started_or_running(self) -> VllmConfig:

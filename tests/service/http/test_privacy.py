@@ -8,12 +8,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from pydantic import ValidationError
 from raw_http import answer, connect, send
 from serve_process import ALICE, ServerProcess
 from wire_client import Wire
 
-from nat_plugin_evsys.config.serve import ServeConfig
 from nat_plugin_evsys.service.http.logs import without_keys
 
 
@@ -78,12 +76,6 @@ def test_urls_are_those_of_the_proxy_where_one_is_named(
     place = external(client, str(served_model), "a")
     location = client.http.get(f"{place}/archive").headers["location"]
     assert location.startswith("https://tinker.example.org/evsys/api/v1/downloads/")
-
-
-@pytest.mark.parametrize("url", ["tinker.example.org", "ftp://x", "http://", "https://x/?a=b"])
-def test_a_public_url_is_one(url: str) -> None:
-    with pytest.raises(ValidationError, match="public_url must be"):
-        ServeConfig(base_models=["builtin/tiny"], public_url=url)
 
 
 def test_a_key_in_a_path_is_not_logged(keyed_server: ServerProcess) -> None:

@@ -183,7 +183,7 @@ def test_bad_requests_fail_by_name_and_the_thread_goes_on(harness: EngineHarness
     cases = [
         (model.create("no/such/model"), "is not served here"),
         (ModelOperations(1).operation(OperationKind.CREATE_MODEL, b"{", 0), "the request is malformed"),
-        (ModelOperations(2).create(base, rank=0), "lora_config.rank"),
+        (ModelOperations(2).create(base, rank=0), "lora_config.rank is 0: finetuning all weights is not"),
         (ModelOperations(3).create(base, train_attn=False, train_mlp=False, train_unembed=False), "nothing to train"),
         (ModelOperations(4).optim_step(), "there is no model"),
     ]

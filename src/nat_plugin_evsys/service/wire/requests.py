@@ -36,7 +36,7 @@ class OptimizerChoice(RequestBody):
 class LoraChoice(RequestBody):
     """``lora_config``."""
 
-    rank: int = Field(default=defaults.RANK, ge=1, le=MAX_RANK)
+    rank: int = Field(default=defaults.RANK, ge=0, le=MAX_RANK)
     seed: int | None = Field(default=None, ge=-_INT64, lt=_INT64)
     train_unembed: bool = defaults.TINKER_TRAIN_UNEMBED
     train_mlp: bool = defaults.TRAIN_MLP

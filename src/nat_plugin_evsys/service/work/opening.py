@@ -14,6 +14,7 @@ from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.service.store.operations import Effect, Operation, Outcome
 from nat_plugin_evsys.service.store.rows import ModelRow
 from nat_plugin_evsys.service.wire.requests import (
+    MAX_RANK,
     CreateModel,
     LoadWeights,
     LoraChoice,
@@ -36,6 +37,10 @@ def create(places: Places, hosted: HostedModel, operation: Operation, stop: thre
     assert isinstance(request, CreateModel)
     _check_optimizer(request.optimizer_config)
     lora = request.lora_config or LoraChoice()
+    if lora.rank == 0:  # SkyRL's server takes it for all weights
+        raise UnsupportedError(
+            f"lora_config.rank is 0: finetuning all weights is not offered; give a LoRA rank from 1 to {MAX_RANK}"
+        )
     flags: dict[str, Any] = {f"train_{role}": getattr(lora, f"train_{role}") for role in ("attn", "mlp", "unembed")}
     if not any(flags.values()):
         raise ConfigError("nothing to train: set at least one of train_mlp, train_attn, train_unembed to True")
