@@ -92,6 +92,11 @@ OPERATOR_VARIABLE = "EVSYS_OPERATOR_KEY"
     help="Seconds between checks for idle sessions.",
 )
 @click.option(
+    "--model-memory-mib",
+    type=click.IntRange(1),
+    help="Memory for models in training; beyond it the least recent are parked. Default: half of what is free.",
+)
+@click.option(
     "--max-queued-per-owner", type=int, default=4096, show_default=True, help="Most unfinished operations per key."
 )
 @click.option("--max-queued", type=int, default=16384, show_default=True, help="Most unfinished operations overall.")

@@ -100,6 +100,12 @@ class ServeConfig(StrictConfig):
     session_ttl: float = Field(
         default=7 * 86400.0, gt=0, description="Seconds without a request after which a session is forgotten."
     )
+    model_memory_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="Memory of the models in training, all bases together. Beyond it, those that ran longest ago are "
+        "parked until their next request. Default is half of what is free once the base models are loaded.",
+    )
     max_queued_per_owner: int = Field(default=4096, ge=1, description="Unfinished operations of one key.")
     max_queued: int = Field(default=16384, ge=1, description="Unfinished operations of all keys.")
     max_request_bytes: int = Field(default=64 << 20, ge=1024, description="Largest request body as it is sent.")

@@ -315,6 +315,39 @@ def test_parked_and_returned_is_bit_equal(tmp_path: Path, base: str) -> None:
     assert ends[0] == ends[1]
 
 
+def test_more_models_than_memory_holds_are_bit_equal(tmp_path: Path, base: str) -> None:
+    """However small the memory, every model goes on from where it was, and only the last one stays."""
+    ends = []
+    for options in ({}, {"model_bytes": 1}):
+        with EngineHarness(tmp_path / f"store-{len(options)}", [base], **options) as harness:
+            models = [ModelOperations(number) for number in range(4)]
+            for operations in zip(*([each.create(base), *steps(each)] for each in models), strict=True):
+                results = harness.run(*operations)  # parks with and without a pending gradient
+                assert "error" not in str(results)
+            wait_until(lambda: loaded(harness) == (1 if options else 4))  # noqa: B023
+            ends.append([harness.weights(each.model_id) for each in models])
+    assert ends[0] == ends[1]
+
+
+def test_the_models_that_ran_longest_ago_leave_memory(tmp_path: Path, base: str) -> None:
+    models = [ModelOperations(number) for number in range(10)]
+    with EngineHarness(tmp_path / "measured", [base]) as harness:
+        harness.run(models[0].create(base))
+        held = harness.hosted(models[0].model_id).held_bytes
+    with EngineHarness(tmp_path / "store", [base], model_bytes=3 * held) as harness:
+        for each in models:
+            harness.run(each.create(base))
+        harness.run(models[0].save("a"))  # comes back: nothing was trained, so it is made again from its seed
+        wait_until(lambda: loaded(harness) == 3)
+        states = harness.engine.status()["models"]
+        assert [n for n, each in enumerate(models) if states[each.model_id]["state"] == "loaded"] == [0, 8, 9]
+
+
+def loaded(harness: EngineHarness) -> int:
+    """How many models are in memory."""
+    return sum(each["state"] == "loaded" for each in harness.engine.status()["models"].values())
+
+
 def test_a_model_loaded_from_a_deleted_checkpoint_comes_back(tmp_path: Path, base: str) -> None:
     model, other = ModelOperations(), ModelOperations(1)
     with EngineHarness(tmp_path / "store", [base]) as harness:

@@ -79,6 +79,12 @@ class TrainableModel:
         """The fp32 gradient accumulated since the last step, by tensor name; None if there is none."""
         return self._gradient
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that weights, moments and gradient take."""
+        held = [*self.parameters.values(), *self.optimizer.state_tensors().values(), *(self._gradient or {}).values()]
+        return sum(tensor.nbytes for tensor in held)
+
     def discard_gradient(self) -> None:
         """Clear the accumulated gradient."""
         self._gradient = None

@@ -75,5 +75,6 @@ def _engine(config: ServeConfig, store: Store, checkpoints: CheckpointStore) -> 
         cache_dir=config.cache_dir,
         trust_remote_code=config.trust_remote_code,
         retain_operations=config.retain_operations,
+        model_bytes=None if config.model_memory_mib is None else config.model_memory_mib << 20,
         replicas=replicas,
     )

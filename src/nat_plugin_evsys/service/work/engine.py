@@ -47,6 +47,7 @@ class Engine:
         max_batch_size: see ``Sampler``.
         deterministic: see ``open_here``.
         retain_operations: keep the payloads of operations that a saved state covers.
+        model_bytes: see ``Hosting``.
         state_policy: when the states of models are saved.
         gap_timeout: seconds after which operations waiting for a missing one are abandoned.
         replicas: of every base model, on a Ray cluster; None computes in this process.
@@ -67,6 +68,7 @@ class Engine:
         cache_dir: Path | None = None,
         trust_remote_code: bool = False,
         retain_operations: bool = False,
+        model_bytes: int | None = None,
         state_policy: StatePolicy | None = None,
         gap_timeout: float = GAP_TIMEOUT_S,
         replicas: Replicas | None = None,
@@ -95,6 +97,7 @@ class Engine:
             gap_timeout=gap_timeout,
             policy=state_policy or StatePolicy(),
             retain_operations=retain_operations,
+            model_bytes=model_bytes,
         )
         self._sampling = SampleRunner(store, self._samplers, self._closing)
         # One thread: operations of a model reach its buffer in the order of their submission.

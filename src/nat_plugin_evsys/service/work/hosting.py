@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.service.store.operations import Operation
 from nat_plugin_evsys.service.wire.requests import CreateModel, LoadWeights
@@ -26,6 +27,8 @@ class Hosting:
         gap_timeout: seconds after which operations waiting for a missing one are abandoned.
         policy: when the states of models are saved.
         retain_operations: keep the payloads of operations that a saved state covers.
+        model_bytes: memory of all models together, shared equally by the bases; None is half of what is free on a
+            base's device once the bases are loaded.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Hosting:
         gap_timeout: float,
         policy: StatePolicy,
         retain_operations: bool,
+        model_bytes: int | None,
     ) -> None:
         self.execution = Execution(places, closing)
         self._places = places
@@ -45,6 +49,7 @@ class Hosting:
         self._gap_timeout = gap_timeout
         self._policy = policy
         self._retain = retain_operations
+        self._model_bytes = model_bytes
         self._threads: dict[str, TrainingThread] = {}
         self._lock = threading.Lock()
         self._models: dict[str, HostedModel] = {}
@@ -53,7 +58,9 @@ class Hosting:
         """Start a thread for each base model."""
         for shared in bases:
             name = f"evsys-train-{len(self._threads)}"
-            thread = TrainingThread(name, self.execution, self._gap_timeout, self._drop)
+            of_all = free_bytes(shared.base.device) // 2 if self._model_bytes is None else self._model_bytes
+            share = of_all // len(bases)
+            thread = TrainingThread(name, self.execution, self._gap_timeout, self._drop, memory_bytes=share)
             self._threads[shared.base.name] = thread
             thread.start()
 

@@ -28,12 +28,14 @@ logger = logging.getLogger(__name__)
 class HostedModel:
     """A model that operations can be run on, in memory or parked.
 
-    ``buffer``, ``used``, ``busy``, ``park_wanted`` and ``gone`` belong to the lock of its ``TrainingThread``; the rest
-    is that thread's own.
+    ``buffer``, ``used``, ``turn``, ``held_bytes``, ``busy``, ``park_wanted`` and ``gone`` belong to the lock of its
+    ``TrainingThread``; the rest is that thread's own.
 
     Attributes:
         shared: its base model.
         used: engine seconds, as the turns count them.
+        turn: number of its last turn on the thread.
+        held_bytes: memory that it took after that turn.
         busy: the thread runs something for it now.
         park_wanted: unload once nothing is left to do.
         gone: it was never created, or has been forgotten; accepts no more operations.
@@ -59,6 +61,8 @@ class HostedModel:
         self.shared = shared
         self.buffer = SequenceBuffer(next_seq)
         self.used = 0.0
+        self.turn = 0
+        self.held_bytes = 0
         self.busy = False
         self.park_wanted = False
         self.gone = False
@@ -105,6 +109,11 @@ class HostedModel:
                 raise RestoreError(f"the state of model {self.model_id} could not be restored: {exc}") from exc
         assert self.model is not None
         return self.model
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether one is pending in memory."""
+        return self.model is not None and self.model.gradient is not None
 
     def evict(self) -> None:
         """Drop weights that may differ from what the journal says."""

@@ -31,13 +31,24 @@ class TrainingThread:
         name: of the thread.
         execution: runs a model's operations.
         gap_timeout: seconds after which operations waiting for a missing one are abandoned.
+        memory_bytes: of all models in memory; beyond it, all but the last one that ran may be parked.
         on_gone: called with the id of a model that is gone, once nothing here refers to it.
     """
 
-    def __init__(self, name: str, execution: Execution, gap_timeout: float, on_gone: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        execution: Execution,
+        gap_timeout: float,
+        on_gone: Callable[[str], None],
+        *,
+        memory_bytes: int,
+    ) -> None:
         self._execution = execution
         self._gap_timeout = gap_timeout
         self._on_gone = on_gone
+        self._memory_bytes = memory_bytes
+        self._turns = 0
         self._wake = threading.Condition()
         self._models: dict[str, HostedModel] = {}
         self._level = 0.0
@@ -116,12 +127,25 @@ class TrainingThread:
         """The next turn, waiting for it; None once the engine closes."""
         with self._wake:
             while not self._closing:
-                turn = self._runnable() or self._stranded() or self._parkable()
+                turn = self._crowding() or self._runnable() or self._stranded() or self._parkable()
                 if turn is not None:
                     turn[0].busy = True
                     return turn
                 self._wake.wait(self._until_stranded())
             return None
+
+    def _crowding(self) -> Turn | None:
+        """While the models in memory take too much: the one to park, which is not the last one that ran.
+
+        One with nothing to run is preferred, then one without a gradient, which would be computed again, then the one
+        that ran longest ago.
+        """
+        loaded = sorted((each for each in self._models.values() if each.held_bytes), key=lambda each: each.turn)
+        if sum(each.held_bytes for each in loaded) <= self._memory_bytes or len(loaded) == 1:
+            return None
+        hosted = min(loaded[:-1], key=lambda each: (each.buffer.ready() is not None, each.has_gradient, each.turn))
+        logger.info("model %s leaves memory, which the models in it fill", hosted.model_id)
+        return hosted, hosted.park
 
     def _runnable(self) -> Turn | None:
         ready = [(model.used, model) for model in self._models.values() if model.buffer.ready() is not None]
@@ -168,6 +192,8 @@ class TrainingThread:
     def _done(self, hosted: HostedModel) -> None:
         with self._wake:
             hosted.busy = False
+            self._turns += 1
+            hosted.turn, hosted.held_bytes = self._turns, hosted.model.held_bytes if hosted.model is not None else 0
             if not hosted.gone:
                 return
             self._models.pop(hosted.model_id, None)
