@@ -34,8 +34,15 @@ def letters(renderer: ChatRenderer, text: str, *, end: bool = True) -> list[int]
     return [*ids, *([renderer.end_of_turn] if end else [])]  # type: ignore[list-item]
 
 
-async def two_turns(served: Any, *, edit: Any = lambda reply: reply, **request: Any) -> list[Call]:
-    """Ask, send the reply back with a further message, ask again."""
+async def two_turns(served: Any, **request: Any) -> list[Call]:
+    """The calls of ``converse``, once the run is closed."""
+    await converse(served, **request)
+    calls: list[Call] = served.recorder.close_run("run")
+    return calls
+
+
+async def converse(served: Any, *, edit: Any = lambda reply: reply, **request: Any) -> list[Any]:
+    """Open a run, ask, send the reply back with a further message, ask again; the messages of the second call."""
     served.recorder.open_run("run", "rollout", None)
     headers = {RUN_ID_HEADER: "run"}
     async with served.client() as client:
@@ -46,8 +53,7 @@ async def two_turns(served: Any, *, edit: Any = lambda reply: reply, **request: 
         ]
         history = [*ASKED, reply, *(results or [NEXT])]
         await client.chat.completions.create(model=MODEL, messages=history, extra_headers=headers, **request)
-    calls: list[Call] = served.recorder.close_run("run")
-    return calls
+    return history
 
 
 JSON = st.recursive(
@@ -97,10 +103,11 @@ async def test_the_next_prompt_starts_with_what_was_read_and_sampled(
 async def test_tokenize_gives_the_ids_of_a_conversation_that_goes_on(serve: Any, renderer: ChatRenderer) -> None:
     """NeMo Gym takes a call's prompt from it, at vLLM's place."""
     served = serve([letters(renderer, "The sum is 5."), "Done."])
-    _, two = await two_turns(served)
+    messages = await converse(served)
     async with httpx.AsyncClient(headers=served.auth() | {RUN_ID_HEADER: "run"}) as client:
         url = f"{served.endpoint.base_url.removesuffix('/v1')}/tokenize"
-        answer = await client.post(url, json={"model": MODEL, "messages": two.messages})
+        answer = await client.post(url, json={"model": MODEL, "messages": messages})
+    _, two = served.recorder.close_run("run")
     assert answer.json()["tokens"] == two.prompt_ids != renderer.render(two.messages)
 
 
@@ -164,6 +171,37 @@ def test_rollouts_that_say_the_same_in_other_tokens_are_kept_apart(renderer: Cha
         again = history.prompt(renderer, scope, [*ASKED, reply, NEXT], [])
         assert again.ids[: len(prompt[scope].ids) + len(ids)] == prompt[scope].ids + ids
     assert history.prompt(renderer, "c", [*ASKED, reply, NEXT], []).history == PromptHistory.NEW
+
+
+async def test_the_turns_of_a_closed_rollout_are_forgotten(serve: Any) -> None:
+    """Run after run, nothing of those that ended is kept, and those that are open lose nothing."""
+    served = serve(["The sum is 5."] * 11)
+    served.recorder.open_run("open", "rollout", None)
+    headers = {RUN_ID_HEADER: "open"}
+    async with served.client() as client:
+        await client.chat.completions.create(model=MODEL, messages=ASKED, extra_headers=headers)
+        for _ in range(3):
+            one, two = await two_turns(served)
+            assert (one.history, two.history) == (PromptHistory.NEW, PromptHistory.EXTENDED)
+            reply = {"role": "assistant", "content": "The sum is 5."}
+            served.recorder.open_run("run", "rollout", None)
+            again = {"messages": [*ASKED, reply, NEXT], "extra_headers": {RUN_ID_HEADER: "run"}}
+            await client.chat.completions.create(model=MODEL, **again)
+            (third,) = served.recorder.close_run("run")
+            assert third.history == PromptHistory.NEW
+        await client.chat.completions.create(model=MODEL, messages=[*ASKED, reply, NEXT], extra_headers=headers)
+    assert served.recorder.close_run("open")[-1].history == PromptHistory.EXTENDED
+
+
+def test_a_forgotten_scope_leaves_nothing(renderer: ChatRenderer) -> None:
+    history = History()
+    for scope in "aab":
+        prompt = history.prompt(renderer, scope, ASKED, [])
+        history.add(prompt, turn_of(renderer, prompt, [1], 1, "x", {"role": "assistant", "content": "x"}))
+    history.forget("a")
+    assert len(history._turns) == len(history._asked) == 1
+    history.forget("b")
+    assert (len(history._turns), len(history._asked), history._bytes) == (0, 0, 0)
 
 
 def test_old_turns_are_forgotten(renderer: ChatRenderer) -> None:

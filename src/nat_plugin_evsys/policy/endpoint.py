@@ -77,7 +77,9 @@ class PolicyEndpoint:
         api_key: str | None = None,
     ) -> None:
         self.api_key = api_key or f"sk-evsys-{secrets.token_urlsafe(24)}"
-        source = PolicySource(renderer, sampling_client, recorder, defaults, held_client, hints, History())
+        history = History()
+        source = PolicySource(renderer, sampling_client, recorder, defaults, held_client, hints, history)
+        recorder.when_closed(lambda run_id: history.forget(source.scope_of(run_id)))
         models = _OnePolicy(source, list(model_names), is_alias, self.api_key)
         self._routes = ChatRoutes(models, recorder, self._is_closing)
         self._host, self._port = host, port

@@ -40,6 +40,7 @@ class Prompt:
         conversation: identifies messages and tools.
         history: how the earlier turns came to be in it.
         images: what placeholders among the ids stand for.
+        scope: of the conversation; see ``History``.
     """
 
     ids: list[int]
@@ -47,6 +48,7 @@ class Prompt:
     conversation: bytes
     history: PromptHistory = PromptHistory.NEW
     images: Sequence[CallImage] = ()
+    scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Turn:
         rest: the end of the reply's text where a stop string cuts a token in two.
         reply: the reply, in OpenAI form.
         images: of the prompt.
+        scope: of the prompt.
     """
 
     text: str
@@ -66,6 +69,7 @@ class Turn:
     rest: str
     reply: Message
     images: Sequence[CallImage] = ()
+    scope: str = ""
 
     @property
     def size(self) -> int:
@@ -86,7 +90,7 @@ class History:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._turns: OrderedDict[bytes, Turn] = OrderedDict()  # by the conversation with its reply
-        self._asked: OrderedDict[bytes, None] = OrderedDict()  # conversations that were sampled from
+        self._asked: OrderedDict[bytes, str] = OrderedDict()  # conversations that were sampled from, with their scopes
         self._bytes = 0
 
     def prompt(
@@ -110,14 +114,14 @@ class History:
             continued = _continued(renderer, turn, text, files, tools)
             if continued is not None:
                 how = PromptHistory.EXTENDED if end == follows else PromptHistory.CHANGED
-                return Prompt(continued[0], text, keys[-1], how, continued[1])
+                return Prompt(continued[0], text, keys[-1], how, continued[1], scope)
         if follows is None:
             history = PromptHistory.NEW
         else:
             known = bool(turns) and turns[0][0] == follows
             history = PromptHistory.REWRITTEN if known else PromptHistory.CHANGED
         ids, images = renderer.encode_shown(text, files)
-        return Prompt(ids, text, keys[-1], history, images)
+        return Prompt(ids, text, keys[-1], history, images, scope)
 
     def add(self, prompt: Prompt, turn: Turn) -> None:
         """Remember a prompt and its reply."""
@@ -126,14 +130,23 @@ class History:
             before = self._turns.pop(key, None)
             self._bytes += turn.size - (0 if before is None else before.size)
             self._turns[key] = turn
-            if self._asked.pop(prompt.conversation, True):
+            if self._asked.pop(prompt.conversation, None) is None:
                 self._bytes += _ENTRY_BYTES
-            self._asked[prompt.conversation] = None
+            self._asked[prompt.conversation] = prompt.scope
             while self._bytes > self._max_bytes and self._turns:
                 self._bytes -= self._turns.popitem(last=False)[1].size
                 if len(self._asked) > len(self._turns):
                     self._asked.popitem(last=False)
                     self._bytes -= _ENTRY_BYTES
+
+    def forget(self, scope: str) -> None:
+        """Forget the turns of a scope, which nothing will follow."""
+        with self._lock:
+            for key in [key for key, turn in self._turns.items() if turn.scope == scope]:
+                self._bytes -= self._turns.pop(key).size
+            for conversation in [asked for asked, of in self._asked.items() if of == scope]:
+                del self._asked[conversation]
+                self._bytes -= _ENTRY_BYTES
 
     def _find(self, keys: Sequence[bytes], messages: Sequence[Message]) -> tuple[int | None, list[tuple[int, Turn]]]:
         """Where the newest reply to a known prompt ends, or None; the known turns with their ends, newest first."""
@@ -163,7 +176,7 @@ def turn_of(
     rest = seen[len(renderer.decode(output_ids[:kept])) :]
     if kept == with_text and list(output_ids[kept:]) == [renderer.end_of_turn]:
         kept += 1
-    return Turn(prompt.text, array("i", [*prompt.ids, *output_ids[:kept]]), rest, reply, prompt.images)
+    return Turn(prompt.text, array("i", [*prompt.ids, *output_ids[:kept]]), rest, reply, prompt.images, prompt.scope)
 
 
 def _continued(

@@ -44,7 +44,7 @@ async def prompt_of(
         raise DataError("images go with no `continue_final_message`, and with no `add_generation_prompt: false`")
     opened = plain or partial(_open_end, messages, tools, request.continue_final_message, thinking)
     text, ids = await asyncio.to_thread(opened, renderer)
-    return Prompt(ids, text, uuid.uuid4().bytes)
+    return Prompt(ids, text, uuid.uuid4().bytes, scope=scope)
 
 
 def _open_end(

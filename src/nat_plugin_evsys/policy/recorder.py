@@ -88,6 +88,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._runs: dict[str, _Run] = {}
+        self._when_closed: list[Callable[[str], None]] = []
         self._sequence = 0
         self._calls = 0
         self._unattributed = 0
@@ -153,7 +154,14 @@ class Recorder:
             ValueError: the run is not open.
         """
         with self._lock:
-            return self._open(run_id, self._runs.pop(run_id, None)).calls
+            calls = self._open(run_id, self._runs.pop(run_id, None)).calls
+        for tell in self._when_closed:
+            tell(run_id)
+        return calls
+
+    def when_closed(self, tell: Callable[[str], None]) -> None:
+        """Call ``tell`` with the id of each run that is closed from now on, in the thread that closes it."""
+        self._when_closed.append(tell)
 
     def record(self, call: Call) -> Call:
         """Keep a call if its run is open, and give it its place in the order of arrival.
