@@ -55,9 +55,16 @@ def served(serve: Any, sampler: Sampler) -> Any:
     return serve(sampling_client=sampler.client(None, policy_version=3), hints="honour")
 
 
-async def ask(served: Any, *, stream: bool = False, **options: Any) -> tuple[dict[str, Any], str, Call]:
-    """The message, the reason why it ended, and the recorded call."""
+async def ask(served: Any, **options: Any) -> tuple[dict[str, Any], str, Call]:
+    """The message, the reason why it ended, and the recorded call, of a rollout of one turn."""
     served.recorder.open_run("run", "rollout", 7)
+    message, finish = await take_turn(served, **options)
+    (call,) = served.recorder.close_run("run")
+    return message, finish, call
+
+
+async def take_turn(served: Any, *, stream: bool = False, **options: Any) -> tuple[dict[str, Any], str]:
+    """The message, and the reason why it ended, of the rollout that is open."""
     request = {"model": MODEL, "messages": MESSAGES, "temperature": 1.0, "max_tokens": 200, **options}
     async with served.client(default_headers={RUN_ID_HEADER: "run"}) as client:
         answer = await client.chat.completions.create(stream=stream, **request)
@@ -68,8 +75,7 @@ async def ask(served: Any, *, stream: bool = False, **options: Any) -> tuple[dic
             finish = chunks[-1].finish_reason
         else:
             message, finish = answer.choices[0].message.model_dump(), answer.choices[0].finish_reason
-    (call,) = served.recorder.close_run("run")
-    return message, finish, call
+    return message, finish
 
 
 def functions(message: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -104,14 +110,16 @@ async def test_a_required_call_is_made_and_its_beginning_is_in_the_prompt(
 
 
 async def test_the_next_turn_reads_the_call_as_it_was_sampled(served: Any) -> None:
-    message, _, first = await ask(served, **ONE_CALL)
+    served.recorder.open_run("run", "rollout", 7)
+    message, _ = await take_turn(served, **ONE_CALL)
     call = {key: message["tool_calls"][0][key] for key in ("id", "type", "function")}
     turns = [
         *MESSAGES,
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": call["id"], "content": "done"},
     ]
-    _, _, second = await ask(served, **{**ONE_CALL, "messages": turns})
+    await take_turn(served, **{**ONE_CALL, "messages": turns})
+    first, second = served.recorder.close_run("run")
     known = first.prompt_ids + first.output_ids
     assert second.prompt_ids[: len(known)] == known
     assert second.history == "extended"
