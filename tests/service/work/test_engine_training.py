@@ -333,7 +333,9 @@ def test_the_models_that_ran_longest_ago_leave_memory(tmp_path: Path, base: str)
     models = [ModelOperations(number) for number in range(10)]
     with EngineHarness(tmp_path / "measured", [base]) as harness:
         harness.run(models[0].create(base))
-        held = harness.hosted(models[0].model_id).held_bytes
+        hosted = harness.hosted(models[0].model_id)
+        wait_until(lambda: hosted.held_bytes > 0)  # it is measured after the operation's result is known
+        held = hosted.held_bytes
     with EngineHarness(tmp_path / "store", [base], model_bytes=3 * held) as harness:
         for each in models:
             harness.run(each.create(base))
