@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -23,17 +22,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
 
-import trl_peer
+from curve import GENERATIONS, GROUPS_PER_STEP, RANK
 from tasks import helpdesk
 
-from nat_plugin_evsys.engine.model.builtin import ensure_builtin
-from nat_plugin_evsys.engine.model.loading import default_cache_dir
+from nat_plugin_evsys.rollouts.advantages import group_advantages
 
-GROUPS, SAMPLES, TOKENS, RATE = 8, 8, 32, 3e-4
-RANK, ALPHA = 32, 32.0
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS, RATE = 32, 3e-4
+ALPHA = 32.0
 MODELS = {"full": "builtin/smollm2-135m", "small": "builtin/tiny"}
-_TRL_SEQUENCES = 16
 
 
 def prompts(tokenizer: Any) -> list[str]:
@@ -79,11 +75,11 @@ class OurSteps:
         from tinker import types
 
         client = await self._backend.snapshot_sampling_client()
-        first, self._number = self._number * GROUPS, self._number + 1
-        chosen = [self._prompts[(first + index) % len(self._prompts)] for index in range(GROUPS)]
+        first, self._number = self._number * GROUPS_PER_STEP, self._number + 1
+        chosen = [self._prompts[(first + index) % len(self._prompts)] for index in range(GROUPS_PER_STEP)]
         params = types.SamplingParams(max_tokens=TOKENS, temperature=1.0, stop=[], seed=0)
         sampled = await asyncio.gather(
-            *(client.sample_async(types.ModelInput.from_ints(prompt), SAMPLES, params) for prompt in chosen)
+            *(client.sample_async(types.ModelInput.from_ints(prompt), GENERATIONS, params) for prompt in chosen)
         )
         data = [d for prompt, of in zip(chosen, sampled, strict=True) for d in _group(types, prompt, of.sequences)]
         await self._backend.forward_backward_async(data, loss_fn="importance_sampling")
@@ -108,16 +104,15 @@ async def ours(model: str, work: Path) -> None:
 
 def _group(types: Any, prompt: list[int], sequences: Sequence[Any]) -> list[Any]:
     """A group's Datums. An advantage: the reward less the group's mean, over its deviation and the step's tokens."""
-    rewards = [reward(sequence.tokens) for sequence in sequences]
-    mean, deviation = statistics.mean(rewards), statistics.stdev(rewards)
+    advantages = group_advantages([reward(sequence.tokens) for sequence in sequences], "group_mean_std")
+    step_tokens = GROUPS_PER_STEP * GENERATIONS * TOKENS
     data = []
-    for sequence, earned in zip(sequences, rewards, strict=True):
+    for sequence, advantage in zip(sequences, advantages, strict=True):
         ids, before = [*prompt, *sequence.tokens], [0.0] * (len(prompt) - 1)
-        advantage = (earned - mean) / (deviation + 1e-4) / (GROUPS * SAMPLES * TOKENS)
         inputs = {
             "target_tokens": ids[1:],
             "logprobs": [*before, *sequence.logprobs],
-            "advantages": [*before, *[advantage] * len(sequence.tokens)],
+            "advantages": [*before, *[advantage / step_tokens] * len(sequence.tokens)],
         }
         data.append(types.Datum(types.ModelInput.from_ints(ids[:-1]), inputs))
     return data
@@ -125,16 +120,14 @@ def _group(types: Any, prompt: list[int], sequences: Sequence[Any]) -> list[Any]
 
 def trl(model: str, work: Path) -> None:
     """Steps of TRL's trainer."""
-    sys.path.append(str(trl_peer.FOLDER))
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    import trl_side
 
-    directory = ensure_builtin(model, default_cache_dir())
-    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    sys.path.append(str(trl_side.FOLDER))
+    from peers import load, lora
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
+
+    network, tokenizer = load(0, model)
     sampled: list[int] = []
 
     def rewards(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
@@ -151,32 +144,17 @@ def trl(model: str, work: Path) -> None:
                 self.clock.answer(sampled[-1])
             control.should_training_stop = not self.clock.asked()
 
-    config = GRPOConfig(
-        output_dir=str(work),
-        learning_rate=RATE,
-        per_device_train_batch_size=_TRL_SEQUENCES,
-        gradient_accumulation_steps=GROUPS * SAMPLES // _TRL_SEQUENCES,
-        num_generations=SAMPLES,
-        max_steps=10_000,
-        max_completion_length=TOKENS,
-        generation_kwargs={"min_new_tokens": TOKENS},
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+    config = trl_side.grpo_config(
+        work, RATE, TOKENS, max_steps=10_000, generation_kwargs={"min_new_tokens": TOKENS}, logging_strategy="no"
     )
     rows = [{"prompt": text} for text in prompts(tokenizer)]
     GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32),
+        model=network,
         reward_funcs=rewards,
         args=config,
-        # With a fingerprint of its own: datasets 5 cannot compute one with each version of dill.
-        train_dataset=Dataset(InMemoryTable.from_pylist(rows), fingerprint="quickstart"),
+        train_dataset=trl_side.dataset(rows, "quickstart"),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        peft_config=lora(),
         callbacks=[Steps()],
     ).train()
 

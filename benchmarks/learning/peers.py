@@ -22,10 +22,10 @@ def lora() -> LoraConfig:
     return LoraConfig(r=RANK, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
 
 
-def load(seed: int) -> tuple[Any, Any]:
-    """The base model and its tokenizer."""
+def load(seed: int, model: str = "builtin/smollm2-135m") -> tuple[Any, Any]:
+    """A base model and its tokenizer."""
     torch.manual_seed(seed)
-    directory = ensure_builtin("builtin/smollm2-135m", default_cache_dir())
+    directory = ensure_builtin(model, default_cache_dir())
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), tokenizer

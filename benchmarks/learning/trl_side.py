@@ -20,13 +20,40 @@ MICRO_BATCH = 16
 """Sequences of one forward and backward pass; all 64 of a step at once take 11 GB."""
 
 
+def grpo_config(work: Path, rate: float, max_tokens: int, **others: Any) -> Any:
+    """TRL's defaults on the CPU, with the batch and the group size of the comparison; ``FOLDER`` is importable."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(work),
+        learning_rate=rate,
+        per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=GENERATIONS * GROUPS_PER_STEP // MICRO_BATCH,
+        num_generations=GENERATIONS,
+        max_completion_length=max_tokens,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **others,
+    )
+
+
+def dataset(rows: list[dict[str, Any]], name: str) -> Any:
+    """TRL's form of rows, with a fingerprint of its own: datasets 5 cannot compute one with each version of dill."""
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    return Dataset(InMemoryTable.from_pylist(rows), fingerprint=name)
+
+
 def run(task: Task, rate: float, seed: int, work: Path, epochs: int) -> list[Point]:
     """The curve of one run."""
     sys.path.append(str(FOLDER))
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     model, tokenizer = load(seed)
     rows = {row["id"]: row for row in task.train}
@@ -47,30 +74,12 @@ def run(task: Task, rate: float, seed: int, work: Path, epochs: int) -> list[Poi
             "reply": [each.reply for each in rollouts],
         }
 
-    config = GRPOConfig(
-        output_dir=str(work),
-        learning_rate=rate,
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=GENERATIONS * GROUPS_PER_STEP // MICRO_BATCH,
-        num_generations=GENERATIONS,
-        num_train_epochs=epochs,
-        max_completion_length=task.max_tokens,
-        seed=seed,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    # With a fingerprint of its own: datasets 5 cannot compute one with each version of dill.
     prompts = [{"id": row["id"], "prompt": task.messages(row)} for row in task.train]
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward,
-        args=config,
-        train_dataset=Dataset(InMemoryTable.from_pylist(prompts), fingerprint=task.name),
+        args=grpo_config(work, rate, task.max_tokens, num_train_epochs=epochs, seed=seed, logging_steps=1),
+        train_dataset=dataset(prompts, task.name),
         processing_class=tokenizer,
         peft_config=lora(),
         rollout_func=None if task.tool is None else two_turns,
