@@ -21,7 +21,7 @@ PACKAGE = "nat_plugin_evsys"
 SOURCE = ROOT / "src" / PACKAGE
 MOST_MODULES = 25
 
-GROUND = {"errors", "files", "garbage", "inbox", "json_lines", "call_images", "defaults"}
+GROUND = {"errors", "address_space", "files", "garbage", "inbox", "json_lines", "call_images", "defaults"}
 ENGINE = {"engine/machine", "engine/model", "engine/tree", "engine/gradient", "engine/sampling", "engine/spans"}
 DRIVERS = ENGINE | {"engine/checkpoints", "engine/checkpoint_loading", "engine/sampler"}
 
@@ -30,6 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "defaults": set(),
     "files": {"errors"},
+    "address_space": {"errors"},
     "garbage": {"errors"},
     "inbox": set(),
     "json_lines": {"errors", "files"},
@@ -78,7 +79,7 @@ ARROWS: dict[str, set[str]] = {
     "": {"clients", "types", "policy"},
 }
 
-STANDARD_LIBRARY_ONLY = ("errors", "files", "garbage", "inbox", "json_lines", "call_images", "calls", "defaults")
+STANDARD_LIBRARY_ONLY = GROUND | {"calls"}
 NO_NAT = (
     *DRIVERS,
     "runtime",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from made_run import MadeRun
 
@@ -19,6 +23,28 @@ def test_after_an_epoch_and_at_the_end(tmp_path: Path) -> None:
     pages.write()  # waits for the one that is being written
     assert made.run_dir.plot_path.is_file()
     assert '"status":"finished"' in made.run_dir.report_path.read_text().replace(" ", "")
+
+
+def test_all_drawings_use_the_same_open_fonts(tmp_path: Path) -> None:
+    """matplotlib opens its fonts once a thread: 2,000 epochs once had 34 descriptors open instead of 14."""
+    made = MadeRun(tmp_path)
+    pages = RunPages(made.run_dir, made.metrics)
+    made.train(1, [[made.attempt("r1", "x", float(number), number) for number in (0, 1)]])
+    opened, done = [], threading.Event()
+
+    def write() -> None:
+        pages.write()
+        opened.append(sum(each.path.endswith(".ttf") for each in psutil.Process().open_files()))
+        done.wait()  # a thread that has ended leaves its identity to the next one
+
+    with ThreadPoolExecutor(4) as threads:
+        for count in range(1, 5):
+            threads.submit(write)
+            while len(opened) < count:
+                time.sleep(0.01)
+        done.set()
+    assert opened[0] > 0
+    assert opened == opened[:1] * 4
 
 
 def test_a_report_that_cannot_be_made_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

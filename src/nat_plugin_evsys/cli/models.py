@@ -8,6 +8,7 @@ from typing import get_args
 
 import click
 
+from nat_plugin_evsys.address_space import require_address_space
 from nat_plugin_evsys.cli.options import find_run, output_dir_options, readable_errors
 from nat_plugin_evsys.config.quantization import Quantization
 
@@ -33,6 +34,7 @@ def check_command(model: str, device: str, dtype: str, quantization: str) -> Non
     Trains an adapter for five steps and compares gradient, sampler and saved adapter with independent computations.
     The exit status is 1 if MODEL is refused or anything differs. Needs `pip install peft`.
     """
+    require_address_space()
     from nat_plugin_evsys.engine.model.loading import load_base_model
     from nat_plugin_evsys.runtime.model_check import check_model
 
@@ -75,6 +77,7 @@ def export_command(
 
     What is written is loaded back and compared before it is kept.
     """
+    require_address_space()
     from nat_plugin_evsys.engine.checkpoint_loading import load_adapter
     from nat_plugin_evsys.engine.checkpoints import read_checkpoint
     from nat_plugin_evsys.engine.model.loading import load_base_model

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from nat_plugin_evsys.address_space import require_address_space
 from nat_plugin_evsys.config.quantization import Quantization
 from nat_plugin_evsys.errors import ConfigError, EvsysError
 from nat_plugin_evsys.files import others_may_read
@@ -120,6 +121,7 @@ def serve_command(
         settings["policies"] = dict(_named(policy) for policy in policies)
         settings["ray"] = _ray(settings)
         config = _config({**settings, **({} if store is None else {"store": store})})
+        require_address_space()
         from nat_plugin_evsys.service.http.server import serve
 
         serve(config, _announce)

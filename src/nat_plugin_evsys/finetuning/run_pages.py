@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.report.page import Report
@@ -22,7 +22,10 @@ _REPORT_SHARE = 0.1
 
 
 class RunPages:
-    """Writes both in a thread, while the run continues. Failures are logged and do not end the run."""
+    """Writes both in a thread, while the run continues. Failures are logged and do not end the run.
+
+    It is one thread for all of the run: matplotlib opens its fonts anew for every thread, and keeps up to 64 open.
+    """
 
     def __init__(self, run_dir: RunDirectory, metrics: MetricsLog) -> None:
         self._run_dir = run_dir
@@ -30,24 +33,22 @@ class RunPages:
         self._report = Report([run_dir.path])
         self._plot_after = time.monotonic() + _PLOT_INTERVAL
         self._report_after = 0.0
-        self._writing: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="evsys-report")
+        self._writing: Future[None] | None = None
 
     def after_epoch(self) -> None:
         """The state, the metrics and the rollouts of an epoch are on disk. Returns at once."""
-        busy = self._writing is not None and self._writing.is_alive()
+        busy = self._writing is not None and not self._writing.done()
         now = time.monotonic()
         if busy or now < min(self._plot_after, self._report_after):
             return
         due = [self._write_report] if now >= self._report_after else []
         due += [self._plot] if now >= self._plot_after else []
-        self._writing = threading.Thread(target=_all, args=(due,), name="evsys-report", daemon=True)
-        self._writing.start()
+        self._writing = self._thread.submit(_all, due)
 
     def write(self) -> None:
         """Write both a last time: the run has ended, one way or another."""
-        if self._writing is not None:
-            self._writing.join()
-        _all([self._plot, self._write_report])
+        self._thread.submit(_all, [self._plot, self._write_report]).result()
 
     def _plot(self) -> None:
         plot_rewards(self._metrics.rows(), self._run_dir.plot_path)

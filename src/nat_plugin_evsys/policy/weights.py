@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nat_plugin_evsys.address_space import require_address_space
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.files import no_file
 from nat_plugin_evsys.runs import is_service_path, newer_runs_notice, resolve_checkpoint
@@ -110,6 +111,7 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool, rollouts: bo
         "trust_remote_code": config.trust_remote_code,
         **lora,
     }
+    require_address_space()
     from nat_plugin_evsys.backends.local import LocalBackend
 
     backend: LocalBackend

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nat_plugin_evsys.address_space import address_space_left
 from nat_plugin_evsys.engine.machine.split_tensors import local
 
 _COMFORTABLE_BYTES = 2**30  # beyond this a CPU gains nothing from a bigger pack but what the pack shares
@@ -107,7 +108,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    candidates = [free for free in (_machine_free(), _group_free(), _limit_free()) if free is not None]
+    candidates = [free for free in (_machine_free(), _group_free(), address_space_left()) if free is not None]
     return min(candidates, default=4 * 2**30)
 
 
@@ -117,16 +118,6 @@ def _machine_free() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _limit_free() -> int | None:
-    """What ``ulimit -v`` leaves; None without a limit."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:
-        return None
-    return None if limit == resource.RLIM_INFINITY else max(0, limit - pages * resource.getpagesize())
 
 
 def _group_free() -> int | None:
