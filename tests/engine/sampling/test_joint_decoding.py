@@ -13,6 +13,7 @@ from tiny import perturb
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.engine.spans import joint
+from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
 from nat_plugin_evsys.errors import ModelError
 
 FAMILIES = ("qwen3", "llama")
@@ -139,3 +140,46 @@ def test_six_adapters_take_the_passes_and_the_weights_of_one(base_of: Any, monke
     six = cost([sampler.client(adapter, at) for at, adapter in enumerate(adapters)])
     assert six == one
     sampler.close()
+
+
+@torch.inference_mode()
+def test_adapters_that_come_and_go_keep_their_own_deltas(base_of: Any) -> None:
+    base = base_of("qwen3")
+    made = [adapter for adapter in adapters_of(base) if adapter is not None]
+    layers = {
+        name: module.weight.shape
+        for name, module in base.model.named_modules()
+        if any(name in adapter.weights for adapter in made)
+    }
+    draw, mixed = random.Random(0), MixedAdapters()
+    held: list[set[int]] = [{0, 1, 2}, {0, 2}, {2}, {1, 2}, {0, 1, 2, 3}, {3, 0}, {3, 1, 0}, {2, 1}]
+    for wanted in held:
+        order = mixed.hold({ident: made[ident] for ident in wanted})
+        assert set(order) == wanted
+        uneven = [*(draw.randint(0, 3) for _ in order), 2]
+        for counts in (uneven, [2] * len(order), [*[1] * len(order), 3]):
+            mixed.set_rows(counts)
+            for name, (outputs, inputs) in layers.items():
+                x, out = torch.randn(1, sum(counts), inputs), torch.randn(1, sum(counts), outputs)
+                expected = out.clone()
+                for ident, rows, sums in zip(order, x[0].split(counts), expected[0].split(counts), strict=False):
+                    delta = made[ident].delta(name, rows)
+                    if delta is not None:
+                        sums += delta
+                torch.testing.assert_close(mixed.add(name, x, out.clone()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_one_that_leaves_costs_no_new_copies_of_the_others(base_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("qwen3")
+    made = [perturb(LoraAdapter.create(base.model, rank=2, alpha=4.0), seed) for seed in range(4)]
+    written: list[int] = []
+    write = MixedAdapters._write
+    monkeypatch.setattr(
+        MixedAdapters, "_write", lambda self, slot, each: written.append(slot) or write(self, slot, each)
+    )
+    mixed = MixedAdapters()
+    mixed.hold(dict(enumerate(made[:3])))
+    mixed.hold({0: made[0], 2: made[2]})
+    assert written == [0, 1, 2]
+    assert mixed.hold({0: made[0], 2: made[2], 3: made[3]}) == [0, 2, 3]
+    assert written == [0, 1, 2, 2]

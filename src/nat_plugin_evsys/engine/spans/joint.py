@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
 from nat_plugin_evsys.engine.spans.attention import Level, OwnTokens, Piece, SpanPlan
@@ -30,7 +29,7 @@ class JointDecoding:
 
     def __init__(self, model: RolloutModel) -> None:
         self._model = model
-        self._mixed: tuple[list[LoraAdapter | None], MixedAdapters] | None = None
+        self._mixed: MixedAdapters | None = None
         self._fit: dict[int, bool] = {}
         self._able = not any("expert" in name for name in model.versions.names)
 
@@ -77,8 +76,9 @@ class JointDecoding:
         """``SpanDecoder.step`` of each, in one pass."""
         # Before ``take`` nothing is changed that another pass would not set again.
         room = max(1, min(decoder.pass_tokens for decoder in decoders) // len(decoders))
-        passes = [decoder.plan(last, room) for decoder, last in zip(decoders, tokens, strict=True)]
-        mixed = self._mixed_of([decoder.adapter for decoder in decoders])
+        planned = {each.policy: each.plan(last, room) for each, last in zip(decoders, tokens, strict=True)}
+        mixed, order = self._mixed_of(decoders)
+        passes = [planned[ident] for ident in order]
         logits = self._model.mixed_logits(
             mixed,
             torch.cat([each.ids for each in passes]),
@@ -87,18 +87,20 @@ class JointDecoding:
             [each.at + start for each, start in zip(passes, _starts(passes), strict=True)],
             [len(each.ids) for each in passes],
         )
-        return [decoder.take(each, found) for decoder, each, found in zip(decoders, passes, logits, strict=True)]
+        found = dict(zip(order, logits, strict=True))
+        return [each.take(planned[each.policy], found[each.policy]) for each in decoders]
 
     def end(self) -> None:
         """Free what joint steps need; the next one makes it again."""
         self._mixed = None
         self._model.versions.done_sharing()
 
-    def _mixed_of(self, adapters: list[LoraAdapter | None]) -> MixedAdapters:
-        if self._mixed is None or not _same(self._mixed[0], adapters):
-            self._mixed = None  # freed before the next is made
-            self._mixed = adapters, MixedAdapters(adapters)
-        return self._mixed[1]
+    def _mixed_of(self, decoders: Sequence[SpanDecoder]) -> tuple[MixedAdapters, list[int]]:
+        """The adapters, and the policies' idents in the order of a pass: those of the bare base model come last."""
+        if self._mixed is None:
+            self._mixed = MixedAdapters()
+        slots = self._mixed.hold({each.policy: each.adapter for each in decoders if each.adapter is not None})
+        return self._mixed, slots + [each.policy for each in decoders if each.adapter is None]
 
 
 def joined(plans: Sequence[SpanPlan]) -> SpanPlan:
@@ -122,7 +124,3 @@ def _starts(passes: Sequence[SpanPass]) -> Iterator[int]:
     for each in passes:
         yield start
         start += len(each.ids)
-
-
-def _same(some: Sequence[LoraAdapter | None], others: Sequence[LoraAdapter | None]) -> bool:
-    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
