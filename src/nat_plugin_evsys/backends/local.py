@@ -166,10 +166,14 @@ class LocalBackend:
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None
     ) -> OperationFuture[types.ForwardBackwardOutput]:
         """See ``Backend``. Cancelling the awaiting task stops it between micro-batches, with no gradient added."""
-        newest = self._newest() if self._newest else None
-        if newest is not None:
-            self._shared.rest(newest)  # the step needs that memory, and gives the next rollouts another version
-        return self._submit(lambda model, progress: model.forward_backward(data, loss_fn, loss_fn_config, progress))
+
+        def forward_backward(model: TrainableModel, progress: Progress) -> types.ForwardBackwardOutput:
+            newest = self._newest() if self._newest else None
+            if newest is not None:
+                self._shared.rest(newest)  # the step needs that memory, and gives the next rollouts another version
+            return model.forward_backward(data, loss_fn, loss_fn_config, progress)
+
+        return self._submit(forward_backward)
 
     def forward_async(
         self, data: list[tinker.Datum], *, loss_fn: types.LossFnType, loss_fn_config: dict[str, Any] | None = None

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-import weakref
-from collections import deque
 from collections.abc import Callable
 from functools import partial
-from itertools import count
 from typing import Literal
 
 import torch
@@ -19,7 +16,7 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.vision import Vision
 from nat_plugin_evsys.engine.sampling.budgets import kv_budget, prefix_budget
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
-from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch, SamplingPolicy
+from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch
 from nat_plugin_evsys.engine.sampling.decoding_check import trusted_runner
 from nat_plugin_evsys.engine.sampling.exact_prefixes import ExactPrefixes
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
@@ -27,6 +24,7 @@ from nat_plugin_evsys.engine.sampling.grammars import Grammars
 from nat_plugin_evsys.engine.sampling.image_runner import image_runner
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
+from nat_plugin_evsys.engine.sampling.policies import Policies, SamplingPolicy
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling.row_decoder import RowDecoder
@@ -43,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 * 2**20
 _PASS_TOKENS = 1024
+_REST_SECONDS = 60.0
 
 SamplerPath = Literal["auto", "plain"]
 
@@ -61,7 +60,6 @@ class Sampler:
             the memory that is free now if that is less.
         kv_cache_bytes: approximate memory per policy for the sequences being decoded: fewer are decoded together if
             they are long. None: half of the GPU memory that is free now, or 4 GiB on the CPU.
-
         path: ``"auto"`` is the fast path if the model can use it, ``"plain"`` the one it is tested against.
 
     Attributes:
@@ -111,10 +109,8 @@ class Sampler:
         self._seen = ExactPrefixes(keep) if keep else None
         self._batches: dict[tuple[int, bool], DecodeBatch] = {}
         self._spare: SlotStore | None = None
-        self._policy_idents = count()
-        self._bare_idents: dict[int, int] = {}
-        self._orphans: deque[int] = deque()
-        self._resting: list[int] = []
+        self._policies = Policies()
+        self._resting: list[tuple[int, threading.Event]] = []
         self._inbox: list[tuple[SamplingPolicy, SampleRequest]] = []
         self._wake = threading.Condition()
         self._closed = False
@@ -125,16 +121,7 @@ class Sampler:
 
         A trainable adapter is copied, so that the client's weights stay as they are now.
         """
-        if adapter is not None and any(tensor.requires_grad for _, tensor in adapter.named_tensors()):
-            adapter = adapter.snapshot()
-        if adapter is None:
-            ident = self._bare_idents.setdefault(policy_version, next(self._policy_idents))
-        else:
-            ident = next(self._policy_idents)
-        policy = SamplingPolicy(ident, policy_version, adapter)
-        if adapter is not None:
-            weakref.finalize(policy, self._orphans.append, ident).atexit = False
-        return LocalSamplingClient(self, policy)
+        return LocalSamplingClient(self, self._policies.new(adapter, policy_version))
 
     @property
     def fed_tokens(self) -> int:
@@ -142,10 +129,17 @@ class Sampler:
         return sum(runner.fed_tokens for runner in (self._runner, self._fast, self._images) if runner is not None)
 
     def rest(self, client: LocalSamplingClient) -> None:
-        """Free the merged weights of a version that is not sampled from now; its next request makes them again."""
+        """Free the merged weights of a version that is not sampled from now; its next request makes them again.
+
+        Returns once they are free, a decode step of other versions later at the most.
+        """
+        done = threading.Event()
         with self._wake:
-            self._resting.append(client.policy_ident)
+            if self._thread is None or self._closed:
+                return
+            self._resting.append((client.policy_ident, done))
             self._wake.notify()
+        done.wait(_REST_SECONDS)
 
     def submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
         """Queue a request; its future ends with the result, an error, or by being cancelled."""
@@ -170,8 +164,8 @@ class Sampler:
         self._spans.clear()
         if self._seen is not None:
             self._seen.clear()
-        if self._fast is not None:
-            self._fast.versions.clear()
+        if self._joint is not None:
+            self._joint.clear()
         self._spare = None
 
     def _run(self) -> None:
@@ -189,14 +183,14 @@ class Sampler:
             self._wake.wait_for(lambda: self._inbox or self._batches or self._resting or self._closed)
             inbox, self._inbox = self._inbox, []
             resting, self._resting = self._resting, []
-            if self._closed:
-                for _, request in inbox:
-                    request.fail(_closed_error())
-                return False
+            closed = self._closed
         self._free(resting)
         for policy, request in inbox:
-            self._submit(policy, request)
-        return True
+            if closed:
+                request.fail(_closed_error())
+            else:
+                self._submit(policy, request)
+        return not closed
 
     def _submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
         try:
@@ -207,18 +201,20 @@ class Sampler:
         else:
             self._batch(policy, bool(request.images)).submit(request)
 
-    def _free(self, resting: list[int]) -> None:
+    def _free(self, resting: list[tuple[int, threading.Event]]) -> None:
         """Free merged weights of resting policies, and all that is kept of those whose last client is gone."""
-        while self._orphans:
-            resting.append(ident := self._orphans.popleft())
+        gone = self._policies.gone()
+        for ident in gone:
             self._spans.forget(ident)
             if self._seen is not None:
                 self._seen.forget(ident)
             for is_long in (False, True):
                 self._prefixes.forget((ident, is_long))  # as ``SlotDecoder`` names them
-        if self._fast is not None:
-            for ident in resting:
-                self._fast.versions.forget(ident)
+        if self._joint is not None:
+            for ident in (*gone, *(ident for ident, _ in resting)):
+                self._joint.forget(ident)
+        for _, done in resting:
+            done.set()
 
     def _step_all(self) -> None:
         # Not in the loop that waits for work: its variable would keep a policy that nobody samples from.

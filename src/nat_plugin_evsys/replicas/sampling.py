@@ -17,8 +17,8 @@ from nat_plugin_evsys.engine.model.images import NoImages
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient, Prompt
-from nat_plugin_evsys.engine.sampling.decode_batch import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.grammars import Grammars
+from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.engine.sampling.stopping import eos_token_ids

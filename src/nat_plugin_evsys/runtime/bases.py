@@ -79,8 +79,9 @@ class SharedBase:
     def rest(self, client: LocalSamplingClient) -> None:
         """A training step is about to replace what ``client`` samples from; see ``Sampler.rest``."""
         with self._lock:
-            if self._sampler is not None:
-                self._sampler.rest(client)
+            sampler = self._sampler
+        if sampler is not None:
+            sampler.rest(client)
 
     def _new_sampler(self) -> AnySampler:
         if self._deterministic:

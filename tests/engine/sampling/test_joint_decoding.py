@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from tinker import types
 from tiny import perturb
 
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.engine.spans import joint
 from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
@@ -39,6 +41,13 @@ def prompts(seed: int, count: int) -> list[types.ModelInput]:
         start[: draw.randint(1, 9)] + [draw.randint(0, 30) for _ in range(draw.randint(1, 20))] for _ in range(count)
     ]
     return [types.ModelInput.from_ints(row) for row in rows]
+
+
+def wait_until_idle(sampler: Sampler) -> None:
+    until = time.monotonic() + 60
+    while sampler._batches:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def check(futures: list[Any], alone: list[Any]) -> None:
@@ -169,17 +178,65 @@ def test_adapters_that_come_and_go_keep_their_own_deltas(base_of: Any) -> None:
                 torch.testing.assert_close(mixed.add(name, x, out.clone()), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_one_that_leaves_costs_no_new_copies_of_the_others(base_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The slots that adapters are written to."""
+    slots: list[int] = []
+    write = MixedAdapters._write
+    monkeypatch.setattr(MixedAdapters, "_write", lambda self, slot, each: slots.append(slot) or write(self, slot, each))
+    return slots
+
+
+def test_one_that_leaves_costs_no_new_copies_of_the_others(base_of: Any, written: list[int]) -> None:
     base = base_of("qwen3")
     made = [perturb(LoraAdapter.create(base.model, rank=2, alpha=4.0), seed) for seed in range(4)]
-    written: list[int] = []
-    write = MixedAdapters._write
-    monkeypatch.setattr(
-        MixedAdapters, "_write", lambda self, slot, each: written.append(slot) or write(self, slot, each)
-    )
     mixed = MixedAdapters()
     mixed.hold(dict(enumerate(made[:3])))
     mixed.hold({0: made[0], 2: made[2]})
     assert written == [0, 1, 2]
     assert mixed.hold({0: made[0], 2: made[2], 3: made[3]}) == [0, 2, 3]
     assert written == [0, 1, 2, 2]
+
+
+def test_what_was_joined_stays_for_the_next_round_until_its_versions_go(base_of: Any, written: list[int]) -> None:
+    base = base_of("qwen3")
+    sampler = Sampler(base)
+    assert sampler._joint is not None
+    mixed = sampler._joint._mixed
+    clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters_of(base)[:3])]
+    asked = prompts(6, 3)
+    alone = [client.sample(prompt, 1, GREEDY).result(120) for client, prompt in zip(clients, asked, strict=True)]
+    for _ in range(3):
+        with sampler._wake:
+            futures = [client.sample(prompt, 1, GREEDY) for client, prompt in zip(clients, asked, strict=True)]
+        check(futures, alone)
+        wait_until_idle(sampler)
+        assert sorted(written) == [0, 1, 2]
+    assert mixed.nbytes > 0
+    sampler.rest(clients[0])
+    assert len(mixed._held) == 2
+    del clients[1:]
+    gc.collect()
+    sampler.rest(clients[0])  # so that it looks
+    assert not mixed._held
+    assert mixed.nbytes == 0
+    check([clients[0].sample(asked[0], 1, GREEDY)], alone[:1])
+    sampler.close()
+
+
+def test_joined_adapters_larger_than_the_model_are_not_kept(base_of: Any) -> None:
+    base = base_of("qwen3")
+    adapters = [perturb(LoraAdapter.create(base.model, rank=32, alpha=4.0), seed) for seed in range(3)]
+    sampler = Sampler(base)
+    assert sampler._joint is not None
+    sizes: list[int] = []
+    mixed = sampler._joint._mixed
+    clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters)]
+    with sampler._wake:
+        futures = [client.sample(prompt, 1, GREEDY) for client, prompt in zip(clients, prompts(7, 3), strict=True)]
+    futures[0].add_done_callback(lambda _: sizes.append(mixed.nbytes))
+    assert all(len(future.result(120).sequences[0].tokens) == 6 for future in futures)
+    wait_until_idle(sampler)
+    sampler.close()
+    assert sizes[0] > sum(module.weight.nbytes for module in base.model.modules() if isinstance(module, LoraLinear))
+    assert mixed.nbytes == 0

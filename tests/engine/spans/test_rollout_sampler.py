@@ -237,7 +237,7 @@ def test_nothing_is_kept_of_a_version_whose_clients_are_gone(
         versions = sampler._fast.versions
         assert list(versions._idle) == [clients[1].policy_ident]
         sampler.rest(clients[1])
-        wait_for(lambda: not versions._idle)
+        assert not versions._idle
     assert ask(clients[1], ids(40, 0), 2).result(TIMEOUT).sequences
 
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from tinker import types
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
-from nat_plugin_evsys.engine.sampling.decode_batch import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.grammars import Constraint, Grammars
 from nat_plugin_evsys.engine.sampling.params import given_params
+from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest, TokenCallback
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import DataError, EvsysError

@@ -5,30 +5,20 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampling.decoding import RowParams
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
+from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence
 from nat_plugin_evsys.engine.sampling.row_decoder import Context, RowDecoder
 from nat_plugin_evsys.engine.sampling.row_sampler import row_params, sample_rows
 from nat_plugin_evsys.errors import ModelError
-
-
-@dataclass(frozen=True, eq=False)
-class SamplingPolicy:
-    """Frozen weights to sample from: ``ident`` is unique in a sampler, ``version`` is what results report."""
-
-    ident: int
-    version: int
-    adapter: LoraAdapter | None
 
 
 class DecodeBatch:

@@ -23,19 +23,22 @@ class JointDecoding:
     """Steps of several ``SpanDecoder`` of one model.
 
     The weights of the base model are packed once for all of them, whatever their number; each alone has a merged copy.
-    A policy that has begun to decode jointly goes on so until it has nothing to do. Models with experts, which get rows
-    in an order of their own, decode each policy alone, and so does one whose joint pass fails.
+    A policy that has begun to decode jointly goes on so until it has nothing to do. The adapters of the last joint step
+    stay side by side for the next, if they take no more memory than the base model's weights, until they are forgotten.
+    Models with experts, which get rows in an order of their own, decode each policy alone, and so does one whose joint
+    pass fails.
     """
 
     def __init__(self, model: RolloutModel) -> None:
         self._model = model
-        self._mixed: MixedAdapters | None = None
+        self._mixed = MixedAdapters()
+        self._begun = False
         self._fit: dict[int, bool] = {}
         self._able = not any("expert" in name for name in model.versions.names)
 
     def chosen(self, batches: Sequence[DecodeBatch]) -> list[DecodeBatch]:
         """Those that decode in one pass from now on; none where only one could, unless it has done so before."""
-        least = 2 if self._mixed is None else 1
+        least = 1 if self._begun else 2
         if len(batches) < least:
             return []
         found = [batch for batch in batches if isinstance(batch.decoder, SpanDecoder) and self._takes(batch.decoder)]
@@ -77,10 +80,12 @@ class JointDecoding:
         # Before ``take`` nothing is changed that another pass would not set again.
         room = max(1, min(decoder.pass_tokens for decoder in decoders) // len(decoders))
         planned = {each.policy: each.plan(last, room) for each, last in zip(decoders, tokens, strict=True)}
-        mixed, order = self._mixed_of(decoders)
+        self._begun = True
+        slots = self._mixed.hold({each.policy: each.adapter for each in decoders if each.adapter is not None})
+        order = slots + [each.policy for each in decoders if each.adapter is None]
         passes = [planned[ident] for ident in order]
         logits = self._model.mixed_logits(
-            mixed,
+            self._mixed,
             torch.cat([each.ids for each in passes]),
             torch.cat([each.positions for each in passes]),
             joined([each.plan for each in passes]),
@@ -91,16 +96,22 @@ class JointDecoding:
         return [each.take(planned[each.policy], found[each.policy]) for each in decoders]
 
     def end(self) -> None:
-        """Free what joint steps need; the next one makes it again."""
-        self._mixed = None
+        """No policy decodes jointly now."""
+        self._begun = False
+        if self._mixed.nbytes > self._model.versions.base_bytes:
+            self._mixed.clear()
         self._model.versions.done_sharing()
 
-    def _mixed_of(self, decoders: Sequence[SpanDecoder]) -> tuple[MixedAdapters, list[int]]:
-        """The adapters, and the policies' idents in the order of a pass: those of the bare base model come last."""
-        if self._mixed is None:
-            self._mixed = MixedAdapters()
-        slots = self._mixed.hold({each.policy: each.adapter for each in decoders if each.adapter is not None})
-        return self._mixed, slots + [each.policy for each in decoders if each.adapter is None]
+    def forget(self, policy: int) -> None:
+        """Free what is kept of a policy; if it is still decoded, the next step makes that again."""
+        self._fit.pop(policy, None)
+        self._mixed.drop(policy)
+        self._model.versions.forget(policy)
+
+    def clear(self) -> None:
+        """Free everything."""
+        self._mixed.clear()
+        self._model.versions.clear()
 
 
 def joined(plans: Sequence[SpanPlan]) -> SpanPlan:

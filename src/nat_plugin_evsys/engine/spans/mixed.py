@@ -34,7 +34,7 @@ class MixedAdapters:
         Only what is new is written, unless there is no room for it: policies come and go while others decode.
         """
         for ident in [each for each in self._slots if each not in adapters]:
-            self._drop(ident)
+            self.drop(ident)
         new = {ident: adapter for ident, adapter in adapters.items() if ident not in self._held}
         if new and not self._takes(new):
             self._make_room(adapters)
@@ -44,6 +44,30 @@ class MixedAdapters:
             self._slots.append(ident)
             self._held[ident] = adapter
         return list(self._slots)
+
+    def drop(self, ident: int) -> None:
+        """Free a policy's slot, if it has one; the last one moves there. With the last policy everything goes."""
+        if ident not in self._held:
+            return
+        slot, last = self._slots.index(ident), len(self._slots) - 1
+        if slot < last:
+            for a, b in self._layers.values():
+                a[slot], b[slot] = a[last], b[last]
+        self._slots[slot] = self._slots[last]
+        self._slots.pop()
+        del self._held[ident]
+        if not self._slots:
+            self.clear()
+
+    def clear(self) -> None:
+        """Free everything."""
+        self._slots, self._held, self._layers = [], {}, {}
+        self._rank = self._room = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the slots take."""
+        return sum(a.nbytes + b.nbytes for a, b in self._layers.values())
 
     def set_rows(self, counts: Sequence[int]) -> None:
         """The next rows are so many of the first slot, then of the second, and so on, and then of the bare base model.
@@ -78,23 +102,13 @@ class MixedAdapters:
                 outputs[start:stop].addmm_(inputs[start:stop] @ a[slot].T, b[slot])
         return out
 
-    def _drop(self, ident: int) -> None:
-        """Free a slot; the last one moves there."""
-        slot, last = self._slots.index(ident), len(self._slots) - 1
-        if slot < last:
-            for a, b in self._layers.values():
-                a[slot], b[slot] = a[last], b[last]
-        self._slots[slot] = self._slots[last]
-        self._slots.pop()
-        del self._held[ident]
-
     def _takes(self, new: Mapping[int, LoraAdapter]) -> bool:
         fits = all(each.rank <= self._rank and set(each.weights) <= set(self._layers) for each in new.values())
         return fits and len(self._slots) + len(new) <= self._room
 
     def _make_room(self, adapters: Mapping[int, LoraAdapter]) -> None:
         """Empty slots, as large as these adapters need them."""
-        self._slots, self._held, self._layers = [], {}, {}  # freed before the next are made
+        self.clear()  # freed before the next are made
         self._rank, self._room = max(adapter.rank for adapter in adapters.values()), len(adapters)
         shapes = {name: (a.shape[1], b.shape[0]) for each in adapters.values() for name, (a, b) in each.weights.items()}
         for name, (inputs, outputs) in shapes.items():

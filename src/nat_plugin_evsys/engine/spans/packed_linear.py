@@ -86,6 +86,11 @@ class PackedVersions:
         """Of the layers."""
         return {layer.name for layer in self._layers}
 
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the layers' weights in the base model."""
+        return sum(layer.weight.nbytes for layer in self._layers)
+
     def share(self, mixed: MixedAdapters) -> None:
         """Let the layers compute with the base model's weights, which are packed once, and ``mixed``."""
         self.use(_SHARED, None)
