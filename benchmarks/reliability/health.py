@@ -15,6 +15,9 @@ import httpx
 HEALTH_S = 0.2
 """The longest answer that passes, beside the control's."""
 
+WARM_UP_MIB = 256
+"""How much more memory the last half of a ``--small`` run may show: caches and heaps are still growing into theirs."""
+
 
 @contextlib.contextmanager
 def watching(url: str) -> Iterator[dict[str, Any]]:

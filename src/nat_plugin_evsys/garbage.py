@@ -17,13 +17,18 @@ def gc_frozen() -> Iterator[None]:
     collection visits all of them, which stops every thread for nearly half a second, and requests and rollouts make
     enough objects for one every few seconds.
     """
-    gc.collect()  # what is garbage now would be ignored as well
-    gc.freeze()
+    freeze()
     gc.collect()  # there is nothing to collect; it learns how few objects are left, and waits for a quarter of that
     try:
         yield
     finally:
         gc.unfreeze()
+
+
+def freeze() -> None:
+    """From now on, the garbage collector ignores the objects that exist now: see ``gc_frozen``."""
+    gc.collect()  # what is garbage now would be ignored as well
+    gc.freeze()
 
 
 def let_go(error: BaseException) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER, RunKind
 from nat_plugin_evsys.errors import ConfigError, EvsysError
+from nat_plugin_evsys.garbage import freeze
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint, SamplingDefaults
 from nat_plugin_evsys.policy.recorder import Recorder
 from nat_plugin_evsys.policy.weights import (
@@ -242,6 +243,7 @@ class Policy:
     def _load(self, done: Future[None]) -> None:
         try:
             asyncio.run(self._load_async())
+            freeze()  # a full collection would stop `nat run` and `nat serve`, which serve from here on, for half a second
         except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the loading
             with self._lock:
                 self._loading = None  # the cause may be mended (a run finished meanwhile): the next call tries again
