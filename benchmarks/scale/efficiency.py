@@ -2,8 +2,9 @@
 
     make bench-ray [ARGS="--small"]
 
-The workloads and the model are those of benchmarks/cpu; ``rollouts`` is 64 requests of their own, and ``quickstart`` a
-whole step of ``quickstart_worker.py`` on SmolLM2-135M. Of every part it prints
+The workloads and the model are those of benchmarks/cpu; ``rollouts`` is 64 requests of their own (one full batch, of
+which each of two replicas has half), ``rollouts-128`` two such batches, and ``quickstart`` a whole step of
+``quickstart_worker.py`` on SmolLM2-135M. Of every part it prints
 
 - wall seconds, with one and with two replicas, and their efficiency, ``wall_1 / (2 wall_2)``;
 - the same by CPU seconds: those of the busier replica plus those of the process that drives them, as if nothing of
@@ -47,7 +48,7 @@ from nat_plugin_evsys.config.ray import RayConfig
 from nat_plugin_evsys.engine.model.loading import load_tokenizer
 from nat_plugin_evsys.replicas.weights import digest
 
-PARTS = ("W1", "W2", "R1", "rollouts", "quickstart")
+PARTS = ("W1", "W2", "R1", "rollouts", "rollouts-128", "quickstart")
 _BYTES = 100_000_000
 PROMPTS, SAMPLES, PROMPT_TOKENS, TOKENS = 8, 8, 256, 64
 
@@ -136,8 +137,8 @@ async def _found(model: Path, replicas: int, shape: Shape, options: argparse.Nam
 
 async def _part(backend: RayBackend, name: str, shape: Shape) -> Callable[[], Awaitable[dict[str, float]]]:
     """What is measured under that name."""
-    if name == "rollouts":
-        return lambda: _rollout(backend, shape)
+    if name in ("rollouts", "rollouts-128"):
+        return lambda: _rollout(backend, shape, PROMPTS if name == "rollouts" else 2 * PROMPTS)
     if name == "R1":
         return lambda: _r1(backend, shape)
     if name == "quickstart":
@@ -177,10 +178,10 @@ async def _step(backend: RayBackend, data: list[types.Datum]) -> dict[str, float
     return {**{name: output.metrics[name] for name in names}, "weight_bytes": weights, "moved": weights * 2 * replicas}
 
 
-async def _rollout(backend: RayBackend, shape: Shape) -> dict[str, float]:
+async def _rollout(backend: RayBackend, shape: Shape, count: int) -> dict[str, float]:
     client = await backend.snapshot_sampling_client()
     params = types.SamplingParams(max_tokens=TOKENS // shape.divide, temperature=1.0, stop=[], seed=0)
-    prompts = [list(range(i, i + PROMPT_TOKENS // shape.divide)) for i in range(PROMPTS)]
+    prompts = [list(range(i, i + PROMPT_TOKENS // shape.divide)) for i in range(count)]
     calls = [client.sample_async(types.ModelInput.from_ints(p), 1, params) for p in prompts for _ in range(SAMPLES)]
     responses = await asyncio.gather(*calls)
     return {"sampled_tokens": float(sum(len(s.tokens) for r in responses for s in r.sequences))}
