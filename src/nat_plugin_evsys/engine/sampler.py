@@ -30,10 +30,11 @@ from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling.row_decoder import RowDecoder
 from nat_plugin_evsys.engine.sampling.slot_decoder import SlotDecoder
 from nat_plugin_evsys.engine.sampling.stopping import eos_token_ids, ids_without_a_token
-from nat_plugin_evsys.engine.spans.decoder import FIRST_LENGTH, SpanDecoder
+from nat_plugin_evsys.engine.spans.decoder import SpanDecoder
 from nat_plugin_evsys.engine.spans.joint import JointDecoding
 from nat_plugin_evsys.engine.spans.probe import rollout_model
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
+from nat_plugin_evsys.engine.spans.slots import RowSlots
 from nat_plugin_evsys.engine.spans.tree import SpanTree
 from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
 
@@ -103,6 +104,7 @@ class Sampler:
         else:
             self.plain_because = self.plain_because or "it was asked for"
         self._joint = None if self._fast is None else JointDecoding(self._fast)
+        self._slots = RowSlots(self._runner.layout)
         self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else kv_budget(base.device)
         self._base = base
         self._images: ExactRunner | None = None
@@ -162,6 +164,7 @@ class Sampler:
             self._thread.join()
         self._prefixes.clear()
         self._spans.clear()
+        self._slots.clear()
         if self._seen is not None:
             self._seen.clear()
         if self._joint is not None:
@@ -242,8 +245,8 @@ class Sampler:
         for batch in batches:
             if batch.idle:
                 self._end(batch)
-                store = batch.decoder.store
-                if not isinstance(batch.decoder, ExactDecoder):
+                if isinstance(batch.decoder, SlotDecoder):
+                    store = batch.decoder.store
                     self._spare = store if store.nbytes <= _SPARE_BYTES else None
 
     def _end(self, batch: DecodeBatch) -> None:
@@ -270,7 +273,7 @@ class Sampler:
         layout = self._runner.layout
         if isinstance(self._runner, ExactRunner):
             return ExactDecoder(self._runner, policy.adapter)
-        if self._fast is None:
+        if self._fast is None or self._joint is None:
             return SlotDecoder(
                 self._runner,
                 self._prefixes,
@@ -279,6 +282,7 @@ class Sampler:
                 kv_bytes=self._kv_bytes,
                 store=self._spare or SlotStore(layout),
             )
+        slots = self._slots if self._joint.takes(policy) else RowSlots(layout)
         return SpanDecoder(
             self._fast,
             self._spans,
@@ -286,7 +290,7 @@ class Sampler:
             policy.adapter,
             pass_tokens=min(_PASS_TOKENS, self._runner.prefill_tokens),
             kv_bytes=self._kv_bytes,
-            store=self._spare or SlotStore(layout, FIRST_LENGTH),
+            slots=slots,
         )
 
 

@@ -14,7 +14,7 @@ from tiny import perturb
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear
 from nat_plugin_evsys.engine.sampler import Sampler
-from nat_plugin_evsys.engine.spans import joint
+from nat_plugin_evsys.engine.spans import attention, joint
 from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
 from nat_plugin_evsys.errors import ModelError
 
@@ -148,6 +148,29 @@ def test_six_adapters_take_the_passes_and_the_weights_of_one(base_of: Any, monke
     one = cost([sampler.client(adapters[0], 0)] * 6)
     six = cost([sampler.client(adapter, at) for at, adapter in enumerate(adapters)])
     assert six == one
+    sampler.close()
+
+
+def test_six_adapters_attend_in_the_calls_of_one(base_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("qwen3")
+    sampler = Sampler(base)
+    calls: list[int] = []
+    own = attention._own
+    monkeypatch.setattr(attention, "_own", lambda *given: calls.append(1) or own(*given))
+    draw = random.Random(8)
+    asked = [types.ModelInput.from_ints([first, *(draw.randint(0, 30) for _ in range(11))]) for first in range(6)]
+
+    def count(clients: list[Any]) -> int:
+        calls.clear()
+        with sampler._wake:
+            futures = [client.sample(prompt, 1, GREEDY) for client, prompt in zip(clients, asked, strict=True)]
+        assert all(len(future.result(120).sequences[0].tokens) == 6 for future in futures)
+        return len(calls)
+
+    adapters = [perturb(LoraAdapter.create(base.model, rank=2, alpha=4.0), seed) for seed in range(6)]
+    one = count([sampler.client(adapters[0], 0)] * 6)
+    assert count([sampler.client(adapter, at) for at, adapter in enumerate(adapters)]) == one
+    assert one == 5 * base.model.config.num_hidden_layers
     sampler.close()
 
 

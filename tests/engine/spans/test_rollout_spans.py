@@ -173,7 +173,7 @@ def test_attention_along_a_plan_equals_attention_token_by_token(ragged: bool) ->
     order = torch.tensor([0, 2, 3, 4, 5, 6, 1])
     plan = SpanPlan(
         tokens,
-        [OwnTokens(store, 3, columns, length, mask)],
+        [OwnTokens(store, slice(0, 3), columns, length, mask)],
         [Piece(3, 7, fresh, 2)],
         [Level(order, [Read(0, 6, above, 7), Read(6, 7, other, 5)]), Level(slice(3, 7), [Read(0, 4, fresh, 2)])],
     )

@@ -159,6 +159,7 @@ class DecodeBatch:
             request = sequence.request
             context = contexts.get(key) or Context([*request.prompt, *sequence.tokens], 0, images=request.images)
             context.rows += 1
+            context.most = max(context.most, request.max_tokens - len(sequence.tokens))
             new = {**contexts, key: context}
             if rows and (rows >= self._max_rows or not self.decoder.fits(list(new.values()))):
                 context.rows -= 1

@@ -6,6 +6,7 @@ mask's business). So slots of any length decode together, and a slot's prefix ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,9 +106,9 @@ class SlotStore:
         """Keys and values of one layer: each ``[slots, kv_heads, length, dim]``, sharing memory with the store."""
         return self._views[layer]
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of one slot to another."""
-        self._data[:, :, target, :, :length] = self._data[:, :, source, :, :length]
+    def copy(self, source: int, target: int, length: int, store: SlotStore | None = None) -> None:
+        """Copy the first ``length`` tokens of one slot, of another ``store`` if one is given, to another slot."""
+        self._data[:, :, target, :, :length] = (store or self)._data[:, :, source, :, :length]
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +123,7 @@ class SlotStore:
         """A copy of tokens [start, end) of a slot: ``[layers, 2, kv_heads, end - start, head_dim]``."""
         return self._data[:, :, slot, :, start:end].clone()
 
-    def write(self, slot: int, pieces: list[Tensor]) -> int:
+    def write(self, slot: int, pieces: Sequence[Tensor]) -> int:
         """Write pieces from ``read`` to the start of a slot, one after another. Returns their length."""
         at = 0
         for piece in pieces:

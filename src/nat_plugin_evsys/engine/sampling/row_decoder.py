@@ -18,21 +18,20 @@ class Context:
 
     Attributes:
         tokens: all of them; at least one.
-        rows: how many rows continue from them.
+        rows: how many rows continue from them. most: tokens that any of these may sample.
         known: how many of the tokens needed no computing; set when it joins.
         images: what placeholders among the tokens stand for; only an ``ExactDecoder`` takes any.
     """
 
     tokens: list[int]
     rows: int = 1
+    most: int = 0
     known: int = 0
     images: tuple[PlacedImage, ...] = ()
 
 
 class RowDecoder(Protocol):
     """The rows of one policy. Row i is known by its number; a new one comes last."""
-
-    store: SlotStore
 
     def join(self, context: Context) -> None:
         """Let a context's rows join as soon as its tokens have been read, in the next step or a later one."""

@@ -63,24 +63,23 @@ class Level:
 
 @dataclass(frozen=True)
 class OwnTokens:
-    """Tokens ``[first, first + rows)`` of a pass are those of rows: row i's goes to column ``columns[i]`` of slot i.
+    """Tokens ``where`` of a pass are those of rows: row i's goes to column ``columns[i]`` of slot i.
 
     ``mask [rows, 1, 1, length]`` hides columns of rows that are shorter than the longest; None if none is.
     """
 
     store: SlotStore
-    rows: int
+    where: slice | Tensor
     columns: Tensor
     length: int
     mask: Tensor | None
-    first: int = 0
 
     @cached_property
     def places(self) -> tuple[slice | Tensor, slice, int | Tensor]:
         """Where the new keys go in ``[rows, kv_heads, length, dim]``. One column for all is copied faster."""
         if self.mask is None:
             return slice(None), slice(None), self.length - 1
-        return torch.arange(self.rows), slice(None), self.columns
+        return torch.arange(len(self.columns)), slice(None), self.columns
 
 
 @dataclass
@@ -168,12 +167,11 @@ def span_attention(query: Tensor, key: Tensor, value: Tensor, plan: SpanPlan, la
 def _own(
     query: Tensor, key: Tensor, value: Tensor, own: OwnTokens, layer: int, scale: float, out: Tensor, lse: Tensor
 ) -> None:
-    rows = slice(own.first, own.first + own.rows)
-    keys, values = (view[: own.rows] for view in own.store.views(layer))
-    at = own.places
-    keys[at], values[at] = key[0, :, rows].transpose(0, 1), value[0, :, rows].transpose(0, 1)
+    where, at = own.where, own.places
+    keys, values = (view[: len(own.columns)] for view in own.store.views(layer))
+    keys[at], values[at] = key[0, :, where].transpose(0, 1), value[0, :, where].transpose(0, 1)
     part, part_lse = _flash(
-        query[0, :, rows].transpose(0, 1)[:, :, None],
+        query[0, :, where].transpose(0, 1)[:, :, None],
         keys[:, :, : own.length],
         values[:, :, : own.length],
         0.0,
@@ -181,7 +179,7 @@ def _own(
         attn_mask=own.mask,
         scale=scale,
     )
-    out[0, :, rows], lse[0, :, rows] = part[:, :, 0].transpose(0, 1), part_lse[:, :, 0].transpose(0, 1)
+    out[0, :, where], lse[0, :, where] = part[:, :, 0].transpose(0, 1), part_lse[:, :, 0].transpose(0, 1)
 
 
 def _read(query: Tensor, level: Level, layer: int, scale: float, out: Tensor, lse: Tensor) -> None:

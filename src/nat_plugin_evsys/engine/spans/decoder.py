@@ -9,25 +9,24 @@ import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
-from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore, rounded_length
+from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
-from nat_plugin_evsys.engine.spans.attention import Level, OwnTokens, Piece, SpanPlan
+from nat_plugin_evsys.engine.spans.attention import Level, Piece, SpanPlan
 from nat_plugin_evsys.engine.spans.levels import Chain, levels_of
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
+from nat_plugin_evsys.engine.spans.slots import FIRST_LENGTH, RowSlots, Slot, length_for
 from nat_plugin_evsys.engine.spans.tree import Span, SpanTree
-
-FIRST_LENGTH = 16
 
 _SHARED = 256
 """Rows times tokens from which on a span is better read once for all its rows than by each row in its slot: a read is
 a call of its own, and a slot one more part of a call that all rows share."""
 _MOST_TAKEN = 128
-"""Tokens of its context that a row may have in its slot: every slot is as long as the longest."""
+"""Tokens of its context that a row may have in its slot."""
 
 
 @dataclass
 class _Row:
-    """A row reads the path of ``above``, and ``own`` tokens in its slot.
+    """A row reads the path of ``above``, and what its slot is filled with.
 
     Attributes:
         last: the last span of its context, which it holds.
@@ -39,12 +38,12 @@ class _Row:
     above: Span
     context: int
     taken: int
-    own: int
+    slot: Slot
 
     @property
     def position(self) -> int:
         """Of its next token."""
-        return self.context - self.taken + self.own
+        return self.context - self.taken + self.slot.filled
 
 
 @dataclass
@@ -62,6 +61,7 @@ class SpanPass:
     """A pass over ``ids`` at ``positions`` [T], whose logits at ``at`` are wanted.
 
     Attributes:
+        slots: of the rows, whose tokens come first. The plan lacks them: other decoders may share their slots.
         feeds: what it reads of waiting contexts; ``finished`` are those that it completes.
     """
 
@@ -69,19 +69,20 @@ class SpanPass:
     positions: Tensor
     plan: SpanPlan
     at: Tensor
+    slots: list[Slot]
     feeds: list[_Feed]
     finished: list[Context]
 
 
 class SpanDecoder:
-    """The fast ``RowDecoder``. Slot i has the end of row i's context, if it is short, and what was sampled since.
+    """The fast ``RowDecoder``. A row's slot has the end of its context, if it is short, and what was sampled since.
 
     Args:
         model: of all policies. tree: theirs too.
         policy: this one's ident in the tree and in the model. adapter: its adapter.
         pass_tokens: most tokens of waiting contexts in one pass.
         kv_bytes: memory for what the rows hold, roughly.
-        store: an unused store to reuse.
+        slots: for its rows; those of other decoders that share them are in every pass, too.
     """
 
     def __init__(
@@ -93,9 +94,9 @@ class SpanDecoder:
         *,
         pass_tokens: int,
         kv_bytes: int,
-        store: SlotStore,
+        slots: RowSlots,
     ) -> None:
-        self.store = store
+        self.slots = slots
         self.policy = policy
         self.adapter = adapter
         self.pass_tokens = pass_tokens
@@ -117,6 +118,7 @@ class SpanDecoder:
     def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
         """See ``RowDecoder``."""
         planned = self.plan(tokens, self.pass_tokens)
+        planned.plan.own = self.slots.own_tokens({slot: token for token, slot in enumerate(planned.slots)})
         self._model.versions.use(self.policy, self.adapter)
         logits = self._model.logits(self.adapter, planned.ids, planned.positions, planned.plan, planned.at)
         return self.take(planned, logits)
@@ -130,10 +132,10 @@ class SpanDecoder:
             ids += feed.span.tokens[feed.at : feed.at + feed.count]
             positions += range(first, first + feed.count)
         at = [*range(len(tokens)), *(finished.values())]
-        plan = SpanPlan(len(ids), self._own(), [Piece(f.start, f.start + f.count, f.span.kv, f.at) for f in feeds])
+        plan = SpanPlan(len(ids), [], [Piece(f.start, f.start + f.count, f.span.kv, f.at) for f in feeds])
         plan.levels = self._row_levels() if not feeds else levels_of(self._chains(feeds))
-        as_rows = torch.tensor(at, dtype=torch.long)
-        return SpanPass(torch.tensor(ids), torch.tensor(positions), plan, as_rows, feeds, list(finished))
+        wanted, slots = torch.tensor(at, dtype=torch.long), [row.slot for row in self._rows]
+        return SpanPass(torch.tensor(ids), torch.tensor(positions), plan, wanted, slots, feeds, list(finished))
 
     def take(self, made: SpanPass, logits: Tensor) -> tuple[Tensor, list[Context]]:
         """What ``step`` returns, once the pass has been made."""
@@ -141,7 +143,7 @@ class SpanDecoder:
         for feed in made.feeds:
             feed.span.filled = max(feed.span.filled, feed.at + feed.count)
         for row in self._rows:
-            row.own += 1
+            row.slot.filled += 1
         if made.finished:
             self._enter(made.finished)
         return logits, made.finished
@@ -149,16 +151,13 @@ class SpanDecoder:
     def remove(self, row: int, tokens: list[int] | None) -> None:
         """See ``RowDecoder``."""
         gone, last = self._rows[row], self._rows.pop()
-        if tokens is None and gone.own:
-            # A failed row may hold NaN, which would reach the slot's next owner through its masked columns.
-            self.store.wipe(row)
-        elif tokens is not None and gone.own > gone.taken:
-            sampled = tokens[len(tokens) - (gone.own - gone.taken) :]
-            self._tree.add(gone.last, sampled, self.store.read(row, gone.taken, gone.own))
+        filled = gone.slot.filled
+        if tokens is not None and filled > gone.taken:
+            sampled = tokens[len(tokens) - (filled - gone.taken) :]
+            self._tree.add(gone.last, sampled, self.slots.read(gone.slot, gone.taken, filled))
         self._tree.release(gone.last)
+        self.slots.free(gone.slot, failed=tokens is None)
         if row < len(self._rows):
-            if last.own:
-                self.store.copy(len(self._rows), row, last.own)
             self._rows[row] = last
         self._levels = None
 
@@ -168,18 +167,23 @@ class SpanDecoder:
 
     def fits(self, contexts: Sequence[Context]) -> bool:
         """See ``RowDecoder``."""
-        rows = len(self._rows) + sum(c.rows for c in self._waiting) + sum(c.rows for c in contexts)
-        taken = [min(_MOST_TAKEN, len(c.tokens)) for c in (*self._waiting, *contexts)]
-        own = max([*(r.own for r in self._rows), *taken], default=0)
-        longest = max(self.store.length, rounded_length(own + 1, FIRST_LENGTH))
-        new = sum(self._tree.missing(self.policy, c.tokens) for c in contexts)
-        per_token = self.store.layout.bytes_per_token
-        return self._tree.held_bytes + per_token * (rows * longest + new) <= self._kv_bytes
+        tokens = sum(max(row.slot.group.store.length, length_for(row.slot.filled + 1)) for row in self._rows)
+        for context in (*self._waiting, *contexts):
+            tokens += context.rows * length_for(_room(min(_MOST_TAKEN, len(context.tokens)), context))
+        tokens += sum(self._tree.missing(self.policy, context.tokens) for context in contexts)
+        return self._tree.held_bytes + self.slots.layout.bytes_per_token * tokens <= self._kv_bytes
+
+    def part(self) -> None:
+        """Give its rows slots that no other decoder shares."""
+        shared, self.slots = self.slots, RowSlots(self.slots.layout)
+        self.slots.adopt([row.slot for row in self._rows], shared)
 
     def close(self) -> None:
         """See ``RowDecoder``."""
         for span in (*self._waiting.values(), *(row.last for row in self._rows)):
             self._tree.release(span)
+        for row in self._rows:
+            self.slots.free(row.slot, failed=True)
         self._waiting.clear()
         self._rows.clear()
         self._model.versions.done(self.policy)
@@ -191,14 +195,10 @@ class SpanDecoder:
             self._tree.share(last, context.rows - 1)
         ends = [_short_end(last) for last in lasts]
         lengths = [sum(piece.shape[3] for piece in pieces) for _, pieces in ends]
-        if any(lengths):
-            # For all of them at once: every enlargement copies the store, which is then there twice.
-            self.store.reserve(len(self._rows) + sum(c.rows for c in contexts), max(lengths) + 1)
-        for context, last, (above, pieces), taken in zip(contexts, lasts, ends, lengths, strict=True):
-            for _ in range(context.rows):
-                self._rows.append(_Row(last, above, len(context.tokens), taken, taken))
-                if pieces:
-                    self.store.write(len(self._rows) - 1, pieces)
+        new = [i for i, context in enumerate(contexts) for _ in range(context.rows)]
+        slots = self.slots.enter([(ends[i][1], _room(lengths[i], contexts[i])) for i in new])
+        for i, slot in zip(new, slots, strict=True):
+            self._rows.append(_Row(lasts[i], ends[i][0], len(contexts[i].tokens), lengths[i], slot))
         self._levels = None
 
     def _feeds(self, start: int, room: int) -> tuple[list[_Feed], dict[Context, int]]:
@@ -231,19 +231,6 @@ class SpanDecoder:
                 break
         return [feed for feed in feeds.values() if feed.count], finished
 
-    def _own(self) -> list[OwnTokens]:
-        if not self._rows:
-            return []
-        columns = torch.tensor([row.own for row in self._rows])
-        longest = int(columns.max()) + 1
-        self.store.reserve(len(self._rows), longest)
-        mask = None
-        if int(columns.min()) + 1 < longest:
-            hidden = torch.arange(longest) > columns[:, None]
-            mask = torch.zeros(hidden.shape, dtype=self.store.layout.dtype).masked_fill_(hidden, float("-inf"))
-            mask = mask[:, None, None]
-        return [OwnTokens(self.store, len(self._rows), columns, longest, mask)]
-
     def _row_levels(self) -> list[Level]:
         if self._levels is None:
             self._levels = levels_of(self._chains([]))
@@ -269,6 +256,11 @@ def _short_end(last: Span) -> tuple[Span, list[Tensor]]:
         room -= len(last.tokens)
         last = last.parent
     return last, pieces
+
+
+def _room(taken: int, context: Context) -> int:
+    """Tokens that a new row's slot has room for: the first that it samples, too, as far as it may."""
+    return taken + max(1, min(context.most, FIRST_LENGTH))
 
 
 def _whole(path: list[Span]) -> Chain:

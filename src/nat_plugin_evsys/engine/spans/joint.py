@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch
+from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
-from nat_plugin_evsys.engine.spans.attention import Level, OwnTokens, Piece, SpanPlan
-from nat_plugin_evsys.engine.spans.decoder import SpanDecoder, SpanPass
+from nat_plugin_evsys.engine.spans.attention import Level, Piece, SpanPlan
+from nat_plugin_evsys.engine.spans.decoder import SpanDecoder
 from nat_plugin_evsys.engine.spans.mixed import MixedAdapters, is_finite
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.errors import one_line
@@ -41,18 +43,17 @@ class JointDecoding:
         least = 1 if self._begun else 2
         if len(batches) < least:
             return []
-        found = [batch for batch in batches if isinstance(batch.decoder, SpanDecoder) and self._takes(batch.decoder)]
+        found = [batch for batch in batches if isinstance(batch.decoder, SpanDecoder) and self.takes(batch.policy)]
         return found if len(found) >= least else []
 
-    def _takes(self, decoder: SpanDecoder) -> bool:
-        """Whether a decoder can be part of a joint step: its adapter is finite and of layers that can be mixed."""
-        adapter = decoder.adapter
+    def takes(self, policy: SamplingPolicy) -> bool:
+        """Whether a policy can be part of a joint step: its adapter is finite and of layers that can be mixed."""
+        adapter = policy.adapter
         if not self._able or adapter is None:
             return self._able
-        if decoder.policy not in self._fit:
-            fits = set(adapter.weights) <= self._model.versions.names and is_finite(adapter)
-            self._fit[decoder.policy] = fits
-        return self._fit[decoder.policy]
+        if policy.ident not in self._fit:
+            self._fit[policy.ident] = set(adapter.weights) <= self._model.versions.names and is_finite(adapter)
+        return self._fit[policy.ident]
 
     def decode(self, batches: Sequence[DecodeBatch]) -> None:
         """``DecodeBatch.step`` of each, with one pass for all of them."""
@@ -67,6 +68,9 @@ class JointDecoding:
             logger.warning("policies are sampled one after the other: their joint pass fails: %s", one_line(exc))
             self._able = False
             self.end()
+            for batch in batches:
+                if isinstance(batch.decoder, SpanDecoder):
+                    batch.decoder.part()
             for batch, tokens in ready:
                 batch.decode(tokens)
             return
@@ -84,12 +88,16 @@ class JointDecoding:
         slots = self._mixed.hold({each.policy: each.adapter for each in decoders if each.adapter is not None})
         order = slots + [each.policy for each in decoders if each.adapter is None]
         passes = [planned[ident] for ident in order]
+        starts = [0, *accumulate(len(each.ids) for each in passes)][:-1]
+        plan = joined([each.plan for each in passes])
+        tokens_of = {s: start + i for each, start in zip(passes, starts, strict=True) for i, s in enumerate(each.slots)}
+        plan.own = decoders[0].slots.own_tokens(tokens_of)
         logits = self._model.mixed_logits(
             self._mixed,
             torch.cat([each.ids for each in passes]),
             torch.cat([each.positions for each in passes]),
-            joined([each.plan for each in passes]),
-            [each.at + start for each, start in zip(passes, _starts(passes), strict=True)],
+            plan,
+            [each.at + start for each, start in zip(passes, starts, strict=True)],
             [len(each.ids) for each in passes],
         )
         found = dict(zip(order, logits, strict=True))
@@ -115,11 +123,10 @@ class JointDecoding:
 
 
 def joined(plans: Sequence[SpanPlan]) -> SpanPlan:
-    """The plan of all tokens, one plan's after another's; none sees another's."""
+    """The plan of all tokens, one plan's after another's; none sees another's. Without the rows' own tokens."""
     whole = SpanPlan(sum(plan.tokens for plan in plans))
     start = 0
     for plan in plans:
-        whole.own += [OwnTokens(o.store, o.rows, o.columns, o.length, o.mask, o.first + start) for o in plan.own]
         whole.pieces += [Piece(p.start + start, p.stop + start, p.kv, p.at) for p in plan.pieces]
         whole.levels += [Level(_moved(level.order, start), level.reads) for level in plan.levels]
         start += plan.tokens
@@ -128,10 +135,3 @@ def joined(plans: Sequence[SpanPlan]) -> SpanPlan:
 
 def _moved(order: slice | Tensor, start: int) -> slice | Tensor:
     return order + start if isinstance(order, Tensor) else slice(order.start + start, order.stop + start)
-
-
-def _starts(passes: Sequence[SpanPass]) -> Iterator[int]:
-    start = 0
-    for each in passes:
-        yield start
-        start += len(each.ids)

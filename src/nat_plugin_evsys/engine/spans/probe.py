@@ -11,11 +11,12 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import long_rope_limit, rope_types
 from nat_plugin_evsys.engine.model.lora import applied
 from nat_plugin_evsys.engine.sampling.decoding_check import decoding_gap
-from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout, SlotStore
+from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout
 from nat_plugin_evsys.engine.spans.attention import Level, Piece, Read, SpanPlan
-from nat_plugin_evsys.engine.spans.decoder import FIRST_LENGTH, SpanDecoder
+from nat_plugin_evsys.engine.spans.decoder import SpanDecoder
 from nat_plugin_evsys.engine.spans.packed_linear import PackedVersions
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
+from nat_plugin_evsys.engine.spans.slots import RowSlots
 from nat_plugin_evsys.engine.spans.tree import SpanTree
 from nat_plugin_evsys.errors import one_line
 
@@ -80,9 +81,9 @@ def _gap(base: BaseModel, model: RolloutModel, layout: KVLayout) -> float:
 def _gap_of_decoder(base: BaseModel, model: RolloutModel, layout: KVLayout) -> float:
     """``decoding_gap`` without reordered weights, which take longer to make than the check."""
     versions, model.versions = model.versions, PackedVersions([], base.dtype)
-    tree, store = SpanTree(layout, 0), SlotStore(layout, FIRST_LENGTH)
+    tree, slots = SpanTree(layout, 0), RowSlots(layout)
     try:
-        decoder = SpanDecoder(model, tree, 0, None, pass_tokens=_PASS_TOKENS, kv_bytes=1 << 40, store=store)
+        decoder = SpanDecoder(model, tree, 0, None, pass_tokens=_PASS_TOKENS, kv_bytes=1 << 40, slots=slots)
         return decoding_gap(decoder, base)
     finally:
         model.versions, model.fed_tokens = versions, 0
