@@ -53,6 +53,17 @@ def keep_memory() -> bool:
     return done
 
 
+def give_back() -> None:
+    """Give the pages of freed memory back to the kernel, once.
+
+    For a moment when much else than before is about to be asked for: what fits into no gap grows the heap, and the gaps
+    stay resident beside it.
+    """
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
 def _is_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
 

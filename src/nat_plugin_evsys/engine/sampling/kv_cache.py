@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from nat_plugin_evsys.engine.machine.mapped import mapped_zeros
 from nat_plugin_evsys.errors import ModelError
 
 _FIRST_LENGTH = 64
@@ -134,7 +135,7 @@ class SlotStore:
     def _zeros(self, slots: int, length: int) -> Tensor:
         heads, dim = self.layout.widest
         shape = (len(self.layout.layers), 2, slots, heads, length, dim)
-        return torch.zeros(shape, dtype=self.layout.dtype, device=self.layout.device)
+        return mapped_zeros(shape, self.layout.dtype, self.layout.device)
 
 
 class SlotCache(Cache):

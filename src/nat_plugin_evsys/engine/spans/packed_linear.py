@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from nat_plugin_evsys.engine.machine.allocator import give_back
 from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear
 from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
@@ -145,6 +146,7 @@ class PackedVersions:
         if not self._fits():
             self._idle.clear()
         if self._fits():
+            give_back()  # what the last step worked with
             return self._pack(adapter)
         logger.info("no memory for merged weights of one more policy version; it is sampled from unmerged, slower")
         return None
