@@ -13,11 +13,17 @@ from table import Row, row
 from worker_process import WorkerProcess
 
 NAME = "Q: quickstart step vs TRL"
-GOALS = {NAME: (10.0, 10.0)}
+LIMIT = "Q: TRL vs the arithmetic of the step at GEMM peak"
+SHARE = "Q: rollouts' useful FLOP/s of GEMM peak"
+GOALS = {NAME: (10.0, 10.0), SHARE: (0.6, 0.6)}
 
 
 def rows(small: bool = False, repeats: int = 1) -> list[Row]:
-    """The row, or none; ``small``: on a toy model."""
+    """The rows, or none; ``small``: on a toy model.
+
+    No exact step takes less than its arithmetic (``useful.py``) at the speed of this machine's matrix products: TRL's
+    time over that is what the first row can reach at most.
+    """
     if not trl_peer.installed():
         print(f"{NAME}: TRL is not installed (benchmarks/README.md)", flush=True)
         return []
@@ -31,11 +37,19 @@ def rows(small: bool = False, repeats: int = 1) -> list[Row]:
     finally:
         ours.close()
         trl.close()
-    answers = [answer for each in found for answer in each]
-    if len({answer["tokens"] for answer in answers}) != 1:
-        raise SystemExit(f"{NAME}: the two sampled different numbers of tokens: {answers}")
-    own = [answer["seconds"] for first, _, last in found for answer in (first, last)]
-    theirs = [answer["seconds"] for _, answer, _ in found]
-    said = {"ours": [round(s, 1) for s in own], "TRL": [round(s, 1) for s in theirs]}
-    print(f"{NAME}: {answers[0]['tokens']} tokens, CPU seconds: {said}", flush=True)
-    return [row(NAME, [other / mine for other in theirs for mine in own], GOALS)]
+    own = [answer for first, _, last in found for answer in (first, last)]
+    theirs = [answer for _, answer, _ in found]
+    if len({answer["tokens"] for answer in [*own, *theirs]}) != 1:
+        raise SystemExit(f"{NAME}: the two sampled different numbers of tokens: {own}, {theirs}")
+    said = {
+        "ours": [round(a["seconds"], 1) for a in own],
+        "of it rollouts": [round(a["sampling_seconds"], 1) for a in own],
+    }
+    said |= {"TRL": [round(a["seconds"], 1) for a in theirs], "GFLOP/s": [round(a["gemm"] / 1e9) for a in own]}
+    print(f"{NAME}: {own[0]['tokens']} tokens, CPU seconds: {said}", flush=True)
+    least = [(a["sampling_flops"] + a["training_flops"]) / a["gemm"] for a in own]
+    return [
+        row(NAME, [other["seconds"] / mine["seconds"] for other in theirs for mine in own], GOALS),
+        row(LIMIT, [other["seconds"] / seconds for other in theirs for seconds in least], GOALS),
+        row(SHARE, [a["sampling_flops"] / a["sampling_seconds"] / a["gemm"] for a in own], GOALS),
+    ]

@@ -22,8 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
 
+import workloads
 from curve import GENERATIONS, GROUPS_PER_STEP, RANK
 from tasks import helpdesk
+from useful import sampling_flops, useful_flops
+from worker import gemm_peak
+from workloads import Shape
 
 from nat_plugin_evsys.rollouts.advantages import group_advantages
 
@@ -57,23 +61,35 @@ class Clock:
         self._started = time.process_time()
         return bool(line)
 
-    def answer(self, tokens: int) -> None:
-        """The step is done."""
-        print(json.dumps({"seconds": time.process_time() - self._started, "tokens": tokens}), flush=True)
+    def seconds(self) -> float:
+        """CPU seconds since then."""
+        return time.process_time() - self._started
+
+    def answer(self, **facts: float) -> None:
+        """Of the step that was asked for."""
+        print(json.dumps(facts), flush=True)
 
 
 class OurSteps:
-    """Steps of a backend of this package, each with a policy version of its own."""
+    """Steps of a backend of this package, each with a policy version of its own.
+
+    Attributes:
+        sampling_seconds: CPU seconds of the last step's rollouts.
+        sequences: of the last step: token ids, and which of them were sampled.
+    """
 
     def __init__(self, backend: Any, tokenizer: Any) -> None:
         self._backend = backend
         self._prompts = [tokenizer.encode(text, add_special_tokens=False) for text in prompts(tokenizer)]
         self._number = 0
+        self.sampling_seconds = 0.0
+        self.sequences: list[workloads.Sequence] = []
 
     async def step(self) -> int:
         """Tokens sampled."""
         from tinker import types
 
+        started = time.process_time()
         client = await self._backend.snapshot_sampling_client()
         first, self._number = self._number * GROUPS_PER_STEP, self._number + 1
         chosen = [self._prompts[(first + index) % len(self._prompts)] for index in range(GROUPS_PER_STEP)]
@@ -81,7 +97,14 @@ class OurSteps:
         sampled = await asyncio.gather(
             *(client.sample_async(types.ModelInput.from_ints(prompt), GENERATIONS, params) for prompt in chosen)
         )
-        data = [d for prompt, of in zip(chosen, sampled, strict=True) for d in _group(types, prompt, of.sequences)]
+        self.sampling_seconds = time.process_time() - started
+        groups = list(zip(chosen, sampled, strict=True))
+        self.sequences = [
+            ([*prompt, *each.tokens], [False] * len(prompt) + [True] * len(each.tokens))
+            for prompt, of in groups
+            for each in of.sequences
+        ]
+        data = [datum for prompt, of in groups for datum in _group(types, prompt, of.sequences)]
         await self._backend.forward_backward_async(data, loss_fn="importance_sampling")
         await self._backend.optim_step_async(types.AdamParams(learning_rate=RATE))
         return sum(len(sequence.tokens) for of in sampled for sequence in of.sequences)
@@ -96,10 +119,32 @@ async def ours(model: str, work: Path) -> None:
     )
     steps = OurSteps(backend, (await backend.snapshot_sampling_client()).get_tokenizer())
     await steps.step()
+    shape = _shape(backend.base.model.config)
     clock = Clock()
     while clock.asked():
-        clock.answer(await steps.step())
+        tokens = await steps.step()
+        clock.answer(
+            seconds=clock.seconds(),
+            tokens=tokens,
+            sampling_seconds=steps.sampling_seconds,
+            sampling_flops=sampling_flops(steps.sequences, shape),
+            training_flops=useful_flops(steps.sequences, shape, RANK),
+            gemm=gemm_peak(shape),
+        )
     await backend.close()
+
+
+def _shape(config: Any) -> Shape:
+    """Of the model, as the FLOPs are counted for."""
+    return Shape(
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )
 
 
 def _group(types: Any, prompt: list[int], sequences: Sequence[Any]) -> list[Any]:
@@ -141,7 +186,7 @@ def trl(model: str, work: Path) -> None:
             if self.clock is None:  # the first step loads code and kernels
                 self.clock = Clock()
             else:
-                self.clock.answer(sampled[-1])
+                self.clock.answer(seconds=self.clock.seconds(), tokens=sampled[-1])
             control.should_training_stop = not self.clock.asked()
 
     config = trl_side.grpo_config(

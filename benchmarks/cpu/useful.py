@@ -6,7 +6,7 @@ from models import RANK
 from workloads import Sequence, Shape
 
 
-def useful_flops(data: list[Sequence], shape: Shape) -> float:
+def useful_flops(data: list[Sequence], shape: Shape, rank: int = RANK) -> float:
     """Multiply-adds, times two, over the distinct tokens that a trained position depends on.
 
     Linear layers: the product, and the gradient by its input. LoRA: ``x A^T``, and three products of the same size for
@@ -27,9 +27,25 @@ def useful_flops(data: list[Sequence], shape: Shape) -> float:
     of_read += [(shape.hidden, shape.inner)] * 2 + [(shape.inner, shape.hidden)]
 
     def products(count: int, shapes: list[tuple[int, int]]) -> float:
-        return count * sum(4 * a * b + 8 * RANK / 2 * (a + b) for a, b in shapes)
+        return count * sum(4 * a * b + 8 * rank / 2 * (a + b) for a, b in shapes)
 
     layers = (shape.layers - 1) * products(rows, of_all + of_read) + products(rows, of_all) + products(read, of_read)
     layers -= 2 * rows * shape.hidden * (query + 2 * kv)
     pairs = sum(len(key) for key in trained) * (shape.layers - 1) + sum(len(key) for key, t in trained.items() if t)
     return layers + pairs * query * 2 * (2 + 4) + read * 4 * shape.hidden * shape.vocab
+
+
+def sampling_flops(data: list[Sequence], shape: Shape) -> float:
+    """The same of sampling ``data`` from merged weights: every distinct token but a sequence's last is read once, with
+    the head wherever the next one was sampled.
+    """
+    sampled: dict[tuple[int, ...], bool] = {}
+    for ids, mask in data:
+        for i in range(len(ids) - 1):
+            key = tuple(ids[: i + 1])
+            sampled[key] = sampled.get(key, False) or mask[i + 1]
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = shape.hidden * (2 * query + 2 * kv + 3 * shape.inner)
+    pairs = sum(len(key) for key in sampled)
+    read = sum(sampled.values())
+    return shape.layers * (2 * len(sampled) * layer + 4 * pairs * query) + 2 * read * shape.hidden * shape.vocab
