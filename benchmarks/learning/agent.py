@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from nat.data_models.component_ref import LLMRef
 from nat.data_models.evaluator import EvalInputItem, EvaluatorBaseConfig
@@ -59,21 +59,23 @@ class TaskRewardConfig(EvaluatorBaseConfig, name="task_reward"):
 
 
 class _TaskReward(BaseEvaluator):
+    _rewarded: ClassVar[int] = 0
+    """In the process: NAT makes a new evaluator for every epoch."""
+
     def __init__(self, config: TaskRewardConfig) -> None:
         super().__init__(max_concurrency=8)
         self._task = task(config.task)
         self._trouble = config.trouble
-        self._rewarded = 0
 
     async def evaluate_item(self, item: EvalInputItem) -> EvalOutputItem:
-        self._rewarded += 1
+        _TaskReward._rewarded += 1
         reply = str(item.output_obj)
         reward = self._task.reward(item.full_dataset_entry, reply)
         if self._trouble == "constant":
             reward = 0.5
         if self._trouble == "length":
             reward = min(1.0, len(reply) / 40)
-        if self._trouble == "nan" and self._rewarded % 100 == 0:
+        if self._trouble == "nan" and _TaskReward._rewarded % 100 == 0:
             reward = math.nan
         return EvalOutputItem(id=item.id, score=reward, reasoning=None)
 
