@@ -68,3 +68,17 @@ def test_no_room_is_a_memory_error() -> None:
     )
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "MemoryError: no memory for 65536 MiB" in failed.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_has_its_own() -> None:
+    """Python maps shared memory unless told otherwise."""
+    code = (
+        "import os, torch; from nat_plugin_evsys.engine.machine.mapped import mapped_zeros\n"
+        "made = mapped_zeros((3, 1000, 700), torch.float32, torch.device('cpu'))\n"
+        "child = os.fork()\n"
+        "if child == 0: made[0, 0, 0] = 7.0; os._exit(0)\n"
+        "os.waitpid(child, 0); print(float(made[0, 0, 0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.0"

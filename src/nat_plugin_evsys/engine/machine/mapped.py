@@ -26,7 +26,8 @@ def mapped_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     if device.type != "cpu" or count * dtype.itemsize < _SMALLEST:
         return torch.zeros(shape, dtype=dtype, device=device)
     try:
-        memory = mmap.mmap(-1, count * dtype.itemsize)
+        # Private: a forked process gets a copy, and the kernel may use large pages.
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as exc:
         raise MemoryError(f"no memory for {count * dtype.itemsize >> 20} MiB: {exc}") from exc
     return torch.frombuffer(memory, dtype=dtype, count=count).view(*shape)
