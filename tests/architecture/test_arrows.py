@@ -79,7 +79,7 @@ ARROWS: dict[str, set[str]] = {
     "": {"clients", "types", "policy"},
 }
 
-STANDARD_LIBRARY_ONLY = GROUND | {"calls"}
+STANDARD_LIBRARY_ONLY = sorted(GROUND | {"calls"})
 NO_NAT = (
     *DRIVERS,
     "runtime",
