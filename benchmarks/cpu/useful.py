@@ -14,12 +14,7 @@ def useful_flops(data: list[Sequence], shape: Shape, rank: int = RANK) -> float:
     backward. The output head at trained positions: the logits, and the gradient by its input. In the last layer a
     token that is not trained itself has keys and values only; before the first layer nothing has a gradient.
     """
-    trained: dict[tuple[int, ...], bool] = {}
-    for ids, mask in data:
-        last = max(i for i, m in enumerate(mask) if m)
-        for i in range(last):
-            key = tuple(ids[: i + 1])
-            trained[key] = trained.get(key, False) or mask[i + 1]
+    trained = _read_tokens(data)
     rows, read = len(trained), sum(trained.values())
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     of_all = [(shape.hidden, kv)] * 2
@@ -36,16 +31,23 @@ def useful_flops(data: list[Sequence], shape: Shape, rank: int = RANK) -> float:
 
 
 def sampling_flops(data: list[Sequence], shape: Shape) -> float:
-    """The same of sampling ``data`` from merged weights: every distinct token but a sequence's last is read once, with
+    """The same of sampling ``data`` from merged weights: every distinct token before a sampled one is read once, with
     the head wherever the next one was sampled.
     """
-    sampled: dict[tuple[int, ...], bool] = {}
-    for ids, mask in data:
-        for i in range(len(ids) - 1):
-            key = tuple(ids[: i + 1])
-            sampled[key] = sampled.get(key, False) or mask[i + 1]
+    sampled = _read_tokens(data)
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     layer = shape.hidden * (2 * query + 2 * kv + 3 * shape.inner)
     pairs = sum(len(key) for key in sampled)
     read = sum(sampled.values())
     return shape.layers * (2 * len(sampled) * layer + 4 * pairs * query) + 2 * read * shape.hidden * shape.vocab
+
+
+def _read_tokens(data: list[Sequence]) -> dict[tuple[int, ...], bool]:
+    """Each distinct token that a sampled one depends on, with all before it, and whether a sampled one is next."""
+    found: dict[tuple[int, ...], bool] = {}
+    for ids, mask in data:
+        last = max(i for i, m in enumerate(mask) if m)
+        for i in range(last):
+            key = tuple(ids[: i + 1])
+            found[key] = found.get(key, False) or mask[i + 1]
+    return found

@@ -22,7 +22,7 @@ from nat_plugin_evsys.engine.sampling.exact_prefixes import ExactPrefixes
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
 from nat_plugin_evsys.engine.sampling.grammars import Grammars
 from nat_plugin_evsys.engine.sampling.image_runner import image_runner
-from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
+from nat_plugin_evsys.engine.sampling.kv_cache import SPARE_BYTES, SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.policies import Policies, SamplingPolicy
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
@@ -40,7 +40,6 @@ from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
 
 logger = logging.getLogger(__name__)
 
-_SPARE_BYTES = 64 * 2**20
 _PASS_TOKENS = 1024
 _REST_SECONDS = 60.0
 
@@ -247,7 +246,7 @@ class Sampler:
                 self._end(batch)
                 if isinstance(batch.decoder, SlotDecoder):
                     store = batch.decoder.store
-                    self._spare = store if store.nbytes <= _SPARE_BYTES else None
+                    self._spare = store if store.nbytes <= SPARE_BYTES else None
 
     def _end(self, batch: DecodeBatch) -> None:
         self._batches = {key: other for key, other in self._batches.items() if other is not batch}

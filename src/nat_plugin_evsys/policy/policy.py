@@ -243,7 +243,8 @@ class Policy:
     def _load(self, done: Future[None]) -> None:
         try:
             asyncio.run(self._load_async())
-            freeze()  # `nat run` and `nat serve` serve from here on: a full collection would stop them for 0.5 s
+            if not self._training:  # a run freezes more, later
+                freeze()  # `nat run` and `nat serve` serve from here on: a full collection would stop them for 0.5 s
         except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the loading
             with self._lock:
                 self._loading = None  # the cause may be mended (a run finished meanwhile): the next call tries again

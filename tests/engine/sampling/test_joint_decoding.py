@@ -237,11 +237,11 @@ def test_what_was_joined_stays_for_the_next_round_until_its_versions_go(base_of:
         assert sorted(written) == [0, 1, 2]
     assert mixed.nbytes > 0
     sampler.rest(clients[0])
-    assert len(mixed._held) == 2
+    assert len(mixed._slots) == 2
     del clients[1:]
     gc.collect()
     sampler.rest(clients[0])  # so that it looks
-    assert not mixed._held
+    assert not mixed._slots
     assert mixed.nbytes == 0
     check([clients[0].sample(asked[0], 1, GREEDY)], alone[:1])
     sampler.close()

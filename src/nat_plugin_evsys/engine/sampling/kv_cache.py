@@ -21,6 +21,9 @@ _FIRST_LENGTH = 64
 _LONG = 1024
 _SLOTS_AT_ONCE = 8
 
+SPARE_BYTES = 64 * 2**20
+"""Largest store that is kept without a slot in use, for the next rows."""
+
 
 @dataclass(frozen=True)
 class KVLayout:

@@ -18,7 +18,8 @@ class Context:
 
     Attributes:
         tokens: all of them; at least one.
-        rows: how many rows continue from them. most: tokens that any of these may sample.
+        rows: how many rows continue from them.
+        most: tokens that any of these rows may sample.
         known: how many of the tokens needed no computing; set when it joins.
         images: what placeholders among the tokens stand for; only an ``ExactDecoder`` takes any.
     """

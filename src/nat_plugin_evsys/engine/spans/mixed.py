@@ -22,7 +22,6 @@ class MixedAdapters:
 
     def __init__(self) -> None:
         self._slots: list[int] = []
-        self._held: dict[int, LoraAdapter] = {}
         self._layers: dict[str, _Layer] = {}
         self._rank = self._room = 0
         self._starts: list[int] = [0]
@@ -35,19 +34,18 @@ class MixedAdapters:
         """
         for ident in [each for each in self._slots if each not in adapters]:
             self.drop(ident)
-        new = {ident: adapter for ident, adapter in adapters.items() if ident not in self._held}
+        new = {ident: adapter for ident, adapter in adapters.items() if ident not in self._slots}
         if new and not self._takes(new):
             self._make_room(adapters)
             new = dict(adapters)
         for ident, adapter in new.items():
             self._write(len(self._slots), adapter)
             self._slots.append(ident)
-            self._held[ident] = adapter
         return list(self._slots)
 
     def drop(self, ident: int) -> None:
         """Free a policy's slot, if it has one; the last one moves there. With the last policy everything goes."""
-        if ident not in self._held:
+        if ident not in self._slots:
             return
         slot, last = self._slots.index(ident), len(self._slots) - 1
         if slot < last:
@@ -55,13 +53,12 @@ class MixedAdapters:
                 a[slot], b[slot] = a[last], b[last]
         self._slots[slot] = self._slots[last]
         self._slots.pop()
-        del self._held[ident]
         if not self._slots:
             self.clear()
 
     def clear(self) -> None:
         """Free everything."""
-        self._slots, self._held, self._layers = [], {}, {}
+        self._slots, self._layers = [], {}
         self._rank = self._room = 0
 
     @property

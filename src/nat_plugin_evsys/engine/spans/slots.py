@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout, SlotStore, rounded_length
+from nat_plugin_evsys.engine.sampling.kv_cache import SPARE_BYTES, KVLayout, SlotStore, rounded_length
 from nat_plugin_evsys.engine.spans.attention import OwnTokens
 
 FIRST_LENGTH = 16
 
-_SPARE_BYTES = 64 * 2**20
 _WASTED = 512
 """Columns more, of all slots, up to which one length for all is quicker: a call costs what some 300 columns do."""
 
@@ -150,7 +149,7 @@ class RowSlots:
 
     def _tidy(self, spare: _Group | None = None) -> None:
         """Drop groups without a slot in use, but for ``spare``, if it is small."""
-        keep = spare if spare is not None and spare.store.nbytes <= _SPARE_BYTES else None
+        keep = spare if spare is not None and spare.store.nbytes <= SPARE_BYTES else None
         self._groups = {length: group for length, group in self._groups.items() if group.slots or group is keep}
 
 
