@@ -77,7 +77,20 @@ def test_a_server_that_does_not_answer_is_ended_with_its_children(tmp_path: Path
     server = VllmServer(str(program), [], tmp_path / "log")
     with pytest.raises(ServiceUnavailableError, match="did not answer within 2 s"):
         server.wait(2)
-    assert not [pid for pid in pids.read_text().split() if runs(int(pid))]
+    eventually(lambda: not [pid for pid in pids.read_text().split() if runs(int(pid))])
+
+
+def test_a_child_that_ignores_its_end_is_ended(tmp_path: Path) -> None:
+    program, pid = tmp_path / "vllm", tmp_path / "pid"
+    program.write_text(
+        f"#!/bin/sh\n(trap '' TERM; exec sh -c 'echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600') &\nwait\n"
+    )
+    program.chmod(0o755)
+    server = VllmServer(str(program), [], tmp_path / "log")
+    eventually(pid.exists)
+    server.close()
+    eventually(lambda: not runs(int(pid.read_text())))
+    server.close()
 
 
 def test_a_killed_starter_leaves_no_server(tmp_path: Path) -> None:

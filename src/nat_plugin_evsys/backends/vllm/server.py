@@ -128,13 +128,14 @@ class VllmServer:
 
     def close(self) -> None:
         """End the process and those that it started. Idempotent."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()  # ends the group with SIGTERM
-        try:
+        stdin = self._process.stdin
+        if stdin is None or stdin.closed:
+            return
+        stdin.close()  # ends the group with SIGTERM
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            _kill_group(self._process.pid)
-            self._process.wait()
+        _kill_group(self._process.pid)  # a child may outlive it
+        self._process.wait()
 
     def _failure(self, what: str) -> ServiceUnavailableError:
         said = telling_lines(self._log.read_text(errors="replace"))
