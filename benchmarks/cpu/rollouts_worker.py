@@ -44,8 +44,11 @@ class Ours:
     """The sampler, as ``LocalBackend`` drives it. Every rollout is a new policy version."""
 
     def __init__(self, shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        from nat_plugin_evsys.engine.machine.allocator import keep_memory
         from nat_plugin_evsys.engine.sampler import Sampler
 
+        if device == "cpu":
+            keep_memory()
         base, self._adapter = engine_model(shape, device, dtype)
         self._sampler = Sampler(base)
         # A GPU and other precisions are sampled from in the plain way.
