@@ -99,21 +99,36 @@ def _against_peft(model: TrainableModel) -> tuple[str, str]:
         with tempfile.TemporaryDirectory() as directory:
             write_adapter(Path(directory), base, model.adapter)
             loaded = load_in_peft(base.model, Path(directory), trainable=True)
-        expected = torch.cat([_peft_logprobs(loaded, base, datum) for datum in data])
-        (-expected.sum()).backward()
+        with torch.no_grad():
+            as_loaded = torch.cat([_peft_logprobs(loaded, base, datum) for datum in data])
+        _give(loaded, model.adapter)
+        (-torch.cat([_peft_logprobs(loaded, base, datum) for datum in data]).sum()).backward()
     except Exception as exc:  # noqa: BLE001 - boundary: PEFT and the model's code raise what they like
         return f"not compared: {one_line(exc)}", f"PEFT does not load it: {one_line(exc)}"
     finally:
         model.discard_gradient()
-    theirs = {n.replace(".default.", "."): p.grad for n, p in loaded.named_parameters() if p.grad is not None}
-    wanted = {n: theirs.get(f"base_model.model.{n}") for n in found}
-    adapter = _cell(base, logprobs, expected.detach().cpu(), "PEFT's logprobs are")
+    theirs = {_our_name(n): p.grad for n, p in loaded.named_parameters()}
+    wanted = {n: theirs.get(n) for n in found}
+    adapter = _cell(base, logprobs, as_loaded.cpu(), "PEFT's logprobs are")
     lost = [n for n, g in wanted.items() if g is None and bool(found[n].any())]
     if lost:
         return f"PEFT has no {lost[0]}", adapter
     ours = torch.cat([found[n].flatten().cpu() for n, g in wanted.items() if g is not None])
     reference = torch.cat([g.flatten().cpu() for g in wanted.values() if g is not None])
     return _cell(base, ours, reference, "the gradient is"), adapter
+
+
+def _give(loaded: torch.nn.Module, adapter: LoraAdapter) -> None:
+    """The adapter's matrices: what PEFT loses when it reads the file is no matter of the gradient."""
+    ours = dict(adapter.named_tensors())
+    with torch.no_grad():
+        for name, parameter in loaded.named_parameters():
+            if _our_name(name) in ours:
+                parameter.copy_(ours[_our_name(name)])
+
+
+def _our_name(of_peft: str) -> str:
+    return of_peft.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def _peft_logprobs(loaded: torch.nn.Module, base: BaseModel, datum: types.Datum) -> Tensor:

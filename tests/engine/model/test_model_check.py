@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from families import save_tiny_family
 
-from nat_plugin_evsys.engine.model import peft_format
 from nat_plugin_evsys.engine.model.loading import load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_check import peft_problem, say_if_peft_differs
@@ -31,15 +30,15 @@ def test_every_cell_of_the_row_is_right(family: str, tmp_path: Path) -> None:
     assert row.is_right
     assert not row.refused
     assert KINDS[family] in row.sampling
+    assert peft_problem(base, LoraAdapter.create(base.model, rank=2, alpha=4.0)) == ""
 
 
-def test_an_adapter_that_peft_drops_is_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    base = load_base_model(str(save_tiny_family("deepseek_v3", tmp_path)), device="cpu", dtype="float32")
+def test_an_adapter_that_peft_drops_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # The pattern by which transformers renames its shared experts finds them under the new name too.
+    base = load_base_model(str(save_tiny_family("laguna", tmp_path)), device="cpu", dtype="float32")
+    row = check_model(base)
+    assert (row.gradient, row.sampler, row.adapter[:21]) == ("ok", "ok", "PEFT's logprobs are o")
     adapter = LoraAdapter.create(base.model, rank=2, alpha=4.0)
-    assert peft_problem(base, adapter) == ""
-    monkeypatch.setattr(peft_format, "_EXPERT_NAMES", frozenset())  # the names that PEFT rewrites
     for _ in range(2):
         say_if_peft_differs(base, adapter)
     assert caplog.text.count("PEFT does not load this adapter") == 1
