@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 PROBE = """
 import sys, torch
 from pathlib import Path
-from nat_plugin_evsys.engine.machine.allocator import give_back, keep_memory
+from nat_plugin_evsys.engine.machine.allocator import give_back, keep_memory, note_step
 from nat_plugin_evsys.engine.machine.mapped import mapped_zeros
 keep_memory()
 def resident():
@@ -30,9 +30,12 @@ def freed(make):
 print(*freed(lambda: mapped_zeros((100, 2**18), torch.float32, torch.device("cpu")).fill_(1.0))[:2])
 kept = freed(lambda: torch.ones(100, 2**18))
 print(*kept[:2])
-before = resident()
-give_back()
-print(before - resident())
+for step in (False, True):
+    before = resident()
+    if step:
+        note_step()
+    give_back()
+    print(before - resident())
 """
 
 
@@ -48,14 +51,15 @@ def test_they_are_zeros_of_the_shape(shape: tuple[int, ...], dtype: torch.dtype)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_freed_ones_are_not_resident_and_the_heap_gives_back_when_told() -> None:
+def test_freed_ones_are_not_resident_and_the_heap_gives_back_after_a_step() -> None:
     environment = {**os.environ, "EVSYS_KEEP_MEMORY": "1"}
     out = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True)
-    mapped, heap, [given] = ([int(n) for n in line.split()] for line in out.stdout.splitlines())
+    mapped, heap, [without], [given] = ([int(n) for n in line.split()] for line in out.stdout.splitlines())
     assert mapped[0] >= 95
     assert mapped[1] < 5
     assert heap[0] >= 95
     assert heap[1] >= 95
+    assert without < 5
     assert given >= 90
 
 

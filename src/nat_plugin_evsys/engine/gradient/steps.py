@@ -12,7 +12,7 @@ from torch import Tensor
 from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.micro_batches import Loss, MicroBatches
 from nat_plugin_evsys.engine.gradient.results import DatumResult
-from nat_plugin_evsys.engine.machine.allocator import keep_memory
+from nat_plugin_evsys.engine.machine.allocator import keep_memory, note_step
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.tensor_parallel import is_split
@@ -85,4 +85,5 @@ class LocalSteps:
             done += sum(len(examples[i]) for i in batch.members)
             if progress is not None:
                 progress(done, total)
+        note_step()
         return PassResult([results[i] for i in range(len(examples))], gradient, self._batches.metrics(work, examples))

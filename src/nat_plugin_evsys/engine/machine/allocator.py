@@ -12,6 +12,7 @@ import ctypes
 import logging
 import os
 import platform
+import threading
 from functools import cache
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _KEEP_BYTES = 2**31 - 1
 _GROW_BYTES = 64 * 2**20
+
+_stepped = threading.Event()
 
 
 def share_heap() -> None:
@@ -53,13 +56,19 @@ def keep_memory() -> bool:
     return done
 
 
+def note_step() -> None:
+    """Say that a training step has run: what it worked with is free, and ``give_back`` has something to give."""
+    _stepped.set()
+
+
 def give_back() -> None:
-    """Give the pages of freed memory back to the kernel, once.
+    """Give the pages that training steps have freed back to the kernel: once, if one ran since the last time.
 
     For a moment when much else than before is about to be asked for: what fits into no gap grows the heap, and the gaps
     stay resident beside it.
     """
-    if _is_glibc():
+    if _stepped.is_set() and _is_glibc():
+        _stepped.clear()
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -146,7 +146,7 @@ class PackedVersions:
         if not self._fits():
             self._idle.clear()
         if self._fits():
-            give_back()  # what the last step worked with
+            give_back()
             return self._pack(adapter)
         logger.info("no memory for merged weights of one more policy version; it is sampled from unmerged, slower")
         return None
