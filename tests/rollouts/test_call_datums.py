@@ -145,7 +145,7 @@ def trajectories(draw: st.DrawFn) -> list[Call]:
 GROUPS = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), trajectories()), min_size=1, max_size=4)
 
 
-@given(GROUPS, st.sampled_from(["group_mean", "group_mean_std", "reward"]), st.booleans())
+@given(GROUPS, st.sampled_from(["group_mean", "group_mean_std", "maxrl", "reward"]), st.booleans())
 def test_every_call_is_trained_once_with_its_recorded_ids_or_dropped_under_a_reason(
     rows: list[tuple[float, list[Call]]], method: Any, merge: bool
 ) -> None:
@@ -182,7 +182,7 @@ def trained_rows(datum: Datum, origin: Provenance) -> Iterator[tuple[tuple[int, 
             yield tuple(ids[: row + 1]), columns[0][row], columns[1][row], columns[2][row]
 
 
-@given(GROUPS, st.sampled_from(["group_mean", "group_mean_std", "reward"]))
+@given(GROUPS, st.sampled_from(["group_mean", "group_mean_std", "maxrl", "reward"]))
 def test_merging_gives_the_same_multiset_of_trained_tokens(rows: list[tuple[float, list[Call]]], method: Any) -> None:
     group = TrajectoryGroup("g", [reward for reward, _ in rows], [calls for _, calls in rows])
 

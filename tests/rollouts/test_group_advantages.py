@@ -47,7 +47,29 @@ def test_leave_one_out_compares_with_the_mean_of_the_others(rewards_G: list[floa
     np.testing.assert_allclose(found, np.asarray(rewards_G) - np.asarray(others), atol=1e-9)
 
 
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=9))
+def test_maxrl_divides_by_the_mean(rewards_G: list[float]) -> None:
+    found = group_advantages(rewards_G, "maxrl")
+    if has_zero_variance(rewards_G):
+        assert found == [0.0] * len(rewards_G)
+        return
+    np.testing.assert_allclose(found, np.asarray(rewards_G) / np.mean(rewards_G) - 1, atol=1e-6)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=9), st.integers(0, 9))
+def test_maxrl_of_right_and_wrong_is_the_mean_over_the_right_ones(rewards_G: list[float], seed: int) -> None:
+    """MaxRL's estimator: the mean score of the successes, less that of all (arXiv 2602.02710)."""
+    if has_zero_variance(rewards_G):
+        return
+    scores = np.random.default_rng(seed).normal(size=(len(rewards_G), 3))
+    found = np.asarray(group_advantages(rewards_G, "maxrl")) @ scores / len(rewards_G)
+    right = np.asarray(rewards_G) == 1.0
+    np.testing.assert_allclose(found, scores[right].mean(0) - scores.mean(0), atol=1e-12)
+
+
 def test_refusals() -> None:
+    with pytest.raises(DataError, match=r"no reward may be negative; seen: -0\.5"):
+        group_advantages([1.0, -0.5], "maxrl")
     with pytest.raises(ValueError, match="empty group"):
         group_advantages([], "group_mean")
     with pytest.raises(ValueError, match="unknown advantage method `rank`; known: group_mean"):

@@ -110,11 +110,12 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "`sequences`: each trajectory's own tokens, then the number of trajectories (GRPO). `sum`: 1 (Tinker's own "
         "sum). See training.md.",
     )
-    advantage: Literal["group_mean", "group_mean_std", "leave_one_out", "reward"] = Field(
+    advantage: Literal["group_mean", "group_mean_std", "leave_one_out", "maxrl", "reward"] = Field(
         default="group_mean",
         description="`group_mean`: reward minus the group's mean. `group_mean_std`: the same, divided by the group's "
-        "standard deviation. `leave_one_out`: reward minus the mean of the group's other rewards (RLOO). `reward`: the "
-        "reward itself.",
+        "standard deviation. `leave_one_out`: reward minus the mean of the group's other rewards (RLOO). `maxrl`: "
+        "`group_mean` divided by the group's mean, so that rare successes weigh more; for rewards of 0 or more. "
+        "`reward`: the reward itself.",
     )
     kl_beta: float = Field(
         default=0.0,

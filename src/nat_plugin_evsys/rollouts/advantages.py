@@ -17,9 +17,9 @@ from typing import Literal
 
 from nat_plugin_evsys.errors import DataError
 
-AdvantageMethod = Literal["group_mean", "group_mean_std", "leave_one_out", "reward"]
+AdvantageMethod = Literal["group_mean", "group_mean_std", "leave_one_out", "maxrl", "reward"]
 
-METHODS = ("group_mean", "group_mean_std", "leave_one_out", "reward")
+METHODS = ("group_mean", "group_mean_std", "leave_one_out", "maxrl", "reward")
 
 ZERO_SPREAD = 1e-12
 """Rewards of a group that differ by no more than this are equal."""
@@ -36,7 +36,9 @@ def group_advantages(rewards_G: list[float], method: AdvantageMethod) -> list[fl
     ``group_mean``: ``A_g = r_g - mean(r)``, as Dr. GRPO (arXiv 2503.20783). ``group_mean_std``: that over the
     population standard deviation, as GRPO (arXiv 2402.03300, eq. 3). ``leave_one_out``: ``r_g`` minus the mean of the
     *other* rewards, ``G / (G - 1)`` times ``group_mean``, as RLOO (arXiv 2402.14740, eq. 8): that baseline does not
-    depend on the trajectory, so the gradient is unbiased. ``reward``: ``A_g = r_g``.
+    depend on the trajectory, so the gradient is unbiased. ``maxrl``: ``group_mean`` over the mean of the rewards, as
+    MaxRL (arXiv 2602.02710): with rewards of 0 and 1 it raises the mean *logarithm* of the rows' success rates, so that
+    a rare success weighs more than one of many. ``reward``: ``A_g = r_g``.
 
     Args:
         rewards_G: rewards, length G.
@@ -45,12 +47,17 @@ def group_advantages(rewards_G: list[float], method: AdvantageMethod) -> list[fl
         advantages_G, length G; all zero for a group method where the rewards have no spread.
 
     Raises:
-        DataError: no rewards, or an unknown method.
+        DataError: no rewards, an unknown method, or a negative reward for ``maxrl``.
     """
     if not rewards_G:
         raise DataError("an empty group has no advantages")
     if method not in METHODS:
         raise DataError(f"unknown advantage method `{method}`; known: {', '.join(METHODS)}")
+    if method == "maxrl" and min(rewards_G) < 0:
+        raise DataError(
+            f"advantage: maxrl divides by the group's mean reward, so no reward may be negative; seen: "
+            f"{min(rewards_G):g}. Add a constant to the rewards, or set advantage: group_mean"
+        )
     if method == "reward":
         return list(rewards_G)
     if has_zero_variance(rewards_G):
@@ -128,5 +135,7 @@ def _compared(rewards_G: Sequence[float], mean: float, method: AdvantageMethod) 
         return centred_G
     if method == "leave_one_out":
         return [value * len(rewards_G) / (len(rewards_G) - 1) for value in centred_G]
+    if method == "maxrl":
+        return [value / mean for value in centred_G]
     std = math.sqrt(math.fsum(value * value for value in centred_G) / len(centred_G))
     return [value / std for value in centred_G]
