@@ -67,9 +67,14 @@ def test_maxrl_of_right_and_wrong_is_the_mean_over_the_right_ones(rewards_G: lis
     np.testing.assert_allclose(found, scores[right].mean(0) - scores.mean(0), atol=1e-12)
 
 
+@given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=2, max_size=9), st.floats(0.1, 9.0))
+def test_maxrl_counts_from_the_lowest_negative_reward(rewards_G: list[float], scale: float) -> None:
+    with_failure = [0.0, *rewards_G]
+    moved = group_advantages([(reward - 1) * scale for reward in with_failure], "maxrl")
+    np.testing.assert_allclose(moved, group_advantages(with_failure, "maxrl"), atol=1e-9)
+
+
 def test_refusals() -> None:
-    with pytest.raises(DataError, match=r"no reward may be negative; seen: -0\.5"):
-        group_advantages([1.0, -0.5], "maxrl")
     with pytest.raises(ValueError, match="empty group"):
         group_advantages([], "group_mean")
     with pytest.raises(ValueError, match="unknown advantage method `rank`; known: group_mean"):

@@ -114,8 +114,8 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         default="group_mean",
         description="`group_mean`: reward minus the group's mean. `group_mean_std`: the same, divided by the group's "
         "standard deviation. `leave_one_out`: reward minus the mean of the group's other rewards (RLOO). `maxrl`: "
-        "`group_mean` divided by the group's mean, so that rare successes weigh more; for rewards of 0 or more. "
-        "`reward`: the reward itself.",
+        "`group_mean` divided by the group's mean, so that a rare success weighs more than one of many "
+        "(MaxRL). `reward`: the reward itself.",
     )
     kl_beta: float = Field(
         default=0.0,

@@ -38,7 +38,8 @@ def group_advantages(rewards_G: list[float], method: AdvantageMethod) -> list[fl
     *other* rewards, ``G / (G - 1)`` times ``group_mean``, as RLOO (arXiv 2402.14740, eq. 8): that baseline does not
     depend on the trajectory, so the gradient is unbiased. ``maxrl``: ``group_mean`` over the mean of the rewards, as
     MaxRL (arXiv 2602.02710): with rewards of 0 and 1 it raises the mean *logarithm* of the rows' success rates, so that
-    a rare success weighs more than one of many. ``reward``: ``A_g = r_g``.
+    a rare success weighs more than one of many. If the lowest reward is negative, the mean is counted from that one, so
+    that rewards of -1 and 1 have the advantages of 0 and 1. ``reward``: ``A_g = r_g``.
 
     Args:
         rewards_G: rewards, length G.
@@ -47,17 +48,12 @@ def group_advantages(rewards_G: list[float], method: AdvantageMethod) -> list[fl
         advantages_G, length G; all zero for a group method where the rewards have no spread.
 
     Raises:
-        DataError: no rewards, an unknown method, or a negative reward for ``maxrl``.
+        DataError: no rewards, or an unknown method.
     """
     if not rewards_G:
         raise DataError("an empty group has no advantages")
     if method not in METHODS:
         raise DataError(f"unknown advantage method `{method}`; known: {', '.join(METHODS)}")
-    if method == "maxrl" and min(rewards_G) < 0:
-        raise DataError(
-            f"advantage: maxrl divides by the group's mean reward, so no reward may be negative; seen: "
-            f"{min(rewards_G):g}. Add a constant to the rewards, or set advantage: group_mean"
-        )
     if method == "reward":
         return list(rewards_G)
     if has_zero_variance(rewards_G):
@@ -136,6 +132,6 @@ def _compared(rewards_G: Sequence[float], mean: float, method: AdvantageMethod) 
     if method == "leave_one_out":
         return [value * len(rewards_G) / (len(rewards_G) - 1) for value in centred_G]
     if method == "maxrl":
-        return [value / mean for value in centred_G]
+        return [value / (mean - min(0.0, *rewards_G)) for value in centred_G]
     std = math.sqrt(math.fsum(value * value for value in centred_G) / len(centred_G))
     return [value / std for value in centred_G]
