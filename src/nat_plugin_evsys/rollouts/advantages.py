@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from nat_plugin_evsys.errors import DataError
 
 AdvantageMethod = Literal["group_mean", "group_mean_std", "leave_one_out", "maxrl", "reward"]
 
-METHODS = ("group_mean", "group_mean_std", "leave_one_out", "maxrl", "reward")
+METHODS = get_args(AdvantageMethod)
 
 ZERO_SPREAD = 1e-12
 """Rewards of a group that differ by no more than this are equal."""

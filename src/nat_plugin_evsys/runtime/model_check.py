@@ -21,6 +21,7 @@ from nat_plugin_evsys.engine.model.forward import OutputHead, share_of_norm
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_check import load_in_peft, write_adapter
+from nat_plugin_evsys.engine.model.peft_format import name_of_parameter
 from nat_plugin_evsys.engine.model.targets import linear_roles
 from nat_plugin_evsys.engine.model.vision import Vision
 from nat_plugin_evsys.engine.sampler import Sampler
@@ -107,7 +108,7 @@ def _against_peft(model: TrainableModel) -> tuple[str, str]:
         return f"not compared: {one_line(exc)}", f"PEFT does not load it: {one_line(exc)}"
     finally:
         model.discard_gradient()
-    theirs = {_our_name(n): p.grad for n, p in loaded.named_parameters()}
+    theirs = {name_of_parameter(n): p.grad for n, p in loaded.named_parameters()}
     wanted = {n: theirs.get(n) for n in found}
     adapter = _cell(base, logprobs, as_loaded.cpu(), "PEFT's logprobs are")
     lost = [n for n, g in wanted.items() if g is None and bool(found[n].any())]
@@ -123,12 +124,9 @@ def _give(loaded: torch.nn.Module, adapter: LoraAdapter) -> None:
     ours = dict(adapter.named_tensors())
     with torch.no_grad():
         for name, parameter in loaded.named_parameters():
-            if _our_name(name) in ours:
-                parameter.copy_(ours[_our_name(name)])
-
-
-def _our_name(of_peft: str) -> str:
-    return of_peft.removeprefix("base_model.model.").replace(".default.", ".")
+            matrix = ours.get(name_of_parameter(name))
+            if matrix is not None:
+                parameter.copy_(matrix)
 
 
 def _peft_logprobs(loaded: torch.nn.Module, base: BaseModel, datum: types.Datum) -> Tensor:

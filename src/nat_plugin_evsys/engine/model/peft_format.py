@@ -28,6 +28,11 @@ def to_peft_names(adapter: LoraAdapter) -> dict[str, Tensor]:
     return {_PREFIX + name: tensor.detach().float().cpu().contiguous() for name, tensor in adapter.named_tensors()}
 
 
+def name_of_parameter(of_peft: str) -> str:
+    """The adapter's name of a parameter of a loaded PEFT model: without the prefix and PEFT's name of the adapter."""
+    return of_peft.removeprefix(_PREFIX).replace(".default.", ".")
+
+
 def from_peft_names(tensors: Mapping[str, Tensor], targets: Iterable[str], path: Path) -> dict[str, Tensor]:
     """The reverse of ``to_peft_names``.
 
