@@ -1,7 +1,7 @@
 """An ART program on the embedded engine: a model learns to write the letters a to m, in this process.
 
-art_local.py MODEL DIRECTORY STEPS: prints a JSON line for each training step, the numbers of which go on from the run
-that DIRECTORY holds.
+art_local.py MODEL DIRECTORY STEPS: prints a JSON line of the policy, one for each training step, and one of the policy
+it has then. It goes on from the run that DIRECTORY holds.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import json
 import sys
 
 import art
+from art_policy import greedy_logprobs
 
 from nat_plugin_evsys.art import LocalBackend
 
@@ -32,6 +33,7 @@ async def main(base_model: str, directory: str, steps: int) -> None:
     model = art.TrainableModel(name="letters", project="interop", base_model=base_model, base_path=directory)
     backend = LocalBackend(path=directory)
     await model.register(backend)
+    print(json.dumps({"greedy": await greedy_logprobs(model, QUESTIONS[0])}), flush=True)
     for _ in range(steps):
         groups = await art.gather_trajectory_groups(
             art.TrajectoryGroup(rollout(model, question) for _ in range(GROUP_SIZE)) for question in QUESTIONS
@@ -40,6 +42,7 @@ async def main(base_model: str, directory: str, steps: int) -> None:
         result = await backend.train(model, groups, learning_rate=2e-2)
         figures = {"step": result.step, "reward": sum(rewards) / len(rewards), "rollouts": len(rewards)}
         print(json.dumps({**figures, "ratio": result.metrics.get("ratio:mean")}), flush=True)
+    print(json.dumps({"greedy": await greedy_logprobs(model, QUESTIONS[0])}), flush=True)
     await backend.close()
 
 

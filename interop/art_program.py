@@ -1,7 +1,7 @@
 """An ART program: a model learns to write small letters, on the Tinker service at TINKER_BASE_URL.
 
-art_program.py MODEL DIRECTORY STEPS: prints a JSON line for each training step, the numbers of which go on from the run
-that DIRECTORY holds. Nothing in it is about nat_plugin_evsys.
+art_program.py MODEL DIRECTORY STEPS: prints a JSON line of the policy, one for each training step, and one of what the
+policy is then. It goes on from the run that DIRECTORY holds. Nothing in it is about nat_plugin_evsys.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import sys
 
 import art
 from art.tinker_native import TinkerNativeBackend
+from art_policy import greedy_logprobs
 
 QUESTIONS = ("Hello?", "Who is there?", "What do you see?", "And then?")
 GROUP_SIZE = 8
@@ -42,6 +43,7 @@ async def main(base_model: str, directory: str, steps: int) -> None:
     )
     backend = TinkerNativeBackend(path=directory)
     await model.register(backend)
+    print(json.dumps({"greedy": await greedy_logprobs(model, QUESTIONS[0])}), flush=True)
     for _ in range(steps):
         groups = await art.gather_trajectory_groups(
             art.TrajectoryGroup(rollout(model, question) for _ in range(GROUP_SIZE)) for question in QUESTIONS
@@ -50,6 +52,7 @@ async def main(base_model: str, directory: str, steps: int) -> None:
         result = await backend.train(model, groups, learning_rate=1e-2, save_checkpoint=True)
         figures = {"step": result.step, "reward": sum(rewards) / len(rewards), "rollouts": len(rewards)}
         print(json.dumps({**figures, "ratio": result.metrics.get("ratio:mean")}), flush=True)
+    print(json.dumps({"greedy": await greedy_logprobs(model, QUESTIONS[0])}), flush=True)
     await backend.close()
 
 

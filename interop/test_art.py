@@ -21,16 +21,20 @@ def art_python() -> Path:
     return python_with("interop-art", NEEDS)
 
 
-def check(steps: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
+def check(first: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
     """It learned, on the tokens that were sampled, and went on from the checkpoint with what was learned."""
+    start, *steps, end = first
+    loaded, *later, _ = resumed
     assert len(steps) == STEPS
     assert all(step["rollouts"] == 32 for step in steps)
-    ratios = [step["ratio"] for step in (*steps, *resumed) if step["ratio"] is not None]
+    ratios = [step["ratio"] for step in (*steps, *later) if step["ratio"] is not None]
     assert all(abs(ratio - 1) < 1e-3 for ratio in ratios)
     assert steps[0]["ratio"] is not None
     assert max(step["reward"] for step in steps[-2:]) > steps[0]["reward"] + 0.15
-    assert resumed[0]["step"] >= steps[-1]["step"]
-    assert resumed[0]["reward"] > steps[0]["reward"] + 0.15
+    assert later[0]["step"] >= steps[-1]["step"]
+    # Not by rewards: a step at the program's high rate may cost some, and the next earns them again.
+    assert end["greedy"] != pytest.approx(start["greedy"], abs=1e-2)
+    assert loaded["greedy"] == pytest.approx(end["greedy"], abs=1e-4)
 
 
 @pytest.mark.timeout(1800)
