@@ -43,6 +43,9 @@ class LocalBackend:
         path: ART's directory; checkpoints go below each model's.
         policy: settings of ``EvsysPolicyConfig`` beside ``base_model``, such as ``lora_rank`` and ``device``.
         trainer: settings of ``EvsysTrainerAdapterConfig``, such as ``loss_fn`` and ``normalization``.
+
+    Raises:
+        UnsupportedError: ``lr_warmup`` or ``lr_schedule``; ``train`` takes the rate of each step.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class LocalBackend:
         _restore_transformers()
         self._path = path
         self._policy_settings = dict(policy or {})
-        self._trainer = EvsysTrainerAdapterConfig.model_validate({"policy": "art", **(trainer or {})})
+        if planned := {"lr_warmup", "lr_schedule"} & set(trainer or ()):
+            raise UnsupportedError(f"{min(planned)} has no effect here: give train() the learning_rate of each step")
+        self._trainer = EvsysTrainerAdapterConfig.model_validate({"policy": "art", "lr_warmup": 0, **(trainer or {})})
         self._policies: dict[str, Policy] = {}
 
     async def register(self, model: art.Model) -> None:

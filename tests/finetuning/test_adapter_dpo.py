@@ -102,7 +102,7 @@ async def test_a_job_raises_the_margin_and_publishes(policy: Fixture, make_adapt
 
 async def test_a_step_is_that_of_train_dpo(make_policy: Fixture, make_adapter: Fixture) -> None:
     policy, other = make_policy(), make_policy()
-    adapter = make_adapter(policy, learning_rate=1e-3, dpo_beta=0.3)
+    adapter = make_adapter(policy, learning_rate=1e-3, lr_warmup=0, dpo_beta=0.3)
     status = await adapter.wait_until_complete(await adapter.submit(preferences()))
     assert status.metadata["steps"] == 1
     pairs = build_dpo_pairs(ITEMS, other.renderer.render, other.renderer.render_reply)

@@ -54,7 +54,14 @@ async def test_settings_reach_the_backend(policy: Fixture, make_adapter: Fixture
     }
     clip = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.4}
     adapter = make_adapter(
-        policy, loss_fn="ppo", loss_fn_config=clip, groups_per_step=2, passes=2, normalization="sum", **adam
+        policy,
+        loss_fn="ppo",
+        loss_fn_config=clip,
+        groups_per_step=2,
+        passes=2,
+        normalization="sum",
+        lr_warmup=0,
+        **adam,
     )
     await run(adapter, await policy.collection(groups=3, size=4))
     assert policy.backend.calls == [
@@ -67,7 +74,7 @@ async def test_settings_reach_the_backend(policy: Fixture, make_adapter: Fixture
 async def test_the_schedule_is_over_the_runs_epochs(policy: Fixture, make_adapter: Fixture) -> None:
     """Also for a run that resumes: the rate depends on the epoch's number alone."""
     adapter = make_adapter(
-        policy, learning_rate=1.0, lr_schedule="linear", lr_warmup=0.25, groups_per_step=2, target_kl=None
+        policy, learning_rate=1.0, lr_schedule="linear", lr_warmup=0, groups_per_step=2, target_kl=None
     )
     await adapter.initialize(FinetuneConfig(num_epochs=4))
     collection = await policy.collection(groups=4, size=2)
@@ -77,7 +84,7 @@ async def test_the_schedule_is_over_the_runs_epochs(policy: Fixture, make_adapte
         status = await adapter.wait_until_complete(await adapter.submit(collection, epoch=epoch))
         rates[epoch] = [adam.learning_rate for verb, adam in policy.backend.calls if verb == "optim_step"]
         assert status.metadata["metrics"]["learning_rate"] == pytest.approx(sum(rates[epoch]) / 2)
-    expected = {0: [1 / 3, 2 / 3], 1: [1, 5 / 6], 2: [4 / 6, 3 / 6], 3: [2 / 6, 1 / 6]}
+    expected = {0: [1, 7 / 8], 1: [6 / 8, 5 / 8], 2: [4 / 8, 3 / 8], 3: [2 / 8, 1 / 8]}
     assert rates == {epoch: pytest.approx(two) for epoch, two in expected.items()}
 
 
@@ -130,8 +137,10 @@ async def test_dro_does_not_pull_at_the_prompt(make_policy: Fixture, make_adapte
         policy,
         loss_fn="dro",
         loss_fn_config={"beta": beta},
+        advantage="group_mean",
         eps=1.0,
         learning_rate=1.0,
+        lr_warmup=0,
         merge_calls=False,
         normalization="sum",
         grad_clip_norm=0.0,
@@ -230,19 +239,21 @@ async def test_steps_end_beyond_target_kl(policy: Fixture, make_adapter: Fixture
 
 
 async def test_the_rate_goes_on_where_an_earlier_process_left_it(make_policy: Fixture, make_adapter: Fixture) -> None:
-    settings = {"learning_rate": 0.1, "target_kl": 1e-4}
+    settings = {"learning_rate": 0.1, "target_kl": 1e-4, "lr_warmup": 4, "groups_per_step": 1}
     policy = make_policy()
     adapter = make_adapter(policy, **settings)
-    job = (await run(adapter, await policy.collection(groups=2, size=4))).metadata
-    assert job["metrics"]["lr_factor"] < 1
+    jobs = [(await run(adapter, await policy.collection(groups=2, size=4))).metadata for _ in range(2)]
+    assert jobs[-1]["metrics"]["lr_factor"] < 1
+    taken = sum(job["metrics"]["steps"] for job in jobs)
+    assert taken == 2, "the second step of each moves too far"
     rates = []
     for other in (adapter, make_adapter(policy, **settings)):
         if other is not adapter:
-            other.resume_after(job)
+            other.resume_after(jobs)
         policy.backend.calls.clear()
         await run(other, await policy.collection(groups=2, size=4))
         rates += [adam.learning_rate for verb, adam in policy.backend.calls if verb == "optim_step"]
-    assert rates == [0.1 * job["metrics"]["lr_factor"]] * 2
+    assert rates == [0.1 * jobs[-1]["metrics"]["lr_factor"] * 3 / 4] * 2
 
 
 async def test_each_call_answers_for_what_came_after_it(policy: Fixture, make_adapter: Fixture, tmp_path: Path) -> None:
@@ -250,7 +261,9 @@ async def test_each_call_answers_for_what_came_after_it(policy: Fixture, make_ad
     collection = await policy.collection(groups=1, size=2, turns=2)
     for trajectory, reward, steps in zip(collection.trajectories[0], (1.0, 0.0), ([0.0, 1.0], [0.0, 0.0]), strict=True):
         trajectory.reward, trajectory.shaped_rewards = reward, steps
-    status = await run(make_adapter(policy, discount=0.5, save_datums=True, merge_calls=False), collection)
+    status = await run(
+        make_adapter(policy, advantage="group_mean", discount=0.5, save_datums=True, merge_calls=False), collection
+    )
     lines = (tmp_path / "run" / f"datums-{status.metadata['job_id']}.jsonl").read_text().splitlines()
     # Returns 0.5 * (1 + 1) and 1 + 1 against 0 and 0, each minus the mean of the two.
     found = [[value for value in json.loads(line)["advantages"] if value] for line in lines]
@@ -370,7 +383,7 @@ async def test_it_is_known_what_became_of_every_call(policy: Fixture, make_adapt
         for call in calls_of(trajectory):
             fate = fates[call.key]
             assert fate.dropped is None
-            assert fate.advantage == pytest.approx(trajectory.reward - mean, abs=1e-6)
+            assert fate.advantage == pytest.approx((trajectory.reward - mean) / mean, abs=1e-6)
             # the learner is the policy that sampled, so it finds the tokens as likely
             assert fate.learner_logprobs == pytest.approx(call.logprobs, abs=1e-4)
     for trajectory in collection.trajectories[1]:

@@ -137,11 +137,10 @@ def test_schedules() -> None:
     assert rates(4) == [1.0] * 4
     assert rates(4, decay="linear") == pytest.approx([1.0, 0.75, 0.5, 0.25])
     assert rates(4, decay="cosine") == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
-    assert rates(10, decay="linear", warmup=0.2) == pytest.approx([1 / 3, 2 / 3, *((8 - i) / 8 for i in range(8))])
-    run = LearningRate(1.0, "cosine", warmup=0.2)
+    run = LearningRate(1.0, "cosine")
     parts = [dataclasses.replace(run, start=i / 4, end=(i + 1) / 4) for i in range(4)]
     whole = [run.at_step(step, 20) for step in range(1, 21)]
     assert [part.at_step(step, 5) for part in parts for step in range(1, 6)] == pytest.approx(whole)
-    for wrong in ({"peak": 0.0}, {"peak": 1.0, "warmup": 1.0}, {"peak": 1.0, "decay": "step"}):
+    for wrong in ({"peak": 0.0}, {"peak": 1.0, "decay": "step"}):
         with pytest.raises(ConfigError):
             LearningRate(**wrong)

@@ -16,7 +16,7 @@ from nat_plugin_evsys.training.job_report import JobReport
 from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.loop import run_steps
 from nat_plugin_evsys.training.policy_gradient import TrainingSettings
-from nat_plugin_evsys.training.step_size import LEAST, StepSize
+from nat_plugin_evsys.training.step_size import LEAST, StepSize, warmup_of
 
 
 def test_the_factor_by_hand() -> None:
@@ -35,6 +35,17 @@ def test_the_factor_by_hand() -> None:
     assert after(*[100.0] * 20) == LEAST
     assert after(math.nan, math.inf) == 1.0
     assert after(100.0, target=None) == 1.0
+
+
+def test_the_rate_rises_over_the_warm_up() -> None:
+    size = StepSize(0.2, factor=0.5, warmup=4)
+    factors = []
+    for _ in range(6):
+        factors.append(size.next)
+        size.taken += 1
+    assert factors == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+    assert StepSize().next == 1.0
+    assert [warmup_of(rate) for rate in (1e-5, 1.25e-4, 2e-4, 5e-4, 1e-3, 2e-3, 0.05)] == [1, 1, 2, 4, 8, 16, 16]
 
 
 async def test_a_step_that_moves_too_far_lowers_the_next_rates(make_backend: Any, full_logprobs: Any) -> None:
@@ -79,11 +90,11 @@ async def test_a_resumed_training_is_the_same_bit_for_bit(make_backend: Any) -> 
     """With a schedule, a pull to the base and a target in force; the factor goes through JSON as in metrics.jsonl."""
 
     async def epoch(backend: Any, number: int, factor: float) -> float:
-        size = StepSize(1e-3, factor)
+        size = StepSize(1e-3, factor, warmup=3, taken=number)
         settings = TrainingSettings(
             "ppo",
             types.AdamParams(learning_rate=0.05, grad_clip_norm=1.0),
-            LearningRate(0.05, "cosine", 0.25, number / 3, (number + 1) / 3),
+            LearningRate(0.05, "cosine", number / 3, (number + 1) / 3),
             kl_beta=0.1,
             kl_estimator="k3",
             step_size=size,

@@ -98,10 +98,13 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
-        description="How the learning rate falls over the run after the warm-up: not at all, or to zero at its end.",
+        description="How the learning rate falls over the run: not at all, or to zero at its end.",
     )
-    lr_warmup: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the run over which the learning rate warms up."
+    lr_warmup: int | None = Field(
+        default=None,
+        ge=0,
+        description="Optimizer steps over which the learning rate rises: step k runs at k / `lr_warmup` of it. "
+        "0: none. Default: so many that it rises by 1.25e-4 a step (4 at 5e-4), but 16 at most.",
     )
     normalization: Literal["full_step", "tokens", "sequences", "sum"] = Field(
         default="full_step",
@@ -111,11 +114,11 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "sum). See training.md.",
     )
     advantage: Literal["group_mean", "group_mean_std", "leave_one_out", "maxrl", "reward"] = Field(
-        default="group_mean",
-        description="`group_mean`: reward minus the group's mean. `group_mean_std`: the same, divided by the group's "
-        "standard deviation. `leave_one_out`: reward minus the mean of the group's other rewards (RLOO). `maxrl`: "
-        "`group_mean` divided by the group's mean, so that a rare success weighs more than one of many "
-        "(MaxRL). `reward`: the reward itself.",
+        default="maxrl",
+        description="`maxrl`: reward minus the group's mean, divided by that mean, so that a rare success weighs more "
+        "than one of many (MaxRL). `group_mean`: reward minus the group's mean. `group_mean_std`: the same, divided by "
+        "the group's standard deviation. `leave_one_out`: reward minus the mean of the group's other rewards (RLOO). "
+        "`reward`: the reward itself.",
     )
     kl_beta: float = Field(
         default=0.0,

@@ -10,7 +10,7 @@ from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.rollouts.preferences import preference_trajectories
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup, group_of
-from nat_plugin_evsys.training.step_size import StepSize
+from nat_plugin_evsys.training.step_size import StepSize, warmup_of
 
 if TYPE_CHECKING:
     from tinker import types
@@ -98,7 +98,9 @@ class JobWork:
         self._num_epochs = num_epochs
         self._policy = policy
         self.rate_factor = 1.0
-        self.step_size = StepSize(config.target_kl)
+        target = None if config.loss_fn == "cross_entropy" else config.target_kl
+        warmup = warmup_of(config.learning_rate) if config.lr_warmup is None else config.lr_warmup
+        self.step_size = StepSize(target, warmup=warmup)
 
     def on_groups(self, recorded: RecordedRows, epoch: int | None) -> tuple[TrainingWork, dict[str, int]]:
         """Policy-gradient steps (with ``cross_entropy``, supervised ones) on groups, and their sizes for the ledger.
@@ -165,7 +167,7 @@ class JobWork:
             mask_truncated=config.mask_truncated,
             kl_beta=config.kl_beta,
             kl_estimator=config.kl_estimator,
-            step_size=StepSize(None) if config.loss_fn == "cross_entropy" else self.step_size,
+            step_size=self.step_size,
         )
 
     def _dpo_settings(self, epoch: int | None) -> DpoSettings:
@@ -179,6 +181,7 @@ class JobWork:
             batch_size=config.dpo_batch_size,
             passes=config.passes,
             seed=self._shuffle_key(epoch),
+            step_size=self.step_size,
         )
 
     def _rate(self, epoch: int | None) -> LearningRate:
@@ -190,7 +193,7 @@ class JobWork:
         if epochs is None or epoch is None:
             return LearningRate(peak)
         at = min(epoch, epochs - 1)
-        return LearningRate(peak, config.lr_schedule, config.lr_warmup, at / epochs, (at + 1) / epochs)
+        return LearningRate(peak, config.lr_schedule, at / epochs, (at + 1) / epochs)
 
     def _adam(self) -> types.AdamParams:
         from tinker import types

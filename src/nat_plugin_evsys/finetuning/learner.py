@@ -96,9 +96,7 @@ class Learner:
         self.curriculum.load_state(self.books.state.curriculum)
         rows = self.books.metrics.rows()
         self.adapter.scale_rate(rate_after(rows))
-        trained = [row["job"] for row in rows if row["event"] == EPOCH and (row.get("job") or {}).get("steps")]
-        if trained:
-            self.adapter.resume_after(trained[-1])
+        self.adapter.resume_after([row["job"] for row in rows if row["event"] == EPOCH and row.get("job")])
 
     # -- an epoch, counted from 0 -------------------------------------------------------------------------------------
 

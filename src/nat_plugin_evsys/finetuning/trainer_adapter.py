@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -125,11 +125,11 @@ class EvsysTrainerAdapter(TrainerAdapter):
         """Multiply the learning rate of all later jobs by ``factor``; this replaces any earlier factor."""
         self._work.rate_factor = factor
 
-    def resume_after(self, job: Mapping[str, Any]) -> None:
-        """Continue after a job of an earlier process, given its metadata from metrics.jsonl."""
-        factor = (job.get("metrics") or {}).get("lr_factor")
-        if factor is not None:
-            self._work.step_size.factor = float(factor)
+    def resume_after(self, jobs: Sequence[Mapping[str, Any]]) -> None:
+        """Continue after the jobs of an earlier process, given their metadata from metrics.jsonl."""
+        for metrics in (job.get("metrics") or {} for job in jobs):
+            self._work.step_size.factor = float(metrics.get("lr_factor", self._work.step_size.factor))
+            self._work.step_size.taken += int(metrics.get("steps", 0))
 
     async def is_healthy(self) -> bool:
         """Ask the policy's backend; an error or no answer in ``health_timeout`` seconds is logged and False."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.loop import Step, Steps, Taken, run_steps
 from nat_plugin_evsys.training.schedule import check_schedule, count_steps, epoch_batches
 from nat_plugin_evsys.training.sft import Render, RenderReply, reply_datum, reply_tokens
+from nat_plugin_evsys.training.step_size import StepSize
 
 if TYPE_CHECKING:
     import torch
@@ -191,6 +192,7 @@ class DpoSettings:
         batch_size: pairs of one optimizer step.
         passes: passes over the pairs.
         seed: for the order of the pairs in each pass.
+        step_size: multiplies the learning rate; only its warm-up applies.
     """
 
     adam: types.AdamParams
@@ -199,6 +201,7 @@ class DpoSettings:
     batch_size: int = 8
     passes: int = 1
     seed: int | str = 0
+    step_size: StepSize = field(default_factory=StepSize)
 
 
 async def dpo_steps(pairs: Sequence[Pair], settings: DpoSettings) -> Steps:
@@ -208,10 +211,11 @@ async def dpo_steps(pairs: Sequence[Pair], settings: DpoSettings) -> Steps:
     batches = epoch_batches(len(pairs), settings.passes, settings.batch_size, settings.seed)
     for number, (epoch, members) in enumerate(batches, start=1):
         data = [datum for index in members for datum in pairs[index]]
+        learning_rate = settings.step_size.next * settings.rate.at_step(number, total)
         yield Step(
             data=data,
             loss=loss,
-            adam=settings.adam.model_copy(update={"learning_rate": settings.rate.at_step(number, total)}),
+            adam=settings.adam.model_copy(update={"learning_rate": learning_rate}),
             number=number,
             total=total,
             epoch=epoch,
@@ -220,6 +224,7 @@ async def dpo_steps(pairs: Sequence[Pair], settings: DpoSettings) -> Steps:
             mean_over=len(members),
             share=len(members) / (len(pairs) * settings.passes),
         )
+        settings.step_size.taken += 1
 
 
 def _dpo_step(taken: Taken) -> DpoStep:

@@ -83,7 +83,7 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
         taken = yield Step(
             data=data,
             loss=loss,
-            adam=settings.adam.model_copy(update={"learning_rate": step_size.factor * rate.at_step(number, len(plan))}),
+            adam=settings.adam.model_copy(update={"learning_rate": step_size.next * rate.at_step(number, len(plan))}),
             number=number,
             total=len(plan),
             epoch=1 + (number - 1) * settings.passes // len(plan),
@@ -95,11 +95,13 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
             measured=measured,
         )
         if taken is None:  # nobody says what came of the steps
+            step_size.taken += 1
             continue
         if number > 1:
             moved = max(moved or 0.0, taken.metrics.values.get("kl_v2:mean", 0.0))
         if taken.refused:
             break
+        step_size.taken += 1
         last = taken
     if last is not None and step_size.target is not None:
         if moved is None:  # a single step: no later one has seen what it did

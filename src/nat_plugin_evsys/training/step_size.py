@@ -1,7 +1,10 @@
-"""Limits the step size: the learning rate falls while epochs move the policy too far.
+"""Limits the step size: the learning rate rises over the first steps, and falls while epochs move the policy too far.
 
-Adam moves each weight by about the learning rate, whatever that does to the policy. The KL of the policy after an
-epoch's steps to the one that sampled grows with the square of the rate, so that
+Adam moves each weight by about the learning rate, whatever that does to the policy. Its first steps are the largest:
+the moments are those of a few gradients, and in RL the few rewards of an untrained policy are one sample of what may
+earn some. Step k (from 1) of a warm-up over W runs at ``k / W`` of the rate. ``warmup_of`` has the W of a NAT trainer.
+
+The KL of the policy after an epoch's steps to the one that sampled grows with the square of the rate, so that
 
     factor <- min(1, factor * clamp(sqrt(aim / KL), 1/4, 3/2)),   aim = target / 2
 
@@ -14,6 +17,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from nat_plugin_evsys.runtime import defaults
 
 AIM = 0.5
 """Share of the target that an epoch should move the policy by: few epochs then end early."""
@@ -30,10 +35,19 @@ class StepSize:
         target: KL in nats a token that the steps on one collection of rollouts may not exceed; None leaves the factor
             at 1.
         factor: from ``LEAST`` to 1.
+        warmup: optimizer steps of the warm-up; 0 for none.
+        taken: optimizer steps so far.
     """
 
     target: float | None = None
     factor: float = 1.0
+    warmup: int = 0
+    taken: int = 0
+
+    @property
+    def next(self) -> float:
+        """What the rate of the next step is multiplied by."""
+        return self.factor * min((self.taken + 1) / max(self.warmup, 1), 1.0)
 
     def observe(self, kl: float) -> None:
         """The steps on one collection have moved the policy by ``kl`` nats a token."""
@@ -41,3 +55,8 @@ class StepSize:
             return
         change = MOST_UP if kl <= 0 else min(max(math.sqrt(AIM * self.target / kl), MOST_DOWN), MOST_UP)
         self.factor = min(max(self.factor * change, LEAST), 1.0)
+
+
+def warmup_of(learning_rate: float) -> int:
+    """Steps of the warm-up to that rate: it rises by ``defaults.LR_RISE`` in each, but over 16 at most."""
+    return min(math.ceil(round(learning_rate / defaults.LR_RISE, 6)), defaults.LR_WARMUP_AT_MOST)
