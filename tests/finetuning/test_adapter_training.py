@@ -32,7 +32,7 @@ async def run(adapter: Any, collection: TrajectoryCollection) -> Any:
 
 
 async def test_it_learns(policy: Fixture, make_adapter: Fixture) -> None:
-    adapter = make_adapter(policy, learning_rate=0.05)
+    adapter = make_adapter(policy, learning_rate=0.05, lr_warmup=0)
     rewards = []
     for epoch in range(6):
         collection = await policy.collection(groups=4, size=16, seed=epoch)

@@ -150,7 +150,7 @@ async def test_target_kl_ends_the_steps_and_counts_what_was_not_trained(make_bac
     assert backend._model.gradient is None or all(not g.any() for g in backend._model.gradient.values())
 
 
-@pytest.mark.parametrize("wrong", [{"kl_beta": -1.0}, {"step_size": StepSize(0.0)}])
+@pytest.mark.parametrize("wrong", [{"kl_beta": -1.0}, {"step_size": StepSize(0.0)}, {"step_size": StepSize(warmup=-1)}])
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="kl_beta must be 0 or more"):
+    with pytest.raises(ConfigError, match="kl_beta and the warm-up must be 0 or more"):
         TrainingSettings("ppo", types.AdamParams(), **wrong)

@@ -33,8 +33,9 @@ class TrainingSettings:
         recompute_logprobs: the loss's old logprobs are the learner's, computed before the first step, in place of the
             sampler's; see ``training.md``. Only for rollouts of the policy that is trained.
         kl_beta, kl_estimator: the pull to the base model; see ``kl``.
-        step_size: multiplies the learning rate, and learns from each collection of rollouts. The steps after the first
-            one end where the policy's KL to the sampler (``kl_v2:mean``, in nats a token) is above its ``target``.
+        step_size: multiplies the learning rate, counts the steps, and learns from each collection of rollouts. The
+            steps after the first one end where the policy's KL to the sampler (``kl_v2:mean``, in nats a token) is
+            above its ``target``.
 
     Raises:
         ConfigError: ``dro`` with ``sequences``, whose scales differ between Datums; or a value is out of range.
@@ -63,9 +64,9 @@ class TrainingSettings:
                 "loss_fn dro takes no normalization `sequences`: its quadratic term has one weight for all tokens; "
                 "choose full_step, tokens or sum"
             )
-        target = self.step_size.target
-        if self.kl_beta < 0 or (target is not None and target <= 0):
+        target, warmup = self.step_size.target, self.step_size.warmup
+        if self.kl_beta < 0 or (target is not None and target <= 0) or warmup < 0:
             raise ConfigError(
-                f"kl_beta is {self.kl_beta} and step_size.target {target}; kl_beta must be 0 or more, and the target "
-                "above 0 or None"
+                f"kl_beta is {self.kl_beta}, step_size.target {target} and step_size.warmup {warmup}; kl_beta and the "
+                "warm-up must be 0 or more, and the target above 0 or None"
             )
