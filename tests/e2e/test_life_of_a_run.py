@@ -60,6 +60,7 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
     validations = [row["epoch"] for row in json_lines(run / "metrics.jsonl") if row["event"] == "validation"]
     assert epochs == [1, 2, 3, 4]
     assert validations == [0, 1, 2, 3, 4]
+    check_warm_up([row["job"]["metrics"] for row in json_lines(run / "metrics.jsonl") if row["event"] == "epoch"])
     summary = json.loads((run / "summary.json").read_text())
     assert summary["epochs"] == 4
     assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())
@@ -72,6 +73,16 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
     sizes = {"epoch": 24, "heldout": 4, "train": 6}
     for collection in kept:
         assert len(list(RunDirectory.open(run).rollouts.lines(collection))) == sizes[collection.kind]
+
+
+def check_warm_up(jobs: list[dict[str, Any]]) -> None:
+    """Step k runs at k sixteenths of tiny.yml's rate, times what earlier jobs have measured, over the resume too."""
+    taken, factor = 0, 1.0
+    for job in jobs:
+        steps = range(taken + 1, taken + 1 + job["steps"])
+        assert job["learning_rate"] == pytest.approx(2e-3 * factor * sum(steps) / len(steps) / 16)
+        taken, factor = taken + job["steps"], job["lr_factor"]
+    assert 1 < taken < 16
 
 
 def ask_server(config: Path, log: Path) -> str:
