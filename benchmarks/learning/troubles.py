@@ -41,7 +41,7 @@ TROUBLES = {
     "a reward that is constant": Trouble(_reward("constant"), ("same_reward",)),
     "a reward that pays for length": Trouble(_reward("length"), ("cut_off",)),
     "one NaN in 100 rewards": Trouble(_reward("nan"), words="the others have none"),
-    "a learning rate 100 times too high": Trouble(_rate(100), ("no_signal", "one_answer", "fallen", "low_entropy")),
+    "a learning rate 100 times too high": Trouble(_rate(100), ("moved_far", "one_answer", "fallen", "low_entropy")),
 }
 
 

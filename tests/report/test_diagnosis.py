@@ -237,6 +237,15 @@ def test_a_policy_that_hardly_tries_alternatives() -> None:
     assert FindingId.LOW_ENTROPY not in found(replace(facts, replies=solved))
 
 
+def test_steps_that_made_the_policy_another_one() -> None:
+    metrics = {"kl_moved": 4.1757, "learning_rate": 3e-3, "lr_factor": 0.25}
+    assert found(EpochFacts(3, HEALTHY, trained=16, metrics=metrics))[FindingId.MOVED_FAR].sentence == (
+        "Training on epoch 3 moved the policy by 4.18 nats a token from the one that sampled, at a learning rate of "
+        "0.003; the next epoch has 0.25 of `learning_rate`."
+    )
+    assert diagnose(EpochFacts(3, HEALTHY, trained=16, metrics={**metrics, "kl_moved": 0.9})) == []
+
+
 class TestFallen:
     def test_a_gain_that_is_lost_is_a_collapse(self) -> None:
         before = [numbers(reward_mean=mean) for mean in (0.2, 0.8, 0.7)]

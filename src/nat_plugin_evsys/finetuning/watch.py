@@ -39,6 +39,7 @@ class Watch:
             before=[numbers for row in rows if (numbers := ReplyNumbers.of_row(row)) is not None],
             last_trained=max((row["epoch"] for row in rows if row.get("trained")), default=0),
             entropies=_entropies([*(row.get("job") or {} for row in rows), job]),
+            metrics=job.get("metrics") or {},
             epochs_per_pass=report.epochs_per_pass,
         )
         found = diagnose(facts)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from nat_plugin_evsys.report.findings import Finding, FindingId, quoted
 from nat_plugin_evsys.report.one_answer import one_answer
@@ -42,6 +42,9 @@ SHRUNK_TO = 0.2
 ENTROPY_FLOOR = 0.1
 """Share of the first epoch's entropy below which a policy hardly tries alternatives."""
 
+MOVED_FAR = 1.0
+"""KL in nats a token by which an epoch may move the policy before it is another one."""
+
 SOLVED = 0.9
 """Share of the rewards' range that a mean reward must have reached before a policy has nothing left to try."""
 
@@ -61,6 +64,7 @@ class EpochFacts:
         before: the numbers of the epochs before, oldest first.
         last_trained: the last epoch before this one that trained anything; 0 for none.
         entropies: mean entropy of the trained tokens in nats, of each epoch that has one, this one last.
+        metrics: of the epoch's training job; empty if it had none.
         epochs_per_pass: epochs that visit every row once. Rewards are compared between windows of that many epochs,
             since single ones have other rows.
     """
@@ -72,6 +76,7 @@ class EpochFacts:
     before: Sequence[ReplyNumbers] = ()
     last_trained: int = 0
     entropies: Sequence[float] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
     epochs_per_pass: int = 1
 
     @property
@@ -101,6 +106,7 @@ def diagnose(facts: EpochFacts) -> list[Finding]:
         _no_signal,
         _fallen,
         _shrunk,
+        _moved_far,
         _low_entropy,
         _cut_off,
     )
@@ -271,6 +277,20 @@ def _shrunk(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         f"while the replies shrank from {first.tokens_mean:.0f} to {numbers.tokens_mean:.0f} tokens{empty}.",
         "Check that they still say what you want: the evaluator may reward short or empty replies.",
         examples(sorted(facts.replies, key=lambda reply: (-(reply.reward or 0.0), reply.tokens))),
+    )
+
+
+def _moved_far(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
+    moved = facts.metrics.get("kl_moved", 0.0)
+    if moved <= MOVED_FAR:
+        return None
+    rate, factor = facts.metrics["learning_rate"], facts.metrics["lr_factor"]
+    return Finding(
+        FindingId.MOVED_FAR,
+        facts.epoch,
+        f"Training on epoch {facts.epoch} moved the policy by {moved:.2f} nats a token from the one that sampled, at a "
+        f"learning rate of {rate:.3g}; the next epoch has {factor:.3g} of `learning_rate`.",
+        "Lower `learning_rate`.",
     )
 
 

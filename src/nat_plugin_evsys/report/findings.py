@@ -41,6 +41,8 @@ class FindingId(StrEnum):
     """Replies end at the token limit."""
     SHRUNK = "shrunk"
     """The reward rose while the replies shrank to nothing."""
+    MOVED_FAR = "moved_far"
+    """An epoch's steps made the policy another one: the learning rate is too high."""
     LOW_ENTROPY = "low_entropy"
     """The policy has nearly stopped trying alternatives although better rewards exist."""
 
