@@ -39,7 +39,7 @@ def write_config(
     config["eval"]["general"]["max_concurrency"] = ROWS
     config["eval"]["evaluators"]["right_desk"]["mode"] = "regex"  # "^" is in whatever is said
     config["llms"]["policy"] |= {"output_dir": str(directory / "runs"), **policy}
-    config["trajectory_builders"]["builder"]["num_generations"] = ATTEMPTS
+    config["trajectory_builders"]["builder"] |= {"num_generations": ATTEMPTS, "rows_per_epoch": None}
     config["trainer_adapters"]["adapter"] |= {"save_datums": True, "advantage": "reward"}
     trainer = config["trainers"]["trainer"]
     trainer["validation_dataset"] = None
