@@ -1,7 +1,7 @@
 """An ART program: a model learns to write small letters, on the Tinker service at TINKER_BASE_URL.
 
-art_program.py MODEL DIRECTORY STEPS: prints a JSON line of the policy, one for each training step, and one of what the
-policy is then. It goes on from the run that DIRECTORY holds. Nothing in it is about nat_plugin_evsys.
+art_program.py MODEL DIRECTORY STEPS: prints a JSON line of the policy, one for each training step, and one of the
+policy it has then. It goes on from the run that DIRECTORY holds. Nothing in it is about nat_plugin_evsys.
 """
 
 import asyncio

@@ -45,8 +45,11 @@ GRAD_CLIP_NORM = 1.0
 DRO_BETA = 0.05
 """Of Tinker's loss ``dro``."""
 
-LR_RISE, LR_WARMUP_AT_MOST = 1.25e-4, 16
-"""Of a NAT trainer's warm-up: what the learning rate rises by in a step, and the number of steps; see LOG.md."""
+LR_RISE = 1.25e-4
+"""What the NAT trainer's learning rate rises by in a step of its warm-up; LOG.md has the runs that it was chosen by."""
+
+LR_WARMUP_AT_MOST = 16
+"""Steps of that warm-up, whatever the rate: a toy model has rates of its own."""
 
 TARGET_KL = 0.3
 """Nats a token, of the NAT trainer; LOG.md has the runs that it was chosen by."""

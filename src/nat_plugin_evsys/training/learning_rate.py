@@ -44,10 +44,7 @@ class LearningRate:
 
     def at_step(self, step: int, total: int) -> float:
         """The rate of ``step``, from 1, of the ``total`` equal ones from ``start`` to ``end``."""
-        return self.at(self.start + (step - 1) * (self.end - self.start) / total)
-
-    def at(self, x: float) -> float:
-        """The rate of a step that begins at the share ``x`` of the training."""
+        x = self.start + (step - 1) * (self.end - self.start) / total
         match self.decay:
             case "constant":
                 return self.peak

@@ -94,12 +94,13 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
             most_kl=step_size.target if number > 1 else None,
             measured=measured,
         )
-        if taken is not None and number > 1:
-            moved = max(moved or 0.0, taken.metrics.values.get("kl_v2:mean", 0.0))
-        if taken is not None and taken.refused:
-            break
+        if taken is not None:  # else nobody says what came of the steps
+            if number > 1:
+                moved = max(moved or 0.0, taken.metrics.values.get("kl_v2:mean", 0.0))
+            if taken.refused:
+                break
         step_size.taken += 1
-        last = taken  # None: nobody says what came of the steps
+        last = taken
     if last is not None and step_size.target is not None:
         if moved is None:  # a single step: no later one has seen what it did
             moved = await step_data.kl_to_sampler([sets[index] for index in last.step.members])

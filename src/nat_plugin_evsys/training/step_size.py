@@ -58,5 +58,6 @@ class StepSize:
 
 
 def warmup_of(learning_rate: float) -> int:
-    """Steps of the warm-up to that rate: it rises by ``defaults.LR_RISE`` in each, but over 16 at most."""
-    return min(math.ceil(round(learning_rate / defaults.LR_RISE, 6)), defaults.LR_WARMUP_AT_MOST)
+    """Steps of the warm-up to that rate: it rises by ``LR_RISE`` in each, but over ``LR_WARMUP_AT_MOST`` at most."""
+    steps = math.ceil(round(learning_rate / defaults.LR_RISE, 6))  # rounded, so that a multiple stays one
+    return min(steps, defaults.LR_WARMUP_AT_MOST)
