@@ -131,11 +131,14 @@ def gym(name: str) -> Task:
 
     dataset = reasoning_gym.create_dataset(name, size=4 * (TRAIN + HELDOUT), seed=7, **GYM_TASKS[name])
     once = {entry["question"]: entry for entry in dataset}
-    entries = {f"{name}-{number}": entry for number, entry in enumerate(list(once.values())[: TRAIN + HELDOUT])}
-    rows = [{"id": key, "question": entry["question"], "answer": entry["answer"]} for key, entry in entries.items()]
+    entries = list(once.values())[: TRAIN + HELDOUT]
+    rows = [
+        {"id": f"{name}-{number}", "question": entry["question"], "answer": entry["answer"]}
+        for number, entry in enumerate(entries)
+    ]
 
     def reward(row: Row, reply: str) -> float:
         numbers = re.findall(r"-?\d+", reply)
-        return float(dataset.score_answer(numbers[-1] if numbers else None, entries[row["id"]]))
+        return float(dataset.score_answer(numbers[-1] if numbers else None, once[row["question"]]))
 
     return Task(name, "Reply with the answer alone.", 24, rows[:TRAIN], rows[TRAIN:], reward)
