@@ -97,8 +97,8 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         default=defaults.GRAD_CLIP_NORM, ge=0, description="Clip the gradient's global norm to this; 0 is off."
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant",
-        description="How the learning rate falls over the run: not at all, or to zero at its end.",
+        default="linear",
+        description="How the learning rate falls over the run's `num_epochs`: not at all, or to zero at its end.",
     )
     lr_warmup: int | None = Field(
         default=None,
