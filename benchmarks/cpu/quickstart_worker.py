@@ -13,11 +13,13 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "learning"))
@@ -29,6 +31,7 @@ from useful import sampling_flops, useful_flops
 from worker import gemm_peak
 from workloads import Shape
 
+from nat_plugin_evsys.engine.machine.products import in_onednn_order, onednn_product
 from nat_plugin_evsys.rollouts.advantages import group_advantages
 
 TOKENS, RATE = 32, 3e-4
@@ -130,6 +133,7 @@ async def ours(model: str, work: Path) -> None:
             sampling_flops=sampling_flops(steps.sequences, shape),
             training_flops=useful_flops(steps.sequences, shape, RANK),
             gemm=gemm_peak(shape),
+            decode=decode_peak(shape, GROUPS_PER_STEP * GENERATIONS),
         )
     await backend.close()
 
@@ -145,6 +149,37 @@ def _shape(config: Any) -> Shape:
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
     )
+
+
+@torch.no_grad()
+def decode_peak(shape: Shape, rows: int) -> float:
+    """FLOP/s of the fp32 products of one decode step of ``rows`` rows, with each weight by the fastest way.
+
+    That is MKL, with the weight as it is or transposed, or oneDNN. Every layer has weights of its own, as in a decode
+    step: they come from memory.
+    """
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    hidden, inner, layers = shape.hidden, shape.inner, shape.layers
+    layer = [(query, hidden), (kv, hidden), (kv, hidden), (hidden, query)]
+    layer += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    flops = seconds = 0.0
+    for (height, width), count in [*((each, layers) for each in layer), ((shape.vocab, hidden), 1)]:
+        x, weights = torch.randn(rows, width), [torch.randn(height, width) for _ in range(count)]
+        flops += 2 * rows * height * width * count
+        ways = [
+            (torch.mm, [weight.T for weight in weights]),
+            (torch.mm, [weight.T.contiguous() for weight in weights]),
+            (partial(onednn_product, bias=None), [in_onednn_order(weight) for weight in weights]),
+        ]
+        seconds += min(_seconds(product, x, made) for product, made in ways for _ in range(4))
+    return flops / seconds
+
+
+def _seconds(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: list[Tensor]) -> float:
+    started = time.process_time()
+    for weight in weights:
+        product(x, weight)
+    return time.process_time() - started
 
 
 def _group(types: Any, prompt: list[int], sequences: Sequence[Any]) -> list[Any]:

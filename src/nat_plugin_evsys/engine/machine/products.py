@@ -29,12 +29,12 @@ def prefers_onednn() -> bool:
 
 def reordered(weight: Tensor) -> Tensor:
     """``weight [out, in]``, of any strides, in the form that ``product`` reads fastest; a copy, or itself."""
-    return _in_onednn_order(weight) if prefers_onednn() else weight
+    return in_onednn_order(weight) if prefers_onednn() else weight
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """``x [T, in] -> x W^T [T, out]``; the weight as it is, or ``reordered``."""
-    return _onednn_product(x, weight, None) if prefers_onednn() else x @ weight.T
+    return onednn_product(x, weight, None) if prefers_onednn() else x @ weight.T
 
 
 def for_few_rows(weight: Tensor) -> Tensor:
@@ -46,22 +46,24 @@ def for_few_rows(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     if torch.backends.mkl.is_available() and not prefers_onednn() and rows <= columns:
         return weight.T.contiguous()
-    return _in_onednn_order(weight)
+    return in_onednn_order(weight)
 
 
 def few_rows_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., in] -> x W^T + bias [..., out]``, of a weight ``for_few_rows``."""
     if weight.is_mkldnn:
-        return _onednn_product(x, weight, bias)
+        return onednn_product(x, weight, bias)
     return x @ weight if bias is None else x @ weight + bias
 
 
-def _in_onednn_order(weight: Tensor) -> Tensor:
+def in_onednn_order(weight: Tensor) -> Tensor:
+    """A copy of ``weight [out, in]`` for ``onednn_product``."""
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
     return out
 
 
-def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., in] -> x W^T + bias [..., out]``, of a weight ``in_onednn_order``."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
