@@ -18,6 +18,7 @@ from nat_plugin_evsys.config import EvsysTrainerAdapterConfig, EvsysTrajectoryBu
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
 from nat_plugin_evsys.json_lines import append_json_lines, read_json_lines
+from nat_plugin_evsys.policy.apis.dialect import event_of
 from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.service.http.logs import JsonFormatter
 from nat_plugin_evsys.training.job_ledger import JobLedger
@@ -76,6 +77,21 @@ def test_every_log_removes_what_a_crash_left_of_a_line(
     assert [record["loss"] for record in read_json_lines(path)] == [1.0, 2.0]
     assert f"{path}, line 2 is incomplete and was removed" in caplog.text
     assert path.read_bytes().startswith(whole)
+
+
+LINE_ENDS = "a\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029b"
+"""All that `str.splitlines` splits at; a model may sample any of it."""
+
+
+def test_a_record_is_one_line_to_every_reader(tmp_path: Path) -> None:
+    append_json_lines(tmp_path / "x.jsonl", [{"reply": LINE_ENDS}, {"reply": "b"}])
+    lines = (tmp_path / "x.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reply"] for line in lines] == [LINE_ENDS, "b"]
+
+
+def test_an_event_of_the_endpoint_is_one_line_to_every_client() -> None:
+    (line,) = event_of({"text": LINE_ENDS}).decode().rstrip("\n").splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"text": LINE_ENDS}
 
 
 def test_the_services_log_has_the_same_numbers() -> None:

@@ -13,6 +13,8 @@ import yaml
 from curve import GENERATIONS, GROUPS_PER_STEP, RANK, Point
 from tasks import Task
 
+from nat_plugin_evsys.json_lines import read_json_lines
+
 
 def run(task: Task, rate: float, seed: int, work: Path, epochs: int) -> list[Point]:
     """Finetune in a process of its own; the curve is what the run's metrics.jsonl has.
@@ -113,7 +115,7 @@ def environment(work: Path) -> dict[str, str]:
 
 def points(run_dir: Path, task: Task) -> list[Point]:
     """The curve of a run directory, by passes over the rows; an epoch of the run is one step."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_json_lines(run_dir / "metrics.jsonl")
     heldout = {row["epoch"]: row["reward"] for row in rows if row["event"] == "validation"}
     epochs = {row["epoch"]: row for row in rows if row["event"] == "epoch"}
     steps = len(task.train) // GROUPS_PER_STEP

@@ -5,7 +5,6 @@ Real runs of `nat finetune` on the help desk with the real model. Passes if each
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any
 
 import ours
 from tasks import helpdesk
+
+from nat_plugin_evsys.json_lines import read_json_lines
 
 RATE = 5e-4
 PASSES = 2
@@ -53,7 +54,7 @@ def said(trouble: Trouble) -> tuple[bool, str]:
         config = ours.settings(task, RATE, 0, work, PASSES)
         trouble.break_it(config)
         exit_code, log = ours.finetune(task, config, work)
-        rows = [json.loads(line) for line in (ours.run_directory(work) / "metrics.jsonl").read_text().splitlines()]
+        rows = read_json_lines(ours.run_directory(work) / "metrics.jsonl")
     found = {finding["id"]: finding["sentence"] for row in rows for finding in row.get("findings", ())}
     named = [sentence for name, sentence in found.items() if name in trouble.findings]
     named += [line.strip() for line in log.splitlines() if trouble.words and trouble.words in line][:1]

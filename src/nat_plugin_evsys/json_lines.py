@@ -25,10 +25,21 @@ from nat_plugin_evsys.files import naming
 
 logger = logging.getLogger(__name__)
 
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """JSON text of ``value``; see ``jsonable``."""
-    return json.dumps(jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return escape_line_ends(json.dumps(jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False))
+
+
+def escape_line_ends(text: str) -> str:
+    """The same JSON, in which `str.splitlines` finds no line that is none.
+
+    JSON leaves U+0085, U+2028 and U+2029 as they are, and a model may sample them. Many read logs and server-sent
+    events with `splitlines`.
+    """
+    return text.translate(_LINE_ENDS)
 
 
 def jsonable(value: Any) -> Any:

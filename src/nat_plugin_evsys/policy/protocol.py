@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from nat_plugin_evsys.json_lines import escape_line_ends
+
 
 class TopLogprob(BaseModel):
     """A token that could have been sampled. ``bytes`` are its UTF-8 bytes."""
@@ -100,4 +102,9 @@ def to_json(model: BaseModel) -> bytes:
         for name in optional:
             if name in part and part[name] is None:
                 del part[name]
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+    return dumps(data)
+
+
+def dumps(value: Any) -> bytes:
+    """JSON as the endpoint writes it."""
+    return escape_line_ends(json.dumps(value, ensure_ascii=False, separators=(",", ":"))).encode()

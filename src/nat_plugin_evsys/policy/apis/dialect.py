@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from nat_plugin_evsys.policy.protocol import ChatCompletion, to_json
+from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps, to_json
 
 
 class Dialect(Protocol):
@@ -47,8 +47,3 @@ def event_of(value: dict[str, Any], name: str | None = None) -> bytes:
     """A server-sent event."""
     head = b"" if name is None else f"event: {name}\n".encode()
     return head + b"data: " + dumps(value) + b"\n\n"
-
-
-def dumps(value: Any) -> bytes:
-    """JSON as the endpoint writes it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -6,9 +6,8 @@ from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 from nat_plugin_evsys.policy.api_errors import bad_request
-from nat_plugin_evsys.policy.apis.dialect import dumps
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.protocol import ChatCompletion
+from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 
 _DEFAULT_MAX_TOKENS = 16  # vLLM's

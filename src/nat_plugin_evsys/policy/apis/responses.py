@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-from nat_plugin_evsys.policy.apis.dialect import chunks_of, dumps, event_of
+from nat_plugin_evsys.policy.apis.dialect import chunks_of, event_of
 from nat_plugin_evsys.policy.apis.responses_request import chat_request
-from nat_plugin_evsys.policy.protocol import ChatCompletion
+from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps
 
 _ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata", "user", "reasoning")
 

@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from nat_plugin_evsys.policy.api_errors import bad_request
-from nat_plugin_evsys.policy.apis.dialect import chunks_of, dumps, event_of
+from nat_plugin_evsys.policy.apis.dialect import chunks_of, event_of
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.protocol import ChatCompletion
+from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
