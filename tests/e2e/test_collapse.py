@@ -25,7 +25,12 @@ def finetune(tmp_path: Path, make_config: Callable[..., Path]) -> Callable[..., 
     def finetune(on_collapse: str, epochs: int, *, resume: bool = False) -> Finished:
         def change(settings: dict[str, Any]) -> None:
             settings["eval"]["general"]["dataset"]["file_path"] = str(tmp_path / "train.json")
-            settings["trainer_adapters"]["adapter"] |= {"learning_rate": RUINOUS, "lr_warmup": 0, "target_kl": None}
+            settings["trainer_adapters"]["adapter"] |= {
+                "learning_rate": RUINOUS,
+                "lr_warmup": 0,
+                "lr_schedule": "constant",
+                "target_kl": None,
+            }
             settings["trainers"]["trainer"] |= {
                 "validation_dataset": str(tmp_path / "heldout.json"),
                 "validation_interval": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 import time
@@ -76,12 +77,19 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
 
 
 def check_warm_up(jobs: list[dict[str, Any]]) -> None:
-    """Step k runs at k sixteenths of tiny.yml's rate, times what earlier jobs have measured, over the resume too."""
+    """Step k runs at k sixteenths of tiny.yml's rate on its cosine, times what earlier jobs have measured, over the
+    resume too.
+    """
     taken, factor = 0, 1.0
-    for job in jobs:
-        steps = range(taken + 1, taken + 1 + job["steps"])
-        assert job["learning_rate"] == pytest.approx(2e-3 * factor * sum(steps) / len(steps) / 16)
-        taken, factor = taken + job["steps"], job["lr_factor"]
+    for epoch, job in enumerate(jobs):
+        count = int(job["steps"])
+        shares = [(epoch + step / count) / len(jobs) for step in range(count)]
+        rates = [
+            2e-3 * factor * (1 + math.cos(math.pi * share)) / 2 * (taken + step) / 16
+            for step, share in enumerate(shares, 1)
+        ]
+        assert job["learning_rate"] == pytest.approx(sum(rates) / count)
+        taken, factor = taken + count, job["lr_factor"]
     assert 1 < taken < 16
 
 
