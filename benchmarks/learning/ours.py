@@ -16,13 +16,18 @@ from tasks import Task
 from nat_plugin_evsys.json_lines import read_json_lines
 
 
-def run(task: Task, rate: float, seed: int, work: Path, epochs: int) -> list[Point]:
+def run(task: Task, rate: float, seed: int, work: Path, epochs: int, **adapter: Any) -> list[Point]:
     """Finetune in a process of its own; the curve is what the run's metrics.jsonl has.
+
+    Args:
+        adapter: settings of the trainer adapter that are not the defaults.
 
     Raises:
         RuntimeError: `nat finetune` failed, with what it printed last.
     """
-    exit_code, log = finetune(task, settings(task, rate, seed, work, epochs), work)
+    config = settings(task, rate, seed, work, epochs)
+    config["trainer_adapters"]["adapter"] |= adapter
+    exit_code, log = finetune(task, config, work)
     if exit_code:
         raise RuntimeError(log[-3000:])
     return points(run_directory(work), task)

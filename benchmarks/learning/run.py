@@ -1,5 +1,7 @@
 """Curves of this engine beside TRL's and a plain loop's at equal rollouts: python benchmarks/learning/run.py [--small]
 
+``ours`` has the shipped defaults; ``constant`` has them with a learning rate that does not fall.
+
 Each run is a process of its own, of one thread; what it gives is kept under ``results/`` and not run again. At the end
 the table and the plot of RESULTS.md are written from all that is there.
 """
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from curve import EPOCHS, Curve
@@ -21,7 +24,7 @@ from tasks import NAMES, task
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SIDES = ("ours", "trl", "plain")
+SIDES = ("ours", "trl", "plain", "constant")
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 RATE = 5e-4
 SWEPT = ("helpdesk", "price_list")
@@ -58,7 +61,8 @@ def run(case: Case, epochs: int, directory: Path) -> None:
     import trl_side
 
     side, name, rate, seed = case
-    runner = {"ours": ours.run, "trl": trl_side.run, "plain": plain_loop.run}[side]
+    constant = partial(ours.run, lr_schedule="constant")
+    runner = {"ours": ours.run, "trl": trl_side.run, "plain": plain_loop.run, "constant": constant}[side]
     with tempfile.TemporaryDirectory() as work:
         points = runner(task(name), rate, seed, Path(work), epochs)
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,7 +87,7 @@ def main() -> None:
         return
     wanted = [case for case in cases() if case[1] in options.tasks and case[0] in options.sides]
     if options.small:
-        wanted = [case for case in wanted if case[1] in SWEPT and case[2] == RATE and case[3] == 0]
+        wanted = [case for case in wanted if case[0] != "constant" and case[1] in SWEPT and case[2:] == (RATE, 0)]
     started = time.monotonic()
     for case in wanted:
         if path_of(case, directory).exists() or time.monotonic() - started > options.minutes * 60:

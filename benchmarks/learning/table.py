@@ -10,7 +10,7 @@ from pathlib import Path
 from curve import Curve
 from matplotlib.figure import Figure
 
-COLOURS = {"ours": "#2f6fba", "trl": "#d1690e", "plain": "#7a7a7a"}
+COLOURS = {"ours": "#2f6fba", "trl": "#d1690e", "plain": "#7a7a7a", "constant": "#9dc3ea"}
 
 Group = tuple[str, str, float]
 """Task, side, learning rate."""
@@ -26,7 +26,7 @@ def write(curves: Sequence[Curve], directory: Path) -> None:
         "",
         "Mean over seeds ± standard error. `area`: mean held-out reward over the run. `collapsed`: runs that kept less",
         "than half of their best gain. `stuck`: runs that stopped trying, with one answer to all rows, below 0.9.",
-        "`cpu s`: processor time of a whole run of one thread.",
+        "`cpu s`: processor time of a whole run of one thread. `constant`: ours with `lr_schedule: constant`.",
         "",
         "| task | rate | side | seeds | before | area | last | collapsed | stuck | cpu s |",
         "|---|---|---|---|---|---|---|---|---|---|",
