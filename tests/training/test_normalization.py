@@ -137,6 +137,7 @@ def test_schedules() -> None:
     assert rates(4) == [1.0] * 4
     assert rates(4, decay="linear") == pytest.approx([1.0, 0.75, 0.5, 0.25])
     assert rates(4, decay="cosine") == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert rates(8, decay="wsd") == pytest.approx([1.0] * 5 + [0.75, 0.5, 0.25])
     run = LearningRate(1.0, "cosine")
     parts = [dataclasses.replace(run, start=i / 4, end=(i + 1) / 4) for i in range(4)]
     whole = [run.at_step(step, 20) for step in range(1, 21)]

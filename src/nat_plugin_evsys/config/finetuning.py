@@ -96,9 +96,10 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     grad_clip_norm: float = Field(
         default=defaults.GRAD_CLIP_NORM, ge=0, description="Clip the gradient's global norm to this; 0 is off."
     )
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine",
-        description="How the learning rate falls over the run's `num_epochs`: not at all, or to zero at its end.",
+    lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        default="wsd",
+        description="How the learning rate falls over the run's `num_epochs`: not at all, or to zero at its end; `wsd` "
+        "(warmup-stable-decay) in the second half.",
     )
     lr_warmup: int | None = Field(
         default=None,

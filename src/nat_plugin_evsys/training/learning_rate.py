@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from nat_plugin_evsys.errors import ConfigError
 
-Decay = Literal["constant", "linear", "cosine"]
+Decay = Literal["constant", "linear", "cosine", "wsd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class LearningRate:
         constant     peak
         linear       peak * (1 - x)
         cosine       peak * (1 + cos(pi x)) / 2
+        wsd          peak * min(1, 2 (1 - x)): warmup-stable-decay (MiniCPM, arXiv 2404.06395), linear over the second half
 
     Step t (from 1) of T equal steps has x = (t - 1) / T; with ``linear`` that is the ``peak * (1 - (t - 1) / T)`` of
     Tinker's sl_loop. No step runs at a rate of 0. The rise at the start is ``StepSize``'s.
@@ -39,8 +40,8 @@ class LearningRate:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.peak) and self.peak > 0):
             raise ConfigError(f"a learning rate needs peak > 0, got {self.peak}")
-        if self.decay not in ("constant", "linear", "cosine"):
-            raise ConfigError(f"unknown decay `{self.decay}`; it must be constant, linear or cosine")
+        if self.decay not in get_args(Decay):
+            raise ConfigError(f"unknown decay `{self.decay}`; it must be one of {', '.join(get_args(Decay))}")
 
     def at_step(self, step: int, total: int) -> float:
         """The rate of ``step``, from 1, of the ``total`` equal ones from ``start`` to ``end``."""
@@ -52,3 +53,5 @@ class LearningRate:
                 return self.peak * (1 - x)
             case "cosine":
                 return self.peak * (1 + math.cos(math.pi * x)) / 2
+            case "wsd":
+                return self.peak * min(1.0, 2 * (1 - x))
