@@ -76,8 +76,8 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
 
 
 def check_warm_up(jobs: list[dict[str, Any]]) -> None:
-    """Step k runs at k sixteenths of tiny.yml's rate, which falls in the second half, times what earlier jobs have measured, over the
-    resume too.
+    """Step k runs at k sixteenths of tiny.yml's rate, which falls in the second half, times what earlier jobs have
+    measured, over the resume too.
     """
     taken, factor = 0, 1.0
     for epoch, job in enumerate(jobs):

@@ -18,8 +18,9 @@ class LearningRate:
         constant     peak
         linear       peak * (1 - x)
         cosine       peak * (1 + cos(pi x)) / 2
-        wsd          peak * min(1, 2 (1 - x)): warmup-stable-decay (MiniCPM, arXiv 2404.06395), linear over the second half
+        wsd          peak * min(1, 2 (1 - x))
 
+    The last is warmup-stable-decay (MiniCPM, arXiv 2404.06395): constant for half of the training, then linear.
     Step t (from 1) of T equal steps has x = (t - 1) / T; with ``linear`` that is the ``peak * (1 - (t - 1) / T)`` of
     Tinker's sl_loop. No step runs at a rate of 0. The rise at the start is ``StepSize``'s.
 
