@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from curve import Curve
 from matplotlib.figure import Figure
 
 COLOURS = {"ours": "#2f6fba", "trl": "#d1690e", "plain": "#7a7a7a", "constant": "#9dc3ea"}
+COLUMNS = 4
 
 Group = tuple[str, str, float]
 """Task, side, learning rate."""
@@ -57,14 +59,18 @@ def _spread(values: Sequence[float]) -> str:
 
 def _plot(groups: dict[Group, list[Curve]], path: Path) -> None:
     panels = sorted({(task, rate) for task, _, rate in groups})
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axis, (task, rate) in zip(axes, panels, strict=True):
+    height = math.ceil(len(panels) / COLUMNS)
+    figure = Figure(figsize=(4 * COLUMNS, 3.2 * height), layout="constrained")
+    grid = figure.subplots(height, COLUMNS, squeeze=False, sharey=True)
+    for axis in grid.flat[len(panels) :]:
+        axis.remove()
+    for axis, (task, rate) in zip(grid.flat, panels, strict=False):
         axis.set(title=f"{task}, rate {rate:g}", xlabel="epochs", ylim=(-0.02, 1.02))
         for side, colour in COLOURS.items():
             for number, curve in enumerate(groups.get((task, side, rate), ())):
                 epochs, rewards = [p.epoch for p in curve.points], [p.heldout for p in curve.points]
                 axis.plot(epochs, rewards, color=colour, alpha=0.7, label=side if number == 0 else None)
         axis.legend()
-    axes[0].set_ylabel("held-out reward")
+    for axis in grid[:, 0]:
+        axis.set_ylabel("held-out reward")
     figure.savefig(path, dpi=110)
