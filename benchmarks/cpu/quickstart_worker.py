@@ -158,12 +158,9 @@ def decode_peak(shape: Shape, rows: int) -> float:
     That is MKL, with the weight as it is or transposed, or oneDNN. Every layer has weights of its own, as in a decode
     step: they come from memory.
     """
-    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    hidden, inner, layers = shape.hidden, shape.inner, shape.layers
-    layer = [(query, hidden), (kv, hidden), (kv, hidden), (hidden, query)]
-    layer += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    matrices = [(size, shape.layers) for sizes in shape.linears for size in sizes]
     flops = seconds = 0.0
-    for (height, width), count in [*((each, layers) for each in layer), ((shape.vocab, hidden), 1)]:
+    for (width, height), count in [*matrices, ((shape.hidden, shape.vocab), 1)]:
         x, weights = torch.randn(rows, width), [torch.randn(height, width) for _ in range(count)]
         flops += 2 * rows * height * width * count
         ways = [

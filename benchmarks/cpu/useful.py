@@ -17,9 +17,7 @@ def useful_flops(data: list[Sequence], shape: Shape, rank: int = RANK) -> float:
     trained = _read_tokens(data)
     rows, read = len(trained), sum(trained.values())
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    of_all = [(shape.hidden, kv)] * 2
-    of_read = [(shape.hidden, query), (query, shape.hidden)]
-    of_read += [(shape.hidden, shape.inner)] * 2 + [(shape.inner, shape.hidden)]
+    of_all, of_read = shape.linears
 
     def products(count: int, shapes: list[tuple[int, int]]) -> float:
         return count * sum(4 * a * b + 8 * rank / 2 * (a + b) for a, b in shapes)
@@ -35,11 +33,11 @@ def sampling_flops(data: list[Sequence], shape: Shape) -> float:
     the head wherever the next one was sampled.
     """
     sampled = _read_tokens(data)
-    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = shape.hidden * (2 * query + 2 * kv + 3 * shape.inner)
+    layer = sum(a * b for matrices in shape.linears for a, b in matrices)
     pairs = sum(len(key) for key in sampled)
     read = sum(sampled.values())
-    return shape.layers * (2 * len(sampled) * layer + 4 * pairs * query) + 2 * read * shape.hidden * shape.vocab
+    attention = 4 * pairs * shape.heads * shape.head_dim
+    return shape.layers * (2 * len(sampled) * layer + attention) + 2 * read * shape.hidden * shape.vocab
 
 
 def _read_tokens(data: list[Sequence]) -> dict[tuple[int, ...], bool]:

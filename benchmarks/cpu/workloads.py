@@ -23,6 +23,14 @@ class Shape:
     divide: int = 1
     family: str = "qwen3"
 
+    @property
+    def linears(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """``(in, out)`` of a layer's matrices: those of keys and values, and the others."""
+        query, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        others = [(self.hidden, query), (query, self.hidden)]
+        others += [(self.hidden, self.inner)] * 2 + [(self.inner, self.hidden)]
+        return [(self.hidden, kv)] * 2, others
+
 
 FULL = Shape()  # 60M parameters
 SMALL = Shape(vocab=2_000, hidden=128, inner=384, layers=2, heads=2, kv_heads=1, divide=4)
