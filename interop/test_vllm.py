@@ -33,7 +33,8 @@ pytestmark = pytest.mark.skipif("VLLM" not in os.environ, reason="make test-vllm
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     log = tmp_path_factory.mktemp("vllm") / "log"
-    arguments = serving_arguments(model_for_vllm(MODEL), rank=8, dtype="float32", context_length=1024, sequences=16)
+    sizes = {"rank": 8, "context_length": 1024, "sequences": 16}
+    arguments = serving_arguments(model_for_vllm(MODEL), dtype="float32", on_cpu=True, **sizes)
     started = VllmServer(os.environ["VLLM"], [*arguments, *ARGS], log)
     started.wait(900)
     yield started

@@ -47,13 +47,21 @@ def test_a_program_that_is_not_there_is_named_with_what_to_type() -> None:
 
 @pytest.mark.parametrize(("rank", "most"), [(1, "1"), (4, "8"), (32, "32"), (33, "64"), (600, "600")])
 def test_the_server_takes_the_rank(rank: int, most: str) -> None:
-    arguments = serving_arguments("m", rank=rank, dtype="float32", context_length=64, sequences=4)
+    arguments = serving_arguments("m", rank=rank, dtype="float32", context_length=64, sequences=4, on_cpu=False)
     assert arguments[arguments.index("--max-lora-rank") + 1] == most
 
 
-def test_a_failed_start_is_explained_by_its_first_errors() -> None:
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_prompt_is_read_whole_on_a_cpu(on_cpu: bool) -> None:
+    """vLLM sets a seeded generator back after a part of a prompt, and a CPU's cannot be."""
+    arguments = serving_arguments("m", rank=8, dtype="float32", context_length=64, sequences=4, on_cpu=on_cpu)
+    assert ("--no-enable-chunked-prefill" in arguments) == on_cpu
+
+
+def test_an_end_is_explained_by_the_first_errors() -> None:
     log = (
-        "INFO hello\n(Worker) ValueError: too little memory\n  raise X\nRuntimeError: see root cause above\nKeyError: 3"
+        "INFO hello\n(Server) WARNING ulimit: errors like `OSError: [Errno 24]`\n"
+        "(Worker) ValueError: too little memory\n  raise X\nRuntimeError: see root cause above\nKeyError: 3"
     )
     assert telling_lines(log) == ["(Worker) ValueError: too little memory", "RuntimeError: see root cause above"]
     assert telling_lines("one\n\ntwo\n") == ["one", "two"]
@@ -66,6 +74,7 @@ def test_the_server_ends_with_its_start_failed_and_leaves_no_process(tmp_path: P
     server = VllmServer(str(program), ["serve", "m"], tmp_path / "log")
     with pytest.raises(ServiceUnavailableError, match=r"(?s)exit code 3.*no such model"):
         server.wait(30)
+    assert server.said == "ValueError: no such model"
     server.close()
     assert not server.runs
 

@@ -61,6 +61,7 @@ class VllmRollouts:
             dtype=str(base.dtype).removeprefix("torch."),
             context_length=base.context_length,
             sequences=max_batch_size,
+            on_cpu=base.device.type == "cpu",
         )
         self._figures = RolloutFigures(Probes(base.tokenizer, temperature))
         self._directory = Path(tempfile.mkdtemp(prefix="evsys-vllm-", dir=config.adapter_dir))
@@ -80,7 +81,6 @@ class VllmRollouts:
         if self._api is not None:
             if self._server is None or self._server.runs:
                 return
-            logger.warning("rollouts: the vLLM server has ended and is started again")
             self._end_server()
         if config.base_url is not None:
             self._api = VllmApi(config.base_url, os.environ.get("VLLM_API_KEY"))
@@ -165,6 +165,8 @@ class VllmRollouts:
             self._api.close()
             self._api = None
         if self._server is not None:
+            if not self._server.runs:
+                logger.warning("rollouts: the vLLM server has ended by itself; it said:\n%s", self._server.said)
             self._server.close()
             self._server = None
 

@@ -58,11 +58,14 @@ def find_program(command: str) -> str:
     return found
 
 
-def serving_arguments(model: str, *, rank: int, dtype: str, context_length: int, sequences: int) -> list[str]:
+def serving_arguments(
+    model: str, *, rank: int, dtype: str, context_length: int, sequences: int, on_cpu: bool
+) -> list[str]:
     """The arguments of ``vllm serve`` that rollouts need.
 
     Logprobs are those of what is sampled (after temperature), no default of the model's ``generation_config`` changes
-    what is sampled, and every prompt that the policy takes fits.
+    what is sampled, and every prompt that the policy takes fits. A prompt with a seed that is read in parts has its
+    generator set back, which a CPU's generator refuses: the engine would end.
     """
     max_rank = next((each for each in _LORA_RANKS if each >= rank), rank)
     return [
@@ -77,6 +80,7 @@ def serving_arguments(model: str, *, rank: int, dtype: str, context_length: int,
         *("--max-lora-rank", str(max_rank)),
         *("--max-loras", str(_IN_A_BATCH)),
         *("--max-cpu-loras", str(_LOADED)),
+        *["--no-enable-chunked-prefill"] * on_cpu,
     ]
 
 
@@ -110,6 +114,11 @@ class VllmServer:
         """Whether the process has not ended."""
         return self._process.poll() is None
 
+    @property
+    def said(self) -> str:
+        """What its output tells of an end: see ``telling_lines``."""
+        return "\n".join(telling_lines(self._log.read_text(errors="replace")))
+
     def wait(self, seconds: float) -> None:
         """Return once the server answers.
 
@@ -138,14 +147,13 @@ class VllmServer:
         self._process.wait()
 
     def _failure(self, what: str) -> ServiceUnavailableError:
-        said = telling_lines(self._log.read_text(errors="replace"))
-        return ServiceUnavailableError(f"vLLM {what}; it said:\n" + "\n".join(said))
+        return ServiceUnavailableError(f"vLLM {what}; it said:\n{self.said}")
 
 
 def telling_lines(log: str) -> list[str]:
     """The first errors of vLLM's output, which later ones come from; without any, its last lines."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if _AN_ERROR.search(line)]
+    errors = [line for line in lines if _AN_ERROR.search(line) and " WARNING " not in line]
     return errors[:_ERROR_LINES] or lines[-_LAST_LINES:]
 
 
