@@ -24,7 +24,7 @@ from nat_plugin_evsys.backends.vllm.completions import probe_body, tokens_of
 from nat_plugin_evsys.backends.vllm.drift import Drift, Probes, Scored
 from nat_plugin_evsys.backends.vllm.figures import RolloutFigures
 from nat_plugin_evsys.backends.vllm.server import VllmServer, find_program, serving_arguments
-from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.loading import BaseModel, resolve_device
 from nat_plugin_evsys.engine.model.peft_check import write_adapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import ConfigError, ServiceError
@@ -61,7 +61,7 @@ class VllmRollouts:
             dtype=str(base.dtype).removeprefix("torch."),
             context_length=base.context_length,
             sequences=max_batch_size,
-            on_cpu=base.device.type == "cpu",
+            on_cpu=resolve_device("auto").type == "cpu",
         )
         self._figures = RolloutFigures(Probes(base.tokenizer, temperature))
         self._directory = Path(tempfile.mkdtemp(prefix="evsys-vllm-", dir=config.adapter_dir))

@@ -64,8 +64,8 @@ def serving_arguments(
     """The arguments of ``vllm serve`` that rollouts need.
 
     Logprobs are those of what is sampled (after temperature), no default of the model's ``generation_config`` changes
-    what is sampled, and every prompt that the policy takes fits. A prompt with a seed that is read in parts has its
-    generator set back, which a CPU's generator refuses: the engine would end.
+    what is sampled, and every prompt that the policy takes fits. On a CPU prompts are read whole: after a part of one
+    that has a seed vLLM sets its generator back, which a CPU's generator refuses, and the engine ends.
     """
     max_rank = next((each for each in _LORA_RANKS if each >= rank), rank)
     return [
