@@ -115,9 +115,9 @@ def _named(words: Sequence[str], reply: str) -> list[str]:
 GYM_TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 20},
-    "letter_counting": {"min_words": 1, "max_words": 3},
+    "products": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
 }
-"""reasoning-gym's generators and their settings. Of each the base model solves 9 % to 14 %."""
+"""reasoning-gym's generators and their settings. Of each the base model solves 9 % to 19 %."""
 
 NAMES = ("helpdesk", *GYM_TASKS, "price_list")
 
