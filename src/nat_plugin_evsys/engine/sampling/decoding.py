@@ -167,8 +167,9 @@ def draw(logprobs: Tensor, params: RowParams, u: np.ndarray) -> Tensor:
     if params.all_greedy:
         return likeliest(logprobs, params.never)
     rows, vocab = logprobs.shape
-    probs = logprobs.new_zeros(rows, -(-vocab // _BLOCK), _BLOCK)
+    probs = logprobs.new_empty(rows, -(-vocab // _BLOCK), _BLOCK)
     torch.exp(logprobs, out=probs.view(rows, -1)[:, :vocab])
+    probs.view(rows, -1)[:, vocab:] = 0.0
     if params.never is not None:
         probs.view(rows, -1).index_fill_(1, params.never, 0.0)
     ends = probs.sum(dim=-1).double().cumsum(dim=-1)

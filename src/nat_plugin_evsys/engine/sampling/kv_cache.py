@@ -21,7 +21,7 @@ _FIRST_LENGTH = 64
 _LONG = 1024
 _SLOTS_AT_ONCE = 8
 
-SPARE_BYTES = 64 * 2**20
+SPARE_BYTES = 256 * 2**20
 """Largest store that is kept without a slot in use, for the next rows."""
 
 
@@ -124,8 +124,8 @@ class SlotStore:
         self._data[:, :, slot] = 0
 
     def read(self, slot: int, start: int, end: int) -> Tensor:
-        """A copy of tokens [start, end) of a slot: ``[layers, 2, kv_heads, end - start, head_dim]``."""
-        return self._data[:, :, slot, :, start:end].clone()
+        """Tokens [start, end) of a slot, ``[layers, 2, kv_heads, end - start, head_dim]``: a view until it changes."""
+        return self._data[:, :, slot, :, start:end]
 
     def write(self, slot: int, pieces: Sequence[Tensor]) -> int:
         """Write pieces from ``read`` to the start of a slot, one after another. Returns their length."""

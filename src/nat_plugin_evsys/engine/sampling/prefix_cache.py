@@ -60,7 +60,7 @@ class PrefixCache:
         parent = path[-1][1].ident if path else self._root(policy)
         for i in range(len(path), whole):
             key = (parent, tuple(tokens[i * BLOCK : (i + 1) * BLOCK]))
-            block = _Block(next(self._idents), store.read(slot, i * BLOCK, (i + 1) * BLOCK))
+            block = _Block(next(self._idents), store.read(slot, i * BLOCK, (i + 1) * BLOCK).clone())
             self._blocks[key] = block
             self.used_bytes += block.kv.nbytes
             keys.append(key)

@@ -89,7 +89,7 @@ class RowSlots:
         self._groups.clear()
 
     def read(self, slot: Slot, start: int, end: int) -> Tensor:
-        """A copy of tokens [start, end): ``[layers, 2, kv_heads, end - start, head_dim]``."""
+        """Tokens [start, end), ``[layers, 2, kv_heads, end - start, head_dim]``: a view until the slot changes."""
         return slot.group.store.read(slot.number, start, end)
 
     def free(self, slot: Slot, *, failed: bool = False) -> None:
