@@ -99,6 +99,22 @@ def test_a_row_with_room_for_all_of_it_never_moves() -> None:
     rows.check()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_memory_of_a_batch_serves_the_next_one_unless_it_is_large(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Rows()
+    slots = rows.enter([10] * 3, 16)
+    store = slots[0].group.store
+    monkeypatch.setattr(row_slots, "SPARE_BYTES", store.nbytes if kept else store.nbytes - 1)
+    for slot in slots:
+        rows.slots.free(slot)
+    rows.held.clear()
+    [again] = rows.enter([12], 16)
+    assert (again.group.store is store) == kept
+    rows.check()
+
+
 def test_the_nan_of_a_failed_row_reaches_no_later_owner_even_if_it_was_moved() -> None:
     rows = Rows()
     first, _, broken = rows.enter([5] * 3, 4)
