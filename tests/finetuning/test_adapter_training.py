@@ -19,6 +19,8 @@ from tinker import types
 
 from nat_plugin_evsys.errors import ConfigError, DataError, ShapedDistributionError
 from nat_plugin_evsys.rollouts.trajectories import calls_of
+from nat_plugin_evsys.runtime import defaults
+from nat_plugin_evsys.training.learning_rate import default_rate
 
 Fixture = Any
 
@@ -86,6 +88,18 @@ async def test_the_schedule_is_over_the_runs_epochs(policy: Fixture, make_adapte
         assert status.metadata["metrics"]["learning_rate"] == pytest.approx(sum(rates[epoch]) / 2)
     expected = {0: [1, 7 / 8], 1: [6 / 8, 5 / 8], 2: [4 / 8, 3 / 8], 3: [2 / 8, 1 / 8]}
     assert rates == {epoch: pytest.approx(two) for epoch, two in expected.items()}
+
+
+@pytest.mark.parametrize("chosen", [None, 2e-4])
+async def test_a_rate_that_is_not_set_is_that_of_the_models_width(
+    chosen: float | None, policy: Fixture, make_adapter: Fixture
+) -> None:
+    adapter = make_adapter(policy, lr_warmup=0, **({} if chosen is None else {"learning_rate": chosen}))
+    await adapter.initialize(FinetuneConfig(num_epochs=4))
+    expected = chosen or default_rate(policy.backend.get_architecture())
+    assert expected != defaults.LEARNING_RATE
+    status = await adapter.wait_until_complete(await adapter.submit(await policy.collection(groups=2, size=4)))
+    assert status.metadata["metrics"]["learning_rate"] == pytest.approx(expected)
 
 
 async def test_every_trained_id_was_served(policy: Fixture, make_adapter: Fixture, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from groups import ADAM, GROUPS, make_group, steps_of
 
+from nat_plugin_evsys.backends.base import Architecture
 from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
-from nat_plugin_evsys.training.learning_rate import LearningRate
+from nat_plugin_evsys.training.learning_rate import LearningRate, default_rate
 from nat_plugin_evsys.training.loop import NamedLoss, Step
 from nat_plugin_evsys.training.normalization import datum_scales
 from nat_plugin_evsys.training.policy_gradient import TrainingSettings
@@ -145,3 +146,19 @@ def test_schedules() -> None:
     for wrong in ({"peak": 0.0}, {"peak": 1.0, "decay": "step"}):
         with pytest.raises(ConfigError):
             LearningRate(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "rate"),
+    [
+        (Architecture("llama", 576), 0.0013),  # SmolLM2-135M
+        (Architecture("llama", 2000), 5e-4),
+        (Architecture("llama", 4096), 0.00029),
+        (Architecture("qwen3", 1024), 0.00053),
+        (Architecture("qwen3_moe", 4096), 0.00047),
+        (Architecture("llama", 64), 0.0014),  # as of 512
+        (None, 5e-4),
+    ],
+)
+def test_the_rate_of_a_models_width_is_tinker_cookbooks(architecture: Architecture | None, rate: float) -> None:
+    assert default_rate(architecture) == rate

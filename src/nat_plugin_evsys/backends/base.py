@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -33,6 +34,14 @@ T_co = TypeVar("T_co", covariant=True)
 
 TokenCallback = Callable[[int, list[int], list[float]], None]
 """``(sample index, new token ids, their logprobs)``, called from the sampler's thread as tokens arrive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a good learning rate depends on: the base model's ``model_type``, and its width (``hidden_size``)."""
+
+    model_type: str
+    hidden_size: int
 
 
 class Submitted(Awaitable[T_co], Protocol[T_co]):
@@ -211,6 +220,10 @@ class Backend(Protocol):
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
+        ...
+
+    def get_architecture(self) -> Architecture | None:
+        """Of the base model; None where a service does not say. *Extension.*"""
         ...
 
     def get_image_reader(self) -> ReadsImages | str:

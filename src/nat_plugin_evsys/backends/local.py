@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
-from nat_plugin_evsys.backends.base import LossCallable, SamplingClient
+from nat_plugin_evsys.backends.base import Architecture, LossCallable, SamplingClient
 from nat_plugin_evsys.engine.checkpoint_loading import load_adapter, load_checkpoint, start_from
 from nat_plugin_evsys.engine.checkpoints import (
     Kind,
@@ -269,6 +269,11 @@ class LocalBackend:
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
         return self.base.tokenizer
+
+    def get_architecture(self) -> Architecture:
+        """See ``Backend``."""
+        config = self.base.model.config.get_text_config()
+        return Architecture(config.model_type, config.hidden_size)
 
     def get_image_reader(self) -> ReadsImages | str:
         """See ``Backend``."""

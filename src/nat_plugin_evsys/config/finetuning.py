@@ -15,6 +15,11 @@ from pydantic import Field, model_validator
 from nat_plugin_evsys.config.strict import StrictConfig
 from nat_plugin_evsys.runtime import defaults
 
+_BY_WIDTH = (
+    "If not set: this at a width (`hidden_size`) of 2,000, more for a narrower model, less for a wider one, as in "
+    "tinker-cookbook (see training.md)."
+)
+
 
 class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys_trajectory_builder"):
     """Runs the workflow on the dataset and turns the recorded calls into trajectories, one group per row."""
@@ -88,7 +93,7 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     dpo_batch_size: int = Field(
         default=8, ge=1, description="Preference pairs per optimizer step; `groups_per_step` is for rewarded groups."
     )
-    learning_rate: float = Field(default=defaults.LEARNING_RATE, gt=0, description="AdamW learning rate.")
+    learning_rate: float = Field(default=defaults.LEARNING_RATE, gt=0, description=f"AdamW learning rate. {_BY_WIDTH}")
     beta1: float = Field(default=defaults.BETA1, ge=0, lt=1, description="AdamW beta1.")
     beta2: float = Field(default=defaults.BETA2, ge=0, lt=1, description="AdamW beta2.")
     eps: float = Field(default=defaults.EPS, gt=0, description="AdamW epsilon.")
@@ -209,7 +214,7 @@ class WarmStartConfig(StrictConfig):
     epochs: int = Field(default=1, ge=1, description="Passes over the demonstrations.")
     batch_size: int = Field(default=8, ge=1, description="Demonstrations per optimizer step.")
     learning_rate: float = Field(
-        default=defaults.LEARNING_RATE, gt=0, description="AdamW learning rate; decays linearly to zero."
+        default=defaults.LEARNING_RATE, gt=0, description=f"AdamW learning rate; decays linearly to zero. {_BY_WIDTH}"
     )
     seed: int = Field(default=0, description="Seed for shuffling the demonstrations (and for sdft's samples).")
     candidates: int = Field(default=64, ge=1, description="`sdft`: tokens per position in the reverse KL.")

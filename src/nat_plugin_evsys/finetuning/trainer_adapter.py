@@ -28,6 +28,7 @@ from nat_plugin_evsys.rollouts.plain_episodes import RecordedRows, recorded_rows
 from nat_plugin_evsys.rollouts.preferences import has_preferences
 from nat_plugin_evsys.rollouts.roles import validate_episode_order
 from nat_plugin_evsys.rollouts.trajectories import CALLS_KEY, TrajectoryGroup
+from nat_plugin_evsys.training.learning_rate import default_rate
 
 if TYPE_CHECKING:
     import art
@@ -93,8 +94,12 @@ class EvsysTrainerAdapter(TrainerAdapter):
         await super().initialize(run_config)  # sets the run's reward over one of its own
         self.adapter_config.reward = reward or run_config.reward_function
         self._num_epochs = run_config.num_epochs
-        self._work = JobWork(self.config, self.policy, self._num_epochs)
         await self.policy.ensure_loaded()
+        if "learning_rate" not in self.config.model_fields_set:
+            rate = default_rate(self.policy.backend.get_architecture())
+            self.config = self.config.model_copy(update={"learning_rate": rate})
+            logger.info("trainer adapter: learning_rate is %g, the default for a model of this width", rate)
+        self._work = JobWork(self.config, self.policy, self._num_epochs)
         if not await self.is_healthy():
             raise ModelError(
                 f"the backend of policy `{self.config.policy}` was loaded but did not answer a request within "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
+from nat_plugin_evsys.training.learning_rate import default_rate
 from nat_plugin_evsys.training.sdft import SdftStep, build_lessons, train_sdft
 from nat_plugin_evsys.training.sft import SftStep, build_sft_datums, train_sft
 
@@ -81,6 +82,11 @@ async def _reset_optimizer(backend: Backend) -> None:
     await backend.delete_checkpoint(state)
 
 
+def _rate(config: WarmStartConfig, backend: Backend) -> float:
+    chosen = "learning_rate" in config.model_fields_set
+    return config.learning_rate if chosen else default_rate(backend.get_architecture())
+
+
 async def _sft(
     policy: Policy, config: WarmStartConfig, rows: list[dict[str, Any]], on_step: Callable[[SftStep], None]
 ) -> Sequence[SftStep]:
@@ -94,7 +100,7 @@ async def _sft(
         ),
         epochs=config.epochs,
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        learning_rate=_rate(config, policy.backend),
         seed=config.seed,
         on_step=on_step,
     )
@@ -111,7 +117,7 @@ async def _sdft(
         build_lessons(rows, lambda messages, tools: renderer.render([dict(message) for message in messages], tools)),
         epochs=config.epochs,
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
+        learning_rate=_rate(config, policy.backend),
         sampling=types.SamplingParams(max_tokens=policy.config.max_tokens),
         candidates=config.candidates,
         seed=config.seed,

@@ -1,14 +1,35 @@
-"""The learning rate of each optimizer step."""
+"""The learning rate where none is chosen, and that of each optimizer step."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.runtime import defaults
+
+if TYPE_CHECKING:
+    from nat_plugin_evsys.backends.base import Architecture
 
 Decay = Literal["constant", "linear", "cosine", "wsd"]
+
+
+_WIDTH, _LEAST_WIDTH = 2000, 512
+
+
+def default_rate(architecture: Architecture | None) -> float:
+    """The rate for LoRA where none is chosen: ``LEARNING_RATE (2000 / hidden_size) ** p``, to two digits.
+
+    p is 0.0775 for Qwen's models and 0.781 for others: ``get_lr`` of tinker-cookbook's ``hyperparam_utils``, which has
+    the first from Qwen's and the second from Llama's. Models narrower than 512 count as of 512, and one whose width is
+    not known as of 2,000.
+    """
+    if architecture is None:
+        return defaults.LEARNING_RATE
+    power = 0.0775 if architecture.model_type.startswith("qwen") else 0.781
+    width = max(architecture.hidden_size, _LEAST_WIDTH)
+    return float(f"{defaults.LEARNING_RATE * (_WIDTH / width) ** power:.2g}")
 
 
 @dataclass(frozen=True, slots=True)

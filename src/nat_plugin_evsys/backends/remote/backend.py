@@ -232,6 +232,9 @@ class TinkerBackend:
         """The Hugging Face tokenizer of the base model."""
         return self._tokenizer
 
+    def get_architecture(self) -> None:
+        """See ``Backend``."""
+
     def get_image_reader(self) -> ReadsImages | str:
         """See ``Backend``."""
         return "a Tinker service does not say how many tokens an image takes; leave the policy's base_url out"
