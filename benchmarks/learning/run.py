@@ -1,6 +1,7 @@
 """Curves of this engine beside TRL's and a plain loop's at equal rollouts: python benchmarks/learning/run.py [--small]
 
-``ours`` has the shipped defaults; ``constant`` has them with a learning rate that does not fall.
+``ours`` has the shipped defaults, at the rates that are compared and at the one that is the default for this model;
+``constant`` has them with a learning rate that does not fall.
 
 Each run is a process of its own, of one thread; what it gives is kept under ``results/`` and not run again. At the end
 the table and the plot of RESULTS.md are written from all that is there.
@@ -27,11 +28,14 @@ RESULTS = HERE / "results"
 SIDES = ("ours", "trl", "plain", "constant")
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 RATE = 5e-4
-SWEPT = ("helpdesk", "price_list")
+"""At which all sides and tasks are compared."""
+DEFAULT = 1.3e-3
+"""``default_rate`` of SmolLM2-135M."""
+SWEPT = ("helpdesk", "chain_sum")
 """Tasks on which the learning rates are compared."""
 
 SEEDS = (0, 1, 2)
-SMALL_EPOCHS = 2
+SMALL_EPOCHS, SMALL_TASKS = 2, ("helpdesk", "price_list")
 
 Case = tuple[str, str, float, int]
 """Side, task, learning rate, seed."""
@@ -43,8 +47,8 @@ def cases() -> list[Case]:
         (side, name, rate, seed)
         for seed in SEEDS
         for name in NAMES
-        for rate in (RATES if name in SWEPT else (RATE,))
-        for side in (SIDES if rate == RATE else SIDES[:2])
+        for rate in (*(RATES if name in SWEPT else (RATE,)), DEFAULT)
+        for side in {RATE: SIDES, DEFAULT: ("ours",)}.get(rate, SIDES[:2])
     ]
 
 
@@ -87,7 +91,7 @@ def main() -> None:
         return
     wanted = [case for case in cases() if case[1] in options.tasks and case[0] in options.sides]
     if options.small:
-        wanted = [case for case in wanted if case[0] != "constant" and case[1] in SWEPT and case[2:] == (RATE, 0)]
+        wanted = [case for case in wanted if case[0] != "constant" and case[1] in SMALL_TASKS and case[2:] == (RATE, 0)]
     started = time.monotonic()
     for case in wanted:
         if path_of(case, directory).exists() or time.monotonic() - started > options.minutes * 60:
