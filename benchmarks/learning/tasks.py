@@ -119,6 +119,9 @@ GYM_TASKS: dict[str, dict[str, Any]] = {
 }
 """reasoning-gym's generators and their settings. Of each the base model solves 9 % to 19 %."""
 
+EXACT = ("gcd",)
+"""Tasks where nothing but the right answer counts: reasoning-gym's scorer gives 0.5 for 12 where 1 or 2 is right."""
+
 NAMES = ("helpdesk", *GYM_TASKS, "price_list")
 
 
@@ -139,6 +142,7 @@ def gym(name: str) -> Task:
 
     def reward(row: Row, reply: str) -> float:
         numbers = re.findall(r"-?\d+", reply)
-        return float(dataset.score_answer(numbers[-1] if numbers else None, once[row["question"]]))
+        score = float(dataset.score_answer(numbers[-1] if numbers else None, once[row["question"]]))
+        return score if name not in EXACT else float(score == 1.0)
 
     return Task(name, "Reply with the answer alone.", 24, rows[:TRAIN], rows[TRAIN:], reward)
