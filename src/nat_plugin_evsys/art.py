@@ -103,7 +103,7 @@ class LocalBackend:
         """One training job on the groups; the next call samples from the new weights.
 
         Args:
-            learning_rate: default is the trainer's.
+            learning_rate: default is the trainer's, or that for the model's width.
             save_checkpoint: keep the weights and the optimizer's state; ``register`` goes on from the newest.
 
         Returns:
@@ -121,6 +121,7 @@ class LocalBackend:
         policy = self._policy(model)
         changes = {} if learning_rate is None else {"learning_rate": learning_rate}
         adapter = EvsysTrainerAdapter(self._trainer.model_copy(update=changes), policy)
+        adapter.choose_rate()
         rows = [
             [self._trajectory(policy, each, f"trajectory {at} of group {row}") for at, each in enumerate(group)]
             for row, group in enumerate(trajectory_groups)

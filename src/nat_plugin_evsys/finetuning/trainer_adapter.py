@@ -94,17 +94,22 @@ class EvsysTrainerAdapter(TrainerAdapter):
         await super().initialize(run_config)  # sets the run's reward over one of its own
         self.adapter_config.reward = reward or run_config.reward_function
         self._num_epochs = run_config.num_epochs
-        await self.policy.ensure_loaded()
-        if "learning_rate" not in self.config.model_fields_set:
-            rate = default_rate(self.policy.backend.get_architecture())
-            self.config = self.config.model_copy(update={"learning_rate": rate})
-            logger.info("trainer adapter: learning_rate is %g, the default for a model of this width", rate)
         self._work = JobWork(self.config, self.policy, self._num_epochs)
+        await self.policy.ensure_loaded()
+        self.choose_rate()
         if not await self.is_healthy():
             raise ModelError(
                 f"the backend of policy `{self.config.policy}` was loaded but did not answer a request within "
                 f"{self.health_timeout:g} s; see the log above for its error"
             )
+
+    def choose_rate(self) -> None:
+        """Take the learning rate for the width of the model, which is loaded, unless the user chose one."""
+        if "learning_rate" not in self.config.model_fields_set:
+            rate = default_rate(self.policy.backend.get_architecture())
+            self.config = self.config.model_copy(update={"learning_rate": rate})
+            self._work = JobWork(self.config, self.policy, self._num_epochs)
+            logger.info("trainer adapter: learning_rate is %g, the default for a model of this width", rate)
 
     def expect_stale_calls(self) -> None:
         """Calls may be older than the policy that trains on them: clip their ratios, unless the user chose a loss.
