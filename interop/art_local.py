@@ -39,7 +39,7 @@ async def main(base_model: str, directory: str, steps: int) -> None:
             art.TrajectoryGroup(rollout(model, question) for _ in range(GROUP_SIZE)) for question in QUESTIONS
         )
         rewards = [trajectory.reward for group in groups for trajectory in group]
-        result = await backend.train(model, groups, learning_rate=2e-2)
+        result = await backend.train(model, groups, learning_rate=1e-2)
         figures = {"step": result.step, "reward": sum(rewards) / len(rewards), "rollouts": len(rewards)}
         print(json.dumps({**figures, "ratio": result.metrics.get("ratio:mean")}), flush=True)
     print(json.dumps({"greedy": await greedy_logprobs(model, QUESTIONS[0])}), flush=True)
