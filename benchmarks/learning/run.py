@@ -1,6 +1,6 @@
 """Curves of this engine beside TRL's and a plain loop's at equal rollouts: python benchmarks/learning/run.py [--small]
 
-``ours`` has the shipped defaults, at the rates that are compared and at the one that is the default for this model;
+``ours`` has the shipped defaults, at the rates that are compared and at the one that tinker-cookbook gives this model;
 ``constant`` has them with a learning rate that does not fall.
 
 Each run is a process of its own, of one thread; what it gives is kept under ``results/`` and not run again. At the end
@@ -28,9 +28,9 @@ RESULTS = HERE / "results"
 SIDES = ("ours", "trl", "plain", "constant")
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 RATE = 5e-4
-"""At which all sides and tasks are compared."""
-DEFAULT = 1.3e-3
-"""``default_rate`` of SmolLM2-135M."""
+"""At which all sides and tasks are compared; the default."""
+COOKBOOK = 1.3e-3
+"""Of tinker-cookbook for a model of SmolLM2-135M's width."""
 SWEPT = ("helpdesk", "chain_sum")
 """Tasks on which the learning rates are compared."""
 
@@ -47,8 +47,8 @@ def cases() -> list[Case]:
         (side, name, rate, seed)
         for seed in SEEDS
         for name in NAMES
-        for rate in (*(RATES if name in SWEPT else (RATE,)), DEFAULT)
-        for side in {RATE: SIDES, DEFAULT: ("ours",)}.get(rate, SIDES[:2])
+        for rate in (*(RATES if name in SWEPT else (RATE,)), COOKBOOK)
+        for side in {RATE: SIDES, COOKBOOK: ("ours",)}.get(rate, SIDES[:2])
     ]
 
 

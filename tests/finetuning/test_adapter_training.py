@@ -17,10 +17,9 @@ from nat.data_models.finetuning import (
 )
 from tinker import types
 
+from nat_plugin_evsys.backends.base import Architecture
 from nat_plugin_evsys.errors import ConfigError, DataError, ShapedDistributionError
 from nat_plugin_evsys.rollouts.trajectories import calls_of
-from nat_plugin_evsys.runtime import defaults
-from nat_plugin_evsys.training.learning_rate import default_rate
 
 Fixture = Any
 
@@ -92,12 +91,14 @@ async def test_the_schedule_is_over_the_runs_epochs(policy: Fixture, make_adapte
 
 @pytest.mark.parametrize("chosen", [None, 2e-4])
 async def test_a_rate_that_is_not_set_is_that_of_the_models_width(
-    chosen: float | None, policy: Fixture, make_adapter: Fixture
+    chosen: float | None, policy: Fixture, make_adapter: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await policy.ensure_loaded()
+    assert policy.backend.get_architecture() == Architecture("qwen3", 32)
+    monkeypatch.setattr(policy.backend, "get_architecture", lambda: Architecture("llama", 4096))
     adapter = make_adapter(policy, lr_warmup=0, **({} if chosen is None else {"learning_rate": chosen}))
     await adapter.initialize(FinetuneConfig(num_epochs=4))
-    expected = chosen or default_rate(policy.backend.get_architecture())
-    assert expected != defaults.LEARNING_RATE
+    expected = chosen or 0.00029
     status = await adapter.wait_until_complete(await adapter.submit(await policy.collection(groups=2, size=4)))
     assert status.metadata["metrics"]["learning_rate"] == pytest.approx(expected)
 

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 from tinker import types
 
+from nat_plugin_evsys.backends.base import Architecture
 from nat_plugin_evsys.config import EvsysPolicyConfig, WarmStartConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.finetuning.warm_start import load_demonstrations, warm_start
 from nat_plugin_evsys.policy.policy import Policy
-from nat_plugin_evsys.runtime import defaults
-from nat_plugin_evsys.training.learning_rate import default_rate
 
 
 def demonstration(question: str, answer: str) -> dict:
@@ -57,10 +56,13 @@ async def test_warm_start_trains_and_publishes(algorithm: str, policy: Policy, d
     assert list(policy.backend.checkpoint_dir.rglob("warm-start*")) == []
 
 
-async def test_a_rate_that_is_not_set_is_that_of_the_models_width(policy: Policy, demonstrations: Path) -> None:
+async def test_a_rate_that_is_not_set_is_that_of_the_models_width(
+    policy: Policy, demonstrations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy.backend, "get_architecture", lambda: Architecture("llama", 4096))
     seen: list[Any] = []
     await warm_start(policy, WarmStartConfig(demonstrations=demonstrations), seen.append)
-    assert seen[0].learning_rate == default_rate(policy.backend.get_architecture()) != defaults.LEARNING_RATE
+    assert seen[0].learning_rate == 0.00029
 
 
 async def test_the_step_after_it_is_the_first_of_its_optimizer(policy: Policy, demonstrations: Path) -> None:

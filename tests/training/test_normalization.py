@@ -151,14 +151,13 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("architecture", "rate"),
     [
-        (Architecture("llama", 576), 0.0013),  # SmolLM2-135M
         (Architecture("llama", 2000), 5e-4),
         (Architecture("llama", 4096), 0.00029),
-        (Architecture("qwen3", 1024), 0.00053),
         (Architecture("qwen3_moe", 4096), 0.00047),
-        (Architecture("llama", 64), 0.0014),  # as of 512
+        (Architecture("llama", 576), 5e-4),  # SmolLM2-135M; more in the cookbook
+        (Architecture("qwen3", 1024), 5e-4),
         (None, 5e-4),
     ],
 )
-def test_the_rate_of_a_models_width_is_tinker_cookbooks(architecture: Architecture | None, rate: float) -> None:
+def test_the_rate_of_a_wide_model_is_tinker_cookbooks(architecture: Architecture | None, rate: float) -> None:
     assert default_rate(architecture) == rate

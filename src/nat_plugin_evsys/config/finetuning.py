@@ -16,8 +16,7 @@ from nat_plugin_evsys.config.strict import StrictConfig
 from nat_plugin_evsys.runtime import defaults
 
 _BY_WIDTH = (
-    "If not set: this at a width (`hidden_size`) of 2,000, more for a narrower model, less for a wider one, as in "
-    "tinker-cookbook (see training.md)."
+    "If not set: less for a model that is wider (`hidden_size`) than 2,000, as in tinker-cookbook (see training.md)."
 )
 
 

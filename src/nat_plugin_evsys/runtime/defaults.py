@@ -29,8 +29,8 @@ DETERMINISTIC_TOKENS = 4096
 """Tokens that a deterministic step computes together: how much memory is free must not matter."""
 
 LEARNING_RATE = 5e-4
-"""Of the NAT trainer, for a model of width 2,000: ten times the 5e-5 of full finetuning. ``training.learning_rate`` has
-the rates of other widths (0.00047 for Qwen3-8B, 0.00029 for Llama 8B, 0.0013 for SmolLM2-135M)."""
+"""Of the NAT trainer, for a model of width 2,000 or less: ten times the 5e-5 of full finetuning.
+``training.learning_rate`` has the rates of wider ones (0.00047 for Qwen3-8B, 0.00029 for Llama 8B)."""
 
 BETA1 = 0.9
 BETA2 = 0.95

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 Decay = Literal["constant", "linear", "cosine", "wsd"]
 
 
-_WIDTH, _LEAST_WIDTH = 2000, 512
+_WIDTH = 2000
 
 
 def default_rate(architecture: Architecture | None) -> float:
-    """The rate for LoRA where none is chosen: ``LEARNING_RATE (2000 / hidden_size) ** p``, to two digits.
+    """The rate for LoRA where none is chosen: ``LEARNING_RATE min(1, (2000 / hidden_size) ** p)``, to two digits.
 
     p is 0.0775 for Qwen's models and 0.781 for others: ``get_lr`` of tinker-cookbook's ``hyperparam_utils``, which has
-    the first from Qwen's and the second from Llama's. Models narrower than 512 count as of 512, and one whose width is
-    not known as of 2,000.
+    the first from Qwen's and the second from Llama's, and gives narrow models more; LOG.md has why they get no more
+    here. A model whose width is not known counts as of 2,000.
     """
     if architecture is None:
         return defaults.LEARNING_RATE
     power = 0.0775 if architecture.model_type.startswith("qwen") else 0.781
-    width = max(architecture.hidden_size, _LEAST_WIDTH)
-    return float(f"{defaults.LEARNING_RATE * (_WIDTH / width) ** power:.2g}")
+    factor = min(1.0, (_WIDTH / architecture.hidden_size) ** power)
+    return float(f"{defaults.LEARNING_RATE * factor:.2g}")
 
 
 @dataclass(frozen=True, slots=True)
