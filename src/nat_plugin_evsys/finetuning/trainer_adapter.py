@@ -105,11 +105,8 @@ class EvsysTrainerAdapter(TrainerAdapter):
 
     def choose_rate(self) -> None:
         """Take the learning rate for the width of the model, which is loaded, unless the user chose one."""
-        if "learning_rate" not in self.config.model_fields_set:
-            rate = default_rate(self.policy.backend.get_architecture())
-            self.config = self.config.model_copy(update={"learning_rate": rate})
-            self._work = JobWork(self.config, self.policy, self._num_epochs)
-            logger.info("trainer adapter: learning_rate is %g, the default for a model of this width", rate)
+        rate = default_rate(self.policy.backend.get_architecture())
+        self._prefer("learning_rate", rate, "the default for a model of this width")
 
     def expect_stale_calls(self) -> None:
         """Calls may be older than the policy that trains on them: clip their ratios, unless the user chose a loss.
@@ -126,10 +123,13 @@ class EvsysTrainerAdapter(TrainerAdapter):
 
     def prefer_loss(self, loss_fn: Literal["ppo", "cross_entropy"], why: str) -> None:
         """Use this loss, unless the user chose one."""
-        if "loss_fn" not in self.config.model_fields_set:
-            self.config = self.config.model_copy(update={"loss_fn": loss_fn})
+        self._prefer("loss_fn", loss_fn, f"because {why}")
+
+    def _prefer(self, setting: str, value: Any, why: str) -> None:
+        if setting not in self.config.model_fields_set:
+            self.config = self.config.model_copy(update={setting: value})
             self._work = JobWork(self.config, self.policy, self._num_epochs)
-            logger.info("trainer adapter: loss_fn is %s, because %s", loss_fn, why)
+            logger.info("trainer adapter: %s is %s, %s", setting, value, why)
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate of all later jobs by ``factor``; this replaces any earlier factor."""

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 Decay = Literal["constant", "linear", "cosine", "wsd"]
 
-
 _WIDTH = 2000
 
 
