@@ -1,8 +1,5 @@
 """Curves of this engine beside TRL's and a plain loop's at equal rollouts: python benchmarks/learning/run.py [--small]
 
-``ours`` has the shipped defaults, at the rates that are compared and at the one that tinker-cookbook gives this model;
-``constant`` has them with a learning rate that does not fall.
-
 Each run is a process of its own, of one thread; what it gives is kept under ``results/`` and not run again. At the end
 the table and the plot of RESULTS.md are written from all that is there.
 """
@@ -17,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 from curve import EPOCHS, Curve
@@ -25,12 +21,10 @@ from tasks import NAMES, task
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SIDES = ("ours", "trl", "plain", "constant")
+SIDES = ("ours", "trl", "plain")
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 RATE = 5e-4
 """At which all sides and tasks are compared; the default."""
-COOKBOOK = 1.3e-3
-"""Of tinker-cookbook for a model of SmolLM2-135M's width."""
 SWEPT = ("helpdesk", "chain_sum")
 """Tasks on which the learning rates are compared."""
 
@@ -47,8 +41,8 @@ def cases() -> list[Case]:
         (side, name, rate, seed)
         for seed in SEEDS
         for name in NAMES
-        for rate in (*(RATES if name in SWEPT else (RATE,)), COOKBOOK)
-        for side in {RATE: SIDES, COOKBOOK: ("ours",)}.get(rate, SIDES[:2])
+        for rate in (RATES if name in SWEPT else (RATE,))
+        for side in (SIDES if rate == RATE else SIDES[:2])
     ]
 
 
@@ -65,8 +59,7 @@ def run(case: Case, epochs: int, directory: Path) -> None:
     import trl_side
 
     side, name, rate, seed = case
-    constant = partial(ours.run, lr_schedule="constant")
-    runner = {"ours": ours.run, "trl": trl_side.run, "plain": plain_loop.run, "constant": constant}[side]
+    runner = {"ours": ours.run, "trl": trl_side.run, "plain": plain_loop.run}[side]
     with tempfile.TemporaryDirectory() as work:
         points = runner(task(name), rate, seed, Path(work), epochs)
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,7 +84,7 @@ def main() -> None:
         return
     wanted = [case for case in cases() if case[1] in options.tasks and case[0] in options.sides]
     if options.small:
-        wanted = [case for case in wanted if case[0] != "constant" and case[1] in SMALL_TASKS and case[2:] == (RATE, 0)]
+        wanted = [case for case in wanted if case[1] in SMALL_TASKS and case[2:] == (RATE, 0)]
     started = time.monotonic()
     for case in wanted:
         if path_of(case, directory).exists() or time.monotonic() - started > options.minutes * 60:

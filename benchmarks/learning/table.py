@@ -11,7 +11,7 @@ from pathlib import Path
 from curve import Curve
 from matplotlib.figure import Figure
 
-COLOURS = {"ours": "#2f6fba", "trl": "#d1690e", "plain": "#7a7a7a", "constant": "#9dc3ea"}
+COLOURS = {"ours": "#2f6fba", "trl": "#d1690e", "plain": "#7a7a7a"}
 COLUMNS = 4
 
 Group = tuple[str, str, float]
@@ -28,7 +28,7 @@ def write(curves: Sequence[Curve], directory: Path) -> None:
         "",
         "Mean over seeds ± standard error. `area`: mean held-out reward over the run. `collapsed`: runs that kept less",
         "than half of their best gain. `stuck`: runs that stopped trying, with one answer to all rows, below 0.9.",
-        "`cpu s`: processor time of a whole run of one thread. `constant`: ours with `lr_schedule: constant`.",
+        "`cpu s`: processor time of a whole run of one thread.",
         "",
         "| task | rate | side | seeds | before | area | last | collapsed | stuck | cpu s |",
         "|---|---|---|---|---|---|---|---|---|---|",
