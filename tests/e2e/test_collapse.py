@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from nat_process import ROOT, Finished, json_lines, newest_run, run_nat
+from wandb_file import exit_code, finished_file, history
 
 TRAIN = ROOT / "examples" / "helpdesk" / "data" / "train.json"
+WANDB = importlib.util.find_spec("wandb") is not None
 RUINOUS = 3.0
 """A learning rate of which a single step leaves nothing of any policy."""
 
@@ -36,12 +40,20 @@ def finetune(tmp_path: Path, make_config: Callable[..., Path]) -> Callable[..., 
                 "validation_interval": 1,
                 "on_collapse": on_collapse,
                 "resume": resume,
+                "trackers": ["wandb"] if WANDB else [],
             }
 
         config = make_config("tiny", change)
-        return run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", str(epochs))
+        command = ["finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", str(epochs)]
+        return run_nat(*command, WANDB_MODE="offline")
 
     return finetune
+
+
+def wandb_file(run: Path) -> Path:
+    """Of the run's newest process."""
+    where = json.loads((run / "summary.json").read_text())["trackers"]["wandb"]["where"]
+    return finished_file(Path(shlex.split(where)[-1]))
 
 
 def epochs_of(run: Path) -> list[dict[str, Any]]:
@@ -64,6 +76,8 @@ def test_stop_ends_the_run_with_an_error_that_names_the_best_checkpoint(
     assert any(finding["collapse"] for finding in second["findings"])
     assert json.loads((run / "summary.json").read_text())["epochs"] == 2
     assert json.loads((run / "state.json").read_text())["status"] == "failed"
+    if WANDB:
+        assert exit_code(wandb_file(run)) == 1
 
 
 def test_reload_best_goes_on_from_the_best_checkpoint_at_half_the_rate_also_after_a_resume(
@@ -86,3 +100,6 @@ def test_reload_best_goes_on_from_the_best_checkpoint_at_half_the_rate_also_afte
     rates = [row["job"]["metrics"]["learning_rate"] for row in rows if row["trained"]]
     assert rates[0] == pytest.approx(RUINOUS)
     assert rates[-1] == pytest.approx(RUINOUS / 2)
+    if WANDB:  # the step of the resumed part comes after those before the reload
+        steps = [row["optimizer_step"] for row in history(wandb_file(run)) if "step/loss_sum" in row]
+        assert steps == [sum(row["job"]["metrics"]["steps"] for row in rows if row["trained"])]

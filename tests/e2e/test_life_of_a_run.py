@@ -36,8 +36,13 @@ def finished_epochs(run: Path) -> int:
 
 
 def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callable[..., Path]) -> None:
-    config = make_config("tiny", lambda settings: small(settings, tmp_path))
-    arguments = ("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", "4")
+    def change(settings: dict[str, Any]) -> None:
+        small(settings, tmp_path)
+        settings["trainers"]["trainer"]["validation_interval"] = 3  # overridden by what is typed
+
+    config = make_config("tiny", change)
+    arguments = ("finetune", "--config_file", str(config), "--validation_interval", "1")
+    arguments += ("-o", "finetuning.num_epochs", "4")
     process = start_nat(*arguments, log=tmp_path / "first.log")
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:

@@ -66,6 +66,10 @@ def estimator_without_weight(config: Config, tmp_path: Path) -> None:
     config["trainer_adapters"]["adapter"]["kl_estimator"] = "k3"
 
 
+def reward_of_its_own(config: Config, tmp_path: Path) -> None:
+    config["trajectory_builders"]["builder"]["reward"] = {"name": "right_team"}
+
+
 def targeted_functions(config: Config, tmp_path: Path) -> None:
     config["finetuning"]["target_functions"] = ["planner"]
 
@@ -79,6 +83,7 @@ def filter_that_leaves_nothing(config: Config, tmp_path: Path) -> None:
 
 
 CASES = [
+    (reward_of_its_own, ["reward `right_team` has no effect here", "set finetuning.reward_function"]),
     (targeted_functions, ["finetuning.target_functions has `planner`", "the workflow has ['<workflow>']"]),
     (targeted_model, ["finetuning.target_model is `judge`", "name the policy"]),
     (filter_that_leaves_nothing, ["filter leaves none of its", "change its allowlist"]),

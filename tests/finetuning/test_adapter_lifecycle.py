@@ -197,6 +197,18 @@ async def test_two_submits_of_one_run_are_two_jobs(policy: Fixture, make_adapter
     assert policy.backend.step == 2
 
 
+async def test_a_job_that_cannot_be_recorded_is_not_begun(policy: Fixture, make_adapter: Fixture) -> None:
+    adapter = make_adapter(policy)
+    collection = await policy.collection()
+    adapter.run_dir.parent.mkdir(exist_ok=True)
+    adapter.run_dir.write_text("no directory")
+    with pytest.raises(OSError):
+        await adapter.submit(collection)
+    await adapter.close()
+    assert policy.backend.step == 0
+    assert [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("training-job")] == []
+
+
 async def test_unknown_jobs_are_named_with_what_is_known(policy: Fixture, make_adapter: Fixture) -> None:
     adapter = make_adapter(policy)
     ref = await adapter.submit(await policy.collection())

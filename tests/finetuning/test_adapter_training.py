@@ -103,6 +103,15 @@ async def test_a_rate_that_is_not_set_is_that_of_the_models_width(
     assert status.metadata["metrics"]["learning_rate"] == pytest.approx(expected)
 
 
+async def test_a_loss_that_is_preferred_is_refused_with_settings_that_it_has_no_use_for(
+    policy: Fixture, make_adapter: Fixture
+) -> None:
+    adapter = make_adapter(policy, kl_beta=0.1)
+    with pytest.raises(ConfigError, match="loss_fn is cross_entropy, because .* kl_beta would have no effect"):
+        adapter.prefer_loss("cross_entropy", "the traces' best replies are learned")
+    assert adapter.config.loss_fn == "importance_sampling"
+
+
 async def test_every_trained_id_was_served(policy: Fixture, make_adapter: Fixture, tmp_path: Path) -> None:
     collection = await policy.collection(groups=2, size=4, turns=3)
     adapter = make_adapter(policy, save_datums=True, passes=2)

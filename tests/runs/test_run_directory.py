@@ -262,6 +262,16 @@ def test_prune_keeps_last_best_and_the_newest_others(tmp_path: Path) -> None:
     assert run.prune(2) == []
 
 
+def test_what_a_run_began_with_is_the_best_only_if_something_trained_was_measured_too(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path)
+    run.record_checkpoint("epoch-0", 0, 0.5, trained=False)
+    assert run.state.best_epoch == 0
+    run.record_checkpoint("epoch-1", 1, None)
+    assert run.state.best_epoch is None
+    run.record_checkpoint("epoch-1", 1, 0.4)
+    assert run.state.best_epoch == 0
+
+
 def test_prune_deletes_nothing_outside_of_the_run(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "runs")
     outside = tmp_path / "mine"

@@ -12,7 +12,7 @@ from nat.data_models.finetuning import (
 )
 from pydantic import Field, model_validator
 
-from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.config.strict import RunRewardedConfig, StrictConfig
 from nat_plugin_evsys.runtime import defaults
 
 _BY_WIDTH = (
@@ -20,7 +20,7 @@ _BY_WIDTH = (
 )
 
 
-class EvsysTrajectoryBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys_trajectory_builder"):
+class EvsysTrajectoryBuilderConfig(RunRewardedConfig, TrajectoryBuilderConfig, name="evsys_trajectory_builder"):
     """Runs the workflow on the dataset and turns the recorded calls into trajectories, one group per row."""
 
     num_generations: int = Field(default=8, ge=1, description="Attempts at each dataset row (the group size).")
@@ -161,7 +161,9 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     passes: int = Field(default=1, ge=1, description="Passes over an epoch's trajectories (or preference pairs).")
     shuffle_seed: int = Field(default=0, description="Seed for shuffling the groups or pairs.")
     save_datums: bool = Field(
-        default=False, description="Write every trained Datum (token ids, logprobs, advantages) to the run directory."
+        default=False,
+        description="Write every trained Datum (token ids, logprobs, advantages) to the run directory: as the rollouts "
+        "give it, before `recompute_logprobs`, `kl_beta` and `normalization` change its logprobs and advantages.",
     )
     merge_calls: bool = Field(
         default=True,
@@ -219,7 +221,7 @@ class WarmStartConfig(StrictConfig):
     candidates: int = Field(default=64, ge=1, description="`sdft`: tokens per position in the reverse KL.")
 
 
-class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
+class EvsysTrainerConfig(RunRewardedConfig, TrainerConfig, name="evsys_trainer"):
     """Runs the epochs: warm start, rollouts, training, validation, checkpoints, resume and the reports."""
 
     validation_dataset: Path | dict[str, Any] | None = Field(
@@ -229,7 +231,9 @@ class EvsysTrainerConfig(StrictConfig, TrainerConfig, name="evsys_trainer"):
         "`file_path`, …). `--validation_dataset` overrides it.",
     )
     validation_interval: int | None = Field(
-        default=None, ge=1, description="Validate every N epochs; default `--validation_interval` (5)."
+        default=None,
+        ge=1,
+        description="Validate every N epochs; default 5. `--validation_interval` on the command line overrides it.",
     )
     score_training_rows: bool = Field(
         default=True,

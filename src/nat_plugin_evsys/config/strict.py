@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from nat.data_models.finetuning import RewardFunctionConfig
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StrictConfig(BaseModel):
@@ -25,6 +26,23 @@ class StrictConfig(BaseModel):
             kind = data.get("_type") or getattr(cls, "_typed_model_name", None) or cls.__name__
             raise ValueError(f"{kind} has no setting {', '.join(hints)}; it has: {', '.join(sorted(known))}")
         return data
+
+
+class RunRewardedConfig(StrictConfig):
+    """A section over whose ``reward`` NAT writes the run's."""
+
+    reward: RewardFunctionConfig | None = Field(
+        default=None, description="NAT sets it to `finetuning.reward_function`; here it is refused."
+    )
+
+    @model_validator(mode="after")
+    def _reward_is_the_runs(self) -> Self:
+        if self.reward is not None:
+            raise ValueError(
+                f"reward `{self.reward.name}` has no effect here; set finetuning.reward_function, or the reward of a "
+                "trainer adapter, whose policy then has its own"
+            )
+        return self
 
 
 def _hint(name: str, known: set[str]) -> str:

@@ -6,10 +6,10 @@ from typing import Literal
 from nat.data_models.finetuning import TrajectoryBuilderConfig
 from pydantic import Field, model_validator
 
-from nat_plugin_evsys.config.strict import StrictConfig
+from nat_plugin_evsys.config.strict import RunRewardedConfig
 
 
-class EvsysTraceBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys_trace_builder"):
+class EvsysTraceBuilderConfig(RunRewardedConfig, TrajectoryBuilderConfig, name="evsys_trace_builder"):
     """Reads trajectories that NAT's exporters wrote, in place of rollouts. Rewards come from the evaluator that
     `finetuning.reward_function` names, or from a feedback in the records."""
 

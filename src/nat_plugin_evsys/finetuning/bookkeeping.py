@@ -182,9 +182,11 @@ class RunBooks:
             self._tally.calls += number
             self._tally.drop(reason, number)
 
-    def reward_of_last_checkpoint(self, reward: float) -> None:
-        """Without held-out data a checkpoint's reward is that of the rollouts which its policy made."""
-        record = self.state.last_checkpoint()
+    def reward_of_checkpoint(self, epoch: int, reward: float) -> None:
+        """Without held-out data the reward of a checkpoint, if it is still there, is that of the rollouts which its
+        policy made. The last one has none: what its policy earns when it is measured greedily is another figure.
+        """
+        record = next((record for record in self.state.checkpoints if record.epoch == epoch), None)
         if record is not None:
             self.run_dir.record_checkpoint(
                 record.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,20 +49,23 @@ class JobQueue:
         run_dir: Path | None,
         save_datums: bool,
     ) -> TrainingJob:
-        """Start a job and record it in the ledger of ``run_dir``.
+        """Record a job in the ledger of ``run_dir`` and start it.
 
         Raises:
             ConfigError: ``save_datums`` without a run directory.
+            OSError: the ledger cannot be written; nothing was started.
         """
         if save_datums and run_dir is None:
             raise ConfigError("save_datums is set, but the adapter has no run_dir to write to; set adapter.run_dir")
         ledger = JobLedger(run_dir) if run_dir is not None else None
-        job = TrainingJob(run_id, work, self._turn, epoch=epoch, on_end=lambda job: _record_end(ledger, job))
+        job_id = uuid.uuid4().hex
         if save_datums and run_dir is not None:
-            work.datum_log = run_dir / f"datums-{job.job_id}.jsonl"
+            work.datum_log = run_dir / f"datums-{job_id}.jsonl"
         if ledger is not None:
-            ledger.submitted(job.job_id, run_id, epoch=epoch, **sizes)
-        self._jobs[job.job_id] = job
+            ledger.submitted(job_id, run_id, epoch=epoch, **sizes)
+        self._jobs[job_id] = job = TrainingJob(
+            run_id, work, self._turn, job_id=job_id, epoch=epoch, on_end=lambda job: _record_end(ledger, job)
+        )
         self._forget()
         return job
 

@@ -94,9 +94,17 @@ class Learner:
     def resume(self) -> None:
         """Continue where the committed state is; its weights have been loaded."""
         self.curriculum.load_state(self.books.state.curriculum)
-        rows = self.books.metrics.rows()
-        self.adapter.scale_rate(rate_after(rows))
-        self.adapter.resume_after([row["job"] for row in rows if row["event"] == EPOCH and row.get("job")])
+        self.adapter.scale_rate(rate_after(self.books.metrics.rows()))
+        self.adapter.resume_after(self._jobs())
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps of the run's finished epochs; the policy's version falls when a checkpoint is loaded."""
+        return sum(int((job.get("metrics") or {}).get("steps", 0)) for job in self._jobs())
+
+    def _jobs(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl has of the jobs of the finished epochs."""
+        return [row["job"] for row in self.books.metrics.rows() if row["event"] == EPOCH and row.get("job")]
 
     # -- an epoch, counted from 0 -------------------------------------------------------------------------------------
 

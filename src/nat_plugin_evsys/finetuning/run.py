@@ -96,7 +96,7 @@ class RunSession:
                     collapsed = await self._epoch(epoch, num_epochs)
                     if collapsed is not None and self._trainer.config.on_collapse == "stop":
                         learner, finding = collapsed
-                        await self._finish()
+                        await self._finish("failed")
                         raise stopped(finding, learner.books.state)
                 summary = await self._finish()
         except asyncio.CancelledError:
@@ -181,8 +181,9 @@ class RunSession:
         rolled_out = time.monotonic() - started
         rows = [await self._train(learner, ref, epoch, rolled_out) for learner in self._learners]
         if self._inputs.validation_dataset is None:
+            sampled_by = max(epoch - 1, 0) if self._trainer.config.overlap_rollouts else epoch
             for learner, row in zip(self._learners, rows, strict=True):
-                learner.books.reward_of_last_checkpoint(row["reward_mean"])
+                learner.books.reward_of_checkpoint(sampled_by, row["reward_mean"])
         rewards: list[float | None] = [None for _ in self._learners]
         if validated := self._inputs.is_validation_due(epoch + 1, num_epochs):
             rewards = await self._scoring.heldout(epoch + 1)
@@ -251,7 +252,7 @@ class RunSession:
         """
         adapter = learner.adapter
         done = asyncio.ensure_future(adapter.wait_until_complete(ref, poll_interval=60.0))
-        steps_before = learner.policy.version
+        steps_before = learner.steps_taken
         tracked = 0
         try:
             while not (await asyncio.wait({done}, timeout=_STATUS_INTERVAL))[0]:
@@ -274,8 +275,11 @@ class RunSession:
             learner.tracking.step(number, metrics)
         return len(by_step)
 
-    async def _finish(self) -> RunSummary:
+    async def _finish(self, ending: Literal["finished", "failed"] = "finished") -> RunSummary:
         """Measure the last policies, write the summaries, and print them when the process ends.
+
+        Args:
+            ending: what the trackers are told; a run that trained on nothing has always failed.
 
         Returns:
             The first policy's.
@@ -286,11 +290,9 @@ class RunSession:
         rewards = await self._scoring.training_rows(self._books.state.epochs_done)
         for learner, reward in zip(self._learners, rewards, strict=True):
             learner.books.state.train_reward_after = reward
-            if self._inputs.validation_dataset is None and reward is not None:
-                learner.books.reward_of_last_checkpoint(reward)
         self._count_stray_calls()
         has_trained = all(learner.books.has_trained for learner in self._learners)
-        await asyncio.to_thread(self._own.tracking.close, "finished" if has_trained else "failed")
+        await asyncio.to_thread(self._own.tracking.close, ending if has_trained else "failed")
         command = serve_command({learner.name: learner.policy.config.checkpoint for learner in self._learners})
         trackers = self._own.tracking.counts()
         several = len(self._learners) > 1

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+from click.core import ParameterSource
+
 from nat_plugin_evsys.config import EvsysTraceBuilderConfig, EvsysTrainerConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of, sha256_of
@@ -16,7 +19,7 @@ from nat_plugin_evsys.finetuning.warm_start import load_demonstrations
 if TYPE_CHECKING:
     from nat.data_models.config import Config, GeneralConfig
     from nat.data_models.dataset_handler import EvalDatasetBaseConfig
-    from nat.data_models.finetuning import FinetuneConfig
+    from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class RunInputs:
         validation_dataset: held-out rows; `--validation_dataset` overrides the trainer's setting.
         validation_config: of `--validation_config_file`, or None for the run's own.
         scores_training_rows: whether the training rows are scored before the first epoch and after the last.
-        validation_interval: epochs between two validations.
+        validation_interval: epochs between two validations; `--validation_interval` overrides the trainer's setting.
         general: NAT's ``general`` section.
         demonstrations: those of the warm start; empty without one.
         dump: the configuration in JSON's types, with what the command line adds and what is in the files of rows.
@@ -75,7 +78,7 @@ class RunInputs:
             validation_dataset=validation,
             validation_config=validation_config,
             scores_training_rows=trainer.score_training_rows,
-            validation_interval=trainer.validation_interval or (run.validation_interval if run else 5),
+            validation_interval=_validation_interval(run, trainer),
             general=config.general,
             demonstrations=[] if start is None else load_demonstrations(start.demonstrations),
             dump=_dump(config, finetuning, validation),
@@ -91,6 +94,14 @@ class RunInputs:
         """True after every ``validation_interval`` epochs and after the last, where there are held-out rows."""
         due = epochs_done % self.validation_interval == 0 or epochs_done == num_epochs
         return self.validation_dataset is not None and due
+
+
+def _validation_interval(run: FinetuneRunConfig | None, trainer: EvsysTrainerConfig) -> int:
+    """`--validation_interval` where it was typed, else the trainer's, else NAT's default."""
+    command = click.get_current_context(silent=True)
+    typed = command is not None and command.get_parameter_source("validation_interval") is ParameterSource.COMMANDLINE
+    default = 5 if run is None else run.validation_interval
+    return default if typed else trainer.validation_interval or default
 
 
 def _validation_config(finetuning: FinetuneConfig, policies: list[TrainedPolicy]) -> Config | None:

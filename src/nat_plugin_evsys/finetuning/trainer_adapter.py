@@ -17,6 +17,7 @@ from nat.data_models.finetuning import (
     TrajectoryCollection,
 )
 from nat.finetuning.interfaces.trainer_adapter import TrainerAdapter
+from pydantic import ValidationError
 
 from nat_plugin_evsys.calls import CallFate, CallKey, DropReason
 from nat_plugin_evsys.config import EvsysTrainerAdapterConfig
@@ -122,14 +123,24 @@ class EvsysTrainerAdapter(TrainerAdapter):
         self.prefer_loss("ppo", "what is trained on is older than the policy")
 
     def prefer_loss(self, loss_fn: Literal["ppo", "cross_entropy"], why: str) -> None:
-        """Use this loss, unless the user chose one."""
+        """Use this loss, unless the user chose one.
+
+        Raises:
+            ConfigError: the user chose settings that do not go with it.
+        """
         self._prefer("loss_fn", loss_fn, f"because {why}")
 
     def _prefer(self, setting: str, value: Any, why: str) -> None:
-        if setting not in self.config.model_fields_set:
-            self.config = self.config.model_copy(update={setting: value})
-            self._work = JobWork(self.config, self.policy, self._num_epochs)
-            logger.info("trainer adapter: %s is %s, %s", setting, value, why)
+        if setting in self.config.model_fields_set:
+            return
+        chosen = self.config.model_dump(exclude_unset=True)
+        try:
+            self.config = type(self.config).model_validate({**chosen, setting: value})
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{setting} is {value}, {why}, and {reason}") from None
+        self._work = JobWork(self.config, self.policy, self._num_epochs)
+        logger.info("trainer adapter: %s is %s, %s", setting, value, why)
 
     def scale_rate(self, factor: float) -> None:
         """Multiply the learning rate of all later jobs by ``factor``; this replaces any earlier factor."""

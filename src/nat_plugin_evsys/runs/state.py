@@ -112,6 +112,8 @@ class RunState:
         return max(self.checkpoints, key=lambda record: record.epoch, default=None)
 
     def best_checkpoint(self) -> CheckpointRecord | None:
-        """The saved epoch with the highest reward; the earliest of equals."""
+        """The saved epoch with the highest reward, the earliest of equals; None if all that was trained has none."""
         measured = [record for record in self.checkpoints if record.reward is not None]
+        if self.has_trained and not any(record.trained for record in measured):
+            return None
         return max(measured, key=lambda record: (record.reward, -record.epoch), default=None)

@@ -46,6 +46,7 @@ class TrainingJob:
         run_id: NAT's run id; several jobs may share it.
         work: what to do.
         turn: held while the work runs, so that jobs run one after another in the order of their creation.
+        job_id: unique; default: a new one.
         epoch: for the record.
         on_end: called once with the ended job, before waiters wake.
     """
@@ -56,10 +57,11 @@ class TrainingJob:
         work: Work,
         turn: asyncio.Lock,
         *,
+        job_id: str | None = None,
         epoch: int | None = None,
         on_end: Callable[[TrainingJob], None] | None = None,
     ) -> None:
-        self.job_id = uuid.uuid4().hex
+        self.job_id = job_id or uuid.uuid4().hex
         self.run_id = run_id
         self.epoch = epoch
         self.state = TrainingStatusEnum.PENDING

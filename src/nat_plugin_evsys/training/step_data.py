@@ -98,7 +98,10 @@ class StepData:
         ]
 
     async def kl_to_sampler(self, batch: Sequence[DatumSet]) -> float:
-        """How far the present policy is from the one that sampled ``batch``, as ``kl_v2:mean``; one forward pass."""
+        """How far the present policy is from the one that sampled ``batch``; one forward pass.
+
+        It is ``kl_v2:mean``, with the tokens whose advantage is 0.
+        """
         data, origins = _together(batch)
         sampler = [datum.loss_fn_inputs["logprobs"] for datum in data]
         return mean_square_gap(sampler, await self._learner(data), origins) / 2
