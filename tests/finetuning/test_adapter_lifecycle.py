@@ -202,7 +202,7 @@ async def test_a_job_that_cannot_be_recorded_is_not_begun(policy: Fixture, make_
     collection = await policy.collection()
     adapter.run_dir.parent.mkdir(exist_ok=True)
     adapter.run_dir.write_text("no directory")
-    with pytest.raises(OSError):
+    with pytest.raises(FileExistsError):
         await adapter.submit(collection)
     await adapter.close()
     assert policy.backend.step == 0

@@ -107,7 +107,7 @@ async def test_a_loss_that_is_preferred_is_refused_with_settings_that_it_has_no_
     policy: Fixture, make_adapter: Fixture
 ) -> None:
     adapter = make_adapter(policy, kl_beta=0.1)
-    with pytest.raises(ConfigError, match="loss_fn is cross_entropy, because .* kl_beta would have no effect"):
+    with pytest.raises(ConfigError, match=r"loss_fn is cross_entropy, because .* kl_beta would have no effect"):
         adapter.prefer_loss("cross_entropy", "the traces' best replies are learned")
     assert adapter.config.loss_fn == "importance_sampling"
 
