@@ -75,8 +75,8 @@ def export_command(
 ) -> None:
     """Write the policy of RUN (a name, a path, `latest`, or the path of a checkpoint) for other programs.
 
-    What is written is loaded back and compared before it is kept. `--adapter` needs `nat_plugin_evsys[peft]` for that. A
-    policy that was trained with `base_url` is downloaded first: docs/models.md has the command.
+    What is written is loaded back and compared before it is kept. `--adapter` needs `nat_plugin_evsys[peft]` for that.
+    A policy that was trained with `base_url` is downloaded first: docs/models.md has the command.
     """
     require_address_space()
     from nat_plugin_evsys.engine.checkpoint_loading import load_adapter
@@ -110,7 +110,7 @@ def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
     where = found.locate(record.adapter)
     if isinstance(where, str):
         raise CheckpointError(
-            f"run {found.path} keeps its weights on a service; with its TINKER_BASE_URL and TINKER_API_KEY set, `tinker "
-            f"checkpoint download {record.training_state or where}` makes a directory: export that"
+            f"run {found.path} keeps its weights on a service; with its TINKER_BASE_URL and TINKER_API_KEY set, "
+            f"`tinker checkpoint download {record.training_state or where}` makes a directory: export that"
         )
     return where
