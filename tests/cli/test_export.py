@@ -17,6 +17,7 @@ from nat_plugin_evsys.cli.runs import evsys
 from nat_plugin_evsys.engine.checkpoints import FrozenWeights, save_checkpoint
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.runs import RunDirectory
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 150, 7, 7, 31, 180, 2, 64]])
 
@@ -68,6 +69,16 @@ def test_what_exists_is_not_overwritten_and_a_form_must_be_named(tmp_path: Path)
     assert taken.exit_code == 1
     assert "exists already" in taken.output
     assert CliRunner().invoke(evsys, ["export", str(saved)]).exit_code == 2
+
+
+def test_a_run_on_a_service_says_how_its_weights_are_fetched(tmp_path: Path) -> None:
+    run_dir = RunDirectory.create(tmp_path)
+    places = {"adapter": "tinker://a:train:0/sampler_weights/last", "training_state": "tinker://a:train:0/weights/last"}
+    run_dir.record_checkpoint("last", 1, 0.5, **places)
+    run_dir.save_state()
+    told = CliRunner().invoke(evsys, ["export", "--merge", "--output_dir", str(tmp_path)])
+    assert told.exit_code == 1
+    assert "tinker checkpoint download tinker://a:train:0/weights/last" in told.output
 
 
 def test_check_prints_the_row(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def check_command(model: str, device: str, dtype: str, quantization: str) -> Non
     """Check the engine on MODEL (a Hugging Face id, a directory, a .gguf file, or builtin/…) before training it.
 
     Trains an adapter for five steps and compares gradient, sampler and saved adapter with independent computations.
-    The exit status is 1 if MODEL is refused or anything differs. Needs `pip install peft`.
+    The exit status is 1 if MODEL is refused or anything differs. Needs `nat_plugin_evsys[peft]`.
     """
     require_address_space()
     from nat_plugin_evsys.engine.model.loading import load_base_model
@@ -75,7 +75,8 @@ def export_command(
 ) -> None:
     """Write the policy of RUN (a name, a path, `latest`, or the path of a checkpoint) for other programs.
 
-    What is written is loaded back and compared before it is kept.
+    What is written is loaded back and compared before it is kept. `--adapter` needs `nat_plugin_evsys[peft]` for that.
+    A policy that was trained with `base_url` is downloaded first: docs/models.md has the command.
     """
     require_address_space()
     from nat_plugin_evsys.engine.checkpoint_loading import load_adapter
@@ -108,5 +109,8 @@ def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
         raise CheckpointError(f"run {found.path} has no checkpoint yet; let it finish an epoch")
     where = found.locate(record.adapter)
     if isinstance(where, str):
-        raise CheckpointError(f"run {found.path} keeps its weights on a service ({where}); download them first")
+        raise CheckpointError(
+            f"run {found.path} keeps its weights on a service; with its TINKER_BASE_URL and TINKER_API_KEY set, "
+            f"`tinker checkpoint download {record.training_state or where}` makes a directory: export that"
+        )
     return where

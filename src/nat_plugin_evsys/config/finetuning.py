@@ -272,7 +272,9 @@ class EvsysTrainerConfig(RunRewardedConfig, TrainerConfig, name="evsys_trainer")
         description="Training rollouts to keep in `rollouts/`: those of the first N dataset rows of each epoch; null "
         "keeps all. Held-out rows are always kept.",
     )
-    seed: int = Field(default=0, description="Seed of curriculum subsampling.")
+    seed: int = Field(
+        default=0, description="Seed of curriculum subsampling. See training.md for the other seeds of a run."
+    )
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         default_factory=list,
         description="Experiment trackers that get the metrics, the configuration and held-out samples. Each is an "

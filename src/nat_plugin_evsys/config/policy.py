@@ -104,7 +104,12 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     context_length: int | None = Field(
         default=None, ge=1, description="Limit of prompt + sampled tokens; default is the model's own limit."
     )
-    seed: int = Field(default=0, description="Seed of the adapter's initialisation and of all sampling.")
+    seed: int = Field(
+        default=0,
+        description="Seed of the adapter's initialisation, of all sampling, and of the order in which `rows_per_epoch` "
+        "takes the rows. The other seeds of a run are the adapter's `shuffle_seed`, `warm_start.seed` and the "
+        "trainer's `seed`.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: CUDA when present, else CPU.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="`auto`: bfloat16 on CUDA, float32 on CPU."
