@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "address_space": {"errors"},
     "garbage": {"errors"},
     "inbox": set(),
+    "overlapping": set(),
     "json_lines": {"errors", "files"},
     "call_images": {"errors"},
     "calls": {"errors", "call_images"},
@@ -59,9 +60,10 @@ ARROWS: dict[str, set[str]] = {
     "web": GROUND | {"config"},
     "policy": GROUND | {"calls", "config", "backends", "runs", "web"},
     "runs": GROUND,
-    "report": GROUND | {"calls", "runs", "rollouts"},
+    "report": GROUND | {"calls", "overlapping", "runs", "rollouts"},
     "evaluators": GROUND | {"config"},
-    "finetuning": GROUND | {"calls", "config", "backends", "policy", "report", "rollouts", "runs", "training"},
+    "finetuning": GROUND
+    | {"calls", "config", "backends", "overlapping", "policy", "report", "rollouts", "runs", "training"},
     "register": {"config", "evaluators", "finetuning", "policy", "errors"},
     # The engine over HTTP.
     "service/proto": set(),

@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from nat.data_models.evaluate_runtime import EvaluationRunConfig
@@ -20,6 +20,7 @@ from nat_plugin_evsys.finetuning.telemetry import without_exporters
 from nat_plugin_evsys.finetuning.workflow.limits import bound_items, exits_are_errors
 from nat_plugin_evsys.finetuning.workflow.scores import evaluator_problem, number_of
 from nat_plugin_evsys.finetuning.workflow.sessions import RecordedSessions, Rollouts
+from nat_plugin_evsys.overlapping import entered_once
 from nat_plugin_evsys.report.quiet import quiet_tqdm
 from nat_plugin_evsys.rollouts.attempts import Attempt
 
@@ -264,7 +265,7 @@ def _is_connection_error(error: BaseException | None) -> bool:
     return any(isinstance(cause, failures) for cause in causes(error, implicit=True))
 
 
-@contextmanager
+@entered_once
 def quiet_nat() -> Iterator[None]:
     """Suppress the log lines that NAT and httpx write for every rollout; failures are counted and reported."""
     levels = {
