@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "address_space": {"errors"},
     "garbage": {"errors"},
     "inbox": set(),
+    "cells": set(),
     "overlapping": set(),
     "json_lines": {"errors", "files"},
     "call_images": {"errors"},
@@ -61,9 +62,9 @@ ARROWS: dict[str, set[str]] = {
     "policy": GROUND | {"calls", "config", "backends", "runs", "web"},
     "runs": GROUND,
     "report": GROUND | {"calls", "overlapping", "runs", "rollouts"},
-    "evaluators": GROUND | {"config"},
+    "evaluators": GROUND | {"cells", "config"},
     "finetuning": GROUND
-    | {"calls", "config", "backends", "overlapping", "policy", "report", "rollouts", "runs", "training"},
+    | {"calls", "cells", "config", "backends", "overlapping", "policy", "report", "rollouts", "runs", "training"},
     "register": {"config", "evaluators", "finetuning", "policy", "errors"},
     # The engine over HTTP.
     "service/proto": set(),
