@@ -237,7 +237,7 @@ def _step_problem(steps: Any, calls: int) -> str | None:
 
 
 def _row_and_attempt(item: EvalInputItem, reps: int) -> tuple[str, int]:
-    """NAT numbers the attempts at a row, if there are several, in the item's id: ``row_rep3`` is the fourth at ``row``."""
+    """NAT numbers the attempts at a row, if there are several, in the id: ``row_rep3`` is the fourth at ``row``."""
     row_id, suffix, number = str(item.id).rpartition("_rep")
     return (row_id, int(number)) if reps > 1 and suffix and number.isdecimal() else (str(item.id), 0)
 
