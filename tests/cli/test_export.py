@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nat_plugin_evsys.cli.runs import evsys
 from nat_plugin_evsys.engine.checkpoints import FrozenWeights, save_checkpoint
 from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.runs import RunDirectory
 
 IDS = torch.tensor([[5, 17, 99, 3, 42, 150, 7, 7, 31, 180, 2, 64]])
 
@@ -68,6 +70,34 @@ def test_what_exists_is_not_overwritten_and_a_form_must_be_named(tmp_path: Path)
     assert taken.exit_code == 1
     assert "exists already" in taken.output
     assert CliRunner().invoke(evsys, ["export", str(saved)]).exit_code == 2
+
+
+def refusal(*arguments: object) -> str:
+    result = CliRunner().invoke(evsys, [str(a) for a in arguments])
+    assert result.exit_code == 1, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_what_a_run_has_not_trained_is_not_exported(status: Any, tmp_path: Path) -> None:
+    made = RunDirectory.create(tmp_path)
+    for epochs in (0, 1):
+        made.state.status = status
+        made.save_state()
+        said = refusal("export", "--adapter", "--output_dir", tmp_path)
+        assert f"has trained nothing (it is {status}), so there is nothing to export" in said, epochs
+        made.record_checkpoint("start", 0, 0.5, trained=False)
+
+
+def test_best_without_a_reward_is_refused_with_the_word_to_type(tmp_path: Path) -> None:
+    made = RunDirectory.create(tmp_path)
+    base, adapter, _ = trained("llama", tmp_path)
+    save_checkpoint(made.checkpoints_dir, "epoch-1", FrozenWeights(base, adapter, 1), kind="sampler")
+    made.record_checkpoint("epoch-1", 1, None)
+    made.save_state()
+    said = refusal("export", "--adapter", "--output_dir", tmp_path)
+    assert f"--checkpoint best: no checkpoint of run {made.path} has a reward; set --checkpoint latest" in said
+    assert "epoch-1-adapter" in run("export", "--adapter", "--checkpoint", "latest", "--output_dir", tmp_path)
 
 
 def test_check_prints_the_row(tmp_path: Path) -> None:
