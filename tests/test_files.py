@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from nat_plugin_evsys.files import atomic_write
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.files import atomic_write, hold_file
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
@@ -38,6 +40,25 @@ def test_a_directory_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeyp
     monkeypatch.setattr("nat_plugin_evsys.files.os.fsync", files_only)
     atomic_write(tmp_path / "x", "whole")
     assert (tmp_path / "x").read_text() == "whole"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_without_locks_is_used_without_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    hold_file(tmp_path / ".lock", "in use").close()
+    assert f"{tmp_path / '.lock'} cannot be locked ({os.strerror(code)})" in caplog.text
+
+
+def test_a_held_file_is_in_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with hold_file(tmp_path / ".lock", "in use"), pytest.raises(ConfigError, match="in use"):
+        hold_file(tmp_path / ".lock", "in use")
+    hold_file(tmp_path / ".lock", "in use").close()
+    assert caplog.text == ""
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:

@@ -206,12 +206,13 @@ class CallFate:
         dropped: why it was not trained on, or None when it was.
         advantage: that of each of its sampled tokens, or None where none was computed.
         learner_logprobs: log-probability of each output id under the learner, at the start of the last optimizer step
-            that trained on it, length T; None where that was not computed.
+            that trained on it, length T, with None at those that a grammar forced (they carry no loss); None where that
+            was not computed.
     """
 
     dropped: DropReason | None = None
     advantage: float | None = None
-    learner_logprobs: list[float] | None = None
+    learner_logprobs: list[float | None] | None = None
 
 
 @dataclass(slots=True)

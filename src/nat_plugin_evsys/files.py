@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,10 @@ _LEFTOVER_AGE_S = 3600.0
 _TEMPORARY = re.compile(r"\..+\.(tmp|old)-[0-9a-f]{12}")
 _NO_SYNC_HERE = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.ENOTSUP}
 """What systems and network disks say that cannot sync a directory."""
+_HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
+"""What they say of a lock that another process has, and not of locks that they do not know."""
+
+logger = logging.getLogger(__name__)
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:
@@ -95,7 +100,7 @@ def no_file(setting: str, path: Path | str) -> str:
 def hold_file(path: Path, in_use: str) -> IO[str]:
     """Keep ``path``, which is made, from other processes until it is closed or this one ends.
 
-    A system without flock runs without this guard.
+    A system without flock runs without this guard, and so does a disk without it, with a warning.
 
     Raises:
         ConfigError: another process holds it; ``in_use`` is the message.
@@ -108,8 +113,10 @@ def hold_file(path: Path, in_use: str) -> IO[str]:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        handle.close()
-        raise ConfigError(in_use) from error
+        if error.errno in _HELD:
+            handle.close()
+            raise ConfigError(in_use) from error
+        logger.warning("%s cannot be locked (%s): make sure that no other process uses it", path, error.strerror)
     return handle
 
 

@@ -33,6 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "address_space": {"errors"},
     "garbage": {"errors"},
     "inbox": set(),
+    "cells": set(),
+    "overlapping": set(),
     "json_lines": {"errors", "files"},
     "call_images": {"errors"},
     "calls": {"errors", "call_images"},
@@ -59,9 +61,10 @@ ARROWS: dict[str, set[str]] = {
     "web": GROUND | {"config"},
     "policy": GROUND | {"calls", "config", "backends", "runs", "web"},
     "runs": GROUND,
-    "report": GROUND | {"calls", "runs", "rollouts"},
-    "evaluators": GROUND | {"config"},
-    "finetuning": GROUND | {"calls", "config", "backends", "policy", "report", "rollouts", "runs", "training"},
+    "report": GROUND | {"calls", "overlapping", "runs", "rollouts"},
+    "evaluators": GROUND | {"cells", "config"},
+    "finetuning": GROUND
+    | {"calls", "cells", "config", "backends", "overlapping", "policy", "report", "rollouts", "runs", "training"},
     "register": {"config", "evaluators", "finetuning", "policy", "errors"},
     # The engine over HTTP.
     "service/proto": set(),

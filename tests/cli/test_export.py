@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,34 @@ def test_a_run_on_a_service_says_how_its_weights_are_fetched(tmp_path: Path) -> 
     told = CliRunner().invoke(evsys, ["export", "--merge", "--output_dir", str(tmp_path)])
     assert told.exit_code == 1
     assert "tinker checkpoint download tinker://a:train:0/weights/last" in told.output
+
+
+def refusal(*arguments: object) -> str:
+    result = CliRunner().invoke(evsys, [str(a) for a in arguments])
+    assert result.exit_code == 1, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_what_a_run_has_not_trained_is_not_exported(status: Any, tmp_path: Path) -> None:
+    made = RunDirectory.create(tmp_path)
+    for epochs in (0, 1):
+        made.state.status = status
+        made.save_state()
+        said = refusal("export", "--adapter", "--output_dir", tmp_path)
+        assert f"has trained nothing (it is {status}), so there is nothing to export" in said, epochs
+        made.record_checkpoint("start", 0, 0.5, trained=False)
+
+
+def test_best_without_a_reward_is_refused_with_the_word_to_type(tmp_path: Path) -> None:
+    made = RunDirectory.create(tmp_path)
+    base, adapter, _ = trained("llama", tmp_path)
+    save_checkpoint(made.checkpoints_dir, "epoch-1", FrozenWeights(base, adapter, 1), kind="sampler")
+    made.record_checkpoint("epoch-1", 1, None)
+    made.save_state()
+    said = refusal("export", "--adapter", "--output_dir", tmp_path)
+    assert f"--checkpoint best: no checkpoint of run {made.path} has a reward; set --checkpoint latest" in said
+    assert "epoch-1-adapter" in run("export", "--adapter", "--checkpoint", "latest", "--output_dir", tmp_path)
 
 
 def test_check_prints_the_row(tmp_path: Path) -> None:

@@ -82,11 +82,21 @@ def filter_that_leaves_nothing(config: Config, tmp_path: Path) -> None:
     config["eval"]["general"]["dataset"]["filter"] = {"allowlist": {"field": {"id": ["nowhere"]}}}
 
 
+def custom_dataset_without_rows(config: Config, tmp_path: Path) -> None:
+    config["eval"]["general"]["dataset"] = {
+        "_type": "custom",
+        "file_path": "unread",
+        "function": "nat.data_models.evaluator.EvalInput",
+        "kwargs": {"eval_input_items": []},
+    }
+
+
 CASES = [
     (reward_of_its_own, ["reward `right_team` has no effect here", "set finetuning.reward_function"]),
     (targeted_functions, ["finetuning.target_functions has `planner`", "the workflow has ['<workflow>']"]),
     (targeted_model, ["finetuning.target_model is `judge`", "name the policy"]),
     (filter_that_leaves_nothing, ["filter leaves none of its", "change its allowlist"]),
+    (custom_dataset_without_rows, ["train: the dataset has no rows", "Run `nat eval`"]),
     (cut_distribution, ["llms.policy.top_p is 0.8", "set top_p: 1"]),
     (nothing_scored, ["trainers.trainer.score_training_rows is false", "set a validation_dataset, or"]),
     (estimator_without_weight, ["kl_estimator has no effect without kl_beta"]),

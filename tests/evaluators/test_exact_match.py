@@ -1,6 +1,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from nat.data_models.evaluator import EvalInput, EvalInputItem
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ def item(output: Any, expected: Any) -> EvalInputItem:
         ({}, "", "x", 0.0),
         ({}, None, "x", 0.0),
         ({}, "12", 12, 1.0),
+        ({}, "['x', 'y']", np.array(["x", "y"], dtype=object), 1.0),
         ({"ignore_case": False}, "Desk", "desk", 0.0),
         ({"ignore_whitespace": False}, "desk ", "desk", 0.0),
         ({"mode": "contains"}, "Go to DESK 12 now", "desk 12", 1.0),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import bfcl
+import numpy as np
 import pytest
 from nat.data_models.evaluator import EvalInputItem
 
@@ -68,6 +69,11 @@ async def test_several_calls_come_in_any_order_unless_it_matters() -> None:
     assert (await score(turned, both)).score == 1.0
     assert (await score(turned, both, ignore_order=False)).score == 0.0
     assert (await score(json.dumps([call("f", x=1), call("f", x=1)]), both)).score == 0.0
+
+
+async def test_accepted_calls_may_be_lists_of_a_parquet_file() -> None:
+    accepted = np.array([{"add": {"a": np.array([1]), "b": np.array([2, 3])}}], dtype=object)
+    assert (await score(json.dumps([call("add", a=1, b=3)]), accepted)).score == 1.0
 
 
 @pytest.mark.parametrize("expected", [None, math.nan, "", "no JSON", "{}", '["f"]', '[{"f": {"x": 1}}]'])

@@ -18,13 +18,19 @@ from nat.data_models.invocation_node import InvocationNode
 from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 
 from nat_plugin_evsys.calls import Call, DropReason
+from nat_plugin_evsys.finetuning.replies import reply_of
+from nat_plugin_evsys.finetuning.rollout_keeper import plain
 from nat_plugin_evsys.finetuning.workflow.evaluation import attempts_of
 from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.policy.recorder import Recorder
 
 
-def attempt(reasoning: Any, calls: int = 2, score: Any = 1.0) -> Any:
-    """The attempt of a rollout with that many calls, of which an evaluator says this."""
+def attempt(reasoning: Any, calls: int = 2, score: Any = 1.0, reps: int = 2, **fields: Any) -> Any:
+    """The attempt of a rollout with that many calls, of which an evaluator says this.
+
+    Args:
+        fields: of NAT's item, in addition to or instead of those that matter to no test.
+    """
     recorder = Recorder()
     recorder.open_run("run", "rollout", None)
     for number in range(calls):
@@ -54,11 +60,11 @@ def attempt(reasoning: Any, calls: int = 2, score: Any = 1.0) -> Any:
     step = IntermediateStep(
         parent_id="root", function_ancestry=InvocationNode(function_id="f", function_name="f"), payload=payload
     )
-    item = EvalInputItem(
-        id="row_rep1", input_obj="q", expected_output_obj="a", full_dataset_entry={"id": "row"}, trajectory=[step]
-    )
+    defaults = {"id": "row_rep1", "expected_output_obj": "a", "full_dataset_entry": {"id": "row_rep1"}}
+    item = EvalInputItem(input_obj="q", trajectory=[step], **(defaults | fields))
     scored = EvalOutputItem(id=item.id, score=score, reasoning=reasoning)
-    return attempts_of(item, [scored], Rollouts("run", "rollout", 0, recorder, exporters=None))[0]  # type: ignore[arg-type]
+    rollouts = Rollouts("run", "rollout", 0, recorder, exporters=None)  # type: ignore[arg-type]
+    return attempts_of(item, [scored], rollouts, reps)[0]
 
 
 def test_an_evaluator_may_reward_each_call() -> None:
@@ -66,6 +72,24 @@ def test_an_evaluator_may_reward_each_call() -> None:
     assert (found.row_id, found.number, found.reward, found.lost) == ("row", 1, 1.0, None)
     assert found.step_rewards == [0.25, 1]
     assert [call.call_id for call in found.calls] == ["c0", "c1"]
+    assert found.entry == {"id": "row"}
+
+
+@pytest.mark.parametrize(
+    ("item_id", "reps", "row_id", "number"),
+    [("case_rep2", 1, "case_rep2", 0), ("case_rep2_rep1", 2, "case_rep2", 1), (7, 1, "7", 0), ("7_rep3", 4, "7", 3)],
+)
+def test_only_of_several_attempts_the_id_says_which_it_is(item_id: Any, reps: int, row_id: str, number: int) -> None:
+    found = attempt(None, id=item_id, reps=reps, full_dataset_entry={"id": item_id})
+    assert (found.row_id, found.number, found.entry) == (row_id, number, {"id": row_id})
+
+
+def test_lists_of_a_parquet_file_are_kept_as_lists() -> None:
+    tags = np.array(["x", "y"], dtype=object)
+    found = attempt(None, expected_output_obj=tags, full_dataset_entry={"id": "row_rep1", "tags": tags})
+    assert found.entry["id"] == "row"
+    assert plain(found.entry["tags"]) == ["x", "y"]
+    assert reply_of(found).expected == '["x", "y"]'
 
 
 @pytest.mark.parametrize("reasoning", ["right", {"mode": "exact"}, None])

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from nat.data_models.config import Config
@@ -76,6 +77,19 @@ def test_another_file_is_parsed_by_its_suffix_and_read_by_the_same_keys(suffix: 
         read = DatasetHandler(dataset, reps=1, concurrency=1).get_eval_input_from_dataset("")
         assert [item.input_obj for item in read.eval_input_items] == ["a"]
     assert content_of(dataset)["rows"] == 2
+
+
+def test_lists_of_a_parquet_file_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pd, "read_parquet", pd.read_pickle)  # such a file needs pyarrow, and gives these arrays
+    answers = [np.array(["b", "c"], dtype=object), np.array([], dtype=object)]
+    path = tmp_path / "rows.parquet"
+    pd.DataFrame({"id": [1, 2], "question": ["a", "c"], "answer": answers}).to_pickle(path)
+    config = config_of([], tmp_path)
+    config.eval.evaluators = {"right": EvsysExactMatchConfig()}
+    config.finetuning.reward_function = RewardFunctionConfig(name="right")
+    dataset = dataset_of(config, path)
+    check_dataset(config, dataset)
+    assert [row["answer"] for row in rows_by_question(dataset).values()] == [["b", "c"], []]
 
 
 def test_wrong_settings_of_a_dataset_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from nat.atif import Trajectory
 from rich.console import Console
@@ -142,6 +143,8 @@ def test_a_character_of_several_tokens_belongs_to_the_one_that_completes_it() ->
 
 def test_what_json_has_no_word_for_is_shown_as_its_text() -> None:
     assert plain({"when": date(2026, 1, 2), 1: (float("nan"), Path("x"))}) == {"when": "2026-01-02", "1": [None, "x"]}
+    nested = np.array([{"when": date(2026, 1, 2), "where": np.array([1.5, float("nan")])}, None], dtype=object)
+    assert plain({"lists": nested}) == {"lists": [{"when": "2026-01-02", "where": [1.5, None]}, None]}
 
 
 async def test_images_are_kept_once_and_named(tmp_path: Path) -> None:

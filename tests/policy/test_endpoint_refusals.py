@@ -19,10 +19,12 @@ import pytest
 from nat_plugin_evsys.calls import RUN_ID_HEADER
 from nat_plugin_evsys.config import EvsysPolicyConfig
 from nat_plugin_evsys.errors import ConfigError, EngineClosedError, EvsysError, ModelError
+from nat_plugin_evsys.policy import endpoint as policy_endpoint
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.endpoint import PolicyEndpoint
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.web import bounded_protocol
+from nat_plugin_evsys.web.listen import HttpServer
 
 MODEL = "builtin/tiny"
 MESSAGES: list[Any] = [{"role": "user", "content": "hello"}]
@@ -391,6 +393,27 @@ def test_a_taken_port_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"{port}.*`port`"):
             endpoint(port).start()
+        policy = Policy(EvsysPolicyConfig(base_model=MODEL, port=port))
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=f"{port}.*`port`"):
+                _ = policy.endpoint
+    assert policy.endpoint.base_url == f"http://127.0.0.1:{port}/v1"
+    policy._stop_endpoint()
+
+
+def test_an_endpoint_that_did_not_come_up_can_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def come_up_late(self: HttpServer) -> None:
+        await asyncio.sleep(0.5)
+
+    server = endpoint()
+    with monkeypatch.context() as patch:
+        patch.setattr(HttpServer, "run", come_up_late)
+        patch.setattr(policy_endpoint, "_START_SECONDS", 0.1)
+        with pytest.raises(EvsysError, match=r"did not start on 127\.0\.0\.1:\d+; see the log"):
+            server.start()
+    server.start()
+    assert httpx.get(server.base_url.removesuffix("/v1") + "/health").status_code == 200
+    server.close()
 
 
 def test_start_and_close_can_be_repeated() -> None:

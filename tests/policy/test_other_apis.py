@@ -57,11 +57,13 @@ async def test_a_text_is_continued(serve: Any, renderer: ChatRenderer) -> None:
     assert calls[0].output_ids == calls[1].output_ids
 
 
-async def test_a_text_may_be_echoed(serve: Any) -> None:
+@pytest.mark.parametrize("as_ids", [False, True])
+async def test_the_prompt_may_be_echoed(serve: Any, renderer: ChatRenderer, as_ids: bool) -> None:
     served = serve(["the end"] * 2)
+    prompt: Any = renderer.encode("Once, ") if as_ids else "Once, "
     async with client_of(served) as client:
-        plain = await client.completions.create(model=MODEL, prompt="Once, ", echo=True)
-        stream = await client.completions.create(model=MODEL, prompt="Once, ", echo=True, stream=True)
+        plain = await client.completions.create(model=MODEL, prompt=prompt, echo=True)
+        stream = await client.completions.create(model=MODEL, prompt=prompt, echo=True, stream=True)
         assert plain.choices[0].text == "Once, the end"
         assert "".join([chunk.choices[0].text async for chunk in stream if chunk.choices]) == "Once, the end"
 

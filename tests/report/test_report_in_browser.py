@@ -184,6 +184,11 @@ def test_a_token_says_what_training_made_of_it(opened: Opened) -> None:
     assert "made more likely" in facts
     page.locator("#why .detail .tokens").press("ArrowRight")
     assert '" of"' in page.locator("#why .token-facts").inner_text()
+    assert not tokens.last.get_attribute("style")
+    tokens.last.click()
+    forced = page.locator("#why .token-facts").inner_text()
+    assert "allowed no other token here" in forced
+    assert "when trained on" not in forced
     page.get_by_role("button", name="Policy moved").click()
     assert "--up" in (tokens.first.get_attribute("style") or ""), "the policy moved towards it"
     page.get_by_role("button", name="Plain", exact=True).click()

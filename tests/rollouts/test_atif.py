@@ -63,7 +63,7 @@ def test_messages_tool_calls_and_results_stand_in_their_order(call: Any) -> None
 def test_every_sampled_token_has_its_text_its_logprob_and_what_training_made_of_it(call: Any) -> None:
     calls = two_turns(call)
     fates = {
-        calls[0].key: CallFate(None, 0.75, [-0.5, -0.25, float("-inf")]),
+        calls[0].key: CallFate(None, 0.75, [-0.5, None, float("-inf")]),
         calls[1].key: CallFate("zero_variance_group"),
     }
     read = convert(calls, fates)
@@ -75,7 +75,7 @@ def test_every_sampled_token_has_its_text_its_logprob_and_what_training_made_of_
     assert first.metrics.extra == {
         "token_texts": ["<3>", "<4>", "<5>"],
         "advantage": 0.75,
-        "learner_logprobs": [-0.5, -0.25, -9999.0],
+        "learner_logprobs": [-0.5, None, -9999.0],
     }
     assert (first.extra or {})["policy_version"] == 2
     assert (second.extra or {})["dropped"] == "zero_variance_group"

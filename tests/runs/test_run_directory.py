@@ -92,7 +92,16 @@ def test_state_round_trip(tmp_path: Path) -> None:
     assert not list(run.path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 99}', '{"format": 1, "surprise": 1}'])
+RECORDS = ['[{"name": "a"}]', '[{"name": "a", "epoch": 1, "reward": 0, "adapter": "a", "surprise": 1}]', "[3]", "null"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", '{"format": 99}', '{"format": 1, "surprise": 1}'),
+        *(f'{{"format": 1, "checkpoints": {records}}}' for records in RECORDS),
+    ],
+)
 def test_a_state_that_is_not_ours_is_refused_by_name(tmp_path: Path, text: str) -> None:
     run = RunDirectory.create(tmp_path)
     run.state_path.write_text(text)

@@ -156,7 +156,10 @@ def _fates(group: Sequence[Attempt]) -> dict[CallKey, CallFate]:
     mean = sum(rewards) / len(rewards)
     return {
         attempt.calls[0].key: CallFate(
-            None, (attempt.reward or 0.0) - mean, [logprob + 0.1 for logprob in attempt.calls[0].logprobs]
+            # as if a grammar had left nothing but the end of the reply
+            None,
+            (attempt.reward or 0.0) - mean,
+            [*(logprob + 0.1 for logprob in attempt.calls[0].logprobs[:-1]), None],
         )
         for attempt in scored
     }

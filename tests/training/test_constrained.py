@@ -10,8 +10,10 @@ from groups import steps_of
 from tinker import types
 
 from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.rollouts.datums import group_datums
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.runtime.extensions import SamplingParams
+from nat_plugin_evsys.training.fates import learner_logprobs
 
 GRAMMAR = 'start: "The team is " ("billing" | "network" | "hardware") ", " /[a-z]{3,9}/ "."'
 PROMPT = [1, 2, 3]
@@ -73,6 +75,20 @@ async def test_the_ratio_is_1_and_what_was_forced_has_no_loss(loss_fn: str, make
         learner = np.array(result["logprobs"].tolist())
         np.testing.assert_allclose(logprobs[start:], learner[start:], atol=1e-4)
         assert logprobs[sorted(forced)].min() < -1, "the policy itself would have said something else"
+
+
+async def test_what_was_forced_has_no_logprob_of_the_learner(make_backend: Any) -> None:
+    backend = await make_backend(perturbed=True, untrained_logprobs=False)  # as `nat finetune` makes it
+    group = await sampled_group(backend, GRAMMAR, 0.8)
+    (step,) = await steps_of(backend, [group])
+    output = await backend.forward_backward_async(step.data, loss_fn=step.loss.name, loss_fn_config=step.loss.config)
+    learned = learner_logprobs([group_datums(group, advantage="group_mean")], output)
+    assert learned
+    for call in (call for calls in group.calls_G for call in calls if call.key in learned):
+        assert [at for at, value in enumerate(learned[call.key]) if value is None] == call.forced
+        known = [(own, old) for own, old in zip(learned[call.key], call.logprobs, strict=True) if own is not None]
+        assert known
+        np.testing.assert_allclose(*zip(*known, strict=True), atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -98,16 +98,17 @@ def export_command(
 def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
     """Raises CheckpointError: there is none here."""
     from nat_plugin_evsys.errors import CheckpointError
-    from nat_plugin_evsys.runs.checkpoints import is_checkpoint
+    from nat_plugin_evsys.runs.checkpoints import checkpoint_of, is_checkpoint
 
     if is_checkpoint(Path(run)):
         return Path(run)
     found = find_run(output_dir, run)
-    record = found.state.best_checkpoint() if which == "best" else found.state.last_checkpoint()
-    record = record or found.state.last_checkpoint()
-    if record is None:
-        raise CheckpointError(f"run {found.path} has no checkpoint yet; let it finish an epoch")
-    where = found.locate(record.adapter)
+    if not found.state.has_trained:
+        raise CheckpointError(
+            f"run {found.path} has trained nothing (it is {found.state.status}), so there is nothing to export; let "
+            "it finish an epoch, or name another run"
+        )
+    where = checkpoint_of(found, which, "--checkpoint")
     if isinstance(where, str):
         raise CheckpointError(
             f"run {found.path} keeps its weights on a service; with its TINKER_BASE_URL and TINKER_API_KEY set, "

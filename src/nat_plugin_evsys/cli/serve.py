@@ -102,6 +102,12 @@ OPERATOR_VARIABLE = "EVSYS_OPERATOR_KEY"
 )
 @click.option("--max-queued", type=int, default=16384, show_default=True, help="Most unfinished operations overall.")
 @click.option(
+    "--max-request-bytes", type=int, default=64 << 20, show_default=True, help="Largest request body, as it is sent."
+)
+@click.option(
+    "--max-decompressed-bytes", type=int, default=128 << 20, show_default=True, help="Largest one decompressed."
+)
+@click.option(
     "--shutdown-seconds", type=float, default=30.0, show_default=True, help="Seconds to park work at shutdown."
 )
 @click.option(

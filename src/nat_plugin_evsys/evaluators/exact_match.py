@@ -10,7 +10,7 @@ from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 from nat.plugins.eval.evaluator.base_evaluator import BaseEvaluator
 
 from nat_plugin_evsys.config.evaluator import EvsysExactMatchConfig
-from nat_plugin_evsys.evaluators.rows import failure, is_missing, no_answer
+from nat_plugin_evsys.evaluators.rows import expected_of, failure, no_answer
 
 
 class ExactMatchEvaluator(BaseEvaluator):
@@ -27,9 +27,10 @@ class ExactMatchEvaluator(BaseEvaluator):
         ``mode: one_of``, with one that is none of the choices) is not the workflow's fault: its ``error`` and
         ``reasoning["error"]`` say so and its score is None, which NAT leaves out of the average.
         """
-        if is_missing(item.expected_output_obj):
+        answer = expected_of(item)
+        if answer is None:
             return no_answer(item)
-        output, expected = "" if item.output_obj is None else str(item.output_obj), str(item.expected_output_obj)
+        output, expected = "" if item.output_obj is None else str(item.output_obj), str(answer)
         reasoning: dict[str, Any] = {"output": output, "expected": expected, "mode": self.config.mode}
         if self.config.mode == "one_of":
             reasoning["named"] = sorted(named_choices(output, self.config))

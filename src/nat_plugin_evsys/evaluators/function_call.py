@@ -12,7 +12,7 @@ from nat.plugins.eval.evaluator.base_evaluator import BaseEvaluator
 
 from nat_plugin_evsys.config.evaluator import EvsysFunctionCallConfig
 from nat_plugin_evsys.evaluators.accepted_calls import AcceptedCall, Call, why_calls_differ
-from nat_plugin_evsys.evaluators.rows import failure, is_missing, no_answer
+from nat_plugin_evsys.evaluators.rows import expected_of, failure, no_answer
 
 
 class FunctionCallEvaluator(BaseEvaluator):
@@ -28,12 +28,13 @@ class FunctionCallEvaluator(BaseEvaluator):
         A row whose expected answer is missing or malformed is not the workflow's fault: its ``error`` says so
         and its score is None, which NAT leaves out of the average.
         """
-        if is_missing(item.expected_output_obj):
+        expected = expected_of(item)
+        if expected is None:
             return no_answer(item)
         try:
-            accepted = read_accepted(item.expected_output_obj)
+            accepted = read_accepted(expected)
         except ValueError as error:
-            return failure(item, f"the expected answer {item.expected_output_obj!r} {error}")
+            return failure(item, f"the expected answer {expected!r} {error}")
         output = "" if item.output_obj is None else item.output_obj
         reasoning = {"output": output, "accepted": [call.to_json() for call in accepted]}
         try:

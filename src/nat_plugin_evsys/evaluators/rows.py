@@ -7,13 +7,15 @@ from typing import Any
 from nat.data_models.evaluator import EvalInputItem
 from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
 
+from nat_plugin_evsys.cells import is_blank, without_arrays
 
-def is_missing(expected: Any) -> bool:
-    """Whether a row has no expected answer.
+
+def expected_of(item: EvalInputItem) -> Any:
+    """The row's expected answer, lists as lists in every format of datasets; None if it has none.
 
     If a row lacks the answer key, NAT's data frame has NaN (if other rows have it) or "" (if none has it).
     """
-    return expected is None or expected != expected or (isinstance(expected, str) and not expected.strip())
+    return None if is_blank(item.expected_output_obj) else without_arrays(item.expected_output_obj)
 
 
 def no_answer(item: EvalInputItem) -> EvalOutputItem:

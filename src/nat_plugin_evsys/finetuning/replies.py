@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.cells import is_absent, without_arrays
 from nat_plugin_evsys.report.questions import question_text
 from nat_plugin_evsys.report.replies import Reply
 from nat_plugin_evsys.rollouts.attempts import Attempt
@@ -34,9 +35,9 @@ def reply_of(attempt: Attempt) -> Reply:
 
 
 def _text(value: Any) -> str:
-    if value is None or value != value:  # NaN is what NAT's data frame has for an absent answer
+    if is_absent(value):
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return value if isinstance(value, str) else json.dumps(without_arrays(value), ensure_ascii=False, default=str)
 
 
 def _last_words(calls: Sequence[Call]) -> str:

@@ -189,6 +189,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # an array, which a list of a .parquet file is read as
+        return plain(value.tolist())
     try:
         return jsonable(value)
     except TypeError:

@@ -170,7 +170,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             if any_called and uncalled:
                 logger.warning("none of %d rollouts called the policy `%s`", len(each.attempts), each.name)
                 continue
-            check_batch(each.attempts, each.name, unattributed=strays, all_may_fail=all_may_fail)
+            check_batch(each.attempts, rollouts.name, each.name, unattributed=strays, all_may_fail=all_may_fail)
 
     def _unattributed(self) -> int:
         return sum(each.policy.recorder.totals.unattributed for each in self.by_policy)

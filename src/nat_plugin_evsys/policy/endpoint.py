@@ -138,6 +138,7 @@ class PolicyEndpoint:
         while not started.wait(0.05):
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 listener.close()
+                self.close()
                 raise EvsysError(f"the policy endpoint did not start on {self._host}:{port}; see the log")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)  # noqa: S104 - compared, not bound
         self._url, self._address = url_of(host, port), (host, port)
@@ -149,18 +150,19 @@ class PolicyEndpoint:
 
     def close(self) -> None:
         """Stop listening. Requests in flight are answered 503 and their sampling is cancelled."""
-        thread, self._thread, self._url = self._thread, None, None
+        thread, server = self._thread, self._server
+        self._thread = self._server = self._url = None
         if self._address is not None:
             CALL_ATTRIBUTION.remove(self._address)
             self._address = None
-        if thread is None or self._server is None or self._loop is None or self._closing is None:
+        if thread is None or server is None:
             return
-        self._server.stop()
-        with suppress(RuntimeError):  # its loop may have ended already
-            self._loop.call_soon_threadsafe(self._closing.set)
+        server.stop()
+        if self._loop is not None and self._closing is not None:
+            with suppress(RuntimeError):  # its loop may have ended already
+                self._loop.call_soon_threadsafe(self._closing.set)
         if thread is not threading.current_thread():
             thread.join(_CLOSE_SECONDS)
-        self._server = None
 
     def _serve(self, server: HttpServer) -> None:
         async def serve() -> None:

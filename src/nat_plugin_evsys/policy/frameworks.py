@@ -66,7 +66,10 @@ def _crewai(to: Connection) -> Any:
     from crewai.llms.hooks.base import BaseInterceptor
 
     class Unconstrained(BaseInterceptor[httpx.Request, httpx.Response]):  # type: ignore[misc]  # untyped here
-        """CrewAI asks for ``strict`` tools, whatever is set; the endpoint, which cannot do that, would refuse."""
+        """Without ``strict``, which CrewAI asks of every tool, whatever is set, so that it is nobody's wish.
+
+        The policy would hold each call to it (``hints: honour``), or refuse the request (``hints: refuse``).
+        """
 
         def on_outbound(self, message: httpx.Request) -> httpx.Request:
             body = json.loads(message.read())
@@ -140,7 +143,7 @@ def _autogen(to: Connection) -> Any:
         model_info=ModelInfo(
             vision=False,
             function_calling=True,
-            json_output=False,  # decoding is not constrained
+            json_output=False,  # nothing promises it over a service, nor without `hints: honour`
             structured_output=False,
             family=ModelFamily.UNKNOWN,
             multiple_system_messages=True,

@@ -117,11 +117,16 @@ class Policy:
 
     @property
     def endpoint(self) -> PolicyEndpoint:
-        """The OpenAI-compatible endpoint, started at the first use."""
+        """The OpenAI-compatible endpoint, started at the first use.
+
+        Raises:
+            ConfigError: it cannot listen on its address.
+            EvsysError: the server did not come up.
+        """
         with self._lock:
             if self._endpoint is None:
                 key = self.config.api_key
-                self._endpoint = PolicyEndpoint(
+                endpoint = PolicyEndpoint(
                     renderer=self._current_renderer,
                     sampling_client=self._current_client,
                     held_client=lambda: self._held,
@@ -134,8 +139,9 @@ class Policy:
                     port=self.config.port,
                     api_key=None if key is None else key.get_secret_value(),
                 )
-                self._endpoint.start()
-                logger.info("policy endpoint: %s", self._endpoint.base_url)
+                endpoint.start()
+                logger.info("policy endpoint: %s", endpoint.base_url)
+                self._endpoint = endpoint
             return self._endpoint
 
     def open_run(self, headers: Mapping[str, str]) -> str | None:
@@ -258,8 +264,8 @@ class Policy:
             warn_of_newer_runs(self.config)
         fresh = self._training and start is None and not self._resuming
         backend = self._backend or await create_backend(self.config, train=fresh, rollouts=self._training)
+        self._backend = backend  # also of a load that fails below: the next one takes it, and `close` frees it
         self._renderer = create_renderer(self.config, backend)
-        self._backend = backend
         self._client = await first_client(backend, start, training=self._training)
 
     def set_checkpoint_dir(self, path: Path) -> None:

@@ -101,7 +101,7 @@ async def create_backend(config: EvsysPolicyConfig, *, train: bool, rollouts: bo
             config.base_model, service=service, tokenizer=config.tokenizer, train=train, **lora
         )
     embedded: dict[str, Any] = {
-        "untrained_logprobs": False,  # no job reads them
+        "untrained_logprobs": False,  # no job reads them: see learner_logprobs of training/fates.py
         "alpha": config.lora_alpha,
         "device": config.device,
         "dtype": config.dtype,

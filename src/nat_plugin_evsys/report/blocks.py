@@ -3,7 +3,8 @@
 A block is the base64 of gzip of JSON ``{"rows": [row, …]}``. A row has ``id``, ``question``, ``title`` (what it asks,
 where ``question`` is an object or JSON of one), ``expected`` and its ``attempts``; an attempt its facts and ``steps``;
 a step what was said and, where it was sampled, its ``tokens``: texts ``t``, ids ``i``, and in thousandths of a nat the
-logprobs at sampling ``p`` and the learner's ``l``. Fields without a value are left out.
+logprobs at sampling ``p`` and the learner's ``l`` (null at a token that a grammar forced). Fields without a value are
+left out.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def _tokens(metrics: Metrics) -> dict[str, Any]:
         t=extra.get("token_texts"),
         i=metrics.completion_token_ids,
         p=[round(_MILLI * value) for value in metrics.logprobs or ()],
-        l=None if learner is None else [round(_MILLI * value) for value in learner],
+        l=None if learner is None else [None if value is None else round(_MILLI * value) for value in learner],
     )
 
 

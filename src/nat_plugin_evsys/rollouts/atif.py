@@ -174,7 +174,7 @@ class _Steps:
                     extra={
                         "token_texts": self._texts(call.output_ids),
                         "advantage": fate.advantage,
-                        "learner_logprobs": None if learner is None else _rounded(learner),
+                        "learner_logprobs": None if learner is None else _rounded_where_known(learner),
                     },
                 ),
                 llm_call_count=1,
@@ -223,3 +223,8 @@ def _arguments(written: Any) -> tuple[dict[str, Any], str | None]:
 def _rounded(logprobs: Sequence[float]) -> list[float]:
     kept: list[float] = np.maximum(logprobs, _IMPOSSIBLE).round(_DIGITS).tolist()
     return kept
+
+
+def _rounded_where_known(logprobs: Sequence[float | None]) -> list[float | None]:
+    known = iter(_rounded([value for value in logprobs if value is not None]))
+    return [None if value is None else next(known) for value in logprobs]

@@ -60,6 +60,21 @@ def resolve_checkpoint(
     return _of_path(Path(word).expanduser())
 
 
+def checkpoint_of(run: RunDirectory, word: str, setting: str) -> Path | str:
+    """The ``latest`` or ``best`` checkpoint of a run that has trained: a path, or a tinker:// path.
+
+    Args:
+        setting: what the word was given to, as an error calls it.
+
+    Raises:
+        CheckpointError: none has a reward, or it is not there any more.
+    """
+    record = run.state.last_checkpoint() if word == "latest" else run.state.best_checkpoint()
+    if record is None:
+        raise CheckpointError(f"{setting} {word}: no checkpoint of run {run.path} has a reward; set {setting} latest")
+    return _existing(run, record)
+
+
 def newer_runs_notice(output_dir: Path | str, spec: str) -> str | None:
     """The sentence to show where ``spec`` passes over a newer run, or None."""
     latest = latest_to_serve(output_dir) if spec.strip() in ("latest", "best") else None
@@ -78,12 +93,7 @@ def _of_newest_run(output_dir: Path, word: str, is_named: Callable[[str], bool])
             f"checkpoint: {word}: {run.path} has trained nothing (the policy `{run.path.name}`); set checkpoint: none "
             "to serve the base model"
         )
-    record = run.state.last_checkpoint() if word == "latest" else run.state.best_checkpoint()
-    if record is None:
-        raise CheckpointError(
-            f"checkpoint: {word}: no checkpoint of run {run.path} has a reward; set checkpoint: latest"
-        )
-    return _existing(run, record)
+    return checkpoint_of(run, word, "checkpoint:")
 
 
 def _why_none(output_dir: Path) -> str:
@@ -110,8 +120,8 @@ def _existing(run: RunDirectory, record: CheckpointRecord) -> Path | str:
         return where
     if not (where / MANIFEST).is_file():
         raise CheckpointError(
-            f"{where} (epoch {record.epoch} of run {run.path}) has been moved or deleted; "
-            "set checkpoint: to a path that exists, or to none"
+            f"{where} (epoch {record.epoch} of run {run.path}) has been moved or deleted; name the path of a "
+            "checkpoint that exists"
         )
     return where
 

@@ -36,7 +36,7 @@ class RunLock:
             self._held = None
 
     def is_held(self) -> bool:
-        """Whether a process holds the run. On a system without flock nobody can tell, and the answer is True."""
+        """Whether a process holds the run. Without flock (system or disk) nobody can tell, and the answer is True."""
         if self._held is not None:
             return True
         try:

@@ -87,7 +87,12 @@ class RunState:
         if unknown:
             raise CheckpointError(f"{source}: unknown entries {unknown}; use the version that wrote it")
         values = {name: data[name] for name in known if name in data}
-        values["checkpoints"] = [CheckpointRecord(**record) for record in values.get("checkpoints", [])]
+        try:
+            values["checkpoints"] = [CheckpointRecord(**record) for record in values.get("checkpoints", [])]
+        except TypeError as error:
+            raise CheckpointError(
+                f"{source}: an unknown checkpoint record ({error}); use the version that wrote it"
+            ) from error
         return cls(**values)
 
     def set_checkpoints(self, records: list[CheckpointRecord]) -> None:

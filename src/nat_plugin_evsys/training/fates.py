@@ -9,15 +9,15 @@ from tinker import types
 from nat_plugin_evsys.calls import CallFate, CallKey, DropReason
 from nat_plugin_evsys.rollouts.datums import CallSpan, DatumSet
 
-Learned = dict[CallKey, list[float]]
-"""The learner's logprobs of the output ids of each trained call."""
+Learned = dict[CallKey, list[float | None]]
+"""The learner's logprobs of the output ids of each trained call; None at those that a grammar forced."""
 
 
 def learner_logprobs(batch: Sequence[DatumSet], output: types.ForwardBackwardOutput) -> Learned:
     """The learner's logprobs of each call of an optimizer step, as its forward_backward returned them.
 
-    This computes nothing. Calls with an advantage of 0 are left out: their tokens add nothing to the loss, so
-    the engine does not compute their logprobs. Nothing for a service that returns none.
+    This computes nothing. Calls with an advantage of 0 are left out, and so are tokens that a grammar forced: they add
+    nothing to the loss, so the engine does not compute their logprobs. Nothing for a service that returns none.
 
     Args:
         batch: the groups of the step; ``output`` has their Datums in this order.
@@ -32,7 +32,10 @@ def learner_logprobs(batch: Sequence[DatumSet], output: types.ForwardBackwardOut
         advantages = datum.loss_fn_inputs["advantages"].to_numpy()
         for span in origin.spans:
             if advantages[span.rows[0]] != 0:
-                learned[_key(span)] = logprobs[span.start : span.stop].tolist()
+                values: list[float | None] = [None] * (span.stop - span.start)
+                for row in span.rows.tolist():
+                    values[row - span.start] = float(logprobs[row])
+                learned[_key(span)] = values
     return learned
 
 

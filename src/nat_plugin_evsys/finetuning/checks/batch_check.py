@@ -13,10 +13,13 @@ _OWN_CLIENT = (
 )
 
 
-def check_batch(attempts: list[Attempt], policy_name: str, *, unattributed: int = 0, all_may_fail: bool = True) -> None:
+def check_batch(
+    attempts: list[Attempt], name: str, policy_name: str, *, unattributed: int = 0, all_may_fail: bool = True
+) -> None:
     """Refuse rollouts of which not one has both a reward and a call.
 
     Args:
+        name: of these rollouts.
         policy_name: what ``llms:`` calls the policy.
         unattributed: calls that reached the policy meanwhile and belong to no rollout.
         all_may_fail: False refuses rollouts that all failed with the same reward, too.
@@ -25,7 +28,10 @@ def check_batch(attempts: list[Attempt], policy_name: str, *, unattributed: int 
         RolloutsFailedError: nothing can be learned from them; the message has the first cause and what to type.
     """
     if not attempts:
-        return
+        raise RolloutsFailedError(
+            f"{name}: the dataset has no rows, so there are no rollouts: its `custom` function or its remote file gave "
+            "none, or its filter leaves none. Run `nat eval` on the same config to see it alone"
+        )
     if all(attempt.lost for attempt in attempts):
         first = attempts[0]
         raise RolloutsFailedError(

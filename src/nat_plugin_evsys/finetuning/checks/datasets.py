@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nat_plugin_evsys.cells import is_blank, without_arrays
 from nat_plugin_evsys.config import EvsysExactMatchConfig, EvsysFunctionCallConfig, EvsysTrainerAdapterConfig
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
@@ -84,7 +85,7 @@ def rows_by_question(dataset: EvalDatasetBaseConfig) -> dict[str, dict[str, Any]
     structure = dataset.structure
     if structure.disable or dataset.remote_file_path or dataset.type == "custom":
         return {}
-    rows = _rows(dataset, "dataset").to_dict("records")
+    rows = [without_arrays(row) for row in _rows(dataset, "dataset").to_dict("records")]
     return {
         question_key(row[structure.question_key]): {**row, "answer": row.get(structure.answer_key, "")} for row in rows
     }
@@ -185,15 +186,10 @@ def _check_rows(frame: pd.DataFrame, dataset_config: EvalDatasetBaseConfig, name
 
 def _check_answers(frame: pd.DataFrame, key: str, name: str, needed_by: str) -> None:
     answers = list(frame[key]) if key in frame.columns else [""] * len(frame)
-    without = [row for row, answer in enumerate(answers, start=1) if _is_blank(answer)]
+    without = [row for row, answer in enumerate(answers, start=1) if is_blank(answer)]
     if without:
         raise DataError(
             f"{name}: row {without[0]} has no `{key}` ({len(without)} of {len(answers)} rows have none), which the "
             f"reward ({needed_by}) compares the output with; add it, or name the right key: "
             "eval.general.dataset.structure.answer_key"
         )
-
-
-def _is_blank(answer: Any) -> bool:
-    """Nothing, spaces, or the NaN of a data frame; 0 and False are answers."""
-    return answer is None or answer != answer or (isinstance(answer, str) and not answer.strip())

@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from nat.data_models.evaluate_runtime import EvaluationRunConfig
@@ -20,6 +20,7 @@ from nat_plugin_evsys.finetuning.telemetry import without_exporters
 from nat_plugin_evsys.finetuning.workflow.limits import bound_items, exits_are_errors
 from nat_plugin_evsys.finetuning.workflow.scores import evaluator_problem, number_of
 from nat_plugin_evsys.finetuning.workflow.sessions import RecordedSessions, Rollouts
+from nat_plugin_evsys.overlapping import entered_once
 from nat_plugin_evsys.report.quiet import quiet_tqdm
 from nat_plugin_evsys.rollouts.attempts import Attempt
 
@@ -57,7 +58,7 @@ class PolicyEvaluation(EvaluationRun):
         if self.eval_input is not None:
             items = self.eval_input.eval_input_items
             if self._choose is not None:
-                rows = [_row_and_attempt(item)[0] for item in items]
+                rows = [_row_and_attempt(item, self.config.reps)[0] for item in items]
                 chosen = set(self._choose(list(dict.fromkeys(rows))))
                 items[:] = [item for item, row in zip(items, rows, strict=True) if row in chosen]
             self._rollouts.total += len(items)
@@ -116,7 +117,9 @@ async def evaluate_policy(
     run_ids = [run_id for item in items if (run_id := _run_id(item)) is not None]
     for recorder in rollouts.recorders:
         await asyncio.to_thread(recorder.wait_until_answered, run_ids, _ENDING_SECONDS)
-    by_item = [attempts_of(item, [scores.get((name, str(item.id))) for name in rewards], rollouts) for item in items]
+    by_item = [
+        attempts_of(item, [scores.get((name, str(item.id))) for name in rewards], rollouts, reps) for item in items
+    ]
     by_policy = [[attempts[at] for attempts in by_item] for at in range(len(rewards))]
     return [
         await asyncio.to_thread(with_dead_addresses, attempts, config, name)
@@ -155,11 +158,11 @@ def evaluation_config(
     )
 
 
-def attempts_of(item: EvalInputItem, scores: Sequence[Any], rollouts: Rollouts) -> list[Attempt]:
-    """The attempt as each recorded policy made it: its own calls, and its own score."""
+def attempts_of(item: EvalInputItem, scores: Sequence[Any], rollouts: Rollouts, reps: int) -> list[Attempt]:
+    """The attempt, one of ``reps`` at its row, as each recorded policy made it: its own calls, and its own score."""
     losses = [_loss(_run_id(item), score, rollouts) for score in scores]  # all recorders know the rollout still
     return [
-        _attempt(item, score, loss, rollouts, recorder)
+        _attempt(item, score, loss, rollouts, recorder, reps)
         for score, loss, recorder in zip(scores, losses, rollouts.recorders, strict=True)
     ]
 
@@ -170,11 +173,12 @@ def _attempt(
     loss: tuple[DropReason | None, str | None],
     rollouts: Rollouts,
     recorder: Recorder,
+    reps: int,
 ) -> Attempt:
     run_id = _run_id(item)
     lost, error = loss
     refusals = [] if run_id is None else recorder.refusals(run_id)
-    row_id, number = _row_and_attempt(item)
+    row_id, number = _row_and_attempt(item, reps)
     calls = [] if run_id is None else recorder.close_run(run_id)
     cause = None if run_id not in rollouts.failures else DropReason.WORKFLOW_ERROR
     if refusals and (cause or not calls):
@@ -232,10 +236,10 @@ def _step_problem(steps: Any, calls: int) -> str | None:
     return f"the evaluator's {STEP_REWARDS} are {steps!r}, but the rollout made {calls} calls; give one number for each"
 
 
-def _row_and_attempt(item: EvalInputItem) -> tuple[str, int]:
-    """NAT numbers the repetitions of a row in the item's id: ``row_rep3`` is the fourth attempt at ``row``."""
+def _row_and_attempt(item: EvalInputItem, reps: int) -> tuple[str, int]:
+    """NAT numbers the attempts at a row, if there are several, in the id: ``row_rep3`` is the fourth at ``row``."""
     row_id, suffix, number = str(item.id).rpartition("_rep")
-    return (row_id, int(number)) if suffix and number.isdecimal() else (str(item.id), 0)
+    return (row_id, int(number)) if reps > 1 and suffix and number.isdecimal() else (str(item.id), 0)
 
 
 def _entry(item: EvalInputItem, row_id: str) -> Any:
@@ -243,7 +247,7 @@ def _entry(item: EvalInputItem, row_id: str) -> Any:
     entry = item.full_dataset_entry
     if not isinstance(entry, dict):
         return entry
-    return {key: row_id if value == item.id else value for key, value in entry.items()}
+    return {key: row_id if isinstance(value, str | int) and value == item.id else value for key, value in entry.items()}
 
 
 def _run_id(item: EvalInputItem) -> str | None:
@@ -264,7 +268,7 @@ def _is_connection_error(error: BaseException | None) -> bool:
     return any(isinstance(cause, failures) for cause in causes(error, implicit=True))
 
 
-@contextmanager
+@entered_once
 def quiet_nat() -> Iterator[None]:
     """Suppress the log lines that NAT and httpx write for every rollout; failures are counted and reported."""
     levels = {

@@ -6,21 +6,26 @@ import asyncio
 import functools
 import traceback
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
+
+from nat_plugin_evsys.overlapping import entered_once
 
 _SCORES_ONE = ("evaluate_item", "evaluate_atif_item")
 """Methods by which NAT's base classes score one rollout."""
 
 
-@contextmanager
-def exits_are_errors() -> Iterator[None]:
+def exits_are_errors() -> AbstractContextManager[None]:
     """Turn SystemExit into RuntimeError in every task of the running loop that is made inside.
 
     An event loop lets SystemExit of a task end the process. Agents run their tools in tasks of their own, where nobody
     else can catch it.
     """
-    loop = asyncio.get_running_loop()
+    return _exits_are_errors(asyncio.get_running_loop())
+
+
+@entered_once
+def _exits_are_errors(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     before = loop.get_task_factory()
 
     def make(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> Any:

@@ -33,7 +33,7 @@ class TextDialect:
         self.prompt: str | list[int] = _one_prompt(body.get("prompt"))
         if body.get("suffix"):
             raise bad_request("`suffix`: this endpoint does not offer it", param="suffix", code="unsupported_parameter")
-        self._echo = bool(body.get("echo"))
+        self._echo, self._echoed = bool(body.get("echo")), ""
         top = body.get("logprobs")
         if self._echo and top is not None:
             raise bad_request(
@@ -52,8 +52,12 @@ class TextDialect:
     def ids(self, renderer: ChatRenderer) -> tuple[str, list[int]]:
         """The prompt's text and ids. Special tokens that its text names are such tokens."""
         if isinstance(self.prompt, str):
-            return self.prompt, renderer.encode(self.prompt)
-        return renderer.decode(self.prompt), self.prompt
+            text, ids = self.prompt, renderer.encode(self.prompt)
+        else:
+            text, ids = renderer.decode(self.prompt), self.prompt
+        if self._echo:
+            self._echoed = text
+        return text, ids
 
     def answer(self, completion: ChatCompletion) -> bytes:
         """See ``Dialect``."""
@@ -88,7 +92,7 @@ class TextDialect:
     def _choice(
         self, choice: dict[str, Any], text: str, token_ids: list[int] | None, *, first: bool = True
     ) -> dict[str, Any]:
-        echoed = self.prompt if self._echo and first and isinstance(self.prompt, str) else ""
+        echoed = self._echoed if first else ""
         made = {"index": choice["index"], "text": echoed + text, "finish_reason": choice["finish_reason"]}
         ids = {} if token_ids is None else {"token_ids": token_ids}
         return {**made, "logprobs": _logprobs(choice["logprobs"]), **ids}

@@ -13,10 +13,16 @@ const MODE_HELP = {
 /** How strongly a token is coloured, from -1 (left end of the scale) to 1, or null where there is nothing to show. */
 function tokenStrength(mode, step, index, largest) {
   const { tokens, advantage } = step;
+  if (mode !== "surprise" && isForced(step, index)) return null;
   if (mode === "advantage") return advantage === undefined || step.dropped ? null : advantage / (largest || 1);
   if (mode === "moved") return tokens.l ? clamp((tokens.l[index] - tokens.p[index]) / 500) : null;
   if (mode === "surprise") return clamp(-tokens.p[index] / 4000);
   return null;
+}
+
+/** Whether a grammar left no other token than this one of a call that was trained on. */
+function isForced({ tokens }, index) {
+  return tokens.l?.[index] === null;
 }
 
 function clamp(value) {
@@ -110,15 +116,16 @@ function shownToken(text) {
 function TokenFacts({ step, index }) {
   const { t: texts, i: ids, p: sampled, l: learner } = step.tokens;
   const before = Math.exp(sampled[index] / 1000);
+  const forced = isForced(step, index);
   const trained = !step.dropped && step.advantage !== undefined && step.advantage !== 0;
   return html`<div class="token-facts" aria-live="polite">
     <b class="mono">${JSON.stringify(texts[index])}</b> ${" "}<span class="muted small">token ${index + 1} of ${ids.length}, id ${ids[index]}</span>
     <dl>
       <dt>when sampled</dt><dd>${probability(before)} <span class="muted">(logprob ${fixed(sampled[index] / 1000)})</span></dd>
-      ${learner && html`<dt>when trained on</dt><dd>${probability(Math.exp(learner[index] / 1000))}
+      ${learner && !forced && html`<dt>when trained on</dt><dd>${probability(Math.exp(learner[index] / 1000))}
         <span class="muted"> (log-ratio ${signed((learner[index] - sampled[index]) / 1000)})</span></dd>`}
       ${step.advantage !== undefined && html`<dt>advantage</dt><dd>${signed(step.advantage)}</dd>`}
-      <dt>training</dt><dd>${trained ? trainedSentence(step.advantage) : untrainedSentence(step)}</dd>
+      <dt>training</dt><dd>${forced ? FORCED : trained ? trainedSentence(step.advantage) : untrainedSentence(step)}</dd>
     </dl>
   </div>`;
 }
@@ -126,6 +133,8 @@ function TokenFacts({ step, index }) {
 function probability(value) {
   return value >= 0.001 ? `${(100 * value).toPrecision(3)}% likely` : `1 in ${count(1 / value)}`;
 }
+
+const FORCED = "Not trained on: the form that the reply was held to allowed no other token here.";
 
 function trainedSentence(advantage) {
   return advantage > 0
