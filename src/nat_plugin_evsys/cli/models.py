@@ -110,8 +110,9 @@ def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
         )
     where = checkpoint_of(found, which, "--checkpoint")
     if isinstance(where, str):
+        state = next(record.training_state for record in found.state.checkpoints if record.adapter == where)
         raise CheckpointError(
             f"run {found.path} keeps its weights on a service; with its TINKER_BASE_URL and TINKER_API_KEY set, "
-            f"`tinker checkpoint download {record.training_state or where}` makes a directory: export that"
+            f"`tinker checkpoint download {state or where}` makes a directory: export that"
         )
     return where
