@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
+from nat_plugin_evsys.json_lines import lines_of, read_text
 from nat_plugin_evsys.training.learning_rate import default_rate
 from nat_plugin_evsys.training.sdft import SdftStep, build_lessons, train_sdft
 from nat_plugin_evsys.training.sft import SftStep, build_sft_datums, train_sft
@@ -32,10 +33,9 @@ def load_demonstrations(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise ConfigError(no_file("warm_start.demonstrations", path))
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
-        lines = [line for line in text.splitlines() if line.strip()]
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines_of(text)]
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: neither a JSON array nor JSON lines: {error}") from error
     if not rows:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
+from nat_plugin_evsys.json_lines import lines_of, read_text
 from nat_plugin_evsys.rollouts.traces.atif_records import record_of_atif
 from nat_plugin_evsys.rollouts.traces.otlp import BATCH, steps_of_batches
 from nat_plugin_evsys.rollouts.traces.record import Record
@@ -92,13 +92,12 @@ def _record(entry: dict[str, Any], keys: Mapping[str, str], name: str) -> Record
 
 def _entries(path: Path) -> list[Any]:
     """The values of a JSON array, of one JSON object, or of JSON lines; a line that is no JSON is None."""
-    packed = path.suffix == ".gz"
-    text = gzip.decompress(path.read_bytes()).decode() if packed else path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         whole = json.loads(text)
         return whole if isinstance(whole, list) else [whole]
     except json.JSONDecodeError:
-        return [_line(line) for line in text.splitlines() if line.strip()]
+        return [_line(line) for line in lines_of(text)]
 
 
 def _line(line: str) -> Any:
