@@ -21,8 +21,7 @@ class EvsysTraceBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys
     )
     algorithm: Literal["sft", "dpo", "rl"] = Field(
         description="`sft`: learn every reply of the best records. `dpo`: learn from pairs of records of the same "
-        "question with different rewards. `rl`: importance-weighted policy gradients, where token ids or logprobs are "
-        "recorded."
+        "question with different rewards. `rl`: importance-weighted policy gradients, where logprobs are recorded."
     )
     min_reward: float | None = Field(
         default=None, allow_inf_nan=False, description="`sft`: the best are the records of at least this reward."

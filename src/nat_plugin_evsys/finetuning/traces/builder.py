@@ -119,6 +119,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
             self._retokenize,
             self.traces.temperature,
             frozenset({self._own.name, self.policy.config.base_model}),
+            needs_logprobs=self.traces.algorithm == "rl",
         )
         rows = rows_by_question(self._dataset)
         scores = await self._scores(records, rows, rollouts)
