@@ -106,12 +106,25 @@ def test_demonstrations_are_read_as_they_were_written(mark: str, form: str, tmp_
         ("[]", DataError, "has no demonstrations"),
         ("{nope", DataError, "neither a JSON array nor JSON lines"),
         ('[{"messages": [{"role": "user", "content": "hi"}]}]', DataError, "demonstration 1 has no"),
+        ('{"messages": "hi"}', DataError, r"demonstrations\.json: demonstration 1 has no `messages`"),
+        ('[{"messages": [{"role": "assistant"}]}, "x"]', DataError, "demonstration 2 has no `messages`"),
+        ('{"messages": ["x"]}', DataError, "demonstration 1 has no `messages`"),
+        ('{"messages": {"role": "assistant"}}', DataError, "demonstration 1 has no `messages`"),
+        ('{"messages": [{"role": "assistant"}], "tools": "x"}', DataError, "demonstration 1: `tools` is no list"),
+        ('{"messages": [{"role": "assistant"}], "tools": 5}', DataError, "demonstration 1: `tools` is no list"),
     ],
 )
 def test_bad_demonstrations(text: str, error: type[Exception], wanted: str, tmp_path: Path) -> None:
     path = tmp_path / "demonstrations.json"
     path.write_text(text)
     with pytest.raises(error, match=wanted):
+        load_demonstrations(path)
+
+
+def test_demonstrations_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.json"
+    path.write_text("[]", encoding="utf-16")
+    with pytest.raises(DataError, match=rf"{path} cannot be read: .*write it as UTF-8"):
         load_demonstrations(path)
 
 

@@ -29,7 +29,8 @@ def load_demonstrations(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: no such file.
-        DataError: not JSON, empty, or a row without messages or without an assistant message; names the row.
+        DataError: not JSON, empty, or a row without messages, without an assistant message or with tools that are none;
+            names the row.
     """
     if not path.is_file():
         raise ConfigError(no_file("warm_start.demonstrations", path))
@@ -41,10 +42,20 @@ def load_demonstrations(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"{path}: has no demonstrations")
     for number, row in enumerate(rows, start=1):
-        messages = row.get("messages") if isinstance(row, dict) else None
+        given: dict[str, Any] = row if isinstance(row, dict) else {}
+        messages, tools = (_objects(given.get(name)) for name in ("messages", "tools"))
         if not messages or not any(message.get("role") == "assistant" for message in messages):
             raise DataError(f"{path}: demonstration {number} has no `messages` with an assistant message to learn")
+        if tools is None:
+            raise DataError(f"{path}: demonstration {number}: `tools` is no list of tools in OpenAI's form")
     return rows
+
+
+def _objects(value: Any) -> list[dict[str, Any]] | None:
+    """``value`` if it is a list of JSON objects, [] for nothing; None if it is something else."""
+    if not value:
+        return []
+    return value if isinstance(value, list) and all(isinstance(each, dict) for each in value) else None
 
 
 async def warm_start(

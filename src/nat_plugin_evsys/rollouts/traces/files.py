@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
 from nat_plugin_evsys.json_lines import lines_of, read_text
 from nat_plugin_evsys.rollouts.traces.atif_records import record_of_atif
-from nat_plugin_evsys.rollouts.traces.otlp import BATCH, steps_of_batches
+from nat_plugin_evsys.rollouts.traces.otlp import BATCH, steps_of_batch
 from nat_plugin_evsys.rollouts.traces.record import Record
-from nat_plugin_evsys.rollouts.traces.steps import is_step, read_calls, record_of_run, runs_of
+from nat_plugin_evsys.rollouts.traces.steps import Step, is_step, read_calls, record_of_run, runs_of
 
 RUN_ID = "workflow_run_id"
+
+_MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def read_records(paths: Sequence[Path], keys: Mapping[str, str], what: str) -> list[Record]:
@@ -36,7 +40,7 @@ def read_records(paths: Sequence[Path], keys: Mapping[str, str], what: str) -> l
 
     Raises:
         ConfigError: no such file.
-        DataError: a file has no record.
+        DataError: a file cannot be read, or has no record.
     """
     return [record for path in paths for record in _records(path, keys, what)]
 
@@ -44,24 +48,28 @@ def read_records(paths: Sequence[Path], keys: Mapping[str, str], what: str) -> l
 def _records(path: Path, keys: Mapping[str, str], what: str) -> list[Record]:
     if not path.is_file():
         raise ConfigError(no_file(what, path))
-    steps: list[Mapping[str, Any]] = []
-    batches: list[Mapping[str, Any]] = []
+    steps: list[Step] = []
+    spans: list[tuple[int, list[Step]]] = []
     notes: list[Mapping[str, Any]] = []
     records: list[Record] = []
     for number, entry in enumerate(_entries(path), start=1):
         name = f"{path}, record {number}"
-        if not isinstance(entry, dict):
-            records.append(Record(name, problem=DropReason.UNREADABLE_RECORD))
-        elif is_step(entry):
+        if is_step(entry):
             steps.append(entry)
-        elif BATCH in entry:
-            batches.append(entry)
-        elif RUN_ID in entry:
+        elif isinstance(entry, dict) and RUN_ID in entry:
             notes.append(entry)
+        elif isinstance(entry, dict) and BATCH in entry:
+            try:
+                spans += steps_of_batch(entry)
+            except _MALFORMED as error:
+                records.append(_unreadable(name, entry, error))
         else:
-            records.append(_record(entry, keys, name))
-    steps += steps_of_batches(batches)
-    runs = [record_of_run(run, f"{path}, run {number}") for number, run in enumerate(runs_of(steps), start=1)]
+            records.append(_readable(name, entry, partial(_record, entry, keys, name)))
+    steps += [step for _, of_span in sorted(spans, key=itemgetter(0)) for step in of_span]
+    runs = [
+        _readable(name, {}, partial(record_of_run, run, name))
+        for run, name in ((run, f"{path}, run {number}") for number, run in enumerate(runs_of(steps), start=1))
+    ]
     for note in notes:
         for run in runs:
             if run.entry.get(RUN_ID) == note[RUN_ID]:
@@ -71,7 +79,23 @@ def _records(path: Path, keys: Mapping[str, str], what: str) -> list[Record]:
     return [*runs, *records]
 
 
-def _record(entry: dict[str, Any], keys: Mapping[str, str], name: str) -> Record:
+def _readable(name: str, entry: Any, read: Callable[[], Record]) -> Record:
+    """What ``read`` makes of an entry. Others write these files, so anything may stand in any place of one."""
+    try:
+        return read()
+    except _MALFORMED as error:
+        return _unreadable(name, entry, error)
+
+
+def _unreadable(name: str, entry: Any, error: Exception) -> Record:
+    seen = f"no trajectory in a form that NAT writes ({type(error).__name__}: {error})"
+    known = entry if isinstance(entry, dict) else {}
+    return Record(name, entry=known, problem=DropReason.UNREADABLE_RECORD, error=seen)
+
+
+def _record(entry: Any, keys: Mapping[str, str], name: str) -> Record:
+    if not isinstance(entry, dict):
+        raise TypeError("no JSON object")
     sample = entry.get("trajectory")
     if isinstance(sample, dict) and "steps" in sample:
         record = record_of_atif(sample, name)
@@ -80,10 +104,10 @@ def _record(entry: dict[str, Any], keys: Mapping[str, str], name: str) -> Record
         return record
     if "steps" in entry and "agent" in entry:
         return record_of_atif(entry, name)
-    taken = entry.get(keys["intermediate_steps"])
-    if not isinstance(taken, list):
-        return Record(name, entry=entry, problem=DropReason.UNREADABLE_RECORD)
-    record = Record(name, entry=entry, steps=[step for step in taken if is_step(step)])
+    taken = entry[keys["intermediate_steps"]]
+    if not isinstance(taken, list) or not all(map(is_step, taken)):
+        raise TypeError(f"`{keys['intermediate_steps']}` is no list of intermediate steps")
+    record = Record(name, entry=entry, steps=taken)
     record.question, record.expected = entry.get(keys["question"]), entry.get(keys["answer"])
     record.output = entry.get(keys["generated_answer"])
     read_calls(record, record.steps)

@@ -35,7 +35,7 @@ class CallReader:
     def calls(self, record: Record, run_id: str) -> tuple[list[Call], DropReason | None, str | None]:
         """The calls, why they cannot be trained on, and what was seen; the calls are empty where there is a reason."""
         if record.problem is not None:
-            return [], record.problem, None
+            return [], record.problem, record.error
         if not record.calls:
             return [], DropReason.NO_CALLS, None
         if not self.retokenize and not all(self._token_ids(call) or call.logprobs for call in record.calls):
