@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import yaml
 from google.protobuf.json_format import MessageToDict
+from nat.data_models.intermediate_step import IntermediateStep
 from nat_process import ROOT, Finished, first_rows, newest_run, run_nat
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from pydantic import TypeAdapter
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.rollouts.traces.files import read_records
@@ -137,6 +139,7 @@ def test_the_prompt_of_a_trace_is_what_the_model_read(recorded: Recorded, name: 
         assert call.messages[0]["content"] == SYSTEM
         assert call.messages[1]["content"] == record.question
         assert call.reply == {"role": "assistant", "content": record.output}
+        assert TypeAdapter(list[IntermediateStep]).validate_python(record.steps), "evaluators are given them"
     assert {record.problem for record in records} <= {None, DropReason.UNFINISHED_TRACE, DropReason.PROMPT_UNKNOWN}
 
 

@@ -19,6 +19,7 @@ from nat_plugin_evsys.finetuning.telemetry import RunExporters
 from nat_plugin_evsys.finetuning.traces.rewards import evaluator_scores
 from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.rollouts.traces.otlp import steps_of_batch
 from nat_plugin_evsys.rollouts.traces.record import Record
 
 
@@ -80,3 +81,22 @@ async def test_an_evaluator_is_given_what_is_recorded(question: Any, output: Any
 async def test_so_is_one_that_reads_atif() -> None:
     (found,) = await scores(SeenConfig(atif=True), [record("34", "056")], {})
     assert found.reasoning == ["34", "056"]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+async def test_steps_that_nat_cannot_read_leave_their_record_without_a_score(others: int) -> None:
+    odd = record("34", "34")
+    odd.steps = [{"parent_id": "p", "function_ancestry": {"function_id": "f", "function_name": "f"}, "payload": {}}]
+    first, *found = await scores(EvsysExactMatchConfig(), [odd, *[record("34", "34")] * others], {})
+    assert (first.score, first.error) == (None, "NAT cannot read its step 0.payload.event_type: Field required")
+    assert [item.score for item in found] == [1.0] * others
+
+
+async def test_an_evaluator_is_given_the_steps_of_spans() -> None:
+    said = {"nat.event_type": "LLM_START", "nat.workflow.run_id": "r", "input.value": "q", "output.value": "34"}
+    attributes = [{"key": key, "value": {"stringValue": value}} for key, value in said.items()]
+    span = {"spanId": "s", "attributes": attributes}
+    [(_, steps)] = steps_of_batch({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]})
+    traced = record("34", "34")
+    traced.steps = [dict(step) for step in steps]
+    assert [item.score for item in await scores(EvsysExactMatchConfig(), [traced], {})] == [1.0]

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from nat.data_models.dataset_handler import EvalDatasetJsonConfig
 from nat.data_models.evaluate_runtime import EvaluationRunConfig
 from nat.data_models.evaluator import EvalInput
+from nat.data_models.intermediate_step import IntermediateStep
+from nat.plugins.eval.data_models.evaluator_io import EvalOutputItem
+from pydantic import TypeAdapter, ValidationError
 
 from nat_plugin_evsys.finetuning.workflow.evaluation import PolicyEvaluation, evaluation_config, quiet_nat
 from nat_plugin_evsys.finetuning.workflow.limits import exits_are_errors
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from nat.data_models.config import Config
 
     from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
+
+_STEPS = TypeAdapter(list[IntermediateStep])
 
 Rows = Mapping[Any, Mapping[str, Any]]
 """The rows of the run's dataset by their questions."""
@@ -76,7 +81,8 @@ async def evaluator_scores(
         rows: have the answer where a record has none.
 
     Returns:
-        NAT's output item of each record; None where the evaluator gave none.
+        NAT's output item of each record, with an error where NAT cannot read the steps; None where the evaluator gave
+        none.
     """
     entries = {
         f"record-{number}": {
@@ -89,9 +95,11 @@ async def evaluator_scores(
         }
         for number, record in enumerate(records)
     }
+    problems = {name: _steps_problem(entry["intermediate_steps"]) for name, entry in entries.items()}
     rows_of_nat = [
         {"id": name, "question": name, "intermediate_steps": entry["intermediate_steps"]}
         for name, entry in entries.items()
+        if problems[name] is None
     ]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "records.json"
@@ -102,8 +110,23 @@ async def evaluator_scores(
         )
         with quiet_tqdm(), quiet_nat(), exits_are_errors():
             output = await RecordedEvaluation(run, rollouts, evaluator_timeout, entries).run_and_evaluate()
-    scores = {str(item.id): item for _, result in output.evaluation_results for item in result.eval_output_items}
+    scores: dict[str, Any] = {
+        name: EvalOutputItem(id=name, score=None, reasoning=None, error=problem)
+        for name, problem in problems.items()
+        if problem is not None
+    }
+    scores |= {str(item.id): item for _, result in output.evaluation_results for item in result.eval_output_items}
     return [scores.get(name) for name in entries]
+
+
+def _steps_problem(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why NAT cannot show these steps to an evaluator, or None."""
+    try:
+        _STEPS.validate_python(steps)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"NAT cannot read its step {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return None
 
 
 def answer_to(record: Record, rows: Rows) -> Any:
