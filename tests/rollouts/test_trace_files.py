@@ -111,3 +111,50 @@ def test_a_file_that_is_no_text_is_named(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError, match=rf"{path} cannot be read: .*write it as UTF-8"):
         read_records([path], KEYS, "files")
+
+
+def run(run_id: str) -> list[dict[str, Any]]:
+    """The steps of a run without calls."""
+    started = step("WORKFLOW_START", metadata={"provided_metadata": {"workflow_run_id": run_id}})
+    ended = step("WORKFLOW_END", data={"output": run_id})
+    return [each | {"payload": each["payload"] | {"UUID": run_id}} for each in (started, ended)]
+
+
+def note(run_id: Any, feedback: str) -> dict[str, Any]:
+    return {"workflow_run_id": run_id, "feedback": feedback}
+
+
+def written(path: Path, *entries: Any) -> Path:
+    path.write_text("\n".join(map(json.dumps, entries)))
+    return path
+
+
+def test_a_note_is_of_its_run_in_whichever_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = [
+        written(tmp_path / "notes.jsonl", note("b", "down"), note("row", "up")),
+        written(tmp_path / "one.jsonl", *run("a")),
+        written(tmp_path / "two.jsonl", note("a", "up"), *run("b"), *run("c"), nat_row(workflow_run_id="row")),
+    ]
+    found = read_records(files, KEYS, "files")
+    assert [record.entry["workflow_run_id"] for record in found] == ["a", "b", "c", "row"]
+    assert [record.entry.get("feedback") for record in found] == ["up", "down", None, "up"]
+    assert found[-1].question == "q"
+    assert not caplog.records
+
+
+def test_notes_of_no_run_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    traces = written(tmp_path / "traces.jsonl", *run("a"), note("a", "up"), note("z", "up"), note(None, "up"), atif())
+    assert [record.entry.get("feedback") for record in read_records([traces], KEYS, "files")] == ["up", None]
+    (line,) = caplog.messages
+    assert line.startswith(
+        "2 of 3 lines that add to a run name a workflow_run_id that no trajectory of these files has"
+    )
+    assert "the first is 'z'" in line
+
+
+def test_files_without_a_trajectory_are_named(tmp_path: Path) -> None:
+    notes, empty = written(tmp_path / "notes.jsonl", note("a", "up")), written(tmp_path / "empty.jsonl")
+    with pytest.raises(DataError, match=r"files: .*notes\.jsonl has no trajectory"):
+        read_records([notes], KEYS, "files")
+    with pytest.raises(DataError, match=r"files: .*empty\.jsonl has no trajectory"):
+        read_records([written(tmp_path / "one.jsonl", *run("a")), empty], KEYS, "files")

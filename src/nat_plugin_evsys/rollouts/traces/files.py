@@ -4,14 +4,16 @@
 - what an OpenTelemetry collector's ``file`` exporter writes of NAT's spans;
 - ``workflow_output.json`` and ``workflow_output_atif.json`` of ``nat eval``;
 - trajectories in ATIF, as an array, one in a line (also packed by gzip, as in ``rollouts/``), or one in a file;
-- beside any steps, lines ``{"workflow_run_id": …, …}``, which add their fields (a feedback) to that run's record.
+- beside any of these or in a file of their own, notes: lines ``{"workflow_run_id": …, …}``, which add their fields (a
+  feedback) to that run's record.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,18 @@ from nat_plugin_evsys.rollouts.traces.otlp import BATCH, steps_of_batch
 from nat_plugin_evsys.rollouts.traces.record import Record
 from nat_plugin_evsys.rollouts.traces.steps import Step, is_step, read_calls, record_of_run, runs_of
 
+logger = logging.getLogger(__name__)
+
 RUN_ID = "workflow_run_id"
 
 _MALFORMED = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What reading raises where something else stands than NAT writes there: others write these files too."""
 
 
 def read_records(paths: Sequence[Path], keys: Mapping[str, str], what: str) -> list[Record]:
     """The records of some files, in their order. What cannot be read is a record too, with its reason.
+
+    A note may be in another file than its run. Notes of no run are counted in the log.
 
     Args:
         keys: the names of ``question``, ``answer``, ``generated_answer`` and ``intermediate_steps`` in a row of
@@ -40,51 +47,86 @@ def read_records(paths: Sequence[Path], keys: Mapping[str, str], what: str) -> l
 
     Raises:
         ConfigError: no such file.
-        DataError: a file cannot be read, or has no record.
+        DataError: a file cannot be read or is empty, or none has a trajectory.
     """
-    return [record for path in paths for record in _records(path, keys, what)]
+    contents = [_content(path, keys, what) for path in paths]
+    records = [record for content in contents for record in content.records]
+    if not records:
+        raise DataError(f"{what}: {', '.join(map(str, paths))} has no trajectory")
+    _add_notes([note for content in contents for note in content.notes], records)
+    return records
 
 
-def _records(path: Path, keys: Mapping[str, str], what: str) -> list[Record]:
+@dataclass(slots=True)
+class _Content:
+    """What is in a file: its records, those of runs that were told step by step first, and notes on runs."""
+
+    records: list[Record] = field(default_factory=list)
+    notes: list[Mapping[str, Any]] = field(default_factory=list)
+
+
+def _content(path: Path, keys: Mapping[str, str], what: str) -> _Content:
     if not path.is_file():
         raise ConfigError(no_file(what, path))
+    content = _Content()
     steps: list[Step] = []
     spans: list[tuple[int, list[Step]]] = []
-    notes: list[Mapping[str, Any]] = []
-    records: list[Record] = []
     for number, entry in enumerate(_entries(path), start=1):
         name = f"{path}, record {number}"
-        if is_step(entry):
-            steps.append(entry)
-        elif isinstance(entry, dict) and RUN_ID in entry:
-            notes.append(entry)
-        elif isinstance(entry, dict) and BATCH in entry:
-            try:
+        try:
+            if is_step(entry):
+                steps.append(entry)
+            elif BATCH in _object(entry):
                 spans += steps_of_batch(entry)
-            except _MALFORMED as error:
-                records.append(_unreadable(name, entry, error))
-        else:
-            records.append(_readable(name, entry, partial(_record, entry, keys, name)))
+            elif _is_note(entry, keys):
+                content.notes.append(entry)
+            else:
+                content.records.append(_record(entry, keys, name))
+        except _MALFORMED as error:
+            content.records.append(_unreadable(name, entry, error))
     steps += [step for _, of_span in sorted(spans, key=itemgetter(0)) for step in of_span]
-    runs = [
-        _readable(name, {}, partial(record_of_run, run, name))
-        for run, name in ((run, f"{path}, run {number}") for number, run in enumerate(runs_of(steps), start=1))
-    ]
-    for note in notes:
-        for run in runs:
-            if run.entry.get(RUN_ID) == note[RUN_ID]:
-                run.entry |= note
-    if not runs and not records:
+    content.records[:0] = [_run(run, f"{path}, run {number}") for number, run in enumerate(runs_of(steps), start=1)]
+    if not content.records and not content.notes:
         raise DataError(f"{what}: {path} has no trajectory")
-    return [*runs, *records]
+    return content
 
 
-def _readable(name: str, entry: Any, read: Callable[[], Record]) -> Record:
-    """What ``read`` makes of an entry. Others write these files, so anything may stand in any place of one."""
+def _add_notes(notes: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> None:
+    of_run: dict[str, list[Record]] = {}
+    for record in records:
+        if (run := record.entry.get(RUN_ID)) is not None:
+            of_run.setdefault(str(run), []).append(record)
+    strays = []
+    for note in notes:
+        known = of_run.get(str(note[RUN_ID]), [])
+        for record in known:
+            record.entry |= note
+        strays += [] if known else [note]
+    if strays:
+        logger.warning(
+            "%d of %d lines that add to a run name a %s that no trajectory of these files has; the first is %r",
+            len(strays),
+            len(notes),
+            RUN_ID,
+            strays[0][RUN_ID],
+        )
+
+
+def _object(entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise TypeError("no JSON object")
+    return entry
+
+
+def _is_note(entry: Mapping[str, Any], keys: Mapping[str, str]) -> bool:
+    return RUN_ID in entry and not any(name in entry for name in ("steps", "trajectory", keys["intermediate_steps"]))
+
+
+def _run(steps: Sequence[Step], name: str) -> Record:
     try:
-        return read()
+        return record_of_run(steps, name)
     except _MALFORMED as error:
-        return _unreadable(name, entry, error)
+        return _unreadable(name, {}, error)
 
 
 def _unreadable(name: str, entry: Any, error: Exception) -> Record:
@@ -93,9 +135,7 @@ def _unreadable(name: str, entry: Any, error: Exception) -> Record:
     return Record(name, entry=known, problem=DropReason.UNREADABLE_RECORD, error=seen)
 
 
-def _record(entry: Any, keys: Mapping[str, str], name: str) -> Record:
-    if not isinstance(entry, dict):
-        raise TypeError("no JSON object")
+def _record(entry: dict[str, Any], keys: Mapping[str, str], name: str) -> Record:
     sample = entry.get("trajectory")
     if isinstance(sample, dict) and "steps" in sample:
         record = record_of_atif(sample, name)
