@@ -35,8 +35,8 @@ class EvsysTraceBuilderConfig(StrictConfig, TrajectoryBuilderConfig, name="evsys
     feedback: str | None = Field(
         default=None,
         description="Where a record has its reward, as keys joined by dots (`feedback`, `extra.reward`). A line "
-        "`{workflow_run_id: …, feedback: …}` in any of the files adds to the record of that run. Default: the evaluator "
-        "scores the record.",
+        "`{workflow_run_id: …, feedback: …}` in any of the files adds to the record of that run. Default: the "
+        "evaluator scores the record.",
     )
     feedback_values: dict[str, float] = Field(
         default_factory=dict, description="Rewards of feedbacks that are words, e.g. `{up: 1, down: 0}`."
