@@ -141,7 +141,7 @@ def _json_schema(schema: Any) -> Any:
 
 
 def _lines(path: Path) -> list[Json]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ class DropReason(StrEnum):
     REPLY_UNKNOWN = "reply_unknown"
     """The record does not have what the model said: NAT's steps leave out tool calls that no later call repeats."""
     NOT_RENDERED = "not_rendered"
-    """The policy's chat template cannot render the recorded messages, or the logprobs do not fit the text."""
+    """The policy's chat template cannot render the recorded messages, or the logprobs do not fit the text, or are
+    missing where `rl` needs them."""
     NO_FEEDBACK = "no_feedback"
     """The record has no feedback, or none that is a number."""
     NOT_SELECTED = "not_selected"
@@ -153,8 +154,8 @@ class Call:
         history: how the prompt holds the turn before it.
         constrained: whether a grammar decided which tokens could be sampled.
         forced: positions in ``output_ids`` at which the grammar left one choice; they carry no loss.
-        retokenized: ``output_ids`` are those of the reply's text, which may have been sampled in other tokens, and
-            ``logprobs`` are zeros that mean nothing.
+        retokenized: ``output_ids`` are those of the reply's text, which may have been sampled in other tokens.
+        logprobs_unknown: ``logprobs`` are zeros that mean nothing, as of every reply that is retokenized.
         malformed_calls: what the reply has that looked like a tool call, could not be read as one, and is content.
         images: what placeholders among ``prompt_ids`` stand for, in their order.
     """
@@ -180,6 +181,7 @@ class Call:
     constrained: bool = False
     forced: list[int] = field(default_factory=list)
     retokenized: bool = False
+    logprobs_unknown: bool = False
     malformed_calls: int = 0
     shaped: dict[str, Any] = field(default_factory=dict)
     images: list[CallImage] = field(default_factory=list)

@@ -9,10 +9,12 @@ it.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import logging
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from enum import Enum
@@ -25,7 +27,7 @@ from nat_plugin_evsys.files import naming
 
 logger = logging.getLogger(__name__)
 
-_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+_LINE_ENDS = {end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -39,7 +41,27 @@ def escape_line_ends(text: str) -> str:
     JSON leaves U+0085, U+2028 and U+2029 as they are, and a model may sample them. Many read logs and server-sent
     events with `splitlines`.
     """
-    return text.translate(_LINE_ENDS)
+    for end, escaped in _LINE_ENDS.items():  # many times faster than str.translate
+        text = text.replace(end, escaped)
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of somebody else's JSON lines, without blank ones: only a newline ends one (see `escape_line_ends`)."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def read_text(path: Path) -> str:
+    """The text of somebody else's file: UTF-8, with or without a byte-order mark, and packed by gzip if it ends in .gz.
+
+    Raises:
+        DataError: it is neither.
+    """
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}; write it as UTF-8") from error
 
 
 def jsonable(value: Any) -> Any:

@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> RunDirectory:
     made = RunDirectory.create(tmp_path)
     lines = [line("r1", "so-so", reward=0.5), line("r2", "bad", reward=0.0), line("r3", "good", reward=1.0)]
     made.rollouts.write(Collection("epoch", 1), [*lines, line("r4", "lost", error="boom", dropped="evaluator_error")])
-    made.rollouts.write(Collection("epoch", 2), [line("r1", "later", reward=1.0)])
+    made.rollouts.write(Collection("epoch", 2), [line("r1", "later\u2028on", reward=1.0)])
     return made
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import yaml
 from google.protobuf.json_format import MessageToDict
+from nat.data_models.intermediate_step import IntermediateStep
 from nat_process import ROOT, Finished, first_rows, newest_run, run_nat
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from pydantic import TypeAdapter
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.rollouts.traces.files import read_records
@@ -137,14 +139,16 @@ def test_the_prompt_of_a_trace_is_what_the_model_read(recorded: Recorded, name: 
         assert call.messages[0]["content"] == SYSTEM
         assert call.messages[1]["content"] == record.question
         assert call.reply == {"role": "assistant", "content": record.output}
+        assert TypeAdapter(list[IntermediateStep]).validate_python(record.steps), "evaluators are given them"
     assert {record.problem for record in records} <= {None, DropReason.UNFINISHED_TRACE, DropReason.PROMPT_UNKNOWN}
 
 
-def test_a_line_that_names_a_run_adds_to_its_record(recorded: Recorded, tmp_path: Path) -> None:
-    traces = tmp_path / "traces.jsonl"
-    run = read_records([recorded.traces], KEYS, "files")[0].entry["workflow_run_id"]
-    traces.write_text(recorded.traces.read_text() + json.dumps({"workflow_run_id": run, "feedback": "up"}))
-    noted = [record for record in read_records([traces], KEYS, "files") if "feedback" in record.entry]
+@pytest.mark.parametrize("name", ["traces.jsonl", "otlp.jsonl"])
+def test_a_line_that_names_a_run_adds_to_its_record(recorded: Recorded, name: str, tmp_path: Path) -> None:
+    traces, notes = recorded.directory / name, tmp_path / "notes.jsonl"
+    run = read_records([traces], KEYS, "files")[0].entry["workflow_run_id"]
+    notes.write_text(json.dumps({"workflow_run_id": run, "feedback": "up"}))
+    noted = [record for record in read_records([traces, notes], KEYS, "files") if "feedback" in record.entry]
     assert [(record.entry["workflow_run_id"], record.entry["feedback"]) for record in noted] == [(run, "up")]
 
 

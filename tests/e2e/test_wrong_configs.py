@@ -78,6 +78,12 @@ def targeted_model(config: Config, tmp_path: Path) -> None:
     config["finetuning"]["target_model"] = "judge"
 
 
+def overlapping_records(config: Config, tmp_path: Path) -> None:
+    builder = {"_type": "evsys_trace_builder", "files": ["traces.jsonl"], "algorithm": "sft", "min_reward": 1.0}
+    config["trajectory_builders"]["builder"] = builder
+    config["trainers"]["trainer"]["overlap_rollouts"] = True
+
+
 def filter_that_leaves_nothing(config: Config, tmp_path: Path) -> None:
     config["eval"]["general"]["dataset"]["filter"] = {"allowlist": {"field": {"id": ["nowhere"]}}}
 
@@ -95,6 +101,7 @@ CASES = [
     (reward_of_its_own, ["reward `right_team` has no effect here", "set finetuning.reward_function"]),
     (targeted_functions, ["finetuning.target_functions has `planner`", "the workflow has ['<workflow>']"]),
     (targeted_model, ["finetuning.target_model is `judge`", "name the policy"]),
+    (overlapping_records, ["trainers.trainer.overlap_rollouts does not go with evsys_trace_builder", "remove overlap"]),
     (filter_that_leaves_nothing, ["filter leaves none of its", "change its allowlist"]),
     (custom_dataset_without_rows, ["train: the dataset has no rows", "Run `nat eval`"]),
     (cut_distribution, ["llms.policy.top_p is 0.8", "set top_p: 1"]),

@@ -89,18 +89,42 @@ async def test_the_step_after_it_is_the_first_of_its_optimizer(policy: Policy, d
     assert moved[0] == pytest.approx(moved[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_demonstrations_are_read_as_they_were_written(mark: str, form: str, tmp_path: Path) -> None:
+    """With a byte-order mark, and with what JSON does not escape but `str.splitlines` takes for the end of a line."""
+    rows = [demonstration("a\x85\u2028\u2029b", "c"), demonstration("d", "e")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path = tmp_path / "demonstrations.json"
+    path.write_text(mark + (f"[{','.join(lines)}]" if form == "array" else "\r\n\n".join(lines)), encoding="utf-8")
+    assert load_demonstrations(path) == rows
+
+
 @pytest.mark.parametrize(
     ("text", "error", "wanted"),
     [
         ("[]", DataError, "has no demonstrations"),
         ("{nope", DataError, "neither a JSON array nor JSON lines"),
         ('[{"messages": [{"role": "user", "content": "hi"}]}]', DataError, "demonstration 1 has no"),
+        ('{"messages": "hi"}', DataError, r"demonstrations\.json: demonstration 1 has no `messages`"),
+        ('[{"messages": [{"role": "assistant"}]}, "x"]', DataError, "demonstration 2 has no `messages`"),
+        ('{"messages": ["x"]}', DataError, "demonstration 1 has no `messages`"),
+        ('{"messages": {"role": "assistant"}}', DataError, "demonstration 1 has no `messages`"),
+        ('{"messages": [{"role": "assistant"}], "tools": "x"}', DataError, "demonstration 1: `tools` is no list"),
+        ('{"messages": [{"role": "assistant"}], "tools": 5}', DataError, "demonstration 1: `tools` is no list"),
     ],
 )
 def test_bad_demonstrations(text: str, error: type[Exception], wanted: str, tmp_path: Path) -> None:
     path = tmp_path / "demonstrations.json"
     path.write_text(text)
     with pytest.raises(error, match=wanted):
+        load_demonstrations(path)
+
+
+def test_demonstrations_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "demonstrations.json"
+    path.write_text("[]", encoding="utf-16")
+    with pytest.raises(DataError, match=rf"{path} cannot be read: .*write it as UTF-8"):
         load_demonstrations(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def test_what_is_written_is_read_and_listed_in_the_order_of_the_run(tmp_path: Pa
     assert list(files.lines(Collection("epoch", 2))) == []
     with gzip.open(tmp_path / "rollouts" / "train-0000.jsonl.gz", "rt") as file:
         assert file.read().count("\n") == 1
+
+
+def test_a_rollout_is_one_line_to_every_reader(tmp_path: Path) -> None:
+    files = RolloutFiles(tmp_path)
+    files.write(Collection("epoch", 1), ['{"text": "\x85\u2028\u2029é"}'])
+    (line,) = gzip.decompress(files.path(Collection("epoch", 1)).read_bytes()).decode().splitlines()
+    assert json.loads(line) == {"text": "\x85\u2028\u2029é"}
 
 
 def test_a_resumed_run_forgets_what_an_unfinished_epoch_left(tmp_path: Path) -> None:

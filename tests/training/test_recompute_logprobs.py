@@ -54,6 +54,23 @@ async def test_the_ratio_is_1_before_the_first_step(make_backend: Any) -> None:
     assert output.metrics["kl_v2:mean"] < 1e-10
 
 
+async def test_unknown_logprobs_are_those_of_the_policy_at_the_start(make_backend: Any) -> None:
+    backend = await make_backend(perturbed=True)
+    unknown = [
+        dataclasses.replace(
+            group,
+            calls_G=[
+                [dataclasses.replace(c, logprobs=[0.0] * len(c.logprobs), logprobs_unknown=True) for c in calls]
+                for calls in group.calls_G
+            ],
+        )
+        for group in TRAINED
+    ]
+    (step,) = await steps_of(backend, unknown)
+    output = await backend.forward_backward_async(step.data, loss_fn="importance_sampling")
+    assert output.metrics["ratio:max"] == pytest.approx(1, abs=1e-5)
+
+
 async def test_calls_of_another_policy_are_refused(make_backend: Any) -> None:
     backend = await make_backend()
     await trained(backend, TRAINED, recompute=False)

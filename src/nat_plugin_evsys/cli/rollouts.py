@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from nat_plugin_evsys.cli.options import find_run, readable_errors, run_options
+from nat_plugin_evsys.json_lines import escape_line_ends
 
 if TYPE_CHECKING:
     from nat.atif import Trajectory
@@ -52,7 +53,7 @@ def rollouts_command(
     found = _select(_read(files, collection, row), order)
     if as_json:
         for trajectory in found[:limit]:
-            click.echo(trajectory.model_dump_json(exclude_none=True))
+            click.echo(escape_line_ends(trajectory.model_dump_json(exclude_none=True)))
         return
     _show(f"{named.path.name}, {collection}", found, limit)
 

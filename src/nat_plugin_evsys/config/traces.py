@@ -21,8 +21,7 @@ class EvsysTraceBuilderConfig(RunRewardedConfig, TrajectoryBuilderConfig, name="
     )
     algorithm: Literal["sft", "dpo", "rl"] = Field(
         description="`sft`: learn every reply of the best records. `dpo`: learn from pairs of records of the same "
-        "question with different rewards. `rl`: importance-weighted policy gradients, where token ids or logprobs are "
-        "recorded."
+        "question with different rewards. `rl`: importance-weighted policy gradients, where logprobs are recorded."
     )
     min_reward: float | None = Field(
         default=None, allow_inf_nan=False, description="`sft`: the best are the records of at least this reward."
@@ -35,9 +34,9 @@ class EvsysTraceBuilderConfig(RunRewardedConfig, TrajectoryBuilderConfig, name="
     )
     feedback: str | None = Field(
         default=None,
-        description="Where a record has its reward, as keys joined by dots (`feedback`, `extra.reward`). In a file of "
-        "the telemetry exporter, a line `{workflow_run_id: …, feedback: …}` adds to the record of that run. Default: "
-        "the evaluator scores the record.",
+        description="Where a record has its reward, as keys joined by dots (`feedback`, `extra.reward`). A line "
+        "`{workflow_run_id: …, feedback: …}` in any of the files adds to the record of that run. Default: the "
+        "evaluator scores the record.",
     )
     feedback_values: dict[str, float] = Field(
         default_factory=dict, description="Rewards of feedbacks that are words, e.g. `{up: 1, down: 0}`."

@@ -11,6 +11,7 @@ from nat_plugin_evsys.config import (
     EvsysPolicyConfig,
     EvsysTraceBuilderConfig,
     EvsysTrainerAdapterConfig,
+    EvsysTrainerConfig,
     EvsysTrajectoryBuilderConfig,
 )
 from nat_plugin_evsys.errors import ConfigError
@@ -49,6 +50,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
         check_output_dirs(each.name, each.policy, finetuning.output_dir)
         check_rollout_engine(each)
         check_group_size(config, finetuning, each.adapter)
+    check_overlap(config, finetuning)
     check_exporters(config)
     given = None if run is None else run.dataset
     what = "--dataset" if given else "eval.general.dataset"
@@ -141,6 +143,19 @@ def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysT
         raise ConfigError(
             "dynamic_sampling replaces groups whose rewards are all the same, but with advantage: reward these are "
             "trained on too; remove dynamic_sampling, or set advantage: group_mean"
+        )
+
+
+def check_overlap(config: Config, finetuning: FinetuneConfig) -> None:
+    """Recorded trajectories are not rolled out, so nothing of them could overlap with training."""
+    trainer = config.trainers.get(finetuning.trainer or "")
+    builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    if not isinstance(builder, EvsysTraceBuilderConfig) or not isinstance(trainer, EvsysTrainerConfig):
+        return
+    if trainer.overlap_rollouts:
+        raise ConfigError(
+            f"trainers.{finetuning.trainer}.overlap_rollouts does not go with evsys_trace_builder, which reads what is "
+            "recorded and makes no rollouts to train on; remove overlap_rollouts"
         )
 
 

@@ -102,7 +102,7 @@ class EvsysTrainer(Trainer):
         self.trajectory_builder.on_rollout = self._display.rollouts
         if self.config.overlap_rollouts:
             for adapter in self._adapters:
-                adapter.expect_stale_calls()
+                adapter.expect_stale_calls("overlap_rollouts")
         if isinstance(self.trajectory_builder, EvsysTraceBuilder):
             self.trajectory_builder.prepare(self.trainer_adapter)
 

@@ -109,16 +109,19 @@ class EvsysTrainerAdapter(TrainerAdapter):
         rate = default_rate(self.policy.backend.get_architecture())
         self._prefer("learning_rate", rate, "the default for a model of this width")
 
-    def expect_stale_calls(self) -> None:
+    def expect_stale_calls(self, cause: str) -> None:
         """Calls may be older than the policy that trains on them: clip their ratios, unless the user chose a loss.
+
+        Args:
+            cause: the setting that makes them so.
 
         Raises:
             ConfigError: ``recompute_logprobs``, which only the policy that sampled can do.
         """
         if self.config.recompute_logprobs:
             raise ConfigError(
-                "recompute_logprobs does not go with overlap_rollouts, because an older policy sampled what "
-                "an epoch trains on; set one of them to false"
+                f"recompute_logprobs does not go with {cause}, because another policy than the one under training "
+                "sampled what an epoch trains on; set recompute_logprobs: false"
             )
         self.prefer_loss("ppo", "what is trained on is older than the policy")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
+from nat_plugin_evsys.json_lines import lines_of, read_text
 from nat_plugin_evsys.training.learning_rate import default_rate
 from nat_plugin_evsys.training.sdft import SdftStep, build_lessons, train_sdft
 from nat_plugin_evsys.training.sft import SftStep, build_sft_datums, train_sft
@@ -28,23 +29,33 @@ def load_demonstrations(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: no such file.
-        DataError: not JSON, empty, or a row without messages or without an assistant message; names the row.
+        DataError: not JSON, empty, or a row without messages, without an assistant message or with tools that are none;
+            names the row.
     """
     if not path.is_file():
         raise ConfigError(no_file("warm_start.demonstrations", path))
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
-        lines = [line for line in text.splitlines() if line.strip()]
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines_of(text)]
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: neither a JSON array nor JSON lines: {error}") from error
     if not rows:
         raise DataError(f"{path}: has no demonstrations")
     for number, row in enumerate(rows, start=1):
-        messages = row.get("messages") if isinstance(row, dict) else None
+        given: dict[str, Any] = row if isinstance(row, dict) else {}
+        messages, tools = (_objects(given.get(name)) for name in ("messages", "tools"))
         if not messages or not any(message.get("role") == "assistant" for message in messages):
             raise DataError(f"{path}: demonstration {number} has no `messages` with an assistant message to learn")
+        if tools is None:
+            raise DataError(f"{path}: demonstration {number}: `tools` is not a list of tools in OpenAI's form")
     return rows
+
+
+def _objects(value: Any) -> list[dict[str, Any]] | None:
+    """``value`` if it is a list of JSON objects, [] for nothing; None if it is something else."""
+    if not value:
+        return []
+    return value if isinstance(value, list) and all(isinstance(each, dict) for each in value) else None
 
 
 async def warm_start(

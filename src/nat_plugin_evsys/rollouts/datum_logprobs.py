@@ -32,12 +32,12 @@ def with_sampled_logprobs(datum: Datum, origin: Provenance, learner: TensorData)
 
 
 def with_missing_logprobs(datum: Datum, origin: Provenance, learner: TensorData) -> Datum:
-    """A copy of ``datum`` with the learner's logprobs where the sampler's are unknown: in replies tokenised again.
+    """A copy of ``datum`` with the learner's logprobs where the sampler's are unknown.
 
     Args:
         learner: logprobs of target_tokens under the weights before the first step, shape (n-1,).
     """
-    unknown = [span for span in origin.spans if span.retokenized]
+    unknown = [span for span in origin.spans if span.logprobs_unknown]
     return _with_logprobs(datum, unknown, prompt=datum.loss_fn_inputs["logprobs"], sampled=learner)
 
 

@@ -33,7 +33,7 @@ class CallSpan:
 
     Attributes:
         forced: those of the rows that carry no loss, because a grammar left one choice.
-        retokenized: see ``Call``.
+        retokenized, logprobs_unknown: see ``Call``.
     """
 
     call_id: str
@@ -43,6 +43,7 @@ class CallSpan:
     stop: int
     forced: tuple[int, ...] = ()
     retokenized: bool = False
+    logprobs_unknown: bool = False
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -72,6 +73,11 @@ class Provenance:
     def retokenized(self) -> bool:
         """Whether any of its replies was tokenised again."""
         return any(span.retokenized for span in self.spans)
+
+    @property
+    def logprobs_unknown(self) -> bool:
+        """Whether the sampler's logprobs of any of its replies are unknown."""
+        return any(span.logprobs_unknown for span in self.spans)
 
 
 @dataclass(slots=True)
@@ -235,8 +241,16 @@ def chain_datum(
     for call, value in zip(chain, values, strict=True):
         start = len(call.prompt_ids) - 1
         stop = start + len(call.output_ids)
-        forced = tuple(start + position for position in call.forced)
-        span = CallSpan(call.call_id, call.index, call.policy_version, start, stop, forced, call.retokenized)
+        span = CallSpan(
+            call_id=call.call_id,
+            index=call.index,
+            policy_version=call.policy_version,
+            start=start,
+            stop=stop,
+            forced=tuple(start + position for position in call.forced),
+            retokenized=call.retokenized,
+            logprobs_unknown=call.logprobs_unknown,
+        )
         logprobs[start:stop] = call.logprobs
         advantages[span.rows] = value
         temperature[start:stop] = call.temperature or 1.0

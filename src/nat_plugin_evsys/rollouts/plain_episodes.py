@@ -190,6 +190,7 @@ def _call(item: EpisodeItem, reply: Message, request: _Request, reading: Reading
         reply=reply,
         sequence=request.number,
         retokenized=tokens.retokenized,
+        logprobs_unknown=tokens.logprobs_unknown,
     )
 
 
@@ -201,13 +202,17 @@ class ReplyTokens:
     logprobs: list[float]
     stop_reason: StopReason
     retokenized: bool = False
+    logprobs_unknown: bool = False
 
 
-def reply_tokens(entries: Sequence[Any], reply: Message, reading: Reading) -> ReplyTokens:
+def reply_tokens(
+    entries: Sequence[Any], reply: Message, reading: Reading, token_ids: Sequence[int] = ()
+) -> ReplyTokens:
     """The tokens of a reply.
 
     Args:
         entries: its logprobs in any of the forms of ``with_calls``; none where there are none.
+        token_ids: its tokens, where they are recorded beside the logprobs or without any.
 
     Raises:
         DataError: they are no logprobs, or they do not fit the text and ``retokenize`` is off.
@@ -220,14 +225,18 @@ def reply_tokens(entries: Sequence[Any], reply: Message, reading: Reading) -> Re
         ) from error
     named = [_TOKEN_ID.fullmatch(str(_part(entry, "token"))) for entry in entries]
     rendered = reading.renderer.render_reply(reply)
-    if entries and all(named):
-        ids = [int(match[1]) for match in named if match]
+    ids = list(token_ids) or ([int(match[1]) for match in named if match] if all(named) else [])
+    if ids:
         reading.drift.compare(ids, rendered)
+    if ids and len(ids) == len(logprobs):
         return ReplyTokens(ids, logprobs, "stop" if ids[-1] == rendered[-1] else "length")
     if entries and len(rendered) - len(logprobs) in (0, 1):
         return ReplyTokens(rendered[: len(logprobs)], logprobs, "stop" if len(rendered) == len(logprobs) else "length")
+    if ids:
+        end: StopReason = "stop" if ids[-1] == rendered[-1] else "length"
+        return ReplyTokens(ids, [0.0] * len(ids), end, logprobs_unknown=True)
     if reading.retokenize:
-        return ReplyTokens(rendered, [0.0] * len(rendered), "stop", retokenized=True)
+        return ReplyTokens(rendered, [0.0] * len(rendered), "stop", retokenized=True, logprobs_unknown=True)
     raise DataError(
         f"{reading.where}: {len(logprobs)} logprobs for a text of {len(rendered) - 1} tokens and the end of the turn; "
         "it was sampled in other tokens. Give token_id:<id> entries, use evsys_trajectory_builder, or set the "

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import atomic_write
+from nat_plugin_evsys.json_lines import escape_line_ends
 from nat_plugin_evsys.runs.rollout_images import RolloutImages
 
 CollectionKind = Literal["train", "heldout", "epoch", "base"]
@@ -116,7 +117,7 @@ class RolloutFiles:
             Bytes on disk.
         """
         self.directory.mkdir(exist_ok=True)
-        text = "".join(line + "\n" for line in lines)
+        text = escape_line_ends("".join(line + "\n" for line in lines))
         data = gzip.compress(text.encode("utf-8"), _COMPRESSION, mtime=0)
         atomic_write(self.path(collection), data)
         return len(data)

@@ -68,7 +68,7 @@ class StepData:
         """
         _, origins = _together(sets)
         version = self._backend.policy_version
-        spans = [span for origin in origins for span in origin.spans if not span.retokenized]
+        spans = [span for origin in origins for span in origin.spans if not span.logprobs_unknown]
         others = {span.policy_version for span in spans} - {version}
         if others:
             raise DataError(
@@ -79,7 +79,7 @@ class StepData:
 
     async def completed(self, sets: Sequence[DatumSet]) -> list[DatumSet]:
         """``sets`` with the present policy's logprobs where the sampler's are unknown; a forward pass over those."""
-        unknown = [any(origin.retokenized for origin in datums.provenance) for datums in sets]
+        unknown = [any(origin.logprobs_unknown for origin in datums.provenance) for datums in sets]
         done = iter(await self._with_learner([each for each, yes in zip(sets, unknown, strict=True) if yes]))
         return [next(done) if yes else datums for datums, yes in zip(sets, unknown, strict=True)]
 

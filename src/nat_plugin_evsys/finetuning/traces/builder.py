@@ -46,7 +46,7 @@ _WHAT_TO_DO = {
 
 
 class EvsysTraceBuilder(EvsysTrajectoryBuilder):
-    """Reads the files once, when the first epoch asks for trajectories."""
+    """Reads the files once, before the model is loaded, and makes calls of them when the first epoch asks for them."""
 
     def __init__(self, config: EvsysTraceBuilderConfig, exporters: RunExporters | None = None) -> None:
         limits = EvsysTrajectoryBuilderConfig(
@@ -57,6 +57,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
         )
         super().__init__(limits, exporters)
         self.traces = config
+        self._records: list[Record] = []
         self._recorded: list[Attempt] | None = None
         self._retokenize = False
         self._drift: float | None = None
@@ -78,7 +79,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
             raise ConfigError(
                 f"algorithm `{self.traces.algorithm}` chooses what it trains on; set curriculum_learning.enabled: false"
             )
-        await asyncio.to_thread(self._read)
+        self._records = await asyncio.to_thread(self._read)
 
     def prepare(self, adapter: EvsysTrainerAdapter) -> None:
         """Let the adapter use the algorithm's loss.
@@ -90,7 +91,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
         if supervised:
             adapter.prefer_loss("cross_entropy", "the traces' best replies are learned")
         elif self.traces.algorithm == "rl":
-            adapter.expect_stale_calls()
+            adapter.expect_stale_calls("algorithm `rl` of evsys_trace_builder")
         if self.traces.algorithm != "dpo" and (adapter.config.loss_fn == "cross_entropy") is not supervised:
             raise ConfigError(
                 f"algorithm `{self.traces.algorithm}` does not go with the adapter's loss_fn `{chosen}`; remove loss_fn"
@@ -109,7 +110,8 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
     async def _roll_out_groups(self, rollouts: Rollouts, epoch: int) -> list[list[Attempt]]:
         """The records as attempts, with their rewards."""
         if self._recorded is None:
-            self._recorded = await self._attempts_of(await asyncio.to_thread(self._read), rollouts)
+            self._recorded = await self._attempts_of(self._records, rollouts)
+            self._records = []
         return [list(self._recorded)]
 
     async def _attempts_of(self, records: list[Record], rollouts: Rollouts) -> list[Attempt]:
@@ -119,6 +121,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
             self._retokenize,
             self.traces.temperature,
             frozenset({self._own.name, self.policy.config.base_model}),
+            needs_logprobs=self.traces.algorithm == "rl",
         )
         rows = rows_by_question(self._dataset)
         scores = await self._scores(records, rows, rollouts)

@@ -52,13 +52,20 @@ def _call(step: Mapping[str, Any], messages: list[Message], reply: Message, tool
         reply=reply,
         tools=tools,
         logprobs=list(metrics.get("logprobs") or ()),
-        token_ids=metrics.get("completion_token_ids"),
+        token_ids=_token_ids(metrics.get("completion_token_ids")),
         model=str(step.get("model_name") or model),
         prompt_tokens=metrics.get("prompt_tokens"),
         reply_tokens=metrics.get("completion_tokens"),
         functions=tuple((step.get("extra") or {}).get("functions") or ()),
         without_system=messages[:1] == [] or messages[0]["role"] != "system",
     )
+
+
+def _token_ids(given: Any) -> list[int] | None:
+    ids = None if given is None else list(given)
+    if ids and not all(type(each) is int for each in ids):
+        raise TypeError("completion_token_ids are not integers")
+    return ids
 
 
 def _message(step: Mapping[str, Any]) -> Message:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nat_plugin_evsys.rollouts.traces.steps import Step
+from nat_plugin_evsys.rollouts.traces.steps import Step, is_step
 
 BATCH = "resourceSpans"
 """What a line of the exporter has."""
@@ -17,11 +17,12 @@ BATCH = "resourceSpans"
 _EVENT = ".event_type"
 
 
-def steps_of_batches(batches: list[Mapping[str, Any]]) -> list[Step]:
-    """The steps of NAT's spans, in the order in which they began; spans of others are left out."""
-    spans = [span for batch in batches for span in _spans(batch)]
-    spans.sort(key=lambda span: int(span.get("startTimeUnixNano") or 0))
-    return [step for span in spans for step in _steps(span)]
+def steps_of_batch(batch: Mapping[str, Any]) -> list[tuple[int, list[Step]]]:
+    """When each of NAT's spans in a batch began, in nanoseconds, and its steps; spans of others have none."""
+    timed = [(int(span.get("startTimeUnixNano") or 0), list(_steps(span))) for span in _spans(batch)]
+    if not all(is_step(step) for _, steps in timed for step in steps):
+        raise TypeError("the id of a span or of its run is no text")
+    return timed
 
 
 def _spans(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -31,7 +32,7 @@ def _spans(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _steps(span: Mapping[str, Any]) -> Iterator[Step]:
-    said = {each["key"]: next(iter(each["value"].values()), None) for each in span.get("attributes") or []}
+    said = {each["key"]: _value(each) for each in span.get("attributes") or []}
     prefix = next((key.removesuffix(_EVENT) for key in said if key.endswith(_EVENT)), None)
     if prefix is None:
         return
@@ -48,13 +49,19 @@ def _steps(span: Mapping[str, Any]) -> Iterator[Step]:
         "prompt_tokens": int(said.get("llm.token_count.prompt") or 0),
         "completion_tokens": int(said.get("llm.token_count.completion") or 0),
     }
+    function = {name: str(said.get(f"{prefix}.function.{name}") or "") for name in ("id", "name")}
     where = {
         "parent_id": "root" if workflow else run,
-        "function_ancestry": {"function_name": said.get(f"{prefix}.function.name")},
+        "function_ancestry": {"function_id": function["id"], "function_name": function["name"]},
     }
     yield {**where, "payload": {**common, "event_type": f"{kind}_START", "data": {"input": question}}}
     ended = {"data": {"output": said.get("output.value")}, "usage_info": {"token_usage": usage}}
     yield {**where, "payload": {**common, "event_type": f"{kind}_END", **ended}}
+
+
+def _value(attribute: Mapping[str, Any]) -> Any:
+    """What an attribute says; OTLP's JSON leaves an empty value out."""
+    return next(iter((attribute.get("value") or {}).values()), None)
 
 
 def _json(text: Any) -> Any:

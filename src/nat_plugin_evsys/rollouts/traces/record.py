@@ -50,6 +50,7 @@ class Record:
         entry: the record itself, for the feedback in it.
         steps: NAT's intermediate steps as JSON, for evaluators that read them.
         problem: why it cannot be trained on, or None.
+        error: what was seen of the problem, or None.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Record:
     entry: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     problem: DropReason | None = None
+    error: str | None = None
 
 
 def content_of(content: Any) -> Any:

@@ -19,9 +19,14 @@ Step = Mapping[str, Any]
 _ROLES = {"system": "system", "human": "user", "ai": "assistant", "tool": "tool", "function": "tool"}
 
 
-def is_step(entry: Mapping[str, Any]) -> bool:
-    """Whether this is an intermediate step."""
-    return "function_ancestry" in entry and isinstance(entry.get("payload"), Mapping)
+def is_step(entry: Any) -> bool:
+    """Whether this is an intermediate step, which tells the run that it is of."""
+    if not isinstance(entry, Mapping) or "function_ancestry" not in entry:
+        return False
+    payload = entry.get("payload")
+    return isinstance(payload, Mapping) and all(
+        _is_name(each) for each in (payload.get("UUID"), entry.get("parent_id"))
+    )
 
 
 def runs_of(steps: Sequence[Step]) -> list[list[Step]]:
@@ -143,6 +148,10 @@ def _plain(value: Any) -> Any:
         named = {"type" if key == "type_" else key: _plain(each) for key, each in value.items() if key not in added}
         return {key: each for key, each in named.items() if each is not None}
     return [_plain(each) for each in value] if isinstance(value, list) else value
+
+
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)
 
 
 def _payload(step: Step) -> Mapping[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import DataError
@@ -20,6 +19,7 @@ class CallReader:
         retokenize: see the adapter's setting.
         temperature: that the calls were sampled at.
         model_names: by which records name the policy's model; only that one's counts of tokens can be compared.
+        needs_logprobs: refuse replies whose logprobs are not recorded.
         drift: of replies whose own tokens, or their number, are recorded.
         prompt_drift: of prompts whose number of tokens is recorded.
     """
@@ -28,16 +28,17 @@ class CallReader:
     retokenize: bool
     temperature: float
     model_names: frozenset[str]
+    needs_logprobs: bool = False
     drift: Drift = field(default_factory=Drift)
     prompt_drift: Drift = field(default_factory=Drift)
 
     def calls(self, record: Record, run_id: str) -> tuple[list[Call], DropReason | None, str | None]:
         """The calls, why they cannot be trained on, and what was seen; the calls are empty where there is a reason."""
         if record.problem is not None:
-            return [], record.problem, None
+            return [], record.problem, record.error
         if not record.calls:
             return [], DropReason.NO_CALLS, None
-        if not self.retokenize and not all(call.token_ids or call.logprobs for call in record.calls):
+        if not self.retokenize and not all(self._token_ids(call) or call.logprobs for call in record.calls):
             return [], DropReason.TEXT_ONLY, None
         try:
             prompts = [self.renderer.render(call.messages, call.tools or None) for call in record.calls]
@@ -54,7 +55,12 @@ class CallReader:
 
     def _call(self, call: TracedCall, prompt_ids: list[int], run_id: str, at: int) -> Call:
         reading = Reading(f"call {at}", self.renderer, self.retokenize, self.drift)
-        tokens = reply_tokens(self._entries(call), call.reply, reading)
+        tokens = reply_tokens(call.logprobs, call.reply, reading, self._token_ids(call))
+        if self.needs_logprobs and tokens.logprobs_unknown:
+            raise DataError(
+                f"call {at}: {len(tokens.ids)} tokens and {len(call.logprobs)} logprobs, by which algorithm `rl` "
+                "weighs replies; record the logprobs too, or choose algorithm: sft or dpo"
+            )
         if call.model in self.model_names:
             if call.prompt_tokens is not None:
                 self.prompt_drift.compare_length(call.prompt_tokens, len(prompt_ids), exactly=True)
@@ -78,14 +84,12 @@ class CallReader:
             sequence=at,
             functions=list(call.functions),
             retokenized=tokens.retokenized,
+            logprobs_unknown=tokens.logprobs_unknown,
         )
 
-    @staticmethod
-    def _entries(call: TracedCall) -> list[Any]:
-        """Logprobs with the names of their tokens, where those are recorded beside them."""
-        if call.token_ids is None or len(call.token_ids) != len(call.logprobs):
-            return call.logprobs
-        return [
-            {"token": f"token_id:{token}", "logprob": logprob}
-            for token, logprob in zip(call.token_ids, call.logprobs, strict=True)
-        ]
+    def _token_ids(self, call: TracedCall) -> list[int]:
+        """The recorded tokens of the reply; without logprobs, only where no other model is named, whose ids may mean
+        other tokens."""
+        ids = call.token_ids or []
+        foreign = call.model != "" and call.model not in self.model_names
+        return [] if foreign and len(call.logprobs) != len(ids) else ids
