@@ -205,4 +205,7 @@ def test_text_alone_is_refused_with_what_to_type(recorded: Recorded, tmp_path: P
     done = recorded.learn(tmp_path, [recorded.output], {"algorithm": "rl"})
     assert done.code == 1
     assert "records can be trained on. text_only" in done.text
-    assert "Set `retokenize: true` on the trainer adapter" in done.text
+    assert (
+        "Set `retokenize: true` on the trainer adapter to train on the tokens of the text, which `algorithm: sft`"
+        in (" ".join(done.text.split()))
+    )

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _WHAT_TO_DO = {
-    DropReason.TEXT_ONLY: "set `retokenize: true` on the trainer adapter to train on the tokens of the text",
+    DropReason.TEXT_ONLY: "set `retokenize: true` on the trainer adapter to train on the tokens of the text, which "
+    "`algorithm: sft` and `dpo` can",
     DropReason.PROMPT_UNKNOWN: "write LLM_START steps too: eval.general.output.workflow_output_step_filter: "
     "[LLM_START, LLM_END], or NAT's `file` telemetry exporter; its ATIF has no system prompts",
     DropReason.NO_FEEDBACK: "name the field that has it in `feedback`, and words in `feedback_values`",
