@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from random_datums import datum
 from serve_process import ServerProcess, start_server
 from tinker import types
 from tiny import save_byte_model
@@ -130,18 +131,27 @@ async def test_the_base_models_logprobs_are_those_of_the_embedded_engine(
     before = await local.forward_async(make_datums(0), loss_fn="cross_entropy")
     await train(backend, make_datums, 2)
     await train(local, make_datums, 2)
-    found, expected = [await each.base_logprobs_async(make_datums(0)) for each in (backend, local)]
-    for one, other, fresh in zip(found, expected, before.loss_fn_outputs, strict=True):
-        assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
-        assert other.tolist() == pytest.approx(fresh["logprobs"].tolist(), abs=1e-5)
-
-    datum = make_datums(0)[0]
-    rows = datum.model_input.length
+    rows = make_datums(0)[0].model_input.length
     half = types.TensorData(data=[0.5] * rows, dtype="float32", shape=[rows])
-    with pytest.raises(UnsupportedError, match="set temperature: 1, or kl_beta: 0"):
-        await backend.base_logprobs_async(
-            [types.Datum(datum.model_input, {**datum.loss_fn_inputs, "temperature": half})]
-        )
+    for inputs in ({}, {"temperature": half}, {"advantages": half, "logprobs": half}):
+        data = [types.Datum(each.model_input, {**each.loss_fn_inputs, **inputs}) for each in make_datums(0)]
+        found, expected = [await each.base_logprobs_async(data) for each in (backend, local)]
+        for one, other, fresh in zip(found, expected, before.loss_fn_outputs, strict=True):
+            assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
+            assert ("temperature" in inputs) != (other.tolist() == pytest.approx(fresh["logprobs"].tolist(), abs=1e-5))
+
+
+async def test_the_base_models_logprobs_are_those_of_the_targets_up_to_the_end_of_the_context(
+    remote: Any, make_backend: Any
+) -> None:
+    backend, local = await remote(), await make_backend()
+    ids = [i % 200 for i in range(backend.context_length)]
+    following, another = [*ids[1:], 5], [*ids[1:3], 7, *ids[4:], 5]
+    data = [datum(ids, {"target_tokens": targets}) for targets in (following, another)]
+    found, expected = [await each.base_logprobs_async(data) for each in (backend, local)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
+    assert found[0].tolist()[2] != pytest.approx(found[1].tolist()[2], abs=1e-4)
 
 
 async def test_a_checkpoint_with_the_optimizer_goes_on_as_if_nothing_had_been(remote: Any, make_datums: Any) -> None:

@@ -14,7 +14,7 @@ from nat_plugin_evsys.backends.remote.session import ServiceOperation, TinkerSes
 from nat_plugin_evsys.backends.remote.steps import StepCount
 from nat_plugin_evsys.backends.remote.tokenizer import find_tokenizer
 from nat_plugin_evsys.backends.remote.waiting import in_thread, sdk_future
-from nat_plugin_evsys.errors import ModelError, ServiceError, UnsupportedError
+from nat_plugin_evsys.errors import ModelError, ServiceError
 from nat_plugin_evsys.runtime import defaults
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ class TinkerBackend:
         self.context_length = context_length
         self._session = session
         self._steps = StepCount()
-        self._base_client: TinkerSamplingClient | None = None
         self._tokenizer: Any = None
 
     @classmethod
@@ -114,15 +113,14 @@ class TinkerBackend:
         return self._session.train("forward", "data", lambda client: client.forward(data, loss_fn, loss_fn_config))
 
     async def base_logprobs_async(self, data: list[tinker.Datum]) -> list[types.TensorData]:
-        """See ``Backend``. The base model's sampler gives them, one request a Datum."""
-        if any("temperature" in datum.loss_fn_inputs for datum in data):
-            raise UnsupportedError(
-                "the base model's logprobs are those of temperature 1 over a service; set temperature: 1, or kl_beta: 0"
-            )
-        if self._base_client is None:
-            client = await self._session.open_sampler(None)
-            self._base_client = TinkerSamplingClient(client, -1, self._session.watch, self.context_length)
-        return list(await asyncio.gather(*(self._base_logprobs(self._base_client, datum) for datum in data)))
+        """See ``Backend``. A fresh adapter gives them, which adds nothing to the base model."""
+        from nat_plugin_evsys.engine.gradient.custom_loss import bare_datum
+
+        bare = [bare_datum(datum) for datum in data]
+        output = await self._session.untrained(
+            "the base model's logprobs", "data", lambda client: client.forward(bare, "cross_entropy")
+        )
+        return [result["logprobs"] for result in output.loss_fn_outputs]
 
     def forward_backward_custom_async(
         self, data: list[tinker.Datum], loss_fn: LossCallable
@@ -248,15 +246,6 @@ class TinkerBackend:
         await self._session.close()
 
     # -- helpers ----------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    async def _base_logprobs(client: TinkerSamplingClient, datum: tinker.Datum) -> types.TensorData:
-        from tinker import types
-
-        targets = datum.loss_fn_inputs["target_tokens"].tolist()
-        whole = types.ModelInput.from_ints([*datum.model_input.to_ints(), targets[-1]])
-        logprobs = (await client.compute_logprobs_async(whole))[1:]
-        return types.TensorData(data=[float(lp or 0.0) for lp in logprobs], dtype="float32", shape=[len(targets)])
 
     def _submit_step(self, adam: types.AdamParams) -> ServiceOperation[types.OptimStepResponse]:
         return self._session.train("optim_step", "step", lambda client: client.optim_step(adam))
