@@ -190,7 +190,7 @@ async def test_save_and_resume(make_backend: Any, make_datums: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("save", ["save_for_sampler", "save_full_state"])
 async def test_sampling_from_a_checkpoint_leaves_the_training_alone(
-    save: str, make_backend: Any, make_datums: Any, tmp_path: Path
+    save: str, make_backend: Any, make_datums: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = await make_backend()
     prompt = types.ModelInput.from_ints([1, 2, 3, 4])
@@ -198,12 +198,17 @@ async def test_sampling_from_a_checkpoint_leaves_the_training_alone(
     path = await getattr(backend, save)("two")
     expected = await (await backend.snapshot_sampling_client()).compute_logprobs_async(prompt)
     await train(backend, make_datums, 2, 4)
-    trained = weights(backend)
+    trained, snapshot = weights(backend), await backend.snapshot_sampling_client()
 
     client = await backend.sampling_client(path)
     logprobs = await client.compute_logprobs_async(prompt)
     assert logprobs[1:] == pytest.approx(expected[1:], abs=1e-5)
-    assert (client.policy_version, backend.policy_version, backend.step) == (2, 2, 4)
+    assert (client.policy_version, backend.policy_version, backend.step) == (2, 4, 4)
+    rested: list[Any] = []
+    monkeypatch.setattr(backend._shared, "rest", rested.append)
+    await backend.forward_backward_async(make_datums(4), loss_fn="cross_entropy")
+    await backend.discard_gradient_async()
+    assert rested == [snapshot], "which is what the next rollouts have no use for"
     assert equal(weights(backend), trained)
     with pytest.raises(CheckpointError, match=r"has LoRA rank 4, .*this model has rank 8"):
         await (await make_backend(rank=8)).sampling_client(path)

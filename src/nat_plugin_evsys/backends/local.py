@@ -256,7 +256,10 @@ class LocalBackend:
                 save(model, progress)
             return model.adapter.snapshot(), model.step
 
-        return await self._client(*await self._submit(snapshot))
+        adapter, version = await self._submit(snapshot)
+        client = self._shared.sampler.client(adapter, version)
+        self.policy_version, self._newest = version, weakref.ref(client)
+        return await self._rollout_client(client, adapter)
 
     async def sampling_client(self, path: str) -> SamplingClient:
         """See ``Backend``."""
@@ -264,7 +267,8 @@ class LocalBackend:
         def load(model: TrainableModel, _: Progress) -> tuple[LoraAdapter, int]:
             return load_adapter(path, self.base, like=model.adapter), read_checkpoint(path).step
 
-        return await self._client(*await self._submit(load))
+        adapter, version = await self._submit(load)
+        return await self._rollout_client(self._shared.sampler.client(adapter, version), adapter)
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
@@ -320,10 +324,8 @@ class LocalBackend:
 
         return save
 
-    async def _client(self, adapter: LoraAdapter, version: int) -> SamplingClient:
-        self.policy_version = version
-        client = self._shared.sampler.client(adapter, version)
-        self._newest = weakref.ref(client)
+    async def _rollout_client(self, client: LocalSamplingClient, adapter: LoraAdapter) -> SamplingClient:
+        """What samples for ``client``."""
         if self.rollouts is None:
             return client
         return await self.rollouts.client(client, lambda data: self._logprobs_of(adapter, data))

@@ -207,15 +207,9 @@ class TinkerBackend:
 
     async def snapshot_sampling_client(self, name: str | None = None) -> TinkerSamplingClient:
         """See ``Backend``. Before there is an adapter, the base model is sampled: a fresh adapter adds nothing."""
-        if name is not None:
-            return await self.sampling_client(await self.save_for_sampler(name))
-        if self._session.training_client is None:
-            return self._client_of(await self._session.open_sampler(None), 0)
-        publishing = self._session.train(
-            "publishing the weights", "save", lambda client: client.save_weights_and_get_sampling_client()
-        )
-        client = await publishing
-        return self._client_of(client, await self._steps.settled())
+        client = await self._snapshot(name)
+        self.policy_version = client.policy_version
+        return client
 
     async def sampling_client(self, path: str) -> TinkerSamplingClient:
         """See ``Backend``. Opening a ``sampler_weights`` checkpoint makes no adapter on the service."""
@@ -250,6 +244,16 @@ class TinkerBackend:
     def _submit_step(self, adam: types.AdamParams) -> ServiceOperation[types.OptimStepResponse]:
         return self._session.train("optim_step", "step", lambda client: client.optim_step(adam))
 
+    async def _snapshot(self, name: str | None) -> TinkerSamplingClient:
+        if name is not None:
+            return await self.sampling_client(await self.save_for_sampler(name))
+        if self._session.training_client is None:
+            return self._client_of(await self._session.open_sampler(None), 0)
+        publishing = self._session.train(
+            "publishing the weights", "save", lambda client: client.save_weights_and_get_sampling_client()
+        )
+        client = await publishing
+        return self._client_of(client, await self._steps.settled())
+
     def _client_of(self, client: Any, version: int) -> TinkerSamplingClient:
-        self.policy_version = version
         return TinkerSamplingClient(client, version, self._session.watch, self.context_length)
