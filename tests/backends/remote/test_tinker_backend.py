@@ -244,6 +244,25 @@ async def test_samples_are_exact_and_versions_count(remote: Any, make_datums: An
     assert (await first.sample_async(PROMPT, 3, params)).sequences[0].tokens == seen[0][1]
 
 
+async def test_concurrent_saves_have_the_steps_that_were_submitted_before_each(remote: Any, make_datums: Any) -> None:
+    backend = await remote()
+    first = backend.optim_step_async(ADAM)  # refused, there being no gradient, and not counted
+    paths, clients = [], []
+    for step in range(2):
+        backend.forward_backward_async(make_datums(step), loss_fn="cross_entropy")
+        backend.optim_step_async(ADAM)
+        paths += [
+            asyncio.ensure_future(save(f"v{step}")) for save in (backend.save_for_sampler, backend.save_full_state)
+        ]
+        clients.append(asyncio.ensure_future(backend.snapshot_sampling_client()))
+        await asyncio.sleep(0)  # they are submitted, and wait
+    with pytest.raises(ServiceError, match="no gradient has accumulated"):
+        await first
+    assert [client.policy_version for client in await asyncio.gather(*clients)] == [1, 2]
+    opened = [await backend.sampling_client(path) for path in await asyncio.gather(*paths)]
+    assert [client.policy_version for client in opened] == [1, 1, 2, 2]
+
+
 async def test_the_context_is_enforced_here(remote: Any) -> None:
     backend = await remote(context_length=10)
     client = await backend.snapshot_sampling_client()

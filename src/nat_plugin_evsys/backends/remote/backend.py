@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,18 +172,14 @@ class TinkerBackend:
 
     async def save_for_sampler(self, name: str) -> str:
         """Save the weights for sampling; returns ``tinker://…/sampler_weights/<name>``."""
-        saved = await self._session.train(
+        saving = self._session.train(
             f"saving {name} for sampling", "save", lambda client: client.save_weights_for_sampler(name)
         )
-        path = sampler_uri(str(saved.path))
-        await self._steps.saved(path)
-        return path
+        return await self._saved(saving, sampler_uri)
 
     async def save_full_state(self, name: str) -> str:
         """Save weights and optimizer state; returns ``tinker://…/weights/<name>``."""
-        saved = await self._session.train(f"saving {name}", "save", lambda client: client.save_state(name))
-        await self._steps.saved(str(saved.path))
-        return str(saved.path)
+        return await self._saved(self._session.train(f"saving {name}", "save", lambda client: client.save_state(name)))
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
         """Continue from a checkpoint of the service, in a new training run.
@@ -244,6 +240,13 @@ class TinkerBackend:
     def _submit_step(self, adam: types.AdamParams) -> ServiceOperation[types.OptimStepResponse]:
         return self._session.train("optim_step", "step", lambda client: client.optim_step(adam))
 
+    async def _saved(self, saving: ServiceOperation[Any], uri: Callable[[str], str] = str) -> str:
+        """The checkpoint's path, by ``uri``. ``saving`` has just been submitted."""
+        steps = self._steps.now
+        path = uri(str((await saving).path))
+        await self._steps.saved(path, steps)
+        return path
+
     async def _snapshot(self, name: str | None) -> TinkerSamplingClient:
         if name is not None:
             return await self.sampling_client(await self.save_for_sampler(name))
@@ -252,8 +255,8 @@ class TinkerBackend:
         publishing = self._session.train(
             "publishing the weights", "save", lambda client: client.save_weights_and_get_sampling_client()
         )
-        client = await publishing
-        return self._client_of(client, await self._steps.settled())
+        steps = self._steps.now
+        return self._client_of(await publishing, await steps.taken())
 
     def _client_of(self, client: Any, version: int) -> TinkerSamplingClient:
         return TinkerSamplingClient(client, version, self._session.watch, self.context_length)
