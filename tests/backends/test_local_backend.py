@@ -16,8 +16,10 @@ from tinker import types
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.engine.checkpoints import list_checkpoints
-from nat_plugin_evsys.engine.model.lora import applied
+from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.errors import CheckpointError, DataError, EngineClosedError, ModelError
+from nat_plugin_evsys.runtime.bases import SharedBase
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 
@@ -294,6 +296,25 @@ async def test_two_backends_share_one_base_and_learn_as_if_alone(make_backend: A
     await other.close()
     with pytest.raises(EngineClosedError):
         await client.sample_async(types.ModelInput.from_ints([1, 2]), 1, types.SamplingParams(max_tokens=3))
+
+
+async def test_a_backend_closes_the_base_that_it_made_and_no_other(tiny_model: Path, tmp_path: Path) -> None:
+    base = load_base_model(str(tiny_model), device="cpu")
+    shared = SharedBase(base)
+    prompt, params = types.ModelInput.from_ints([1, 2]), types.SamplingParams(max_tokens=3)
+
+    def backend(base: BaseModel | SharedBase) -> LocalBackend:
+        adapter = LoraAdapter.create(shared.base.model, rank=2, alpha=4)
+        return LocalBackend(base, adapter, checkpoint_dir=tmp_path)
+
+    one, other, alone = backend(shared), backend(shared), backend(base)
+    clients = [await each.snapshot_sampling_client() for each in (other, alone)]
+    for each in (one, other, alone):
+        await each.close()
+    assert (await clients[0].sample_async(prompt, 1, params)).sequences[0].tokens
+    with pytest.raises(EngineClosedError):
+        await clients[1].sample_async(prompt, 1, params)
+    shared.close()
 
 
 async def test_ill_health_is_seen(make_backend: Any) -> None:
