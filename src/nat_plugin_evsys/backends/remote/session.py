@@ -152,6 +152,8 @@ class TinkerSession:
         if self.closed:
             return
         await asyncio.to_thread(self._queue.close, CLOSE_SECONDS)
+        if not hasattr(self._client, "close"):
+            return  # a client of older releases of the SDK: its session expires
         finishing = in_thread(lambda: self._client.close("success").result(), "evsys-finish")
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
