@@ -21,7 +21,17 @@ PACKAGE = "nat_plugin_evsys"
 SOURCE = ROOT / "src" / PACKAGE
 MOST_MODULES = 25
 
-GROUND = {"errors", "address_space", "files", "garbage", "inbox", "json_lines", "call_images", "defaults"}
+GROUND = {
+    "errors",
+    "address_space",
+    "files",
+    "garbage",
+    "inbox",
+    "json_lines",
+    "loop_thread",
+    "call_images",
+    "defaults",
+}
 ENGINE = {"engine/machine", "engine/model", "engine/tree", "engine/gradient", "engine/sampling", "engine/spans"}
 DRIVERS = ENGINE | {"engine/checkpoints", "engine/checkpoint_loading", "engine/sampler"}
 
@@ -35,6 +45,7 @@ ARROWS: dict[str, set[str]] = {
     "inbox": set(),
     "cells": set(),
     "overlapping": set(),
+    "loop_thread": {"errors"},
     "json_lines": {"errors", "files"},
     "call_images": {"errors"},
     "calls": {"errors", "call_images"},

@@ -16,8 +16,10 @@ from tinker import types
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.backends.local import LocalBackend
 from nat_plugin_evsys.engine.checkpoints import list_checkpoints
-from nat_plugin_evsys.engine.model.lora import applied
+from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.errors import CheckpointError, DataError, EngineClosedError, ModelError
+from nat_plugin_evsys.runtime.bases import SharedBase
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 
@@ -190,7 +192,7 @@ async def test_save_and_resume(make_backend: Any, make_datums: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("save", ["save_for_sampler", "save_full_state"])
 async def test_sampling_from_a_checkpoint_leaves_the_training_alone(
-    save: str, make_backend: Any, make_datums: Any, tmp_path: Path
+    save: str, make_backend: Any, make_datums: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = await make_backend()
     prompt = types.ModelInput.from_ints([1, 2, 3, 4])
@@ -198,12 +200,17 @@ async def test_sampling_from_a_checkpoint_leaves_the_training_alone(
     path = await getattr(backend, save)("two")
     expected = await (await backend.snapshot_sampling_client()).compute_logprobs_async(prompt)
     await train(backend, make_datums, 2, 4)
-    trained = weights(backend)
+    trained, snapshot = weights(backend), await backend.snapshot_sampling_client()
 
     client = await backend.sampling_client(path)
     logprobs = await client.compute_logprobs_async(prompt)
     assert logprobs[1:] == pytest.approx(expected[1:], abs=1e-5)
-    assert (client.policy_version, backend.policy_version, backend.step) == (2, 2, 4)
+    assert (client.policy_version, backend.policy_version, backend.step) == (2, 4, 4)
+    rested: list[Any] = []
+    monkeypatch.setattr(backend._shared, "rest", rested.append)
+    await backend.forward_backward_async(make_datums(4), loss_fn="cross_entropy")
+    await backend.discard_gradient_async()
+    assert rested == [snapshot], "which is what the next rollouts have no use for"
     assert equal(weights(backend), trained)
     with pytest.raises(CheckpointError, match=r"has LoRA rank 4, .*this model has rank 8"):
         await (await make_backend(rank=8)).sampling_client(path)
@@ -289,6 +296,25 @@ async def test_two_backends_share_one_base_and_learn_as_if_alone(make_backend: A
     await other.close()
     with pytest.raises(EngineClosedError):
         await client.sample_async(types.ModelInput.from_ints([1, 2]), 1, types.SamplingParams(max_tokens=3))
+
+
+async def test_a_backend_closes_the_base_that_it_made_and_no_other(tiny_model: Path, tmp_path: Path) -> None:
+    base = load_base_model(str(tiny_model), device="cpu")
+    shared = SharedBase(base)
+    prompt, params = types.ModelInput.from_ints([1, 2]), types.SamplingParams(max_tokens=3)
+
+    def backend(base: BaseModel | SharedBase) -> LocalBackend:
+        adapter = LoraAdapter.create(shared.base.model, rank=2, alpha=4)
+        return LocalBackend(base, adapter, checkpoint_dir=tmp_path)
+
+    one, other, alone = backend(shared), backend(shared), backend(base)
+    clients = [await each.snapshot_sampling_client() for each in (other, alone)]
+    for each in (one, other, alone):
+        await each.close()
+    assert (await clients[0].sample_async(prompt, 1, params)).sequences[0].tokens
+    with pytest.raises(EngineClosedError):
+        await clients[1].sample_async(prompt, 1, params)
+    shared.close()
 
 
 async def test_ill_health_is_seen(make_backend: Any) -> None:

@@ -136,9 +136,6 @@ class Backend(Protocol):
         """Logprobs of each Datum's target_tokens, (N,), under the base model without the adapter. *Extension.*
 
         A Datum's ``temperature`` divides the logits; its other inputs play no part.
-
-        Raises:
-            UnsupportedError: the backend cannot give them at a temperature other than 1.
         """
         ...
 

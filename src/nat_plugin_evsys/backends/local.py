@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -69,12 +70,14 @@ class LocalBackend:
         untrained_logprobs: bool = True,
         deterministic: bool = False,
     ) -> None:
-        """A ``SharedBase`` has a ``max_batch_size`` and is ``deterministic`` or not by itself.
+        """A ``SharedBase`` has a ``max_batch_size`` and is ``deterministic`` or not by itself. Its owner closes it.
 
         ``untrained_logprobs``: see ``TrainableModel``; ``deterministic``: see ``SharedBase``.
         """
+        self._release: Callable[[], None] = lambda: None
         if isinstance(base, BaseModel):
             base = SharedBase(base, max_batch_size, deterministic=deterministic)
+            self._release = base.close
         self.base = base.base
         self.checkpoint_dir = Path(checkpoint_dir)
         self.policy_version = -1
@@ -145,10 +148,12 @@ class LocalBackend:
     def _over(cls, shared: SharedBase, lora: Mapping[str, Any], **options: Any) -> Self:
         """A backend with a fresh adapter, made by ``LoraAdapter.create``, over a base of ``BASES_IN_USE``."""
         try:
-            return cls(shared, LoraAdapter.create(shared.base.model, **lora), **options)
+            backend = cls(shared, LoraAdapter.create(shared.base.model, **lora), **options)
         except BaseException:
             BASES_IN_USE.leave(shared)
             raise
+        backend._release = partial(BASES_IN_USE.leave, shared)
+        return backend
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -256,7 +261,10 @@ class LocalBackend:
                 save(model, progress)
             return model.adapter.snapshot(), model.step
 
-        return await self._client(*await self._submit(snapshot))
+        adapter, version = await self._submit(snapshot)
+        client = self._shared.sampler.client(adapter, version)
+        self.policy_version, self._newest = version, weakref.ref(client)
+        return await self._rollout_client(client, adapter)
 
     async def sampling_client(self, path: str) -> SamplingClient:
         """See ``Backend``."""
@@ -264,7 +272,8 @@ class LocalBackend:
         def load(model: TrainableModel, _: Progress) -> tuple[LoraAdapter, int]:
             return load_adapter(path, self.base, like=model.adapter), read_checkpoint(path).step
 
-        return await self._client(*await self._submit(load))
+        adapter, version = await self._submit(load)
+        return await self._rollout_client(self._shared.sampler.client(adapter, version), adapter)
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the base model."""
@@ -297,7 +306,7 @@ class LocalBackend:
         if is_first:
             if self.rollouts is not None:
                 await asyncio.to_thread(self.rollouts.close)
-            await asyncio.to_thread(BASES_IN_USE.leave, self._shared)
+            await asyncio.to_thread(self._release)
         self._model.discard_gradient()
 
     # -- helpers ----------------------------------------------------------------------------------------------------
@@ -320,10 +329,8 @@ class LocalBackend:
 
         return save
 
-    async def _client(self, adapter: LoraAdapter, version: int) -> SamplingClient:
-        self.policy_version = version
-        client = self._shared.sampler.client(adapter, version)
-        self._newest = weakref.ref(client)
+    async def _rollout_client(self, client: LocalSamplingClient, adapter: LoraAdapter) -> SamplingClient:
+        """What samples for ``client``."""
         if self.rollouts is None:
             return client
         return await self.rollouts.client(client, lambda data: self._logprobs_of(adapter, data))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
@@ -23,6 +22,7 @@ from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.engine.sampling.stopping import eos_token_ids
 from nat_plugin_evsys.errors import EngineClosedError, EvsysError
+from nat_plugin_evsys.loop_thread import LoopThread
 from nat_plugin_evsys.replicas.answers import readable
 from nat_plugin_evsys.replicas.members import Member
 from nat_plugin_evsys.replicas.orders import Delivery, SampleOrder, Tokens, with_seed
@@ -45,10 +45,7 @@ class ReplicaSampler:
         self._routes = PrefixRoutes()
         self._seen: list[tuple[Member, int]] = []
         self._idents = count()
-        self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="evsys-replicas", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("evsys-replicas")
 
     def client(self, adapter: LoraAdapter | None, policy_version: int) -> ReplicaSamplingClient:
         """A client of one policy version, with the adapter's values as they are now. None is the bare base model."""
@@ -63,10 +60,11 @@ class ReplicaSampler:
 
     def send(self, request: SampleRequest, order: SampleOrder, weights: Weights | None, version: int) -> None:
         """Have a replica answer a request; its future ends with the result, an error, or by being cancelled."""
-        if self._closed:
+        try:
+            task = self._loop.run(self._follow(request, order, weights, version))
+        except EngineClosedError:
             request.fail(_closed_error())
             return
-        task = asyncio.run_coroutine_threadsafe(self._follow(request, order, weights, version), self._loop)
         request.future.add_done_callback(lambda future: task.cancel() if future.cancelled() else None)
 
     async def _follow(self, request: SampleRequest, order: SampleOrder, weights: Weights | None, version: int) -> None:
@@ -79,7 +77,7 @@ class ReplicaSampler:
                     member.tokens += sum(len(sequence.tokens) for sequence in result.sequences)
             request.answer(result)
         except asyncio.CancelledError:
-            if self._closed:
+            if self._loop.closed:
                 request.fail(_closed_error())
             request.acknowledge_cancel()
             raise
@@ -124,12 +122,6 @@ class ReplicaSampler:
 
     def close(self) -> None:
         """Fail requests in flight with ``EngineClosedError`` and end the thread. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
         self._loop.close()
 
 
@@ -155,13 +147,6 @@ class ReplicaSamplingClient(LocalSamplingClient):
         order = SampleOrder.of(request.prompt, num_samples, params, options)
         self._sampler.send(request, order, self._weights, self.policy_version)
         return request.future
-
-
-async def _cancel_all() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _closed_error() -> EngineClosedError:

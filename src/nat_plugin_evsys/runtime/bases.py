@@ -265,7 +265,7 @@ class BasesInUse:
             return shared
 
     def leave(self, shared: SharedBase) -> None:
-        """Close a base, unless others that took it still use it."""
+        """Close a base that ``take`` gave, unless others that took it still use it."""
         with self._lock:
             self._users[id(shared)] -= 1
             if self._users[id(shared)] > 0:

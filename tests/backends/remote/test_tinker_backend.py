@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from random_datums import datum
 from serve_process import ServerProcess, start_server
 from tinker import types
 from tiny import save_byte_model
@@ -130,18 +131,27 @@ async def test_the_base_models_logprobs_are_those_of_the_embedded_engine(
     before = await local.forward_async(make_datums(0), loss_fn="cross_entropy")
     await train(backend, make_datums, 2)
     await train(local, make_datums, 2)
-    found, expected = [await each.base_logprobs_async(make_datums(0)) for each in (backend, local)]
-    for one, other, fresh in zip(found, expected, before.loss_fn_outputs, strict=True):
-        assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
-        assert other.tolist() == pytest.approx(fresh["logprobs"].tolist(), abs=1e-5)
-
-    datum = make_datums(0)[0]
-    rows = datum.model_input.length
+    rows = make_datums(0)[0].model_input.length
     half = types.TensorData(data=[0.5] * rows, dtype="float32", shape=[rows])
-    with pytest.raises(UnsupportedError, match="set temperature: 1, or kl_beta: 0"):
-        await backend.base_logprobs_async(
-            [types.Datum(datum.model_input, {**datum.loss_fn_inputs, "temperature": half})]
-        )
+    for inputs in ({}, {"temperature": half}, {"advantages": half, "logprobs": half}):
+        data = [types.Datum(each.model_input, {**each.loss_fn_inputs, **inputs}) for each in make_datums(0)]
+        found, expected = [await each.base_logprobs_async(data) for each in (backend, local)]
+        for one, other, fresh in zip(found, expected, before.loss_fn_outputs, strict=True):
+            assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
+            assert ("temperature" in inputs) != (other.tolist() == pytest.approx(fresh["logprobs"].tolist(), abs=1e-5))
+
+
+async def test_the_base_models_logprobs_are_those_of_the_targets_up_to_the_end_of_the_context(
+    remote: Any, make_backend: Any
+) -> None:
+    backend, local = await remote(), await make_backend()
+    ids = [i % 200 for i in range(backend.context_length)]
+    following, another = [*ids[1:], 5], [*ids[1:3], 7, *ids[4:], 5]
+    data = [datum(ids, {"target_tokens": targets}) for targets in (following, another)]
+    found, expected = [await each.base_logprobs_async(data) for each in (backend, local)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.tolist() == pytest.approx(other.tolist(), abs=1e-4)
+    assert found[0].tolist()[2] != pytest.approx(found[1].tolist()[2], abs=1e-4)
 
 
 async def test_a_checkpoint_with_the_optimizer_goes_on_as_if_nothing_had_been(remote: Any, make_datums: Any) -> None:
@@ -185,9 +195,10 @@ async def test_sampling_from_a_training_checkpoint_leaves_the_training_alone(rem
     path = await backend.save_full_state("two")
     expected = await greedy(await backend.snapshot_sampling_client())
     before = await train(backend, make_datums, 2, first=2)
+    assert (await backend.snapshot_sampling_client()).policy_version == 4
     client = await backend.sampling_client(path)
     assert same(await greedy(client), expected)
-    assert client.policy_version == backend.policy_version == 2
+    assert (client.policy_version, backend.policy_version) == (2, 4)
     assert (await backend.forward_async(make_datums(2), loss_fn="cross_entropy")).metrics["loss:sum"] < before[0]
     with pytest.raises(CheckpointError, match="lora_rank 4, not 8"):
         await (await remote(rank=8)).sampling_client(path)
@@ -231,6 +242,25 @@ async def test_samples_are_exact_and_versions_count(remote: Any, make_datums: An
     assert backend.policy_version == 2
     assert same(await greedy(second), await greedy(named))
     assert (await first.sample_async(PROMPT, 3, params)).sequences[0].tokens == seen[0][1]
+
+
+async def test_concurrent_saves_have_the_steps_that_were_submitted_before_each(remote: Any, make_datums: Any) -> None:
+    backend = await remote()
+    first = backend.optim_step_async(ADAM)  # refused, there being no gradient, and not counted
+    paths, clients = [], []
+    for step in range(2):
+        backend.forward_backward_async(make_datums(step), loss_fn="cross_entropy")
+        backend.optim_step_async(ADAM)
+        paths += [
+            asyncio.ensure_future(save(f"v{step}")) for save in (backend.save_for_sampler, backend.save_full_state)
+        ]
+        clients.append(asyncio.ensure_future(backend.snapshot_sampling_client()))
+        await asyncio.sleep(0)  # they are submitted, and wait
+    with pytest.raises(ServiceError, match="no gradient has accumulated"):
+        await first
+    assert [client.policy_version for client in await asyncio.gather(*clients)] == [1, 2]
+    opened = [await backend.sampling_client(path) for path in await asyncio.gather(*paths)]
+    assert [client.policy_version for client in opened] == [1, 1, 2, 2]
 
 
 async def test_the_context_is_enforced_here(remote: Any) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import pytest
 import torch
 from tinker import types
 
 from nat_plugin_evsys.backends.remote.errors import readable
-from nat_plugin_evsys.backends.remote.session import add_missing_loss, sampler_uri
+from nat_plugin_evsys.backends.remote.service import TinkerService
+from nat_plugin_evsys.backends.remote.session import TinkerSession, add_missing_loss, sampler_uri
+from nat_plugin_evsys.backends.remote.waiting import ServiceWatch
 
 
 @pytest.mark.parametrize("path", ["tinker://run/epoch-0001", "tinker://run/sampler_weights/epoch-0001"])
@@ -44,3 +49,14 @@ def test_a_service_of_an_older_protocol_is_named() -> None:
 
     assert "older protocol" in str(error)
     assert "tinker==0.24.1" in str(error)
+
+
+async def test_a_session_of_an_sdk_that_cannot_finish_one_is_left_to_expire(caplog: pytest.LogCaptureFixture) -> None:
+    client: Any = object()
+    session = TinkerSession(ServiceWatch(TinkerService("http://gpu-box:8000", "tml-x")), client, "m", {})
+
+    with caplog.at_level(logging.INFO):
+        await session.close()
+
+    assert session.closed
+    assert caplog.text == ""

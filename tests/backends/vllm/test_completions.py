@@ -35,6 +35,12 @@ def test_a_request_says_what_ends_it_and_how_it_is_sampled() -> None:
     assert completion_body(request(types.SamplingParams(stop=[])), None, "name")["stop_token_ids"] == []
 
 
+@pytest.mark.parametrize("top_k", [-1, 7])
+def test_a_top_p_of_zero_leaves_the_likeliest_token_alone(top_k: int) -> None:
+    body = completion_body(request(types.SamplingParams(top_p=0.0, top_k=top_k)), None, "name")
+    assert (body["top_p"], body["top_k"]) == (1.0, 1)
+
+
 @pytest.mark.parametrize(
     ("params", "options", "reason"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from nat_plugin_evsys.backends.remote.session import ServiceOperation, TinkerSes
 from nat_plugin_evsys.backends.remote.steps import StepCount
 from nat_plugin_evsys.backends.remote.tokenizer import find_tokenizer
 from nat_plugin_evsys.backends.remote.waiting import in_thread, sdk_future
-from nat_plugin_evsys.errors import ModelError, ServiceError, UnsupportedError
+from nat_plugin_evsys.errors import ModelError, ServiceError
 from nat_plugin_evsys.runtime import defaults
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ class TinkerBackend:
         self.context_length = context_length
         self._session = session
         self._steps = StepCount()
-        self._base_client: TinkerSamplingClient | None = None
         self._tokenizer: Any = None
 
     @classmethod
@@ -114,15 +113,14 @@ class TinkerBackend:
         return self._session.train("forward", "data", lambda client: client.forward(data, loss_fn, loss_fn_config))
 
     async def base_logprobs_async(self, data: list[tinker.Datum]) -> list[types.TensorData]:
-        """See ``Backend``. The base model's sampler gives them, one request a Datum."""
-        if any("temperature" in datum.loss_fn_inputs for datum in data):
-            raise UnsupportedError(
-                "the base model's logprobs are those of temperature 1 over a service; set temperature: 1, or kl_beta: 0"
-            )
-        if self._base_client is None:
-            client = await self._session.open_sampler(None)
-            self._base_client = TinkerSamplingClient(client, -1, self._session.watch, self.context_length)
-        return list(await asyncio.gather(*(self._base_logprobs(self._base_client, datum) for datum in data)))
+        """See ``Backend``. A fresh adapter gives them, which adds nothing to the base model."""
+        from nat_plugin_evsys.engine.gradient.custom_loss import bare_datum
+
+        bare = [bare_datum(datum) for datum in data]
+        output = await self._session.untrained(
+            "the base model's logprobs", "data", lambda client: client.forward(bare, "cross_entropy")
+        )
+        return [result["logprobs"] for result in output.loss_fn_outputs]
 
     def forward_backward_custom_async(
         self, data: list[tinker.Datum], loss_fn: LossCallable
@@ -174,18 +172,14 @@ class TinkerBackend:
 
     async def save_for_sampler(self, name: str) -> str:
         """Save the weights for sampling; returns ``tinker://…/sampler_weights/<name>``."""
-        saved = await self._session.train(
+        saving = self._session.train(
             f"saving {name} for sampling", "save", lambda client: client.save_weights_for_sampler(name)
         )
-        path = sampler_uri(str(saved.path))
-        await self._steps.saved(path)
-        return path
+        return await self._saved(saving, sampler_uri)
 
     async def save_full_state(self, name: str) -> str:
         """Save weights and optimizer state; returns ``tinker://…/weights/<name>``."""
-        saved = await self._session.train(f"saving {name}", "save", lambda client: client.save_state(name))
-        await self._steps.saved(str(saved.path))
-        return str(saved.path)
+        return await self._saved(self._session.train(f"saving {name}", "save", lambda client: client.save_state(name)))
 
     async def load_state(self, path: str, *, with_optimizer: bool = False) -> None:
         """Continue from a checkpoint of the service, in a new training run.
@@ -209,15 +203,9 @@ class TinkerBackend:
 
     async def snapshot_sampling_client(self, name: str | None = None) -> TinkerSamplingClient:
         """See ``Backend``. Before there is an adapter, the base model is sampled: a fresh adapter adds nothing."""
-        if name is not None:
-            return await self.sampling_client(await self.save_for_sampler(name))
-        if self._session.training_client is None:
-            return self._client_of(await self._session.open_sampler(None), 0)
-        publishing = self._session.train(
-            "publishing the weights", "save", lambda client: client.save_weights_and_get_sampling_client()
-        )
-        client = await publishing
-        return self._client_of(client, await self._steps.settled())
+        client = await self._snapshot(name)
+        self.policy_version = client.policy_version
+        return client
 
     async def sampling_client(self, path: str) -> TinkerSamplingClient:
         """See ``Backend``. Opening a ``sampler_weights`` checkpoint makes no adapter on the service."""
@@ -249,18 +237,26 @@ class TinkerBackend:
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    async def _base_logprobs(client: TinkerSamplingClient, datum: tinker.Datum) -> types.TensorData:
-        from tinker import types
-
-        targets = datum.loss_fn_inputs["target_tokens"].tolist()
-        whole = types.ModelInput.from_ints([*datum.model_input.to_ints(), targets[-1]])
-        logprobs = (await client.compute_logprobs_async(whole))[1:]
-        return types.TensorData(data=[float(lp or 0.0) for lp in logprobs], dtype="float32", shape=[len(targets)])
-
     def _submit_step(self, adam: types.AdamParams) -> ServiceOperation[types.OptimStepResponse]:
         return self._session.train("optim_step", "step", lambda client: client.optim_step(adam))
 
+    async def _saved(self, saving: ServiceOperation[Any], uri: Callable[[str], str] = str) -> str:
+        """The checkpoint's path, by ``uri``. ``saving`` has just been submitted."""
+        steps = self._steps.now
+        path = uri(str((await saving).path))
+        await self._steps.saved(path, steps)
+        return path
+
+    async def _snapshot(self, name: str | None) -> TinkerSamplingClient:
+        if name is not None:
+            return await self.sampling_client(await self.save_for_sampler(name))
+        if self._session.training_client is None:
+            return self._client_of(await self._session.open_sampler(None), 0)
+        publishing = self._session.train(
+            "publishing the weights", "save", lambda client: client.save_weights_and_get_sampling_client()
+        )
+        steps = self._steps.now
+        return self._client_of(await publishing, await steps.taken())
+
     def _client_of(self, client: Any, version: int) -> TinkerSamplingClient:
-        self.policy_version = version
         return TinkerSamplingClient(client, version, self._session.watch, self.context_length)

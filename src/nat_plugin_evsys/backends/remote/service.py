@@ -123,7 +123,7 @@ class TinkerService:
             raise self.readable(error, "get_server_capabilities", "start") from None
 
     def readable(self, error: BaseException, what: str, purpose: Purpose) -> BaseException:
-        """The error to raise for what the SDK raised; see ``service_errors.readable``."""
+        """The error to raise for what the SDK raised; see ``errors.readable``."""
         return readable(error, what=what, purpose=purpose, where=self.url, key_from=self.key_from)
 
 

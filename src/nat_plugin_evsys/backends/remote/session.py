@@ -59,7 +59,7 @@ class ServiceOperation(Generic[T]):
 
 
 class TinkerSession:
-    """The SDK's ``ServiceClient`` with at most one training client, which is created at its first use.
+    """The SDK's ``ServiceClient`` with a training client and one that is never trained, each made at its first use.
 
     Everything goes to the SDK in order, from the session's own thread: the SDK's calls that create clients block, and
     its operation numbers must be taken in order.
@@ -75,6 +75,7 @@ class TinkerSession:
         self.watch = watch
         self.base_model = base_model
         self.training_client: Any = None
+        self._untrained_client: Any = None
         self._client = client
         self._lora = lora
         self._queue = OperationQueue("evsys-tinker")
@@ -107,6 +108,10 @@ class TinkerSession:
             EngineClosedError: the session has been closed.
         """
         return self._enqueue(what, purpose, lambda: sdk_future(call(self._open_training_client())))
+
+    def untrained(self, what: str, purpose: Purpose, call: Callable[[Any], Any]) -> ServiceOperation[Any]:
+        """``train`` on an adapter of its own. ``call`` must not train it: it stands for the bare base model."""
+        return self._enqueue(what, purpose, lambda: sdk_future(call(self._open_untrained_client())))
 
     def load(self, path: str, *, with_optimizer: bool) -> ServiceOperation[None]:
         """Replace the training client by one that starts from a checkpoint: a new training run of the service.
@@ -147,6 +152,8 @@ class TinkerSession:
         if self.closed:
             return
         await asyncio.to_thread(self._queue.close, CLOSE_SECONDS)
+        if not hasattr(self._client, "close"):
+            return  # a client of older releases of the SDK: its session expires
         finishing = in_thread(lambda: self._client.close("success").result(), "evsys-finish")
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
@@ -165,9 +172,18 @@ class TinkerSession:
     def _open_training_client(self) -> Any:
         """Runs in the session's thread."""
         if self.training_client is None:
-            made = self._client.create_lora_training_client(self.base_model, **self._lora)
-            self.training_client = sdk_future(made).result()
+            self.training_client = self._new_training_client()
         return self.training_client
+
+    def _open_untrained_client(self) -> Any:
+        """Runs in the session's thread."""
+        if self._untrained_client is None:
+            self._untrained_client = self._new_training_client()
+        return self._untrained_client
+
+    def _new_training_client(self) -> Any:
+        """Runs in the session's thread."""
+        return sdk_future(self._client.create_lora_training_client(self.base_model, **self._lora)).result()
 
     def _load_training_client(self, path: str, *, with_optimizer: bool) -> Any:
         """Runs in the session's thread."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from nat_plugin_evsys.errors import ServiceError, ServiceUnavailableError
+from nat_plugin_evsys.errors import EngineClosedError, ServiceError, ServiceUnavailableError
+from nat_plugin_evsys.loop_thread import LoopThread
 
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 3600.0
 _MESSAGE_CHARACTERS = 300
@@ -26,9 +26,7 @@ class VllmApi:
 
     def __init__(self, url: str, key: str | None) -> None:
         self.url = url
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="evsys-vllm", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("evsys-vllm")
         self._client = httpx.AsyncClient(
             base_url=url,
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
@@ -41,7 +39,7 @@ class VllmApi:
         """The answer of ``/v1/completions``. Cancelling the awaiting task ends the request on the server too.
 
         Raises:
-            ServiceUnavailableError: the server cannot be reached.
+            ServiceUnavailableError: the server cannot be reached, or the connection has been closed.
             ServiceError: it refused or failed.
         """
         answer: dict[str, Any] = (await self._post("/v1/completions", body)).json()
@@ -56,20 +54,14 @@ class VllmApi:
         await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
     def close(self) -> None:
-        """End the connections and the thread. Idempotent."""
-        if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Fail requests in flight, end the connections and the thread. Idempotent."""
+        self._loop.close(self._client.aclose)
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
-        if self._loop.is_closed():
-            raise ServiceUnavailableError("the connection to vLLM has been closed")
-        sending = asyncio.run_coroutine_threadsafe(self._client.post(path, json=dict(body)), self._loop)
         try:
-            response = await asyncio.wrap_future(sending)
+            response = await asyncio.wrap_future(self._loop.run(self._sent(path, body)))
+        except EngineClosedError:
+            raise _closed_error() from None
         except httpx.HTTPError as error:
             raise ServiceUnavailableError(
                 f"vLLM at {self.url} cannot be reached: {type(error).__name__} {error}".rstrip()
@@ -78,3 +70,16 @@ class VllmApi:
             said = response.text[:_MESSAGE_CHARACTERS]
             raise ServiceError(f"vLLM at {self.url} answered {response.status_code} to {path}: {said}")
         return response
+
+    async def _sent(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        """One request, in the loop of the connections."""
+        try:
+            return await self._client.post(path, json=dict(body))
+        except asyncio.CancelledError:
+            if self._loop.closed:
+                raise _closed_error() from None
+            raise
+
+
+def _closed_error() -> ServiceUnavailableError:
+    return ServiceUnavailableError("the connection to vLLM has been closed")

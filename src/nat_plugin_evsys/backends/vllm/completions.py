@@ -38,8 +38,7 @@ def completion_body(request: SampleRequest, seed: int | None, model: str) -> dic
         "n": _distinct(request),
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
-        "top_p": request.top_p or 1.0,
-        "top_k": max(request.top_k, 0),
+        **_kept(request),
         "seed": None if seed is None else seed % _SEEDS,
         "stop": list(request.stop.strings),
         "stop_token_ids": sorted(request.stop.ids),
@@ -56,6 +55,13 @@ def probe_body(prompt: list[int], model: str, temperature: float, room: int) -> 
 def _distinct(request: SampleRequest) -> int:
     """Sequences to ask for. Greedy ones are equal, and vLLM refuses to sample more than one."""
     return 1 if request.temperature == 0 else len(request.sequences)
+
+
+def _kept(request: SampleRequest) -> dict[str, float]:
+    """The tokens that may be sampled. A top_p of 0, which vLLM refuses, leaves the likeliest alone."""
+    if request.top_p == 0:
+        return {"top_p": 1.0, "top_k": 1}
+    return {"top_p": request.top_p, "top_k": max(request.top_k, 0)}
 
 
 def _recorded(prompt: list[int], model: str) -> dict[str, Any]:
