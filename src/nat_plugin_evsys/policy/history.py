@@ -19,6 +19,7 @@ from typing import Any
 from nat_plugin_evsys.call_images import CallImage
 from nat_plugin_evsys.calls import PromptHistory
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.rendering.chat_template import opens_thinking
 from nat_plugin_evsys.policy.rendering.images import ImageFile
 from nat_plugin_evsys.policy.rendering.plain_text import unmarked
 
@@ -192,7 +193,7 @@ def _continued(
         return None
     marker = renderer.decode([end_of_turn])
     end = text.find(marker, len(turn.text))
-    if end < 0 or not _same_reply(renderer, text[len(turn.text) : end], turn.reply, tools):
+    if end < 0 or not _same_reply(renderer, text[len(turn.text) : end], turn, tools):
         return None
     closed = turn.ids[-1] == end_of_turn
     added = turn.rest + text[end + len(marker) if closed else end :]
@@ -214,9 +215,11 @@ def _with_thoughts(messages: Sequence[Message], turns: Sequence[tuple[int, Turn]
     return shown
 
 
-def _same_reply(renderer: ChatRenderer, written: str, reply: Message, tools: Sequence[Message]) -> bool:
+def _same_reply(renderer: ChatRenderer, written: str, turn: Turn, tools: Sequence[Message]) -> bool:
     """Whether the template has written the reply, whatever the white space; not if it drops thoughts, for example."""
-    parsed = renderer.parse(unmarked(written), tools=tools if reply.get("tool_calls") else ()).to_message()
+    reply, thinking = turn.reply, opens_thinking(turn.text)
+    shown = tools if reply.get("tool_calls") else ()
+    parsed = renderer.parse(unmarked(written), tools=shown, thinking=thinking).to_message()
     return _words(parsed) == _words(reply) and _calls(parsed) == _calls(reply)
 
 

@@ -71,9 +71,12 @@ def check_hints(request: ChatCompletionRequest, mode: HintMode) -> None:
 
 
 def constraint_of(
-    request: ChatCompletionRequest, mode: HintMode, renderer: ChatRenderer, client: SamplingClient
+    request: ChatCompletionRequest, mode: HintMode, renderer: ChatRenderer, client: SamplingClient, *, thinking: bool
 ) -> tuple[Constraint | None, str]:
     """The grammar of the form that a request asks for, or why there is none.
+
+    Args:
+        thinking: whether the prompt ends inside a ``<think>`` block.
 
     Raises:
         ApiError: 400, the form cannot be compiled, or the model's form of calls cannot write one that is asked for.
@@ -85,7 +88,7 @@ def constraint_of(
     if client.grammars is None:
         return None, "the policy is sampled by a service, which cannot constrain decoding"
     try:
-        grammar = renderer.reply_forms.grammar(request)
+        grammar = renderer.reply_forms.grammar(request, thinking=thinking)
         if grammar is None:
             return None, "how this model writes tool calls is not known"
         ends = renderer.stop_token_ids if grammar.ends is None else grammar.ends
