@@ -9,8 +9,10 @@ import openai
 import pytest
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER
+from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.client import open_langchain_client
+from nat_plugin_evsys.testing import ScriptedSamplingClient
 
 MODEL = "builtin/tiny"
 CALL = 'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
@@ -180,6 +182,23 @@ async def test_an_error_of_a_streamed_response_has_its_status(serve: Any) -> Non
     async with client_of(served) as client:
         with pytest.raises(openai.InternalServerError, match="broken"):
             await client.responses.create(model=MODEL, input="Hi", stream=True)
+
+
+async def test_an_error_in_the_middle_of_a_streamed_response_is_an_error_event(serve: Any, tokenizer: Any) -> None:
+    class BreaksOff(ScriptedSamplingClient):
+        async def sample_async(self, *args: Any, **kwargs: Any) -> Any:
+            await super().sample_async(*args, **kwargs)
+            raise EvsysError("the engine broke off")
+
+    served = serve(sampling_client=BreaksOff(tokenizer, ["some words"] * 2))
+    async with client_of(served) as client:
+        last = [event async for event in await client.responses.create(model=MODEL, input="Hi", stream=True)][-1]
+    assert (last.type, last.code, last.message, last.param) == ("error", "engine_error", "the engine broke off", None)
+    async with open_langchain_client(
+        served.endpoint, model=MODEL, timeout=30, use_responses_api=True, streaming=True
+    ) as llm:
+        with pytest.raises(ValueError, match="broke off"):
+            await llm.ainvoke("Hi")
 
 
 async def test_langchain_agents_call_responses_where_the_api_type_says_so(serve: Any) -> None:

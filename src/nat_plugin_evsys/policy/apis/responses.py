@@ -94,7 +94,7 @@ class _ResponseStream:
     def take(self, chunk: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The events that a chunk gives."""
         if "error" in chunk:
-            yield "error", {**chunk["error"], "param": chunk["error"].get("param")}
+            yield "error", {name: chunk["error"].get(name) for name in ("code", "message", "param")}
             return
         if self._response is None:
             self._response = self._dialect.response(chunk["id"], chunk["created"])
