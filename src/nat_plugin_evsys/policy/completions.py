@@ -25,7 +25,7 @@ from nat_plugin_evsys.policy.rendering.images import model_input
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 from nat_plugin_evsys.policy.sampling import SamplingDefaults, check_hints, constraint_of, sampling_params
 from nat_plugin_evsys.policy.streaming import ReplyText, cut_at_stop, text_ids
-from nat_plugin_evsys.policy.tool_calls import assemble
+from nat_plugin_evsys.policy.tool_calls import TextParser, assemble
 
 if TYPE_CHECKING:
     from tinker import types
@@ -62,6 +62,7 @@ class Completion:
     """A request that is ready to be sampled, with everything its record needs.
 
     Attributes:
+        is_plain: whether the prompt has no messages; its reply is text as it was sampled.
         thinking: whether the prompt ends inside a ``<think>`` block; a plain prompt never does.
         constraint: the grammar of the form that the request asks for; None samples freely.
         unmet: why the request's ``hints`` are not followed; empty where they are.
@@ -80,6 +81,7 @@ class Completion:
     prompt: Prompt
     history: History
     params: types.SamplingParams
+    is_plain: bool
     thinking: bool
     constraint: Constraint | None
     unmet: str
@@ -131,6 +133,7 @@ class Completion:
             prompt=prompt,
             history=history,
             params=params,
+            is_plain=plain is not None,
             thinking=thinking,
             constraint=constraint,
             unmet=unmet,
@@ -158,14 +161,13 @@ class Completion:
 
     def reply_text(self, index: int) -> ReplyText:
         """What turns a choice's text into its pieces."""
-        return ReplyText(
-            self.renderer,
-            stops=self.request.stops,
-            tools=self.tools,
-            reply_id=f"{self.id}:{index}",
-            keep_stop=bool(self.request.include_stop_str_in_output),
-            thinking=self.thinking,
+        reply_id, keep_stop = f"{self.id}:{index}", bool(self.request.include_stop_str_in_output)
+        parser = (
+            TextParser()
+            if self.is_plain
+            else self.renderer.create_parser(tools=self.tools, reply_id=reply_id, thinking=self.thinking)
         )
+        return ReplyText(parser, stops=self.request.stops, keep_stop=keep_stop)
 
     async def sample(self, on_tokens: TokenCallback | None = None) -> types.SampleResponse:
         """Sample all choices.

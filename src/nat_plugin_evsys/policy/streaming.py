@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from nat_plugin_evsys.calls import StopReason
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.tool_calls import Piece, held_back
+from nat_plugin_evsys.policy.tool_calls import Piece, ReplyParser, held_back
 
 _REPLACEMENT = "\ufffd"
 
@@ -88,21 +87,11 @@ class ReplyText:
 
     Args:
         keep_stop: the stop string that ends the reply is part of its text.
-        thinking: whether the prompt ends inside a ``<think>`` block; None: if the template opens one.
     """
 
-    def __init__(
-        self,
-        renderer: ChatRenderer,
-        *,
-        stops: Sequence[str],
-        tools: Sequence[dict[str, Any]],
-        reply_id: str,
-        keep_stop: bool = False,
-        thinking: bool | None = None,
-    ) -> None:
+    def __init__(self, parser: ReplyParser, *, stops: Sequence[str], keep_stop: bool = False) -> None:
         self._stops = StopStrings(stops, keep=keep_stop)
-        self._parser = renderer.create_parser(tools=tools, reply_id=reply_id, thinking=thinking)
+        self._parser = parser
 
     @property
     def malformed(self) -> int:
