@@ -278,6 +278,10 @@ class ChatRenderer:
         """Whether a token may have ended a sequence."""
         return token_id in self._special_ids or token_id in self.stop_token_ids
 
+    def is_control(self, token_id: int) -> bool:
+        """Whether the tokenizer keeps a token apart from text, such as ``<|im_end|>`` or ``<tool_call>``."""
+        return token_id in self._control_ids
+
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a token may be only part of a character."""
         return self._token_bytes.of(token_id)

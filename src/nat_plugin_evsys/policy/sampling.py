@@ -44,12 +44,21 @@ def sampling_params(
 
 
 def _stop(request: ChatCompletionRequest, renderer: ChatRenderer) -> list[str] | list[int] | None:
-    """Tinker takes strings or ids, not both. EOS ends a sequence in either case, unless the list is empty."""
+    """Tinker takes strings or ids, not both. EOS ends a sequence in either case, unless the list is empty.
+
+    Beside strings, ids become the texts of their tokens. Only a control token's text is written by no other tokens.
+    """
     if request.ignore_eos:
         return []
     ids = [*dict.fromkeys([*renderer.stop_token_ids, *(request.stop_token_ids or [])])]
     if not request.stops:
         return ids or None
+    if any(not renderer.is_control(token_id) for token_id in request.stop_token_ids or ()):
+        raise bad_request(
+            "`stop_token_ids` beside `stop` must be ids of control tokens; send one of the two",
+            param="stop_token_ids",
+            code="invalid_value",
+        )
     eos = renderer.tokenizer.eos_token_id
     return [*request.stops, *(renderer.decode([token_id]) for token_id in ids if token_id != eos)]
 
