@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.history import History
 from nat_plugin_evsys.policy.streaming import TokenDecoder
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
@@ -47,10 +48,15 @@ def test_tools_and_tool_calls_are_shown(renderer: ChatRenderer, add_tool: dict[s
     assert "<tool_response>\n5\n</tool_response>" in text
 
 
-def test_arguments_that_are_no_json_stay_as_the_policy_wrote_them(renderer: ChatRenderer) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{broken"}}
-    text = renderer.decode(renderer.render([USER, {"role": "assistant", "tool_calls": [call]}]))
-    assert '"arguments": {broken}' in text
+@pytest.mark.parametrize(
+    "arguments", ["{broken", '{"a": "\\ud800"}', '{"a": ' + "[" * 500 + "]" * 500 + "}", "[" * 9999], ids=range(4)
+)
+def test_arguments_that_cannot_be_written_again_stay_as_the_policy_wrote_them(
+    renderer: ChatRenderer, arguments: str
+) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+    assert f'"arguments": {arguments}' in renderer.decode(History().prompt(renderer, "", messages, []).ids)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,8 @@ async def test_a_named_call_has_its_name_in_the_prompt(served: Any, renderer: Ch
 async def test_a_request_without_thinking_is_not_held_to_thoughts(serve: Any, sampler: Sampler, tokenizer: Any) -> None:
     opened = (
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<think>\n{% if enable_thinking is defined and not enable_thinking %}</think>\n{% endif %}{% endif %}"
+        "{% if add_generation_prompt %}<think>\n"
+        "{% if enable_thinking is defined and not enable_thinking %}</think>\n{% endif %}{% endif %}"
     )
     renderer = ChatRenderer(tokenizer, chat_template=opened, split_thoughts=True)
     served = serve(sampling_client=sampler.client(None, policy_version=3), hints="honour", renderer=renderer)

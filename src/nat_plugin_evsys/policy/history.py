@@ -21,6 +21,7 @@ from nat_plugin_evsys.calls import PromptHistory
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.rendering.chat_template import opens_thinking
 from nat_plugin_evsys.policy.rendering.images import ImageFile
+from nat_plugin_evsys.policy.rendering.messages import arguments_value
 from nat_plugin_evsys.policy.rendering.plain_text import unmarked
 
 Message = dict[str, Any]
@@ -251,18 +252,10 @@ def _key_text(part: dict[str, Any]) -> str:
 
 def _calls(message: Message) -> list[Any]:
     return [
-        (function.get("name"), _value(function.get("arguments")))
+        (function.get("name"), arguments_value(function.get("arguments")))
         for call in message.get("tool_calls") or []
         if isinstance(function := call.get("function"), dict)
     ]
-
-
-def _value(arguments: Any) -> Any:
-    """Arguments as their value: clients write JSON in their own way."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
 
 
 def _digest(before: bytes, value: Any) -> bytes:
