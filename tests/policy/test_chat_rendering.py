@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -165,6 +166,23 @@ def test_incremental_decoding_is_decoding(renderer: ChatRenderer, data: st.DataO
     decoder = TokenDecoder(renderer)
     parts = [decoder.feed([token_id]) for token_id in ids]
     assert "".join(parts) + decoder.finish() == renderer.decode(ids)
+
+
+def test_broken_characters_are_not_decoded_over_and_over(renderer: ChatRenderer) -> None:
+    class Counting:
+        ids = 0
+
+        def decode(self, ids: Sequence[int]) -> str:
+            self.ids += len(ids)
+            return renderer.decode(ids)
+
+    counting: Any = Counting()
+    decoder = TokenDecoder(counting)
+    broken = [renderer.encode("é")[0]] * 2000
+    assert decoder.feed(broken) == ""
+    text = decoder.feed(renderer.encode("a"))
+    assert text == "\ufffd" * 2000 + "a"
+    assert counting.ids < 10 * len(broken)
 
 
 def test_characters_are_never_cut(renderer: ChatRenderer) -> None:

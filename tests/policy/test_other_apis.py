@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -152,6 +153,37 @@ async def test_tokens_are_those_that_the_policy_reads(serve: Any, renderer: Chat
     assert text.json()["tokens"] == renderer.encode("Hello")
     assert "".join(text.json()["token_strs"]) == "Hello"
     assert chat.json() == {"count": len(renderer.render(messages)), "tokens": renderer.render(messages)}
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("completions", "prompt"), ("../inference/v1/generate", "token_ids")], ids=["text", "generate"]
+)
+async def test_only_the_context_length_bounds_a_prompt_of_ids(serve: Any, path: str, field: str) -> None:
+    served = serve([])
+    async with httpx.AsyncClient(headers=served.auth()) as client:
+        response = await client.post(
+            f"{served.endpoint.base_url}/{path}", json={"model": MODEL, field: [40] * 60_000}, timeout=60
+        )
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+async def test_long_answers_are_not_written_in_the_event_loop(serve: Any, tokenizer: Any) -> None:
+    class OffLoop(ChatRenderer):
+        def decode(self, ids: Any) -> str:
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                asyncio.get_running_loop()
+            return super().decode(ids)
+
+    served = serve(["Hello."] * 2, renderer=OffLoop(tokenizer))
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    async with served.client() as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=messages, logprobs=True, top_logprobs=2)
+        assert answer.choices[0].message.content == "Hello."
+        text = await client.completions.create(model=MODEL, prompt="Hi", logprobs=2)
+        assert text.choices[0].text == "Hello."
+    async with httpx.AsyncClient(headers=served.auth(), base_url=served.endpoint.base_url) as http:
+        tokens = await http.post("/tokenize", json={"model": MODEL, "prompt": "Hello", "return_token_strs": True})
+    assert "".join(tokens.json()["token_strs"]) == "Hello"
 
 
 async def test_a_response_is_text_and_calls(serve: Any, renderer: ChatRenderer) -> None:
