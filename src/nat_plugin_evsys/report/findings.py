@@ -14,6 +14,7 @@ from textwrap import wrap
 from typing import Any
 
 from nat_plugin_evsys.report.replies import Reply
+from nat_plugin_evsys.report.visible import visible
 
 KEY = "findings"
 """Where an epoch's row of metrics.jsonl keeps its findings."""
@@ -98,11 +99,11 @@ def quoted(text: str, limit: int = 160) -> str:
     if len(text) > limit:
         half = (limit - 3) // 2
         text = f"{text[:half]} … {text[-half:]}"
-    return json.dumps(text, ensure_ascii=False)
+    return visible(json.dumps(text, ensure_ascii=False))
 
 
 def finding_text(finding: Finding, examples: int | None = None) -> str:
-    """The finding as lines: what was seen, what to do, and its examples.
+    """The finding as lines for a terminal: what was seen, what to do, and its examples.
 
     ``! Every reward of epoch 1 is 0.000 …`` / ``  Compare the replies …`` / ``  row 3 asks "…" and wants "…"`` /
     ``    reply "…": reward 0.000, mode: exact``
@@ -119,4 +120,4 @@ def finding_text(finding: Finding, examples: int | None = None) -> str:
         lines.append(f"  row {reply.row} asks {quoted(reply.question)}{wants}")
         reward = "no reward" if reply.reward is None else f"reward {reply.reward:.3f}"
         lines.append(f"    reply {quoted(reply.text)}: {', '.join(filter(None, (reward, reply.verdict)))}")
-    return "\n".join(lines)
+    return visible("\n".join(lines))
