@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from nat_plugin_evsys.errors import ConfigError, DataError, ModelError
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.history import History
 from nat_plugin_evsys.policy.streaming import TokenDecoder
 
 USER = {"role": "user", "content": "What is 2 + 3?"}
@@ -47,10 +49,15 @@ def test_tools_and_tool_calls_are_shown(renderer: ChatRenderer, add_tool: dict[s
     assert "<tool_response>\n5\n</tool_response>" in text
 
 
-def test_arguments_that_are_no_json_stay_as_the_policy_wrote_them(renderer: ChatRenderer) -> None:
-    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{broken"}}
-    text = renderer.decode(renderer.render([USER, {"role": "assistant", "tool_calls": [call]}]))
-    assert '"arguments": {broken}' in text
+@pytest.mark.parametrize(
+    "arguments", ["{broken", '{"a": "\\ud800"}', '{"a": ' + "[" * 500 + "]" * 500 + "}", "[" * 9999], ids=range(4)
+)
+def test_arguments_that_cannot_be_written_again_stay_as_the_policy_wrote_them(
+    renderer: ChatRenderer, arguments: str
+) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}]
+    assert f'"arguments": {arguments}' in renderer.decode(History().prompt(renderer, "", messages, []).ids)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +166,23 @@ def test_incremental_decoding_is_decoding(renderer: ChatRenderer, data: st.DataO
     decoder = TokenDecoder(renderer)
     parts = [decoder.feed([token_id]) for token_id in ids]
     assert "".join(parts) + decoder.finish() == renderer.decode(ids)
+
+
+def test_broken_characters_are_not_decoded_over_and_over(renderer: ChatRenderer) -> None:
+    class Counting:
+        ids = 0
+
+        def decode(self, ids: Sequence[int]) -> str:
+            self.ids += len(ids)
+            return renderer.decode(ids)
+
+    counting: Any = Counting()
+    decoder = TokenDecoder(counting)
+    broken = [renderer.encode("é")[0]] * 2000
+    assert decoder.feed(broken) == ""
+    text = decoder.feed(renderer.encode("a"))
+    assert text == "\ufffd" * 2000 + "a"
+    assert counting.ids < 10 * len(broken)
 
 
 def test_characters_are_never_cut(renderer: ChatRenderer) -> None:

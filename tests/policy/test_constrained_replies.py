@@ -132,6 +132,23 @@ async def test_a_named_call_has_its_name_in_the_prompt(served: Any, renderer: Ch
     assert renderer.decode(call.prompt_ids).endswith('<tool_call>\n{"name": "rate", "arguments": {"level": ')
 
 
+async def test_a_request_without_thinking_is_not_held_to_thoughts(serve: Any, sampler: Sampler, tokenizer: Any) -> None:
+    opened = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<think>\n"
+        "{% if enable_thinking is defined and not enable_thinking %}</think>\n{% endif %}{% endif %}"
+    )
+    renderer = ChatRenderer(tokenizer, chat_template=opened, split_thoughts=True)
+    served = serve(sampling_client=sampler.client(None, policy_version=3), hints="honour", renderer=renderer)
+    options: dict[str, Any] = {"tools": TOOLS, "tool_choice": NAMED}
+    off = {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
+    message, _, call = await ask(served, **options, **off)
+    assert [name for name, _ in functions(message)] == ["rate"]
+    assert renderer.decode(call.prompt_ids).endswith('<tool_call>\n{"name": "rate", "arguments": {"level": ')
+    _, _, call = await ask(served, **options, max_tokens=4)
+    assert renderer.decode(call.prompt_ids).endswith("<think>\n")
+
+
 async def test_parallel_calls_are_whole_calls(served: Any) -> None:
     for seed in range(2):
         message, finish, call = await ask(served, tools=TOOLS, tool_choice="required", seed=seed, max_tokens=80)

@@ -32,6 +32,10 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
+def _tool(parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "add", "parameters": parameters}}
+
+
 async def post(served: Any, body: dict[str, Any] | bytes, **options: Any) -> httpx.Response:
     content = {"content": body} if isinstance(body, bytes) else {"json": body}
     async with httpx.AsyncClient(headers=served.auth()) as client:
@@ -65,6 +69,12 @@ async def until(condition: Any, seconds: float = 5.0) -> None:
         ({"tool_choice": "required"}, None, "has no `tools`"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "sub"}}}, None, "`tools` has add"),
         ({"tools": [{"type": "web_search"}]}, "tools", "type: function"),
+        ({"tools": [_tool([1])]}, "tools", "the `parameters` of `add` must be a JSON schema"),
+        ({"tools": [_tool({"properties": [1]})]}, "tools", "`parameters.properties` of `add` must be an object"),
+        ({"tools": [_tool({"required": [[]]})]}, "tools", "`parameters.required` of `add` must be a list of names"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "greater than or equal to 0"),
+        ({"stop_token_ids": [2**32]}, "stop_token_ids[0]", "less than"),
+        ({"stop_token_ids": [40], "stop": "x"}, "stop_token_ids", "beside `stop` must be ids of control tokens"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "'text'"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, None, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "goes with"),

@@ -348,3 +348,43 @@ async def test_models_and_health(serve: Any) -> None:
         assert (await plain.get(f"{root}/health")).json() == {"status": "ok"}
         name = await plain.get(f"{served.endpoint.base_url}/models/{MODEL}", headers=served.auth())
         assert name.json()["id"] == MODEL
+
+
+OPENED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{% if m.role == 'assistant' and not m.reasoning_content %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '\n' }}</think>\n\n{% endif %}{% endif %}"
+)
+"""Opens a ``<think>`` block unless told not to."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("default", [None, False])
+async def test_a_request_that_sets_thinking_has_its_reply_read_so(
+    serve: Any, tokenizer: Any, default: bool | None, stream: bool
+) -> None:
+    split = ChatRenderer(tokenizer, chat_template=OPENED, enable_thinking=default, split_thoughts=True)
+    turns = [*MESSAGES, {"role": "assistant", "content": "Four."}, {"role": "user", "content": "Sure?"}]
+    for thinks, text, thoughts in ((False, "Four.", ""), (True, "2 + 2\n</think>\n\nFour.", "2 + 2")):
+        served = serve([text, text], renderer=split)
+        served.recorder.open_run("run", "rollout", 7)
+        async with served.client(default_headers=run_headers("run")) as client:
+            for messages in (MESSAGES, turns):
+                answer = await client.chat.completions.create(
+                    model=MODEL,
+                    messages=messages,
+                    stream=stream,
+                    extra_body={"chat_template_kwargs": {"enable_thinking": thinks}},
+                )
+                parts = [c.choices[0].delta async for c in answer] if stream else [answer.choices[0].message]
+                content, reasoning = (
+                    "".join(getattr(part, name, None) or "" for part in parts).strip()
+                    for name in ("content", "reasoning_content")
+                )
+                assert (content, reasoning) == ("Four.", thoughts)
+        first, second = served.recorder.close_run("run")
+        assert second.history == "extended"
+        assert second.prompt_ids[: len(first.prompt_ids + first.output_ids)] == first.prompt_ids + first.output_ids

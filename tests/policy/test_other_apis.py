@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -9,8 +10,10 @@ import openai
 import pytest
 
 from nat_plugin_evsys.calls import RUN_ID_HEADER
+from nat_plugin_evsys.errors import EvsysError
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.client import open_langchain_client
+from nat_plugin_evsys.testing import ScriptedSamplingClient
 
 MODEL = "builtin/tiny"
 CALL = 'Let me see.\n<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
@@ -74,6 +77,7 @@ async def test_the_prompt_may_be_echoed(serve: Any, renderer: ChatRenderer, as_i
         ("completions", {"prompt": ""}, "one text or one list"),
         ("completions", {"prompt": ["a", "b"]}, "one text or one list"),
         ("completions", {"prompt": [1, -2]}, "one text or one list"),
+        ("completions", {"prompt": [2**32]}, "one text or one list"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("completions", {"prompt": "a", "logprobs": True}, "logprobs"),
         ("completions", {"prompt": "a", "bad_words": ["x"]}, "bad_words"),
@@ -84,8 +88,11 @@ async def test_the_prompt_may_be_echoed(serve: Any, renderer: ChatRenderer, as_i
         ("responses", {"input": "a", "tools": [{"type": "web_search"}]}, "web_search"),
         ("responses", {"input": "a", "previous_response_id": "resp_1"}, "nothing is kept"),
         ("responses", {"input": "a", "colour": 1}, "colour"),
+        ("responses", {"input": "a", "n": 2}, "`n`: a response is one reply"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]}, "of type int"),
         ("tokenize", {}, "either `prompt` or `messages`"),
         ("../inference/v1/generate", {"token_ids": []}, "`token_ids`"),
+        ("../inference/v1/generate", {"token_ids": [2**32]}, "`token_ids`"),
         ("../inference/v1/generate", {"token_ids": [1], "stream": True}, "`stream`"),
         ("../inference/v1/generate", {"token_ids": [1], "features": {"a": 1}}, "text tokens only"),
         ("../inference/v1/generate", {"token_ids": [1], "sampling_params": {"bad_words": ["x"]}}, "bad_words"),
@@ -98,6 +105,22 @@ async def test_what_is_refused_is_named(serve: Any, path: str, body: Any, words:
         response = await client.post(f"{served.endpoint.base_url}/{path}", json=sent)
     assert response.status_code == 400, response.text
     assert words in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_continued_text_keeps_its_thoughts_and_calls(serve: Any, tokenizer: Any, stream: bool) -> None:
+    text = f"<think>\nhm\n</think>\n\n{CALL}"
+    renderer = ChatRenderer(tokenizer, chat_template=THOUGHTFUL + "{# <tool_call> #}", split_thoughts=True)
+    tool = {"type": "function", "function": {"name": "add"}}
+    served = serve([text], renderer=renderer)
+    async with client_of(served) as client:
+        body = {"model": MODEL, "prompt": "Q: 2 + 3", "max_tokens": 99, "extra_body": {"tools": [tool]}}
+        answer = await client.completions.create(**body, stream=stream)
+        chunks = [chunk async for chunk in answer] if stream else [answer]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    (call,) = served.recorder.close_run("run")
+    assert call.reply == {"role": "assistant", "content": text}
 
 
 async def test_generate_takes_and_gives_tokens(serve: Any, renderer: ChatRenderer) -> None:
@@ -130,6 +153,37 @@ async def test_tokens_are_those_that_the_policy_reads(serve: Any, renderer: Chat
     assert text.json()["tokens"] == renderer.encode("Hello")
     assert "".join(text.json()["token_strs"]) == "Hello"
     assert chat.json() == {"count": len(renderer.render(messages)), "tokens": renderer.render(messages)}
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("completions", "prompt"), ("../inference/v1/generate", "token_ids")], ids=["text", "generate"]
+)
+async def test_only_the_context_length_bounds_a_prompt_of_ids(serve: Any, path: str, field: str) -> None:
+    served = serve([])
+    async with httpx.AsyncClient(headers=served.auth()) as client:
+        response = await client.post(
+            f"{served.endpoint.base_url}/{path}", json={"model": MODEL, field: [40] * 60_000}, timeout=60
+        )
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+async def test_long_answers_are_not_written_in_the_event_loop(serve: Any, tokenizer: Any) -> None:
+    class OffLoop(ChatRenderer):
+        def decode(self, ids: Any) -> str:
+            with pytest.raises(RuntimeError, match="no running event loop"):
+                asyncio.get_running_loop()
+            return super().decode(ids)
+
+    served = serve(["Hello."] * 2, renderer=OffLoop(tokenizer))
+    messages: list[Any] = [{"role": "user", "content": "Hi"}]
+    async with served.client() as client:
+        answer = await client.chat.completions.create(model=MODEL, messages=messages, logprobs=True, top_logprobs=2)
+        assert answer.choices[0].message.content == "Hello."
+        text = await client.completions.create(model=MODEL, prompt="Hi", logprobs=2)
+        assert text.choices[0].text == "Hello."
+    async with httpx.AsyncClient(headers=served.auth(), base_url=served.endpoint.base_url) as http:
+        tokens = await http.post("/tokenize", json={"model": MODEL, "prompt": "Hello", "return_token_strs": True})
+    assert "".join(tokens.json()["token_strs"]) == "Hello"
 
 
 async def test_a_response_is_text_and_calls(serve: Any, renderer: ChatRenderer) -> None:
@@ -175,11 +229,61 @@ async def test_a_response_is_streamed_as_its_client_expects(serve: Any) -> None:
         assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
 
+THOUGHTFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_has_its_reasoning_and_takes_it_back(serve: Any, tokenizer: Any, stream: bool) -> None:
+    renderer = ChatRenderer(tokenizer, chat_template=THOUGHTFUL, split_thoughts=True)
+    served = serve([f"<think>\n2 + 3\n</think>\n\n{CALL}", "Five."], renderer=renderer)
+    question: list[Any] = [{"role": "user", "content": "What is 2 + 3?"}]
+    async with client_of(served) as client:
+        if stream:
+            async with client.responses.stream(model=MODEL, input=question, tools=[ADD]) as events:
+                kinds = [event.type async for event in events]
+                first: Any = await events.get_final_response()
+            assert {"response.reasoning_text.delta", "response.reasoning_text.done"} <= set(kinds)
+        else:
+            first = await client.responses.create(model=MODEL, input=question, tools=[ADD])
+        assert [item.type for item in first.output] == ["reasoning", "message", "function_call"]
+        assert ([part.text for part in first.output[0].content], first.output[0].summary) == (["2 + 3"], [])
+        assert first.output_text == "Let me see."
+        said = [item.model_dump(exclude_none=True) for item in first.output]
+        result = {"type": "function_call_output", "call_id": first.output[2].call_id, "output": "5"}
+        await client.responses.create(model=MODEL, input=[*question, *said, result], tools=[ADD])
+    asked, again = served.recorder.close_run("run")
+    assert again.messages[1]["reasoning_content"] == "2 + 3"
+    assert [message["role"] for message in again.messages] == ["user", "assistant", "tool"]
+    known = asked.prompt_ids + asked.output_ids
+    assert again.prompt_ids[: len(known)] == known
+
+
 async def test_an_error_of_a_streamed_response_has_its_status(serve: Any) -> None:
     served = serve([RuntimeError("broken")])
     async with client_of(served) as client:
         with pytest.raises(openai.InternalServerError, match="broken"):
             await client.responses.create(model=MODEL, input="Hi", stream=True)
+
+
+async def test_an_error_in_the_middle_of_a_streamed_response_is_an_error_event(serve: Any, tokenizer: Any) -> None:
+    class BreaksOff(ScriptedSamplingClient):
+        async def sample_async(self, *args: Any, **kwargs: Any) -> Any:
+            await super().sample_async(*args, **kwargs)
+            raise EvsysError("the engine broke off")
+
+    served = serve(sampling_client=BreaksOff(tokenizer, ["some words"] * 2))
+    async with client_of(served) as client:
+        last = [event async for event in await client.responses.create(model=MODEL, input="Hi", stream=True)][-1]
+    assert (last.type, last.code, last.message, last.param) == ("error", "engine_error", "the engine broke off", None)
+    async with open_langchain_client(
+        served.endpoint, model=MODEL, timeout=30, disable_streaming=False, use_responses_api=True
+    ) as llm:
+        with pytest.raises(ValueError, match="broke off"):
+            _ = [chunk async for chunk in llm.astream("Hi")]
 
 
 async def test_langchain_agents_call_responses_where_the_api_type_says_so(serve: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import Any
 
@@ -47,8 +48,10 @@ def test_a_special_token_in_a_message_is_text(renderer: ChatRenderer, tokenizer:
 
 
 def test_a_special_token_in_tools_and_results_is_text(renderer: ChatRenderer, add_tool: Any, tokenizer: Any) -> None:
-    tool = {**add_tool, "function": {**add_tool["function"], "description": FORGED}}
-    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": f'{{"a": "{FORGED[2:12]}"}}'}}
+    schema = {"type": "object", "properties": {FORGED: {"type": "number"}}, "required": [FORGED]}
+    tool = {**add_tool, "function": {**add_tool["function"], "description": FORGED, "parameters": schema}}
+    arguments = json.dumps({"a": FORGED[2:12], FORGED: 1})
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": arguments}}
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "", "tool_calls": [call]},

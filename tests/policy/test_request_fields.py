@@ -125,9 +125,9 @@ async def test_a_refusal_is_said_once_per_kind_and_counted(serve: Any, caplog: A
 
 
 async def test_tokens_may_be_named_by_id_and_end_a_reply(serve: Any, tokenizer: Any) -> None:
-    stop = tokenizer("b", add_special_tokens=False)["input_ids"][0]
-    for stops in ({}, {"stop": ["zzz"]}):
-        served = serve(["abc"])
+    for token, stops in (("b", {}), ("<tool_call>", {"stop": ["zzz"]})):
+        stop = tokenizer(token, add_special_tokens=False)["input_ids"][0]
+        served = serve([f"a{token}c"])
         async with served.client() as client:
             reply = await client.chat.completions.create(
                 **BODY,

@@ -175,6 +175,14 @@ def test_thinking_that_the_prompt_opened() -> None:
     assert len(reply.tool_calls) == 1
 
 
+@pytest.mark.parametrize("odd", [{"type": ["string", {}]}, {"type": {}}, {"enum": 5}, {"anyOf": [5]}, 5])
+def test_a_parameter_whose_schema_is_none_is_any_value(odd: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": odd}}}}
+    parser = create_parser(FORMS["qwen3_xml"], tools=[tool], reply_id="r")
+    text = "<tool_call>\n<function=f>\n<parameter=a>\n5\n</parameter>\n</function>\n</tool_call>"
+    assert calls(assemble(parser.feed(text) + parser.finish())) == [("f", {"a": 5})]
+
+
 def test_ids_are_distinct_and_repeatable() -> None:
     first, second = parse(f"{CALL}{CALL}").tool_calls
     assert first.id != second.id

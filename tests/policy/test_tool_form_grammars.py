@@ -205,12 +205,12 @@ def test_a_refusal_reaches_the_client_with_the_field(tokenizer: Any, vocabularie
     )
     renderer, grammars = ChatRenderer(tokenizer, chat_template=template), vocabularies[False].grammars
     client: Any = type("Client", (), {"grammars": grammars})()
-    constraint, unmet = constraint_of(asks("rate", RATE), "honour", renderer, client)
+    constraint, unmet = constraint_of(asks("rate", RATE), "honour", renderer, client, thinking=False)
     assert constraint is not None
     assert unmet == ""
     assert tokenizer.decode(constraint.prefix) == "[rate(level="
     with pytest.raises(ApiError, match="`tool_choice`: 'get-weather' is no name in Python") as caught:
-        constraint_of(asks("get-weather", RATE), "honour", renderer, client)
+        constraint_of(asks("get-weather", RATE), "honour", renderer, client, thinking=False)
     assert caught.value.status == 400
 
 

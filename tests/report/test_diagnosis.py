@@ -312,6 +312,7 @@ def test_findings_of_a_run_come_once_each_with_their_epochs() -> None:
 def test_quoted_keeps_one_line_and_both_ends() -> None:
     assert quoted('a "b"\n') == '"a \\"b\\"\\n"'
     assert quoted("é" * 10) == '"éééééééééé"'
+    assert quoted("\x9b2J\x7f") == '"�2J␡"'
     short = quoted("a" * 100 + "b" * 100, limit=20)
     assert short == '"aaaaaaaa … bbbbbbbb"'
 

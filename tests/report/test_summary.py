@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -60,6 +61,17 @@ def test_text_tells_everything_and_ends_with_the_path(tmp_path: Path) -> None:
         "4 epochs in 83.4 s",
     ):
         assert part in text, part
+
+
+def test_nothing_that_was_said_can_repaint_the_terminal(tmp_path: Path) -> None:
+    reply = Reply("row\x1b[2J", "q\x9b", "e", "text\x9b2J", 0.0, "got \x1b]0;owned\x07", 1, 1, 0)
+    finding = Finding(FindingId.SAME_REWARD, 1, "Every reward\x1b[2J", "Look.", [reply])
+    findings = [{**finding.to_dict(), "epochs": [1]}]
+    failed = replace(SUMMARY, refusals={"the field \x1b[2J": 2}, findings=findings, status="failed", error="\x9b2J")
+    text = failed.format(tmp_path / "summary.json")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    assert "2 x: the field ␛[2J" in text
+    assert "got ␛]0;owned␇" in text
 
 
 def test_later_turns(tmp_path: Path) -> None:

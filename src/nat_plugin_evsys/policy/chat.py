@@ -233,15 +233,17 @@ class ChatRenderer:
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         reply_id: str = "",
+        thinking: bool | None = None,
     ) -> AssistantReply:
         """The assistant message in a reply's text or sampled ids (with or without the end-of-turn token).
 
         Args:
             tools: the request's, in OpenAI form; without any no calls are looked for. None looks for calls of any tool.
             reply_id: tool call ids are derived from it.
+            thinking: see ``create_parser``.
         """
         text = reply if isinstance(reply, str) else self.decode(self.without_stop(reply))
-        parser = self.create_parser(tools=tools, reply_id=reply_id)
+        parser = self.create_parser(tools=tools, reply_id=reply_id, thinking=thinking)
         return assemble(parser.feed(text) + parser.finish())
 
     def create_parser(
@@ -276,6 +278,10 @@ class ChatRenderer:
         """Whether a token may have ended a sequence."""
         return token_id in self._special_ids or token_id in self.stop_token_ids
 
+    def is_control(self, token_id: int) -> bool:
+        """Whether the tokenizer keeps a token apart from text, such as ``<|im_end|>`` or ``<tool_call>``."""
+        return token_id in self._control_ids
+
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for; a token may be only part of a character."""
         return self._token_bytes.of(token_id)
@@ -287,7 +293,6 @@ class ChatRenderer:
             self._template.tool_form,
             lambda text: token_id if (token_id := self._vocabulary.get(text)) in self._control_ids else None,
             thinks="<think>" in self._template.source,
-            thinking=self._template.prompt_opens_thinking,
         )
 
     # -- what the template says of itself ---------------------------------------------------------------------------

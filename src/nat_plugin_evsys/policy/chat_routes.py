@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHAT = replace(SMALL, bytes=8 << 20)
+_IDS = replace(_CHAT, values=1_000_000)
+"""Of routes whose prompt may be token ids."""
 
 ROLLOUT = "rollout"
 FUNCTIONS = "functions"
@@ -84,7 +86,7 @@ class ChatRoutes:
         models: finds the model of a request.
         recorder: counts failures and keeps the calls.
         closing: gives the event that is set when the server shuts down; requests in flight are then answered 503.
-        note: called with each request, its route's template and its caller (None if it was refused).
+        note: called with each request, its route's template and its caller, first with "" and again once it is allowed.
     """
 
     def __init__(
@@ -167,12 +169,12 @@ class ChatRoutes:
         return await self._serve(parsed, request, caller, ChatDialect())
 
     async def _completions(self, request: Request, caller: str) -> Response:
-        body, value = await read_json(request, _CHAT)
+        body, value = await read_json(request, _IDS)
         asked = await beside_loop(len(body), TextDialect, _object(value))
         return await self._serve(asked.request, request, caller, asked, asked.ids)
 
     async def _generate(self, request: Request, caller: str) -> Response:
-        body, value = await read_json(request, _CHAT)
+        body, value = await read_json(request, _IDS)
         asked = await beside_loop(len(body), GenerateDialect, _object(value))
         return await self._serve(asked.request, request, caller, asked, asked.ids)
 
@@ -185,7 +187,7 @@ class ChatRoutes:
         body, value = await read_json(request, _CHAT)
         asked = await beside_loop(len(body), TokenizeRequest, _object(value))
         source = await self._models.source(asked.model, caller)
-        return JSONResponse(await asked.answer(source, _run_id(request)))
+        return Response(await asked.answer(source, _run_id(request)), media_type="application/json")
 
     async def _serve(
         self,
@@ -201,10 +203,19 @@ class ChatRoutes:
             return await self._stream(preparing, peer, dialect)
         try:
             completion, response = await peer.guard(_sampled(preparing))
-            answer = ChatCompletion(
+            # Thousands of tokens with their likeliest alternatives take seconds to write.
+            answer = await asyncio.to_thread(self._answer, completion, response, dialect)
+        finally:
+            peer.close()
+        return Response(answer, media_type="application/json")
+
+    def _answer(self, completion: Completion, response: types.SampleResponse, dialect: Dialect) -> bytes:
+        """Record the calls and write the answer."""
+        return dialect.answer(
+            ChatCompletion(
                 id=completion.id,
                 created=completion.created,
-                model=parsed.model,
+                model=completion.request.model,
                 system_fingerprint=completion.fingerprint,
                 choices=[
                     completion.choice(index, sequence, self._recorder)
@@ -212,11 +223,9 @@ class ChatRoutes:
                 ],
                 usage=completion.usage(response.sequences),
                 prompt_logprobs=completion.prompt_logprobs(response),
-                prompt_token_ids=completion.prompt_ids if parsed.return_token_ids else None,
+                prompt_token_ids=completion.prompt_ids if completion.request.return_token_ids else None,
             )
-        finally:
-            peer.close()
-        return Response(dialect.answer(answer), media_type="application/json")
+        )
 
     def _say_what_changes_nothing(self, completion: Completion) -> None:
         """Each field once."""

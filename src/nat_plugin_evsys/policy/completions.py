@@ -20,11 +20,12 @@ from nat_plugin_evsys.policy.logprobs import TokenNames
 from nat_plugin_evsys.policy.prompts import PlainPrompt, prompt_of
 from nat_plugin_evsys.policy.protocol import Choice, ChoiceLogprobs, FinishReason, PromptLogprobs, Usage
 from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.policy.rendering.chat_template import opens_thinking
 from nat_plugin_evsys.policy.rendering.images import model_input
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 from nat_plugin_evsys.policy.sampling import SamplingDefaults, check_hints, constraint_of, sampling_params
 from nat_plugin_evsys.policy.streaming import ReplyText, cut_at_stop, text_ids
-from nat_plugin_evsys.policy.tool_calls import assemble
+from nat_plugin_evsys.policy.tool_calls import TextParser, assemble
 
 if TYPE_CHECKING:
     from tinker import types
@@ -61,7 +62,8 @@ class Completion:
     """A request that is ready to be sampled, with everything its record needs.
 
     Attributes:
-        opens_turn: whether the prompt ends with the template's opening of an assistant turn.
+        is_plain: whether the prompt has no messages; its reply is text as it was sampled.
+        thinking: whether the prompt ends inside a ``<think>`` block; a plain prompt never does.
         constraint: the grammar of the form that the request asks for; None samples freely.
         unmet: why the request's ``hints`` are not followed; empty where they are.
     """
@@ -79,7 +81,8 @@ class Completion:
     prompt: Prompt
     history: History
     params: types.SamplingParams
-    opens_turn: bool
+    is_plain: bool
+    thinking: bool
     constraint: Constraint | None
     unmet: str
 
@@ -107,7 +110,10 @@ class Completion:
         history = source.history or History()
         prompt = await prompt_of(request, renderer, history, source.scope_of(run_id), plain)
         client = await _client(source, run_id)
-        constraint, unmet = await asyncio.to_thread(constraint_of, request, source.hints, renderer, client)
+        thinking = plain is None and _ends_thinking(prompt.text, is_opened=request.opens_turn)
+        constraint, unmet = await asyncio.to_thread(
+            constraint_of, request, source.hints, renderer, client, thinking=thinking
+        )
         defaults = source.defaults(source.recorder.kind_of(run_id))
         params = sampling_params(
             request, renderer, defaults, source.recorder.next_seed(run_id) if request.seed is None else None
@@ -127,7 +133,8 @@ class Completion:
             prompt=prompt,
             history=history,
             params=params,
-            opens_turn=plain is None and request.opens_turn,
+            is_plain=plain is not None,
+            thinking=thinking,
             constraint=constraint,
             unmet=unmet,
         )
@@ -152,22 +159,15 @@ class Completion:
         """Ids that the reply's text does not show. Where there are tools, calls may be written with special tokens."""
         return self.renderer.hidden_ids if self.request.skip_special_tokens and not self.tools else frozenset()
 
-    @property
-    def _thinking(self) -> bool | None:
-        """Whether the prompt ends inside a ``<think>`` block, where that is not the template's to say."""
-        text = self.prompt.text
-        return None if self.opens_turn else text.rfind("<think>") > text.rfind("</think>")
-
     def reply_text(self, index: int) -> ReplyText:
         """What turns a choice's text into its pieces."""
-        return ReplyText(
-            self.renderer,
-            stops=self.request.stops,
-            tools=self.tools,
-            reply_id=f"{self.id}:{index}",
-            keep_stop=bool(self.request.include_stop_str_in_output),
-            thinking=self._thinking,
+        reply_id, keep_stop = f"{self.id}:{index}", bool(self.request.include_stop_str_in_output)
+        parser = (
+            TextParser()
+            if self.is_plain
+            else self.renderer.create_parser(tools=self.tools, reply_id=reply_id, thinking=self.thinking)
         )
+        return ReplyText(parser, stops=self.request.stops, keep_stop=keep_stop)
 
     async def sample(self, on_tokens: TokenCallback | None = None) -> types.SampleResponse:
         """Sample all choices.
@@ -279,6 +279,11 @@ class Completion:
         completion = sum(len(sequence.tokens) for sequence in sequences)
         prompt = len(self.prompt_ids)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+
+def _ends_thinking(text: str, *, is_opened: bool) -> bool:
+    """Whether a prompt ends inside a ``<think>`` block. One that the template opened may name the tag in a message."""
+    return opens_thinking(text) if is_opened else text.rfind("<think>") > text.rfind("</think>")
 
 
 async def _client(source: PolicySource, run_id: str | None) -> SamplingClient:

@@ -19,7 +19,9 @@ from typing import Any
 from nat_plugin_evsys.call_images import CallImage
 from nat_plugin_evsys.calls import PromptHistory
 from nat_plugin_evsys.policy.chat import ChatRenderer
+from nat_plugin_evsys.policy.rendering.chat_template import opens_thinking
 from nat_plugin_evsys.policy.rendering.images import ImageFile
+from nat_plugin_evsys.policy.rendering.messages import arguments_value
 from nat_plugin_evsys.policy.rendering.plain_text import unmarked
 
 Message = dict[str, Any]
@@ -192,7 +194,7 @@ def _continued(
         return None
     marker = renderer.decode([end_of_turn])
     end = text.find(marker, len(turn.text))
-    if end < 0 or not _same_reply(renderer, text[len(turn.text) : end], turn.reply, tools):
+    if end < 0 or not _same_reply(renderer, text[len(turn.text) : end], turn, tools):
         return None
     closed = turn.ids[-1] == end_of_turn
     added = turn.rest + text[end + len(marker) if closed else end :]
@@ -214,9 +216,11 @@ def _with_thoughts(messages: Sequence[Message], turns: Sequence[tuple[int, Turn]
     return shown
 
 
-def _same_reply(renderer: ChatRenderer, written: str, reply: Message, tools: Sequence[Message]) -> bool:
+def _same_reply(renderer: ChatRenderer, written: str, turn: Turn, tools: Sequence[Message]) -> bool:
     """Whether the template has written the reply, whatever the white space; not if it drops thoughts, for example."""
-    parsed = renderer.parse(unmarked(written), tools=tools if reply.get("tool_calls") else ()).to_message()
+    reply, thinking = turn.reply, opens_thinking(turn.text)
+    shown = tools if reply.get("tool_calls") else ()
+    parsed = renderer.parse(unmarked(written), tools=shown, thinking=thinking).to_message()
     return _words(parsed) == _words(reply) and _calls(parsed) == _calls(reply)
 
 
@@ -248,18 +252,10 @@ def _key_text(part: dict[str, Any]) -> str:
 
 def _calls(message: Message) -> list[Any]:
     return [
-        (function.get("name"), _value(function.get("arguments")))
+        (function.get("name"), arguments_value(function.get("arguments")))
         for call in message.get("tool_calls") or []
         if isinstance(function := call.get("function"), dict)
     ]
-
-
-def _value(arguments: Any) -> Any:
-    """Arguments as their value: clients write JSON in their own way."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
 
 
 def _digest(before: bytes, value: Any) -> bytes:

@@ -34,16 +34,17 @@ class ReplyForms:
         tool_form: how the model writes calls; None if that is unknown.
         special_id: the id of a marker that is one control token; None for plain text.
         thinks: whether the template knows ``<think>`` blocks, which may come before the form.
-        thinking: whether the prompt ends inside one.
     """
 
     tool_form: ToolForm | None
     special_id: Callable[[str], int | None]
     thinks: bool = False
-    thinking: bool = False
 
-    def grammar(self, request: ChatCompletionRequest) -> ReplyGrammar | None:
+    def grammar(self, request: ChatCompletionRequest, *, thinking: bool = False) -> ReplyGrammar | None:
         """The grammar of the form that ``request.hints`` ask for; None if nothing is, or the model's form is unknown.
+
+        Args:
+            thinking: whether the prompt ends inside a ``<think>`` block.
 
         Raises:
             DataError: the model's form cannot write a call of one of the tools.
@@ -59,7 +60,7 @@ class ReplyForms:
         else:
             return None
         is_free = not asked.must_call and asked.schema is None  # its text may have thoughts
-        start = reply if is_free and not self.thinking else self._with_thoughts(lark, reply, asked)
+        start = reply if is_free and not thinking else self._with_thoughts(lark, reply, asked, thinking)
         return ReplyGrammar(lark.grammar(start), self._ends(asked), lark.unheld)
 
     def _ends(self, asked: Asked) -> list[int] | None:
@@ -67,12 +68,12 @@ class ReplyForms:
         special = None if end is None else self.special_id(end)
         return None if special is None else [special]
 
-    def _with_thoughts(self, lark: Lark, reply: str, asked: Asked) -> str:
-        if not self.thinking and not (self.thinks and asked.thinks):
+    def _with_thoughts(self, lark: Lark, reply: str, asked: Asked, thinking: bool) -> str:
+        if not thinking and not (self.thinks and asked.thinks):
             return reply
         space = lark.rule("SPACE", "/[ \\n]{0,4}/")
         thoughts = f"{lark.text_until('</think>')} {space}"
-        before = thoughts if self.thinking else f"({lark.marker('<think>')} {thoughts})?"
+        before = thoughts if thinking else f"({lark.marker('<think>')} {thoughts})?"
         return f"{before} ({reply})"
 
 

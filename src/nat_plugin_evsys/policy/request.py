@@ -9,7 +9,7 @@ Besides OpenAI's own there are vLLM's ``top_k``, ``min_p``, ``min_tokens``, ``re
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
@@ -17,6 +17,8 @@ from nat_plugin_evsys.backends.base import LARGEST_BIAS
 from nat_plugin_evsys.errors import ApiError
 from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.request_fields import read_fields
+from nat_plugin_evsys.policy.token_ids import END_OF_IDS
+from nat_plugin_evsys.policy.tool_forms.schemas import check_parameters
 
 MAX_CHOICES = 128
 MAX_STOPS = 16
@@ -101,7 +103,7 @@ class ChatCompletionRequest(_Request):
     parallel_tool_calls: bool | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = Field(default=None, max_length=MAX_STOPS)
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=END_OF_IDS)]] | None = Field(default=None, max_length=MAX_STOPS)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -139,6 +141,7 @@ class ChatCompletionRequest(_Request):
                 raise ValueError("each tool must be {type: function, function: {name, description, parameters}}")
             if not isinstance(function.get("name"), str):
                 raise ValueError("each tool's function must have a name")
+            check_parameters(function["name"], function.get("parameters"))
         return tools
 
     @field_validator("logit_bias")

@@ -44,12 +44,21 @@ def sampling_params(
 
 
 def _stop(request: ChatCompletionRequest, renderer: ChatRenderer) -> list[str] | list[int] | None:
-    """Tinker takes strings or ids, not both. EOS ends a sequence in either case, unless the list is empty."""
+    """Tinker takes strings or ids, not both. EOS ends a sequence in either case, unless the list is empty.
+
+    Beside strings, ids become the texts of their tokens. Only a control token's text is written by no other tokens.
+    """
     if request.ignore_eos:
         return []
     ids = [*dict.fromkeys([*renderer.stop_token_ids, *(request.stop_token_ids or [])])]
     if not request.stops:
         return ids or None
+    if any(not renderer.is_control(token_id) for token_id in request.stop_token_ids or ()):
+        raise bad_request(
+            "`stop_token_ids` beside `stop` must be ids of control tokens; send one of the two",
+            param="stop_token_ids",
+            code="invalid_value",
+        )
     eos = renderer.tokenizer.eos_token_id
     return [*request.stops, *(renderer.decode([token_id]) for token_id in ids if token_id != eos)]
 
@@ -71,9 +80,12 @@ def check_hints(request: ChatCompletionRequest, mode: HintMode) -> None:
 
 
 def constraint_of(
-    request: ChatCompletionRequest, mode: HintMode, renderer: ChatRenderer, client: SamplingClient
+    request: ChatCompletionRequest, mode: HintMode, renderer: ChatRenderer, client: SamplingClient, *, thinking: bool
 ) -> tuple[Constraint | None, str]:
     """The grammar of the form that a request asks for, or why there is none.
+
+    Args:
+        thinking: whether the prompt ends inside a ``<think>`` block.
 
     Raises:
         ApiError: 400, the form cannot be compiled, or the model's form of calls cannot write one that is asked for.
@@ -85,7 +97,7 @@ def constraint_of(
     if client.grammars is None:
         return None, "the policy is sampled by a service, which cannot constrain decoding"
     try:
-        grammar = renderer.reply_forms.grammar(request)
+        grammar = renderer.reply_forms.grammar(request, thinking=thinking)
         if grammar is None:
             return None, "how this model writes tool calls is not known"
         ends = renderer.stop_token_ids if grammar.ends is None else grammar.ends

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from nat_plugin_evsys.calls import StopReason
 from nat_plugin_evsys.policy.chat import ChatRenderer
-from nat_plugin_evsys.policy.tool_calls import Piece, held_back
+from nat_plugin_evsys.policy.tool_calls import Piece, ReplyParser, held_back
 
 _REPLACEMENT = "\ufffd"
+_CHARACTER = 4
+"""The longest character in UTF-8, in bytes. A token with text has one at least."""
 
 
 class TokenDecoder:
     """Decodes token ids one after the other; characters that are not complete yet are held back.
 
-    Two short decodes per token: only the ids since the last complete character, after the ids just before them
-    (a token's text may depend on its neighbour).
+    A few short decodes per token: only the ids since the last complete character, after the ids just before them
+    (a token's text may depend on its neighbour). Broken characters may go on for long; of those only the last ids are
+    looked at, as the last character lies in them.
     """
 
     def __init__(self, renderer: ChatRenderer) -> None:
@@ -35,8 +37,12 @@ class TokenDecoder:
         return text
 
     def _feed_one(self, token_id: int) -> str:
-        known = self._known_text()
         self._window.append(token_id)
+        if len(self._window) - self._known > _CHARACTER:
+            end = self._renderer.decode(self._window[-_CHARACTER:])
+            if not end or end.endswith(_REPLACEMENT):
+                return ""
+        known = self._known_text()
         text = self._renderer.decode(self._window)
         if len(text) <= len(known) or text.endswith(_REPLACEMENT):
             return ""
@@ -88,21 +94,11 @@ class ReplyText:
 
     Args:
         keep_stop: the stop string that ends the reply is part of its text.
-        thinking: whether the prompt ends inside a ``<think>`` block; None: if the template opens one.
     """
 
-    def __init__(
-        self,
-        renderer: ChatRenderer,
-        *,
-        stops: Sequence[str],
-        tools: Sequence[dict[str, Any]],
-        reply_id: str,
-        keep_stop: bool = False,
-        thinking: bool | None = None,
-    ) -> None:
+    def __init__(self, parser: ReplyParser, *, stops: Sequence[str], keep_stop: bool = False) -> None:
         self._stops = StopStrings(stops, keep=keep_stop)
-        self._parser = renderer.create_parser(tools=tools, reply_id=reply_id, thinking=thinking)
+        self._parser = parser
 
     @property
     def malformed(self) -> int:

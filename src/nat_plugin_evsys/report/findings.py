@@ -22,6 +22,10 @@ WIDTH = 100
 """Columns of a finding's text; examples keep their lines whole."""
 
 
+_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
+_VISIBLE |= {code: "�" for code in range(128, 160)}
+
+
 class FindingId(StrEnum):
     """The kinds of findings, with stable names."""
 
@@ -93,16 +97,21 @@ def findings_of(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Finding, list[i
     return list(found.values())
 
 
+def visible(text: str) -> str:
+    """``text`` with every control character except newline and tab replaced by a visible symbol."""
+    return text.translate(_VISIBLE)
+
+
 def quoted(text: str, limit: int = 160) -> str:
     """``text`` on one line in quotes, shortened in the middle if longer than ``limit`` characters."""
     if len(text) > limit:
         half = (limit - 3) // 2
         text = f"{text[:half]} … {text[-half:]}"
-    return json.dumps(text, ensure_ascii=False)
+    return visible(json.dumps(text, ensure_ascii=False))
 
 
 def finding_text(finding: Finding, examples: int | None = None) -> str:
-    """The finding as lines: what was seen, what to do, and its examples.
+    """The finding as lines for a terminal: what was seen, what to do, and its examples.
 
     ``! Every reward of epoch 1 is 0.000 …`` / ``  Compare the replies …`` / ``  row 3 asks "…" and wants "…"`` /
     ``    reply "…": reward 0.000, mode: exact``
@@ -119,4 +128,4 @@ def finding_text(finding: Finding, examples: int | None = None) -> str:
         lines.append(f"  row {reply.row} asks {quoted(reply.question)}{wants}")
         reward = "no reward" if reply.reward is None else f"reward {reply.reward:.3f}"
         lines.append(f"    reply {quoted(reply.text)}: {', '.join(filter(None, (reward, reply.verdict)))}")
-    return "\n".join(lines)
+    return visible("\n".join(lines))

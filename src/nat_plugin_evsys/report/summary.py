@@ -16,7 +16,7 @@ from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
-from nat_plugin_evsys.report.findings import Finding, finding_text, findings_of
+from nat_plugin_evsys.report.findings import Finding, finding_text, findings_of, visible
 from nat_plugin_evsys.report.prompts import TOKENISED_AGAIN, extended_share, total_prompts
 from nat_plugin_evsys.runs.directory import RunDirectory
 from nat_plugin_evsys.runs.state import RunStatus
@@ -157,7 +157,7 @@ class RunSummary:
         lines += [f"  {name:<16} {_tracked(count)}" for name, count in self.trackers.items()]
         lines += [f"  refused          {number} x: {message}" for message, number in self.refusals.items()]
         lines += [_finding(data) for data in self.findings]
-        return "\n".join([*lines, str(path)])
+        return visible("\n".join([*lines, str(path)]))
 
     def _how_it_ended(self) -> str:
         if self.status == "finished":

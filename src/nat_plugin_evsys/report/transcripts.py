@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from nat_plugin_evsys.report.contents import content_text
+from nat_plugin_evsys.report.findings import visible
 from nat_plugin_evsys.report.questions import question_text
 from nat_plugin_evsys.runs.rollouts import RolloutFacts
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from nat.atif import Step, Trajectory
 
 _ROLE_STYLES = {"system": "dim", "user": "bold", "agent": "bold cyan"}
-_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
-_VISIBLE |= {code: "�" for code in range(128, 160)}
 
 
 def transcript(trajectory: Trajectory) -> RenderableType:
@@ -34,11 +33,6 @@ def transcript(trajectory: Trajectory) -> RenderableType:
         lines += _step_lines(step)
     lines += list(_verdict_lines(facts))
     return Panel(Group(*lines), title=_title(facts), title_align="left", border_style=_colour(facts.reward))
-
-
-def visible(text: str) -> str:
-    """``text`` with every control character except newline and tab replaced by a visible symbol."""
-    return text.translate(_VISIBLE)
 
 
 def _title(facts: RolloutFacts) -> Text:

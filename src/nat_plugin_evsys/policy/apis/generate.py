@@ -9,6 +9,7 @@ from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
+from nat_plugin_evsys.policy.token_ids import are_token_ids
 
 _DEFAULT_MAX_TOKENS = 16  # vLLM's
 _REFUSED = {
@@ -81,8 +82,9 @@ class GenerateDialect:
 
 
 def _token_ids(value: Any) -> list[int]:
-    if value and isinstance(value, list) and all(type(token) is int and token >= 0 for token in value):
-        return value
+    if are_token_ids(value):
+        ids: list[int] = value
+        return ids
     raise bad_request(
         "`token_ids`: must be a list of token ids, which is not empty", param="token_ids", code="invalid_value"
     )

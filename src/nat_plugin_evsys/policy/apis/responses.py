@@ -1,13 +1,16 @@
-"""OpenAI's Responses API: text and function calls, whole or streamed. Nothing is kept between requests."""
+"""OpenAI's Responses API: reasoning, text and function calls, whole or streamed. Nothing is kept between requests."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from nat_plugin_evsys.policy.apis.dialect import chunks_of, event_of
 from nat_plugin_evsys.policy.apis.responses_request import chat_request
 from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps
+
+_TextItem = Callable[[str, str], dict[str, Any]]
+"""An item, from the response's id and a text."""
 
 _ECHOED = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata", "user", "reasoning")
 
@@ -30,10 +33,9 @@ class ResponsesDialect:
         """See ``Dialect``."""
         (choice,) = completion.choices
         response = self.response(completion.id, completion.created)
-        message = choice.message
-        items = [] if not message.get("content") else [_message(response["id"], message["content"])]
-        calls = message.get("tool_calls") or []
-        items += [_call(call) for call in calls]
+        texts = [(made, text) for field, made in _TEXTS.items() if (text := choice.message.get(field))]
+        items = [made(response["id"], text) for made, text in texts]
+        items += [_call(call) for call in choice.message.get("tool_calls") or []]
         return dumps(self.finished(response, items, choice.finish_reason, completion.usage.model_dump()))
 
     async def events(self, chat: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
@@ -88,21 +90,23 @@ class _ResponseStream:
         self._dialect = dialect
         self._response: dict[str, Any] | None = None
         self._items: list[dict[str, Any]] = []
-        self._text: str | None = None  # of the message that is open
+        self._made: _TextItem | None = None  # makes the item that is open
+        self._text = ""  # of that item
         self._finish: str | None = None
 
     def take(self, chunk: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         """The events that a chunk gives."""
         if "error" in chunk:
-            yield "error", {**chunk["error"], "param": chunk["error"].get("param")}
+            yield "error", {name: chunk["error"].get(name) for name in ("code", "message", "param")}
             return
         if self._response is None:
             self._response = self._dialect.response(chunk["id"], chunk["created"])
             yield "response.created", {"response": self._response}
             yield "response.in_progress", {"response": self._response}
         for choice in chunk["choices"]:
-            if text := choice["delta"].get("content"):
-                yield from self._add_text(text)
+            for field, made in _TEXTS.items():
+                if text := choice["delta"].get(field):
+                    yield from self._add_text(text, made)
             for call in choice["delta"].get("tool_calls") or []:
                 yield from self._add_call(call)
             self._finish = choice["finish_reason"] or self._finish
@@ -111,25 +115,27 @@ class _ResponseStream:
             response = self._dialect.finished(self._response, self._items, self._finish, chunk["usage"])
             yield f"response.{response['status']}", {"response": response}
 
-    def _add_text(self, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        at = self._place()
-        if self._text is None:
-            self._text = ""
-            opened = {**_message(self._id, ""), "content": [], "status": "in_progress"}
+    def _add_text(self, text: str, made: _TextItem) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._made is not made:
+            yield from self._close_text()
+            self._made = made
+            item, at = self._open_item(made)
+            opened = {**item, "content": [], "status": "in_progress"}
             yield "response.output_item.added", {"output_index": len(self._items), "item": opened}
-            yield "response.content_part.added", {**at, "part": _part("")}
+            yield "response.content_part.added", {**at, "part": item["content"][0]}
+        item, at = self._open_item(made)
         self._text += text
-        yield "response.output_text.delta", {**at, "delta": text, "logprobs": []}
+        yield f"response.{_kind(item)}.delta", {**at, "delta": text, **_no_logprobs(item)}
 
     def _close_text(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        if self._text is None:
+        if self._made is None:
             return
-        at, item = self._place(), _message(self._id, self._text)
-        yield "response.output_text.done", {**at, "text": self._text, "logprobs": []}
-        yield "response.content_part.done", {**at, "part": _part(self._text)}
+        item, at = self._open_item(self._made)
+        yield f"response.{_kind(item)}.done", {**at, "text": self._text, **_no_logprobs(item)}
+        yield "response.content_part.done", {**at, "part": item["content"][0]}
         yield "response.output_item.done", {"output_index": len(self._items), "item": item}
         self._items.append(item)
-        self._text = None
+        self._made, self._text = None, ""
 
     def _add_call(self, call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from self._close_text()
@@ -143,13 +149,11 @@ class _ResponseStream:
         yield "response.output_item.done", {"output_index": index, "item": item}
         self._items.append(item)
 
-    @property
-    def _id(self) -> str:
+    def _open_item(self, made: _TextItem) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The item as far as its text is known, and where it is."""
         assert self._response is not None
-        return f"{self._response['id']}_{len(self._items)}"
-
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": _message(self._id, "")["id"], "output_index": len(self._items), "content_index": 0}
+        item = made(f"{self._response['id']}_{len(self._items)}", self._text)
+        return item, {"item_id": item["id"], "output_index": len(self._items), "content_index": 0}
 
 
 def _message(response_id: str, text: str) -> dict[str, Any]:
@@ -161,6 +165,29 @@ def _message(response_id: str, text: str) -> dict[str, Any]:
         "status": "completed",
         "content": [_part(text)],
     }
+
+
+def _reasoning(response_id: str, text: str) -> dict[str, Any]:
+    return {
+        "id": "rs_" + response_id.removeprefix("resp_"),
+        "type": "reasoning",
+        "status": "completed",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": text}],
+    }
+
+
+_TEXTS: dict[str, _TextItem] = {"reasoning_content": _reasoning, "content": _message}
+"""What makes the item of each text of a message, in the order of the items."""
+
+
+def _kind(item: dict[str, Any]) -> str:
+    kind: str = item["content"][0]["type"]
+    return kind
+
+
+def _no_logprobs(item: dict[str, Any]) -> dict[str, Any]:
+    return {"logprobs": []} if item["type"] == "message" else {}
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _KEPT_ELSEWHERE = {
     "conversation": "send the conversation in `input`",
     "prompt": "send the prompt in `instructions` and `input`",
 }
-_TEXT_PARTS = frozenset({"input_text", "output_text", "text", "refusal"})
+_TEXT_PARTS = frozenset({"input_text", "output_text", "text", "refusal", "reasoning_text"})
 
 
 def chat_request(body: dict[str, Any]) -> ChatCompletionRequest:
@@ -40,6 +40,8 @@ def chat_request(body: dict[str, Any]) -> ChatCompletionRequest:
             )
         if name not in _SAME | _IGNORED | set(_KEPT_ELSEWHERE) | _READ:
             chat[name] = value  # the table of chat requests says what becomes of it
+    if body.get("n") not in (None, 1):
+        raise bad_request("`n`: a response is one reply", param="n", code="unsupported_parameter")
     if body.get("background"):
         raise bad_request("`background`: an answer is not kept", param="background", code="unsupported_parameter")
     if chat.get("stream"):
@@ -83,11 +85,15 @@ def _messages(items: Any, instructions: Any) -> list[dict[str, Any]]:
 def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
     kind = item.get("type", "message") if isinstance(item, dict) else type(item).__name__
     if kind == "message":
-        messages.append({"role": item.get("role"), "content": _text(item.get("content"), where)})
+        content = _text(item.get("content"), where)
+        if item.get("role") == "assistant" and messages and _is_thought(messages[-1]):
+            messages[-1]["content"] = content
+        else:
+            messages.append({"role": item.get("role"), "content": content})
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
-        # One reply is several items: its text, and each of its calls.
+        # One reply is several items: its reasoning, its text, and each of its calls.
         if messages and messages[-1]["role"] == "assistant":
             messages[-1].setdefault("tool_calls", []).append(call)
         else:
@@ -95,12 +101,21 @@ def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
     elif kind == "function_call_output":
         output = _text(item.get("output"), where)
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
-    elif kind != "reasoning":  # not the policy's: its thoughts are in its text
+    elif kind == "reasoning":
+        if thoughts := _text(item.get("content"), where):  # another model's has only a summary, and what is encrypted
+            messages.append({"role": "assistant", "content": None, "reasoning_content": thoughts})
+    else:
         raise bad_request(
-            f"`{where}` is of type `{kind}`; this endpoint reads message, function_call and function_call_output",
+            f"`{where}` is of type `{kind}`; this endpoint reads message, reasoning, function_call and "
+            "function_call_output",
             param="input",
             code="invalid_value",
         )
+
+
+def _is_thought(message: dict[str, Any]) -> bool:
+    """Whether it is the beginning of a reply, whose text and calls may follow."""
+    return "reasoning_content" in message and message["content"] is None and "tool_calls" not in message
 
 
 def _text(content: Any, where: str) -> Any:
@@ -115,7 +130,14 @@ def _text(content: Any, where: str) -> Any:
                 param="input",
                 code="invalid_value",
             )
-        texts.append(part.get("text") or part.get("refusal") or "")
+        text = part.get("text") or part.get("refusal") or ""
+        if not isinstance(text, str):
+            raise bad_request(
+                f"`{where}.content` has a part whose text is of type {type(text).__name__}; send text",
+                param="input",
+                code="invalid_value",
+            )
+        texts.append(text)
     return "".join(texts)
 
 

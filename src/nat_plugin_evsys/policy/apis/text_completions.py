@@ -10,6 +10,7 @@ from nat_plugin_evsys.policy.apis.dialect import chunks_of, event_of
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
+from nat_plugin_evsys.policy.token_ids import are_token_ids
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _ONLY_HERE = frozenset({"prompt", "suffix", "logprobs", "echo"})
@@ -103,8 +104,9 @@ def _one_prompt(prompt: Any) -> str | list[int]:
         prompt = prompt[0]
     if prompt and isinstance(prompt, str):
         return prompt
-    if prompt and isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt):
-        return prompt
+    if are_token_ids(prompt):
+        ids: list[int] = prompt
+        return ids
     raise bad_request(
         "`prompt`: must be one text or one list of token ids, which is not empty", param="prompt", code="invalid_value"
     )

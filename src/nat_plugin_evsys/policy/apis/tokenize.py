@@ -6,9 +6,11 @@ import asyncio
 from typing import Any
 
 from nat_plugin_evsys.policy.api_errors import bad_request
+from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.completions import PolicySource, resolved
 from nat_plugin_evsys.policy.history import History
 from nat_plugin_evsys.policy.prompts import prompt_of
+from nat_plugin_evsys.policy.protocol import dumps
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
 
 
@@ -33,8 +35,8 @@ class TokenizeRequest:
         self._chat = ChatCompletionRequest.parse(rest)
         self.model = self._chat.model
 
-    async def answer(self, source: PolicySource, run_id: str | None) -> dict[str, Any]:
-        """vLLM's answer. Loads the model if necessary.
+    async def answer(self, source: PolicySource, run_id: str | None) -> bytes:
+        """vLLM's answer, as JSON. Loads the model if necessary.
 
         Args:
             run_id: the rollout that the conversation belongs to.
@@ -47,5 +49,8 @@ class TokenizeRequest:
             ids = await asyncio.to_thread(renderer.encode, self._prompt)
         else:
             ids = (await prompt_of(self._chat, renderer, source.history or History(), source.scope_of(run_id))).ids
+        return await asyncio.to_thread(self._written, renderer, ids)
+
+    def _written(self, renderer: ChatRenderer, ids: list[int]) -> bytes:
         texts = {"token_strs": [renderer.decode([token_id]) for token_id in ids]} if self._texts else {}
-        return {"count": len(ids), "tokens": ids, **texts}
+        return dumps({"count": len(ids), "tokens": ids, **texts})

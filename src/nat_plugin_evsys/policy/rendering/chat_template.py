@@ -31,6 +31,11 @@ _TOO_MUCH = (RecursionError, MemoryError, OverflowError)
 Message = dict[str, Any]
 
 
+def opens_thinking(prompt: str) -> bool:
+    """Whether a prompt that opens an assistant turn ends inside a ``<think>`` block."""
+    return prompt.rstrip().endswith("<think>")
+
+
 class ChatTemplate:
     """The template of a Hugging Face tokenizer, or another one on it.
 
@@ -149,7 +154,7 @@ class ChatTemplate:
     @cached_property
     def prompt_opens_thinking(self) -> bool:
         """Whether the generation prompt ends inside a ``<think>`` block."""
-        return self.write(NO_CONTEXT, None, True, self._enable_thinking).rstrip().endswith("<think>")
+        return opens_thinking(self.write(NO_CONTEXT, None, True, self._enable_thinking))
 
     def check_thinking(self, error: type[ConfigError] | type[DataError]) -> None:
         """Raises ``error`` if the template does not use ``enable_thinking``."""

@@ -9,6 +9,9 @@ from typing import Any
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.policy.rendering.images import ImageFile, image_of
 
+_DEEPEST = 64
+"""Levels of a call's arguments that are read, as many as of a request's own JSON."""
+
 
 def normalize_messages(
     messages: Sequence[dict[str, Any]], images: list[ImageFile] | None = None
@@ -16,7 +19,7 @@ def normalize_messages(
     """Messages for a chat template; the argument is not changed.
 
     ``developer`` becomes ``system``, a list of text parts becomes their concatenation, no content becomes "", and a
-    tool call's arguments become a dict (text that is not a JSON object stays as it is: the policy wrote it).
+    tool call's arguments become a dict (see ``arguments_value``).
 
     Args:
         images: takes the messages' images, whose content stays a list, of ``text`` and ``image`` parts; None refuses
@@ -91,10 +94,27 @@ def _normalize_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f"`{where}` has an entry without function.name: {call!r}")
     arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments or "{}")
-        except ValueError:
-            parsed = None
-        arguments = parsed if isinstance(parsed, dict) else arguments
+    if isinstance(arguments, str) and isinstance(value := arguments_value(arguments), dict):
+        arguments = value
     return {**call, "type": "function", "function": {**function, "arguments": {} if arguments is None else arguments}}
+
+
+def arguments_value(arguments: Any) -> Any:
+    """The value of a call's arguments, which clients write as JSON text, each in its own way.
+
+    Text that is no JSON, or of a value that cannot be written again (it has half a character, or is nested deeply),
+    stays as it is: the policy wrote it.
+    """
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments or "{}")
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return arguments
+    return arguments if _is_deeper(value, _DEEPEST) else value
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return items is not None and (levels == 0 or any(_is_deeper(item, levels - 1) for item in items))

@@ -86,7 +86,7 @@ class PlainText:
                 return value
             return self._special.sub(lambda match: match[0][0] + MARK + match[0][1:], value)  # type: ignore[return-value]
         if isinstance(value, dict):
-            return {key: self._mark(item) for key, item in value.items()}  # type: ignore[return-value]
+            return {self._mark(key): self._mark(item) for key, item in value.items()}  # type: ignore[return-value]
         if isinstance(value, list):
             return [self._mark(item) for item in value]  # type: ignore[return-value]
         return value

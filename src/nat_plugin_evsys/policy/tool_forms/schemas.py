@@ -43,6 +43,23 @@ class Parameter:
         return _text(self.schema, self.schema)
 
 
+def check_parameters(name: str, schema: Any) -> None:
+    """Check the ``parameters`` that a request gives a tool, as far as ``parameters`` reads them.
+
+    Raises:
+        ValueError: a part is of another type than a JSON schema has there.
+    """
+    if schema is None:
+        return
+    if not isinstance(schema, dict):
+        raise ValueError(f"the `parameters` of `{name}` must be a JSON schema, which is an object")
+    if not isinstance(schema.get("properties") or {}, dict):
+        raise ValueError(f"`parameters.properties` of `{name}` must be an object")
+    required = schema.get("required") or []
+    if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
+        raise ValueError(f"`parameters.required` of `{name}` must be a list of names")
+
+
 def parameters(schema: Schema) -> list[Parameter]:
     """The properties of a tool's parameters, in order; those that are only required come last."""
     properties = schema.get("properties") or {}
@@ -84,10 +101,15 @@ def _text(schema: Schema, root: Schema) -> Text | None:
         return Text(choices, nullable=None in values)
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    if "string" not in kinds or not set(kinds) <= {"string", "null"}:
+    if "string" not in kinds or any(kind not in ("string", "null") for kind in kinds):
         return None
     unheld = tuple(word for word in _OF_TEXT if word in schema)
-    return Text(None, schema.get("minLength", 0), schema.get("maxLength"), "null" in kinds, unheld)
+    return Text(None, _length(schema, "minLength") or 0, _length(schema, "maxLength"), "null" in kinds, unheld)
+
+
+def _length(schema: Schema, word: str) -> int | None:
+    length = schema.get(word)
+    return length if type(length) is int and length >= 0 else None
 
 
 def _resolved(schema: Schema, root: Schema) -> Schema:

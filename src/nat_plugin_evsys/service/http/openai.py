@@ -106,7 +106,7 @@ class _TokenCount(Recorder):
 
 
 def openai_routes(context: ServiceContext) -> list[Route]:
-    """``chat/completions`` and ``models`` under both prefixes."""
+    """Chat completions, completions, responses, models, tokenize and generate, under both prefixes."""
     recorder = _TokenCount(context.metrics.chat_tokens)
 
     def note(request: Request, route: str, caller: str) -> None:
