@@ -22,6 +22,7 @@ from nat_plugin_evsys import ServiceClient, types
 from nat_plugin_evsys.service.store.operations import Operation
 from nat_plugin_evsys.service.store.store import SessionRow
 from nat_plugin_evsys.service.wire.kinds import OperationKind
+from nat_plugin_evsys.service.work.states import SavedStates, StatePolicy
 
 STEPS = 3
 
@@ -243,6 +244,42 @@ def test_a_fault_in_a_step_does_not_leave_half_a_step(
     results = harness.run(model.forward_backward(byte_datums(5)), model.optim_step())
     assert results[1]["category"] == "server"
     assert harness.weights(model.model_id) == before
+
+
+def fail_to_save_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every state be due, and none be saved, for a reason that nobody foresaw."""
+
+    def write(*_: Any) -> tuple[str, float]:
+        raise MemoryError("no room for the state")
+
+    monkeypatch.setattr(StatePolicy, "due", lambda *_: True)
+    monkeypatch.setattr(SavedStates, "write", write)
+
+
+def test_a_fault_after_an_outcome_is_stored_does_not_run_the_operation_again(
+    harness: EngineHarness, base: str, in_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_save_states(monkeypatch)
+    model, client = ModelOperations(), in_process()
+    harness.run(model.create(base))
+    for number in range(2):
+        results = harness.run(model.forward_backward(byte_datums(number)), model.optim_step())
+        client.forward_backward(byte_datums(number), "cross_entropy").result()
+        expected = client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        assert results[1]["metrics"] == expected.metrics
+    monkeypatch.undo()  # the model can be parked again
+
+
+def test_a_fault_while_operations_are_given_up_leaves_none_without_an_outcome(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelOperations()
+    harness.run(model.create(base), *steps(model, 1))
+    fail_to_save_states(monkeypatch)
+    model.forward_backward(byte_datums(1))  # never sent
+    results = harness.run(model.forward_backward(byte_datums(2)), model.optim_step())
+    assert all("has not arrived within 0.5 s" in result["error"] for result in results)
+    monkeypatch.undo()
 
 
 def test_checkpoints_load_into_old_and_new_models(harness: EngineHarness, base: str) -> None:
