@@ -109,7 +109,7 @@ class CheckpointStore:
         return directory
 
     def delete(self, path: str) -> None:
-        """Delete the checkpoint of a tinker:// path. Clients that sample from it hold its weights and keep working."""
+        """Delete the checkpoint of a tinker:// path. In-process clients sampling from it keep its weights."""
         delete_checkpoint(self._directory(path))
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> None:

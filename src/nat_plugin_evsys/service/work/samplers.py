@@ -18,7 +18,7 @@ from nat_plugin_evsys.errors import CheckpointError, DataError, ModelError
 from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME
 from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow, inflight_directory
-from nat_plugin_evsys.service.work.access import CheckpointAccess, manifest
+from nat_plugin_evsys.service.work.access import CheckpointAccess, expired, manifest
 from nat_plugin_evsys.service.work.adapter_cache import AdapterCache, Key
 from nat_plugin_evsys.service.work.served_bases import ServedBases
 
@@ -62,7 +62,7 @@ class Samplers:
         samples from those that its model published last.
 
         Raises:
-            CheckpointError: its weights are gone, expired, or no longer what they were.
+            CheckpointError: its weights are gone, expired, no longer what they were, or no longer for its owner.
             ModelError: its base model is not served.
         """
         if row.dropped:
@@ -70,6 +70,8 @@ class Samplers:
                 f"sampling session {row.sampler_id} has ended: the newest {KEPT_EPHEMERAL} unnamed weights of a model "
                 "are kept; save weights under a name to keep them"
             )
+        if row.model_path is not None:
+            self._access.check_kept(row.model_path, row.owner)
         place = _place(row)
         key = self._opened.get(place)
         client = None if key is None else self._clients.get(key)
@@ -166,7 +168,7 @@ class Samplers:
         self._access.check(path, owner)
         directory = self._access.directory(path)
         facts = manifest(directory)
-        if facts is not None and (facts.get("expires_at") is None or facts["expires_at"] > time.time()):
+        if facts is not None and not expired(facts):
             for shared in self._bases.all():
                 if facts.get("base_identity") == shared.base.identity:
                     return *self._weights(directory, shared, path), shared
