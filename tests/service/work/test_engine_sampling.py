@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tiny import save_byte_model
 from transformers import AutoModelForCausalLM
 
 from nat_plugin_evsys.engine.checkpoints import set_expiry
-from nat_plugin_evsys.errors import CheckpointError, ModelError
+from nat_plugin_evsys.errors import CheckpointError, ModelError, StoreError
 from nat_plugin_evsys.service.wire.kinds import OperationKind
 from nat_plugin_evsys.service.work import samplers
 
@@ -183,6 +184,33 @@ def test_an_open_session_ends_with_the_right_to_its_checkpoint(harness: EngineHa
     assert "expired at" in (error(expiring) or "")
     harness.checkpoints.delete(paths[0])
     assert "does not exist" in (error(own) or "")
+
+
+def test_overwriting_a_published_checkpoint_shows_the_new_weights_to_nobody(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kind = ModelOperations(), OperationKind.SAVE_WEIGHTS_FOR_SAMPLER
+    train(harness, model, base)
+    path = harness.run(model.save("one", kind))[0]["path"]
+    harness.store.publish(path, "local").result()
+    (refused,) = harness.run(model.save("one", kind))
+    assert "choose another name or pass overwrite=True" in refused["error"]
+    assert harness.store.is_published(path)
+
+    def full_disk(_: str) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(StoreError("the disk is full"))
+        return failed
+
+    train(harness, model, base)
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.store, "unpublish", full_disk)
+        (failed,) = harness.run(model.save("one", kind, overwrite=True))
+    assert "the disk is full" in failed["error"]
+    assert harness.engine.sampling_client(path, "another")[0].policy_version == 1
+    harness.run(model.save("one", kind, overwrite=True))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        harness.engine.sampling_client(path, "another")
 
 
 def test_inflight_sessions_follow_what_their_model_publishes(
