@@ -70,8 +70,8 @@ class SamplerRoutes:
             created_at=time.time(),
             dropped=False,
         )
-        kept = await self._context.written(self._context.store.add_sampler(row))
-        return accepted(type="create_sampling_session", sampling_session_id=kept.sampler_id)
+        row.check_number(await self._context.written(self._context.store.add_sampler(row)))
+        return accepted(type="create_sampling_session", sampling_session_id=row.sampler_id)
 
     def _base_model(self, asked: _Create, owner: str) -> str:
         """The base model of a new sampling session, which must be served here.

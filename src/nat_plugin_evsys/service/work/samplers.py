@@ -14,7 +14,7 @@ from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.peft_format import ADAPTER
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
-from nat_plugin_evsys.errors import CheckpointError, DataError, ModelError
+from nat_plugin_evsys.errors import CheckpointError, ModelError
 from nat_plugin_evsys.runtime.bases import SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME
 from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow, inflight_directory
@@ -133,8 +133,8 @@ class Samplers:
             created_at=time.time(),
         )
         known = self._store.sampler(row.sampler_id)
-        if known is not None and known.directory != name:
-            raise DataError(f"sampling_session_seq_id {number} is taken in session {row.session_id}; use the next one")
+        if known is not None:
+            row.check_number(known)
         with self._loading:  # nobody reads weights that are being replaced
             directory = save_checkpoint(self.root / model_row.model_id, Path(name).name, model, kind="sampler")
             key = _key(shared, directory)
