@@ -105,11 +105,18 @@ def test_a_body_beyond_the_bound_is_not_read(open_server: ServerProcess) -> None
     assert answer.startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize("listing", ["training_runs", "sessions"])
 @pytest.mark.parametrize(
     "query", ["limit=-1", "limit=x", "limit=0", "offset=-3", "limit=" + "9" * 30, "access_scope=x"]
 )
-def test_pages_are_checked(open_server: ServerProcess, query: str) -> None:
-    assert httpx.get(f"{open_server.url}/api/v1/training_runs?{query}").status_code == 400
+def test_pages_are_checked(open_server: ServerProcess, listing: str, query: str) -> None:
+    assert httpx.get(f"{open_server.url}/api/v1/{listing}?{query}").status_code == 400
+    assert httpx.get(f"{open_server.url}/api/v1/{listing}?limit=20&offset=0&access_scope=accessible").status_code == 200
+
+
+def test_runs_of_a_project_are_refused(open_server: ServerProcess) -> None:
+    refused(httpx.get(f"{open_server.url}/api/v1/training_runs?project_id=x"), 400, "project_id is not offered")
+    refused(httpx.get(f"{open_server.url}/api/v1/sessions/x?access_scope=x"), 400, "owned or accessible")
 
 
 @pytest.mark.parametrize(
