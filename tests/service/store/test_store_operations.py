@@ -240,6 +240,17 @@ def test_an_expired_operation_can_still_be_replayed_and_is_not_run_again(store: 
     assert store.prune(time.time() + 25 * HOUR).result(5) == 0  # its result is counted once
 
 
+def test_a_lost_gradient_is_remembered_until_a_saved_state_covers_it(store: Store) -> None:
+    failed = Outcome(b'{"error": "bad datum", "category": "user"}', JSON, failed=True)
+    run(store, step("r1", 1), failed)
+    store.mark_delivered("r1").result(5)
+    assert store.prune(time.time() + 25 * HOUR).result(5) == 0
+    assert [(op.seq_id, outcome) for op, outcome, _ in store.failures(MODEL, 0)] == [(1, failed)]
+    store.set_saved_state(MODEL, "snap", 1, retain=False).result(5)
+    assert store.prune(time.time() + 25 * HOUR).result(5) == 1
+    assert store.outcome("r1") is None
+
+
 def test_the_file_shrinks_when_results_expire(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for seq in range(100):

@@ -147,16 +147,17 @@ class OperationLog(Database):
         return self._write(write)
 
     def prune(self, now: float) -> Future[int]:
-        """Delete results that have expired at ``now``; returns how many. What a replay may need is kept."""
+        """Delete results that have expired at ``now``; returns how many. What a replay may need is kept: payloads, and
+        what failed beside them."""
 
         def write(connection: Connection) -> int:
             expired = and_(
                 operations.c.finished_at.is_not(None),
                 or_(operations.c.delivered_at < now - DELIVERED_S, operations.c.finished_at < now - UNDELIVERED_S),
             )
-            ids = select(operations.c.id).where(expired)
-            dropped = connection.execute(delete(results).where(results.c.operation.in_(ids))).rowcount
             needed = select(payloads.c.operation).where(payloads.c.operation == operations.c.id).exists()
+            ids = select(operations.c.id).where(expired, ~and_(operations.c.failed, needed))
+            dropped = connection.execute(delete(results).where(results.c.operation.in_(ids))).rowcount
             connection.execute(delete(operations).where(expired, ~needed))
             give_back_space(connection)
             return dropped
