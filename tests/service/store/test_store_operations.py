@@ -113,6 +113,27 @@ def test_queues_are_bounded_for_each_owner_and_for_all(store: Store) -> None:
     assert store.add_operation(step("a5", 5)).result(5) == ("a5", True)
 
 
+def test_the_bytes_that_wait_are_bounded_for_each_owner_after_a_restart_too(tmp_path: Path) -> None:
+    def large(seq: int, owner: str = "alice") -> Operation:
+        return replace(step(f"{owner}{seq}", seq, scope=f"{owner}:train:0", owner=owner), payload=bytes(60))
+
+    store = Store(tmp_path, max_queued_bytes_per_owner=100)
+    for seq in range(2):
+        store.add_operation(large(seq)).result(5)
+    with pytest.raises(QueueFullError, match="120 bytes of your operations are already waiting"):
+        store.add_operation(large(2)).result(5)
+    store.add_operation(large(0, "bob")).result(5)
+    store.close()
+    store = Store(tmp_path, max_queued_bytes_per_owner=100)
+    with pytest.raises(QueueFullError, match="120 bytes"):
+        store.add_operation(large(2)).result(5)
+    store.finish_operation("alice0", OK).result(5)
+    store.add_operation(large(2)).result(5)
+    with pytest.raises(QueueFullError, match="120 bytes"):
+        store.add_operation(large(3)).result(5)
+    store.close()
+
+
 def test_queues_are_bounded_after_a_restart_too(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for seq in range(3):
