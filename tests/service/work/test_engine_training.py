@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, types
+from nat_plugin_evsys.errors import StoreError
 from nat_plugin_evsys.service.store.operations import Operation
 from nat_plugin_evsys.service.store.store import SessionRow
 from nat_plugin_evsys.service.wire.kinds import OperationKind
@@ -224,6 +226,19 @@ def test_bad_requests_fail_by_name_and_the_thread_goes_on(harness: EngineHarness
         assert str(harness.store.root) not in result["error"]
     results = harness.run(good.forward_backward(data), good.optim_step())
     assert results[1]["metrics"]["step"] == 1.0
+
+
+def test_a_store_that_cannot_write_is_not_the_user_s_fault(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(_: Any) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(StoreError("the disk is full"))
+        return failed
+
+    monkeypatch.setattr(harness.store, "add_model", full_disk)
+    (result,) = harness.run(ModelOperations().create(base))
+    assert result == {"error": "the disk is full", "category": "server"}
 
 
 def test_a_fault_in_a_step_does_not_leave_half_a_step(
