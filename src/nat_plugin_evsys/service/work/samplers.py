@@ -15,7 +15,7 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.peft_format import ADAPTER
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import CheckpointError, ModelError
-from nat_plugin_evsys.runtime.bases import SharedBase
+from nat_plugin_evsys.runtime.bases import BASE_POLICY_VERSION, SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME
 from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow, inflight_directory
 from nat_plugin_evsys.service.work.access import CheckpointAccess, expired, manifest
@@ -25,7 +25,6 @@ from nat_plugin_evsys.service.work.served_bases import ServedBases
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.store import Store
 
-BASE_POLICY_VERSION = -1
 KEPT_EPHEMERAL = 64
 """Ephemeral weights of one model that are kept; an older one is refused by name."""
 
