@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,13 +18,15 @@ from computed import computed
 from engine_operations import SESSION, EngineHarness, ModelOperations
 from random_datums import byte_datums
 from safetensors.torch import load_file
+from sqlalchemy.exc import OperationalError
 from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, types
 from nat_plugin_evsys.errors import StoreError
-from nat_plugin_evsys.service.store.operations import Operation
-from nat_plugin_evsys.service.store.store import SessionRow
+from nat_plugin_evsys.service.store.operations import JSON, Operation, Outcome
+from nat_plugin_evsys.service.store.store import SessionRow, Store
 from nat_plugin_evsys.service.wire.kinds import OperationKind
+from nat_plugin_evsys.service.work import ending
 from nat_plugin_evsys.service.work.states import SavedStates, StatePolicy
 
 STEPS = 3
@@ -239,6 +242,35 @@ def test_a_store_that_cannot_write_is_not_the_user_s_fault(
     monkeypatch.setattr(harness.store, "add_model", full_disk)
     (result,) = harness.run(ModelOperations().create(base))
     assert result == {"error": "the disk is full", "category": "server"}
+
+
+def test_an_outcome_waits_for_a_store_that_can_neither_be_written_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    operation = ModelOperations().optim_step()
+    store.add_operation(operation).result()
+    whole, reads = store._reader, []
+
+    class Failing:
+        def connect(self) -> Any:
+            reads.append(1)
+            monkeypatch.undo()
+            store._reader = whole
+            raise OperationalError("", None, OSError("the disk is gone"))
+
+    def refused(*_: Any, **__: Any) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(StoreError("the disk is gone"))
+        return failed
+
+    monkeypatch.setattr(ending, "_RETRY_S", 0.01)
+    monkeypatch.setattr(store, "finish_operation", refused)
+    store._reader = Failing()  # type: ignore[assignment]
+    assert ending.end(store, operation, Outcome(b"{}", JSON), threading.Event())
+    assert reads == [1]
+    assert store.unfinished() == []
+    store.close()
 
 
 def test_a_fault_in_a_step_does_not_leave_half_a_step(
