@@ -105,6 +105,25 @@ def test_status_of_a_yaml_without_a_server(tmp_path: Path) -> None:
     assert "no answer from http://127.0.0.1:9" in call("status", "--config_file", yml).output
 
 
+@pytest.mark.parametrize("command", ["status", "show"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "must be a mapping"),
+        ("[1, 2]", "must be a mapping"),
+        ("llms: 3\nfinetuning: 3", "must be a mapping, got 3"),
+        ("llms: {policy: 3}\nfinetuning: [a]", "must be a mapping, got "),
+    ],
+)
+def test_a_yaml_of_another_shape_is_one_readable_line(tmp_path: Path, command: str, text: str, said: str) -> None:
+    yml = tmp_path / "my.yml"
+    yml.write_text(text)
+    refused = call(command, "--config_file", yml)
+    assert isinstance(refused.exception, SystemExit)
+    assert refused.output.startswith(f"Error: --config_file {yml}: ")
+    assert said in refused.output
+
+
 @pytest.mark.parametrize("command", ["runs", "show", "plot"])
 def test_no_run_is_one_readable_line(tmp_path: Path, command: str) -> None:
     result = call(command, "--output_dir", tmp_path)

@@ -127,8 +127,22 @@ def test_config_is_written_without_its_secrets(tmp_path: Path) -> None:
     assert "sk-very" not in run.state_path.read_text()
 
 
+def test_redact_finds_lists_nested_values_and_keys_of_this_server() -> None:
+    config = {
+        "api_keys": ["hunter2"],
+        "refresh_tokens": ["hunter2"],
+        "passwords": {"alice": "hunter2"},
+        "secret": {"value": "hunter2", "of": [{"each": "hunter2"}], "rotated": True},
+        "command": "nat evsys status --api-key tml-hunter2hunter2",
+    }
+    redacted = redact(config)
+    assert "hunter2" not in str(redacted)
+    assert redacted["secret"] == {"value": "<redacted>", "of": [{"each": "<redacted>"}], "rotated": True}
+
+
 def test_redact_leaves_words_that_only_look_like_secrets() -> None:
     config = {"max_tokens": 5, "tokenizer": "t", "keyword": "k", "answer_key": None, "token": "", "monkey": "m"}
+    config |= {"special_tokens": "text", "key_env": "TINKER_API_KEY", "note": "TINKER_API_KEY=tml-local"}
     assert redact(config) == config
 
 

@@ -150,10 +150,10 @@ class EngineHarness:
         outcomes = self.wait(*self.put(*operations))
         return [decode(operation, outcome) for operation, outcome in zip(operations, outcomes, strict=True)]
 
-    def add_sampler(self, number: int, base_model: str, model_path: str | None = None) -> str:
+    def add_sampler(self, number: int, base_model: str, model_path: str | None = None, owner: str = "local") -> str:
         """A sampling session, as ``create_sampling_session`` makes one."""
         sampler_id = f"{SESSION}:sample:{number}"
-        row = SamplerRow(sampler_id, SESSION, "local", number, base_model, model_path)
+        row = SamplerRow(sampler_id, SESSION, owner, number, base_model, model_path)
         return self.store.add_sampler(row).result().sampler_id
 
     def hosted(self, model_id: str) -> HostedModel:

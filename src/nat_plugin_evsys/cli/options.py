@@ -69,6 +69,23 @@ def read_config(config_file: Path) -> dict[str, Any]:
         return yaml_load(config_file)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config_file {config_file.absolute()}: cannot be read: {error}") from error
+    except AssertionError as error:  # NAT's only check
+        raise ConfigError(
+            f"--config_file {config_file.absolute()}: the file, and its base file, must be a mapping of sections, "
+            "such as `llms:` and `finetuning:`"
+        ) from error
+
+
+def mapping_of(config_file: Path, parent: dict[str, Any], name: str) -> dict[str, Any]:
+    """The mapping that the YAML has under ``name``; an empty one if there is none.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    value = parent.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"--config_file {config_file.absolute()}: {name} must be a mapping, got {value!r:.40}")
+    return value
 
 
 def find_run(output_dir: Path, run: str) -> RunDirectory:
@@ -103,5 +120,5 @@ def _output_dir(output_dir: Path | None, config_file: Path | None) -> Path:
         return output_dir or Path(DEFAULT_OUTPUT_DIR)
     if output_dir is not None:
         raise click.UsageError("--config_file names the directory of the runs; remove --output_dir")
-    section = read_config(config_file).get("finetuning") or {}
-    return Path(section.get("output_dir") or DEFAULT_OUTPUT_DIR)
+    section = mapping_of(config_file, read_config(config_file), "finetuning")
+    return Path(str(section.get("output_dir") or DEFAULT_OUTPUT_DIR))

@@ -102,6 +102,9 @@ OPERATOR_VARIABLE = "EVSYS_OPERATOR_KEY"
 )
 @click.option("--max-queued", type=int, default=16384, show_default=True, help="Most unfinished operations overall.")
 @click.option(
+    "--max-queued-bytes-per-owner", type=int, default=4 << 30, show_default=True, help="Most bytes of them per key."
+)
+@click.option(
     "--max-request-bytes", type=int, default=64 << 20, show_default=True, help="Largest request body, as it is sent."
 )
 @click.option(

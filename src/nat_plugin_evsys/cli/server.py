@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nat_plugin_evsys.cli.options import config_file_option, read_config, readable_errors
+from nat_plugin_evsys.cli.options import config_file_option, mapping_of, read_config, readable_errors
 from nat_plugin_evsys.cli.serve import OPERATOR_VARIABLE
 from nat_plugin_evsys.cli.status_table import status_table
 from nat_plugin_evsys.errors import ConfigError
@@ -71,8 +71,8 @@ def _answer(method: str, url: str | None, path: str, key: str | None, **options:
 
 def _service_of(config_file: Path) -> tuple[str, str]:
     """The URL of the server that a policy of the YAML trains on, and the environment variable that holds its key."""
-    llms = (read_config(config_file).get("llms") or {}).values()
-    for llm in llms:
+    llms = mapping_of(config_file, read_config(config_file), "llms")
+    for llm in (mapping_of(config_file, llms, name) for name in llms):
         if llm.get("_type") == "evsys_policy" and llm.get("base_url"):
             return str(llm["base_url"]), str(llm.get("api_key_env") or "TINKER_API_KEY")
     raise ConfigError(

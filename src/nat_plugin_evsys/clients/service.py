@@ -43,7 +43,7 @@ from nat_plugin_evsys.runtime.arguments import (
     check_text,
     refuse_options,
 )
-from nat_plugin_evsys.runtime.bases import BaseModels, SharedBase
+from nat_plugin_evsys.runtime.bases import BASE_POLICY_VERSION, BaseModels, SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import CheckpointStore, default_store
 from nat_plugin_evsys.runtime.extensions import SupportedModel
 from nat_plugin_evsys.runtime.runs import RunRecord
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
     from tinker.lib.retry_handler import RetryConfig
 
 F = TypeVar("F", bound=ClientFuture[Any] | ResultFuture[Any])
-
-BASE_POLICY_VERSION = -1
 
 _WORKERS = 4
 

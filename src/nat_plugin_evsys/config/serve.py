@@ -108,6 +108,9 @@ class ServeConfig(StrictConfig):
     )
     max_queued_per_owner: int = Field(default=4096, ge=1, description="Unfinished operations of one key.")
     max_queued: int = Field(default=16384, ge=1, description="Unfinished operations of all keys.")
+    max_queued_bytes_per_owner: int = Field(
+        default=4 << 30, ge=1, description="Bytes of the unfinished operations of one key, which wait in memory."
+    )
     max_request_bytes: int = Field(default=64 << 20, ge=1024, description="Largest request body as it is sent.")
     max_decompressed_bytes: int = Field(default=128 << 20, ge=1024, description="Largest request body decompressed.")
     poll_seconds: float = Field(default=25.0, gt=0, le=40, description="Longest that a long poll is held.")

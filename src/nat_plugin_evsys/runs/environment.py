@@ -60,9 +60,19 @@ def read_environments(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _without_secrets(command: list[str]) -> list[str]:
-    """``-o llms.policy.api_key …`` names a secret, like the setting in the YAML."""
-    names = [word.rpartition(".")[2] for word in ["", *command[:-1]]]
-    return [redact({name: word})[name] for name, word in zip(names, command, strict=True)]
+    """``-o llms.policy.api_key …`` and ``--api-key=…`` name a secret, like the setting in the YAML."""
+    named = zip(["", *command[:-1]], command, strict=True)
+    return [_without_own_secret(_shown(name, word)) for name, word in named]
+
+
+def _without_own_secret(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"{name}={_shown(name, value)}" if equals else word
+
+
+def _shown(name: str, value: str) -> str:
+    setting = name.rpartition(".")[2]
+    return str(redact({setting: value})[setting])
 
 
 def _version(package: str) -> str | None:

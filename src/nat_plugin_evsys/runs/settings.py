@@ -13,11 +13,14 @@ from nat_plugin_evsys.json_lines import jsonable, to_json
 REDACTED = "<redacted>"
 
 _SECRET_KEY = re.compile(
-    r"^key$|(api|access|secret|private|auth|account|signing|encryption)[_-]?key$"
-    r"|(^|[_-])(token|secret|password|passwd|pwd|passphrase|authorization|credentials?|cookie)$",
+    r"^key$|(api|access|secret|private|auth|account|signing|encryption)[_-]?keys?$"
+    r"|(^|[_-])(token|secrets?|passwords?|passwd|pwd|passphrases?|authorization|credentials?|cookies?)$"
+    r"|(api|access|auth|refresh|bearer|secret)[_-]?tokens$",  # not max_tokens
     re.IGNORECASE,
 )
-_SECRET_VALUE = re.compile(r"\b(?:Bearer\s+\S+|sk-[\w-]{16,}|hf_\w{16,}|nvapi-[\w-]{16,}|gh[pousr]_\w{16,})")
+_SECRET_VALUE = re.compile(
+    r"\b(?:Bearer\s+\S+|sk-[\w-]{16,}|hf_\w{16,}|tml-[\w-]{12,}|nvapi-[\w-]{16,}|gh[pousr]_\w{16,})"
+)
 _URL_USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
 
 NOT_COMPARED = (
@@ -53,17 +56,18 @@ NOT_COMPARED = (
 
 
 def redact(config: Any) -> Any:
-    """``config`` in JSON's types with every secret replaced: by the name of its key, or by its own well-known shape."""
-    return _redact(jsonable(config))
+    """``config`` in JSON's types with every secret replaced: by the name of a key above it, or by its own well-known
+    shape."""
+    return _redact(jsonable(config), False)
 
 
-def _redact(value: Any, key: str = "") -> Any:
+def _redact(value: Any, secret: bool) -> Any:
     if isinstance(value, dict):
-        return {name: _redact(item, name) for name, item in value.items()}
+        return {name: _redact(item, secret or bool(_SECRET_KEY.search(name))) for name, item in value.items()}
     if isinstance(value, list):
-        return [_redact(item, key) for item in value]
+        return [_redact(item, secret) for item in value]
     if isinstance(value, str) and value:
-        if _SECRET_KEY.search(key):
+        if secret:
             return REDACTED
         return _URL_USER.sub(rf"\g<scheme>{REDACTED}@", _SECRET_VALUE.sub(REDACTED, value))
     return value

@@ -24,6 +24,9 @@ from nat_plugin_evsys.engine.sampling.grammars import Grammars
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
 from nat_plugin_evsys.runtime import defaults
 
+BASE_POLICY_VERSION = -1
+"""The policy version of a base model without an adapter."""
+
 
 class AnySampler(Protocol):
     """What is needed of a ``Sampler``, wherever it samples."""

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -60,8 +60,11 @@ class CheckpointStore:
         ttl_seconds: int | None,
         user_metadata: Mapping[str, str],
         request_id: str | None = None,
+        before: Callable[[str], None] = lambda _: None,
     ) -> str:
         """Save a checkpoint of a training run; returns its tinker:// path.
+
+        ``before`` is called with the path when only the disk can still refuse, and nothing has been written.
 
         With ``request_id``, a checkpoint that the same request saved before is overwritten.
 
@@ -73,6 +76,7 @@ class CheckpointStore:
         path = f"{SCHEME}{record.model_id}/{SEGMENTS[kind]}/{name}"
         if target.exists() and not overwrite and not _saved_by(target, request_id):
             raise CheckpointError(f"checkpoint {path} exists; choose another name or pass overwrite=True")
+        before(path)
         expires_at = None if ttl_seconds is None else time.time() + ttl_seconds
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -109,7 +113,7 @@ class CheckpointStore:
         return directory
 
     def delete(self, path: str) -> None:
-        """Delete the checkpoint of a tinker:// path. Clients that sample from it hold its weights and keep working."""
+        """Delete the checkpoint of a tinker:// path. In-process clients sampling from it keep its weights."""
         delete_checkpoint(self._directory(path))
 
     def set_ttl(self, path: str, ttl_seconds: int | None) -> None:

@@ -11,6 +11,9 @@ from nat_plugin_evsys.errors import ClientGone, Refusal
 
 _MAX_WINDOW = 8 << 20  # RFC 9659: what a sender of zstd over HTTP may ask of the receiver's memory, at most
 _PIECE = 1 << 20
+_MAX_HEADER = 18  # bytes of a zstd frame's
+_MAX_PARTS = 100_000  # a block has up to 128 KiB of content, and one without any takes three bytes
+_SKIPPABLE = b"\x2a\x4d\x18"
 
 
 async def read_body(request: Request, sent: int, decompressed: int | None = None) -> bytes:
@@ -50,7 +53,7 @@ def decompress(data: bytes, limit: int) -> bytes:
     """Decompress zstd frames to at most ``limit`` bytes; the rest is never unpacked.
 
     Raises:
-        Refusal: 413 too large, 400 not zstd.
+        Refusal: 413 too large, 400 not zstd, or cut off.
     """
     pieces, size = list[bytes](), 0
     try:
@@ -60,9 +63,39 @@ def decompress(data: bytes, limit: int) -> bytes:
             size += len(chunk)
             if size > limit:
                 raise _too_large("decompressed body", limit)
+        if not _is_whole(data):
+            raise Refusal(400, "the zstd body is cut off before its last frame ends; send all of it")
     except (zstandard.ZstdError, MemoryError) as error:
         raise Refusal(400, f"the body is not zstd, as its Content-Encoding says: {error}") from error
     return b"".join(pieces)
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether the last frame of ``data``, which can be decompressed, ends (RFC 8878, 3.1): the decompressor takes what
+    is there of one that is cut off."""
+    at = parts = 0
+    checksum, inside = 0, False
+    while at < len(data) or inside:
+        parts += 1
+        if parts > _MAX_PARTS:
+            raise Refusal(400, f"the zstd body has more than {_MAX_PARTS} frames and blocks; make them larger")
+        if inside:
+            block = int.from_bytes(data[at : at + 3], "little")
+            last, repeated, size = block & 1, (block >> 1) & 3 == 1, block >> 3
+            inside = not last
+            at += 3 + (1 if repeated else size) + (checksum if last else 0)
+        elif data[at + 1 : at + 4] == _SKIPPABLE:
+            at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        else:
+            head = data[at : at + _MAX_HEADER]
+            try:
+                checksum = 4 if zstandard.get_frame_parameters(head).has_checksum else 0
+                at, inside = at + zstandard.frame_header_size(head), True
+            except zstandard.ZstdError:
+                return False
+        if at > len(data):
+            return False
+    return True
 
 
 def _too_large(what: str, limit: int) -> Refusal:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import socket
 from typing import Any
 
@@ -105,11 +106,18 @@ def test_a_body_beyond_the_bound_is_not_read(open_server: ServerProcess) -> None
     assert answer.startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize("listing", ["training_runs", "sessions"])
 @pytest.mark.parametrize(
     "query", ["limit=-1", "limit=x", "limit=0", "offset=-3", "limit=" + "9" * 30, "access_scope=x"]
 )
-def test_pages_are_checked(open_server: ServerProcess, query: str) -> None:
-    assert httpx.get(f"{open_server.url}/api/v1/training_runs?{query}").status_code == 400
+def test_pages_are_checked(open_server: ServerProcess, listing: str, query: str) -> None:
+    assert httpx.get(f"{open_server.url}/api/v1/{listing}?{query}").status_code == 400
+    assert httpx.get(f"{open_server.url}/api/v1/{listing}?limit=20&offset=0&access_scope=accessible").status_code == 200
+
+
+def test_runs_of_a_project_are_refused(open_server: ServerProcess) -> None:
+    refused(httpx.get(f"{open_server.url}/api/v1/training_runs?project_id=x"), 400, "project_id is not offered")
+    refused(httpx.get(f"{open_server.url}/api/v1/sessions/x?access_scope=x"), 400, "owned or accessible")
 
 
 @pytest.mark.parametrize(
@@ -162,3 +170,28 @@ def test_decompress_takes_several_frames_and_stops_at_its_bound() -> None:
 def test_an_empty_body_is_an_empty_object() -> None:
     assert parse_json(b"") == {}
     assert parse_json(json.dumps({"a": "\U0001f600"}).encode()) == {"a": "\U0001f600"}
+
+
+@pytest.mark.parametrize("options", [{}, {"write_content_size": False}, {"write_checksum": True}])
+def test_decompress_refuses_a_body_that_is_cut_off(options: dict[str, bool]) -> None:
+    content = os.urandom(200_000) + bytes(300_000)
+    parts = zstandard.ZstdCompressor(**options).compressobj()
+    one = parts.compress(content[:250_000]) + parts.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    one += parts.compress(content[250_000:]) + parts.flush()
+    skippable = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    assert decompress(one + skippable + one, 1 << 20) == content * 2
+    for cut in (1, 2, 3, 4, 5, 17, 100_000, len(one) - 20, len(one) - 5, len(one) - 1):
+        for before in (b"", one):
+            with pytest.raises(Refusal, match="cut off"):
+                decompress(before + one[:-cut], 1 << 20)
+    with pytest.raises(Refusal, match="cut off"):
+        decompress(one + skippable[:-1], 1 << 20)
+    assert decompress(b"", 1 << 20) == b""
+
+
+def test_decompress_refuses_a_body_of_blocks_without_content() -> None:
+    header = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    empty = header.compress(b"") + header.flush()
+    assert decompress(empty, 10) == b""
+    with pytest.raises(Refusal, match="blocks"):
+        decompress(empty[:-3] + bytes(3) * 200_000 + empty[-3:], 10)

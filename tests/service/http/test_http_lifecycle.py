@@ -52,6 +52,21 @@ def test_a_repeat_gets_the_id_of_the_first_request(
     assert len(set(first.json()["sample_sequence_ids"])) == 2
 
 
+def test_the_number_of_a_sampling_session_names_one_sampler(
+    open_server: ServerProcess, served_model: Path, wire: Callable[..., Any]
+) -> None:
+    client = wire(open_server.url)
+    session = client.session()
+    model = client.model(session, str(served_model))
+    path = client.result(client.post("save_weights_for_sampler", model_id=model, seq_id=1, path="one"))["path"]
+    numbered = {"session_id": session, "sampling_session_seq_id": 0}
+    of_base = client.post("create_sampling_session", **numbered, base_model=str(served_model))
+    assert client.post("create_sampling_session", **numbered, base_model=str(served_model)).json() == of_base.json()
+    taken = client.post("create_sampling_session", **numbered, model_path=path)
+    assert taken.status_code == 400
+    assert "sampling_session_seq_id 0 is taken" in taken.json()["error"]
+
+
 def test_a_later_operation_waits_for_the_one_before_it(
     open_server: ServerProcess, served_model: Path, wire: Callable[..., Any]
 ) -> None:

@@ -113,6 +113,27 @@ def test_queues_are_bounded_for_each_owner_and_for_all(store: Store) -> None:
     assert store.add_operation(step("a5", 5)).result(5) == ("a5", True)
 
 
+def test_the_bytes_that_wait_are_bounded_for_each_owner_after_a_restart_too(tmp_path: Path) -> None:
+    def large(seq: int, owner: str = "alice") -> Operation:
+        return replace(step(f"{owner}{seq}", seq, scope=f"{owner}:train:0", owner=owner), payload=bytes(60))
+
+    store = Store(tmp_path, max_queued_bytes_per_owner=100)
+    for seq in range(2):
+        store.add_operation(large(seq)).result(5)
+    with pytest.raises(QueueFullError, match="120 bytes of your operations are already waiting"):
+        store.add_operation(large(2)).result(5)
+    store.add_operation(large(0, "bob")).result(5)
+    store.close()
+    store = Store(tmp_path, max_queued_bytes_per_owner=100)
+    with pytest.raises(QueueFullError, match="120 bytes"):
+        store.add_operation(large(2)).result(5)
+    store.finish_operation("alice0", OK).result(5)
+    store.add_operation(large(2)).result(5)
+    with pytest.raises(QueueFullError, match="120 bytes"):
+        store.add_operation(large(3)).result(5)
+    store.close()
+
+
 def test_queues_are_bounded_after_a_restart_too(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for seq in range(3):
@@ -238,6 +259,17 @@ def test_an_expired_operation_can_still_be_replayed_and_is_not_run_again(store: 
     assert store.add_operation(step("r2", 1)).result(5) == ("r1", False)
     store.set_saved_state(MODEL, "snap", 1, retain=False).result(5)
     assert store.prune(time.time() + 25 * HOUR).result(5) == 0  # its result is counted once
+
+
+def test_a_lost_gradient_is_remembered_until_a_saved_state_covers_it(store: Store) -> None:
+    failed = Outcome(b'{"error": "bad datum", "category": "user"}', JSON, failed=True)
+    run(store, step("r1", 1), failed)
+    store.mark_delivered("r1").result(5)
+    assert store.prune(time.time() + 25 * HOUR).result(5) == 0
+    assert [(op.seq_id, outcome) for op, outcome, _ in store.failures(MODEL, 0)] == [(1, failed)]
+    store.set_saved_state(MODEL, "snap", 1, retain=False).result(5)
+    assert store.prune(time.time() + 25 * HOUR).result(5) == 1
+    assert store.outcome("r1") is None
 
 
 def test_the_file_shrinks_when_results_expire(tmp_path: Path) -> None:

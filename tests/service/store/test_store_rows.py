@@ -161,7 +161,7 @@ def test_forgetting_a_session_takes_all_that_is_its_and_nothing_else(store: Stor
 
 
 def test_half_a_surrogate_pair_names_nothing(store: Store) -> None:
-    """JSON may carry one, UTF-8 may not."""
+    """A Python string may have one, UTF-8 may not."""
     assert store.session("\ud800") is None
     assert store.outcome("\ud800") is None
     with pytest.raises(StoreError, match="surrogates"):

@@ -12,7 +12,8 @@ from wire_strategies import requests, serialized
 
 from nat_plugin_evsys.errors import WireError
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
-from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward, forward_backward_address
+from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward
+from nat_plugin_evsys.service.wire.scan import forward_backward_address
 
 EDITS = st.lists(st.tuples(st.sampled_from(["set", "insert", "delete", "cut", "copy"]), st.integers(0), st.binary()))
 

@@ -17,7 +17,8 @@ from wire_strategies import INT32, requests, serialized
 from nat_plugin_evsys.errors import WireError
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
 from nat_plugin_evsys.service.wire import scan as wire_scan
-from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward, forward_backward_address
+from nat_plugin_evsys.service.wire.forward_backward import decode_forward_backward
+from nat_plugin_evsys.service.wire.scan import forward_backward_address
 
 
 def facts(tensor: types.TensorData) -> tuple[Any, ...]:

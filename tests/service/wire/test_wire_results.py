@@ -15,7 +15,7 @@ from tinker.types.topk_logprobs import MASK_LOGPROB, TopkLogprobs
 from wire_strategies import DTYPES, NAMES
 
 from nat_plugin_evsys.errors import WireError
-from nat_plugin_evsys.service.wire.forward_backward import encode_forward_backward, encode_sample
+from nat_plugin_evsys.service.wire.results import encode_forward_backward, encode_sample
 
 
 @st.composite

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from tinker import types
 from tiny import save_byte_model
 from transformers import AutoModelForCausalLM
 
-from nat_plugin_evsys.errors import CheckpointError, ModelError
+from nat_plugin_evsys.engine.checkpoints import set_expiry
+from nat_plugin_evsys.errors import CheckpointError, ModelError, StoreError
 from nat_plugin_evsys.service.wire.kinds import OperationKind
 from nat_plugin_evsys.service.work import samplers
 
@@ -157,6 +161,56 @@ def test_an_overwritten_checkpoint_does_not_change_an_open_session(
     harness.engine._samplers.close_session(SESSION)
     (refused,) = harness.run(sample_operation(sampler, 3, PROMPT, **asked))
     assert "was overwritten" in refused["error"]
+
+
+def test_an_open_session_ends_with_the_right_to_its_checkpoint(harness: EngineHarness, base: str) -> None:
+    model = ModelOperations()
+    train(harness, model, base)
+    paths = [harness.run(model.save(n, OperationKind.SAVE_WEIGHTS_FOR_SAMPLER))[0]["path"] for n in ("one", "two")]
+    own, expiring = harness.add_sampler(1, base, paths[0]), harness.add_sampler(2, base, paths[1])
+    another = harness.add_sampler(3, base, paths[0], owner="another")
+    harness.store.publish(paths[0], "local").result()
+    seqs = itertools.count()
+
+    def error(sampler: str, owner: str = "local") -> str | None:
+        (result,) = harness.run(sample_operation(sampler, next(seqs), PROMPT, owner, max_tokens=1))
+        return result["error"] if isinstance(result, dict) else None
+
+    assert [error(own), error(expiring), error(another, "another")] == [None] * 3
+    harness.store.unpublish(paths[0]).result()
+    assert "does not exist" in (error(another, "another") or "")
+    assert error(own) is None
+    set_expiry(harness.checkpoints.resolve(paths[1]), time.time() - 1)
+    assert "expired at" in (error(expiring) or "")
+    harness.checkpoints.delete(paths[0])
+    assert "does not exist" in (error(own) or "")
+
+
+def test_overwriting_a_published_checkpoint_shows_the_new_weights_to_nobody(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kind = ModelOperations(), OperationKind.SAVE_WEIGHTS_FOR_SAMPLER
+    train(harness, model, base)
+    path = harness.run(model.save("one", kind))[0]["path"]
+    harness.store.publish(path, "local").result()
+    (refused,) = harness.run(model.save("one", kind))
+    assert "choose another name or pass overwrite=True" in refused["error"]
+    assert harness.store.is_published(path)
+
+    def full_disk(_: str) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(StoreError("the disk is full"))
+        return failed
+
+    train(harness, model, base)
+    with monkeypatch.context() as patched:
+        patched.setattr(harness.store, "unpublish", full_disk)
+        (failed,) = harness.run(model.save("one", kind, overwrite=True))
+    assert "the disk is full" in failed["error"]
+    assert harness.engine.sampling_client(path, "another")[0].policy_version == 1
+    harness.run(model.save("one", kind, overwrite=True))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        harness.engine.sampling_client(path, "another")
 
 
 def test_inflight_sessions_follow_what_their_model_publishes(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ from computed import computed
 from engine_operations import SESSION, EngineHarness, ModelOperations
 from random_datums import byte_datums
 from safetensors.torch import load_file
+from sqlalchemy.exc import OperationalError
 from tiny import save_byte_model
 
 from nat_plugin_evsys import ServiceClient, types
-from nat_plugin_evsys.service.store.operations import Operation
-from nat_plugin_evsys.service.store.store import SessionRow
+from nat_plugin_evsys.errors import StoreError
+from nat_plugin_evsys.service.store.operations import JSON, Operation, Outcome
+from nat_plugin_evsys.service.store.store import SessionRow, Store
 from nat_plugin_evsys.service.wire.kinds import OperationKind
+from nat_plugin_evsys.service.work import ending
+from nat_plugin_evsys.service.work.states import SavedStates, StatePolicy
 
 STEPS = 3
 
@@ -225,6 +231,48 @@ def test_bad_requests_fail_by_name_and_the_thread_goes_on(harness: EngineHarness
     assert results[1]["metrics"]["step"] == 1.0
 
 
+def test_a_store_that_cannot_write_is_not_the_user_s_fault(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(_: Any) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(StoreError("the disk is full"))
+        return failed
+
+    monkeypatch.setattr(harness.store, "add_model", full_disk)
+    (result,) = harness.run(ModelOperations().create(base))
+    assert result == {"error": "the disk is full", "category": "server"}
+
+
+def test_an_outcome_waits_for_a_store_that_can_neither_be_written_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    operation = ModelOperations().optim_step()
+    store.add_operation(operation).result()
+    whole, reads = store._reader, []
+
+    class Failing:
+        def connect(self) -> Any:
+            reads.append(1)
+            monkeypatch.undo()
+            store._reader = whole
+            raise OperationalError("", None, OSError("the disk is gone"))
+
+    def refused(*_: Any, **__: Any) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(StoreError("the disk is gone"))
+        return failed
+
+    monkeypatch.setattr(ending, "_RETRY_S", 0.01)
+    monkeypatch.setattr(store, "finish_operation", refused)
+    store._reader = Failing()  # type: ignore[assignment]
+    assert ending.end(store, operation, Outcome(b"{}", JSON), threading.Event())
+    assert reads == [1]
+    assert store.unfinished() == []
+    store.close()
+
+
 def test_a_fault_in_a_step_does_not_leave_half_a_step(
     harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +291,42 @@ def test_a_fault_in_a_step_does_not_leave_half_a_step(
     results = harness.run(model.forward_backward(byte_datums(5)), model.optim_step())
     assert results[1]["category"] == "server"
     assert harness.weights(model.model_id) == before
+
+
+def fail_to_save_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every state be due, and none be saved, for a reason that nobody foresaw."""
+
+    def write(*_: Any) -> tuple[str, float]:
+        raise MemoryError("no room for the state")
+
+    monkeypatch.setattr(StatePolicy, "due", lambda *_: True)
+    monkeypatch.setattr(SavedStates, "write", write)
+
+
+def test_a_fault_after_an_outcome_is_stored_does_not_run_the_operation_again(
+    harness: EngineHarness, base: str, in_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_save_states(monkeypatch)
+    model, client = ModelOperations(), in_process()
+    harness.run(model.create(base))
+    for number in range(2):
+        results = harness.run(model.forward_backward(byte_datums(number)), model.optim_step())
+        client.forward_backward(byte_datums(number), "cross_entropy").result()
+        expected = client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+        assert results[1]["metrics"] == expected.metrics
+    monkeypatch.undo()  # the model can be parked again
+
+
+def test_a_fault_while_operations_are_given_up_leaves_none_without_an_outcome(
+    harness: EngineHarness, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelOperations()
+    harness.run(model.create(base), *steps(model, 1))
+    fail_to_save_states(monkeypatch)
+    model.forward_backward(byte_datums(1))  # never sent
+    results = harness.run(model.forward_backward(byte_datums(2)), model.optim_step())
+    assert all("has not arrived within 0.5 s" in result["error"] for result in results)
+    monkeypatch.undo()
 
 
 def test_checkpoints_load_into_old_and_new_models(harness: EngineHarness, base: str) -> None:

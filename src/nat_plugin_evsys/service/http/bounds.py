@@ -11,6 +11,8 @@ from nat_plugin_evsys.service.http.refusals import bad_request
 
 M = TypeVar("M", bound=BaseModel)
 
+_SCOPES = ("owned", "accessible")
+
 MAX_PAGE = 1000
 
 
@@ -39,6 +41,13 @@ def page_of(request: Request, default: int) -> tuple[int, int]:
     if limit < 1:
         raise bad_request("limit must be at least 1")
     return min(limit, MAX_PAGE), offset
+
+
+def check_scope(request: Request) -> None:
+    """Raises Refusal, 400, unless ``access_scope`` is one that the SDK knows."""
+    scope = request.query_params.get("access_scope", "owned")
+    if scope not in _SCOPES:
+        raise bad_request(f"access_scope must be owned or accessible (the same here), got {scope[:40]!r}")
 
 
 def _whole(request: Request, name: str, default: int) -> int:

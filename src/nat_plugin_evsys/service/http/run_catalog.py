@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
-from typing import Any
 
 from tinker import types
 
@@ -13,7 +11,7 @@ from nat_plugin_evsys.runtime.checkpoint_store import SCHEME, CheckpointStore
 from nat_plugin_evsys.runtime.runs import RunRecord
 from nat_plugin_evsys.service.http.refusals import not_found
 from nat_plugin_evsys.service.store.store import Store
-from nat_plugin_evsys.service.work.access import CheckpointAccess, manifest
+from nat_plugin_evsys.service.work.access import CheckpointAccess, expired, manifest
 
 
 class RunCatalog:
@@ -94,7 +92,7 @@ class RunCatalog:
         self._access.check(path, owner)
         facts = manifest(self._access.directory(path))
         # One that is published may be read by all, but nobody but its owner disposes of it.
-        if facts is None or self._store.run_owner(run_id) != owner or _expired(facts):
+        if facts is None or self._store.run_owner(run_id) != owner or expired(facts):
             raise not_found(f"checkpoint {path[:300]}")
         return path
 
@@ -125,8 +123,3 @@ class RunCatalog:
         """Delete expired checkpoints."""
         for run in self._checkpoints.runs():
             self._checkpoints.checkpoints(run.model_id)
-
-
-def _expired(facts: dict[str, Any]) -> bool:
-    expires_at = facts.get("expires_at")
-    return expires_at is not None and expires_at <= time.time()

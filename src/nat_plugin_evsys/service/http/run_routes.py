@@ -12,15 +12,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.runtime.arguments import check_ttl
-from nat_plugin_evsys.service.http.bounds import page_of, parse_as
+from nat_plugin_evsys.service.http.bounds import check_scope, page_of, parse_as
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted
 from nat_plugin_evsys.service.http.refusals import bad_request, not_found
 from nat_plugin_evsys.web.bodies import read_body
 from nat_plugin_evsys.web.json_bodies import SMALL, read_json
 
 CHECKPOINT = f"{API}/training_runs/{{run_id}}/checkpoints/{{kind}}/{{name}}"
-
-_SCOPES = ("owned", "accessible")
 
 
 class _ModelId(BaseModel):
@@ -77,7 +75,9 @@ class RunRoutes:
         return _json(await asyncio.to_thread(self._catalog.weights_info, path, owner))
 
     async def _runs(self, request: Request, owner: str) -> Response:
-        _check_scope(request)
+        check_scope(request)
+        if "project_id" in request.query_params:
+            raise bad_request("project_id is not offered: there are no projects here; leave it out")
         limit, offset = page_of(request, 20)
 
         def listing() -> dict[str, Any]:
@@ -88,7 +88,7 @@ class RunRoutes:
         return JSONResponse(await asyncio.to_thread(listing))
 
     async def _run(self, request: Request, owner: str) -> Response:
-        _check_scope(request)
+        check_scope(request)
         run_id = request.path_params["run_id"]
         return _json(await asyncio.to_thread(lambda: self._catalog.describe(self._catalog.run(run_id, owner), owner)))
 
@@ -130,12 +130,6 @@ class RunRoutes:
     async def _own(self, request: Request, owner: str) -> str:
         asked = request.path_params
         return await asyncio.to_thread(self._catalog.own, asked["run_id"], asked["kind"], asked["name"], owner)
-
-
-def _check_scope(request: Request) -> None:
-    scope = request.query_params.get("access_scope", "owned")
-    if scope not in _SCOPES:
-        raise bad_request(f"access_scope must be owned or accessible (the same here), got {scope[:40]!r}")
 
 
 def _cursor(limit: int, offset: int, total: int) -> dict[str, int]:

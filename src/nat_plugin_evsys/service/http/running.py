@@ -34,7 +34,12 @@ async def running(config: ServeConfig, closing: asyncio.Event) -> AsyncIterator[
         ConfigError: the store is another server's, or was written by a newer version.
         ModelError: a base model cannot be loaded.
     """
-    store = Store(config.store, max_queued_per_owner=config.max_queued_per_owner, max_queued=config.max_queued)
+    store = Store(
+        config.store,
+        max_queued_per_owner=config.max_queued_per_owner,
+        max_queued=config.max_queued,
+        max_queued_bytes_per_owner=config.max_queued_bytes_per_owner,
+    )
     if others_may_read(store.root):
         logger.warning("other users of this machine can read the store; type: chmod -R go= %s", store.root)
     try:

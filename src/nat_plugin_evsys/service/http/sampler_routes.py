@@ -11,12 +11,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from nat_plugin_evsys.runtime.bases import BASE_POLICY_VERSION
 from nat_plugin_evsys.service.http.bounds import parse_as
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted
 from nat_plugin_evsys.service.http.refusals import bad_request
 from nat_plugin_evsys.service.store.store import SamplerRow
 from nat_plugin_evsys.service.wire.addresses import MAX_SEQ_ID
-from nat_plugin_evsys.service.work.samplers import BASE_POLICY_VERSION
 from nat_plugin_evsys.web.json_bodies import read_json
 
 _MAX_TEXT = 4096
@@ -70,8 +70,8 @@ class SamplerRoutes:
             created_at=time.time(),
             dropped=False,
         )
-        kept = await self._context.written(self._context.store.add_sampler(row))
-        return accepted(type="create_sampling_session", sampling_session_id=kept.sampler_id)
+        row.check_number(await self._context.written(self._context.store.add_sampler(row)))
+        return accepted(type="create_sampling_session", sampling_session_id=row.sampler_id)
 
     def _base_model(self, asked: _Create, owner: str) -> str:
         """The base model of a new sampling session, which must be served here.

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from nat_plugin_evsys.config.serve import is_loopback
 from nat_plugin_evsys.errors import Refusal
-from nat_plugin_evsys.service.http.bounds import page_of, parse_as
+from nat_plugin_evsys.service.http.bounds import check_scope, page_of, parse_as
 from nat_plugin_evsys.service.http.context import API, ServiceContext, accepted
 from nat_plugin_evsys.service.http.refusals import not_found
 from nat_plugin_evsys.service.store.store import SessionRow
@@ -146,12 +146,14 @@ class SessionRoutes:
         return accepted(session_id=row.session_id, status=row.finished or asked.reason.type)
 
     async def _list(self, request: Request, owner: str) -> Response:
+        check_scope(request)
         limit, offset = page_of(request, 20)
         rows = await self._context.read(self._context.store.sessions, owner=owner)
         rows.sort(key=lambda row: row.created_at, reverse=True)
         return accepted(sessions=[row.session_id for row in rows[offset : offset + limit]])
 
     async def _get(self, request: Request, owner: str) -> Response:
+        check_scope(request)
         return JSONResponse(await self._context.read(self._describe, request.path_params["session_id"], owner))
 
     def _describe(self, session_id: str, owner: str) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Database:
         try:
             with self._reader.connect() as connection:
                 return connection.execute(statement).all()
-        except UnicodeEncodeError:  # a key with half a surrogate pair, as JSON may carry it: nothing is kept under it
+        except UnicodeEncodeError:  # half a surrogate pair, which UTF-8 cannot carry: nothing is kept under such a key
             return []
         except DBAPIError as exc:
             raise StoreError(f"{self.path} could not be read: {exc.orig}") from exc

@@ -17,6 +17,7 @@ from nat_plugin_evsys.service.store.operation_rows import (
     end_operation,
     insert_operation,
     move_on,
+    payload_bytes,
     refuse_second_end,
     same_operation,
     stored_outcome,
@@ -41,8 +42,15 @@ UNDELIVERED_S = 24 * 3600.0
 class OperationLog(Database):
     """The part of ``Store`` that keeps operations and how they ended."""
 
-    def __init__(self, root: Path, *, max_queued_per_owner: int = 4096, max_queued: int = 16384) -> None:
-        self._queue = QueueBound(max_queued_per_owner, max_queued)
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_queued_per_owner: int = 4096,
+        max_queued: int = 16384,
+        max_queued_bytes_per_owner: int = 4 << 30,
+    ) -> None:
+        self._queue = QueueBound(max_queued_per_owner, max_queued, max_queued_bytes_per_owner)
         self._watchers: list[Callable[[StoredOutcome], None]] = []
         super().__init__(Path(root))
 
@@ -56,7 +64,7 @@ class OperationLog(Database):
         def write(connection: Connection) -> tuple[str, bool]:
             full = self._queue.full(connection, operation.owner)
             if full is None and insert_operation(connection, operation):
-                self._queue.count(operation.owner, 1)
+                self._queue.queued(operation.owner, len(operation.payload))
                 return operation.request_id, True
             known = connection.execute(same_operation(operation)).first()
             if known is None:
@@ -81,11 +89,12 @@ class OperationLog(Database):
             if ended is None:
                 refuse_second_end(connection, request_id)
                 return None
+            size = payload_bytes(connection, ended.id)
             if ended.family == SAMPLE:
                 drop_payload(connection, ended.id)
             if next_seq is not None:
                 move_on(connection, ended.scope, next_seq)
-            self._queue.count(ended.owner, -1)
+            self._queue.ended(ended.owner, size)
             return stored_outcome(ended, outcome)
 
         writing = self._write(write)
@@ -147,16 +156,17 @@ class OperationLog(Database):
         return self._write(write)
 
     def prune(self, now: float) -> Future[int]:
-        """Delete results that have expired at ``now``; returns how many. What a replay may need is kept."""
+        """Delete results that have expired at ``now``; returns how many. What a replay may need is kept: payloads, and
+        what failed beside them."""
 
         def write(connection: Connection) -> int:
             expired = and_(
                 operations.c.finished_at.is_not(None),
                 or_(operations.c.delivered_at < now - DELIVERED_S, operations.c.finished_at < now - UNDELIVERED_S),
             )
-            ids = select(operations.c.id).where(expired)
-            dropped = connection.execute(delete(results).where(results.c.operation.in_(ids))).rowcount
             needed = select(payloads.c.operation).where(payloads.c.operation == operations.c.id).exists()
+            ids = select(operations.c.id).where(expired, ~and_(operations.c.failed, needed))
+            dropped = connection.execute(delete(results).where(results.c.operation.in_(ids))).rowcount
             connection.execute(delete(operations).where(expired, ~needed))
             give_back_space(connection)
             return dropped

@@ -29,6 +29,7 @@ _END = (
     .values({name: bindparam(name) for name in ("finished_at", "failed", "effect", "content_type")})
     .returning(operations)
 )
+_PAYLOAD_BYTES = select(func.length(payloads.c.body)).where(payloads.c.operation == bindparam("number"))
 _DROP_PAYLOAD = delete(payloads).where(payloads.c.operation == bindparam("number"))
 _MOVE_ON = (
     update(models)
@@ -79,6 +80,11 @@ def end_operation(connection: Connection, request_id: str, outcome: Outcome) -> 
     if ended is not None:
         connection.execute(_INSERT_RESULT, {"operation": ended.id, "body": outcome.body})
     return ended
+
+
+def payload_bytes(connection: Connection, number: int) -> int:
+    """The size of the payload of the operation with this id."""
+    return int(connection.execute(_PAYLOAD_BYTES, {"number": number}).scalar_one())
 
 
 def drop_payload(connection: Connection, number: int) -> None:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.runtime.runs import RunRecord
 from nat_plugin_evsys.service.store.operations import Outcome
@@ -100,6 +101,13 @@ class SamplerRow:
     def inflight(self) -> bool:
         """Whether it follows the weights that its model publishes."""
         return self.directory is not None and self.directory == inflight_directory(str(self.model_id))
+
+    def check_number(self, kept: SamplerRow) -> None:
+        """Raises DataError if its number is that of ``kept``, which samples from something else."""
+        own, other = ((row.base_model, row.model_path, row.directory) for row in (self, kept))
+        if own != other:
+            number = f"sampling_session_seq_id {self.seq_id}"
+            raise DataError(f"{number} is taken in session {self.session_id}; use the next one")
 
 
 def inflight_directory(model_id: str) -> str:

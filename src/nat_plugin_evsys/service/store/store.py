@@ -26,6 +26,7 @@ class Store(OperationLog, ReplayLog, Catalog):
         root: directory of the store; created if missing.
         max_queued_per_owner: bound on one owner's operations that have not ended.
         max_queued: the same, for all owners together.
+        max_queued_bytes_per_owner: bound on the bytes of one owner's, beyond which no more are taken.
 
     Raises:
         ConfigError: another server has the store open, or it was written by a newer version of this package.

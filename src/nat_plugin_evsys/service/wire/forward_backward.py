@@ -1,4 +1,4 @@
-"""The protobuf half of the Tinker protocol: ``forward_backward`` requests and results, and sampling results."""
+"""``forward_backward`` requests of the Tinker protocol, from protobuf."""
 
 from __future__ import annotations
 
@@ -12,18 +12,8 @@ from tinker.types.provenance_spans import PromptProvenanceSpan, SampledProvenanc
 from nat_plugin_evsys.engine.model.images import IMAGE_FORMATS
 from nat_plugin_evsys.errors import WireError
 from nat_plugin_evsys.service.proto import tinker_wire_pb2 as wire_pb2
-from nat_plugin_evsys.service.wire.results import encode_forward_backward, encode_sample
-from nat_plugin_evsys.service.wire.scan import check_affordable, forward_backward_address
+from nat_plugin_evsys.service.wire.scan import check_affordable
 from nat_plugin_evsys.service.wire.tensors import INT32, MAX_DENSE, decode_tensor, dense_elements, numbers
-
-__all__ = [
-    "ForwardBackwardRequest",
-    "WireError",
-    "decode_forward_backward",
-    "encode_forward_backward",
-    "encode_sample",
-    "forward_backward_address",
-]
 
 _MAX_NAME = 128
 """Characters of a name that may end up in a message to the user."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,13 @@ class CheckpointAccess:
         if self._store.run_owner(model_id) != owner and not self._store.is_published(path):
             raise _missing(path)
 
+    def check_kept(self, path: str, owner: str) -> None:
+        """Raises what ``read`` does unless a checkpoint is there for this owner; its files are not checked."""
+        self.check(path, owner)
+        facts = manifest(self.directory(path))
+        if facts is None or expired(facts):
+            self.read(path, owner)  # says which
+
     def directory(self, path: str) -> Path:
         """The directory of a path's checkpoint, if there is one.
 
@@ -78,6 +86,12 @@ def manifest(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return {**facts, "name": directory.name} if isinstance(facts, dict) else None
+
+
+def expired(facts: dict[str, Any]) -> bool:
+    """Whether the time of a checkpoint is up, by its manifest."""
+    expires_at = facts.get("expires_at")
+    return expires_at is not None and expires_at <= time.time()
 
 
 def _missing(path: str) -> CheckpointError:

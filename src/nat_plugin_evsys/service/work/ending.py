@@ -35,8 +35,16 @@ def end(
             store.finish_operation(operation.request_id, outcome, next_seq=next_seq).result()
             return True
         except EvsysError as exc:
-            if store.outcome(operation.request_id) is None:
+            if _forgotten(store, operation):
                 return True
             logger.error("the outcome of %s could not be stored, trying again: %s", operation.request_id, exc)
         if closing.wait(_RETRY_S):
             return False
+
+
+def _forgotten(store: Store, operation: Operation) -> bool:
+    """Whether the store no longer knows the request; False where it cannot say."""
+    try:
+        return store.outcome(operation.request_id) is None
+    except EvsysError:
+        return False

@@ -28,7 +28,6 @@ from nat_plugin_evsys.service.work.served_bases import ServedBases
 from nat_plugin_evsys.service.work.states import SavedStates, StatePolicy
 
 if TYPE_CHECKING:
-    from nat_plugin_evsys.service.store.rows import SamplerRow
     from nat_plugin_evsys.service.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -159,10 +158,6 @@ class Engine:
         if row is None:
             raise CheckpointError(f"there is no model {model_id}")
         return model_facts(row, self._bases.get(row.base_model).base)
-
-    def open_sampler(self, row: SamplerRow) -> LocalSamplingClient:
-        """The client of a sampling session; see ``Samplers.open``."""
-        return self._samplers.open(row)
 
     def sampling_client(self, model: str, owner: str) -> tuple[LocalSamplingClient, BaseModel]:
         """A client by base model, tinker:// path or training run; see ``Samplers.find``."""

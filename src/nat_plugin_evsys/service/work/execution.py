@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from nat_plugin_evsys.service.work.places import Places
 from nat_plugin_evsys.service.work.saving import save, save_for_sampler
 from nat_plugin_evsys.service.work.stepping import forward_backward, optim_step
 from nat_plugin_evsys.service.work.throughput import Throughput
+
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[Places, HostedModel, Operation, threading.Event], Outcome]
 
@@ -71,7 +74,7 @@ class Execution:
         if operation.seq_id == 0 and outcome.failed:
             hosted.gone = True
             return True
-        hosted.ended(operation, outcome, seconds)
+        self._note(hosted, operation, outcome, seconds)
         return True
 
     def give_up(self, hosted: HostedModel, operations: list[Operation], why: str) -> None:
@@ -84,12 +87,19 @@ class Execution:
             if not self._end(operation, outcome):
                 hosted.evict()
                 return
-            hosted.ended(operation, outcome, 0.0)
+            self._note(hosted, operation, outcome, 0.0)
 
     def refuse(self, operations: list[Operation], why: str) -> None:
         """End operations that cannot be run."""
         for operation in operations:
             end(self._places.store, operation, failure(why), self._closing)
+
+    def _note(self, hosted: HostedModel, operation: Operation, outcome: Outcome, seconds: float) -> None:
+        try:
+            hosted.ended(operation, outcome, seconds)
+        except Exception:  # boundary: the outcome is stored, and a fault after it must not run the operation again
+            logger.exception("model %s will be reloaded from the store", hosted.model_id)
+            hosted.evict()
 
     def _end(self, operation: Operation, outcome: Outcome) -> bool:
         return end(self._places.store, operation, outcome, self._closing, next_seq=operation.seq_id + 1)

@@ -6,10 +6,20 @@ import json
 import logging
 from typing import Any
 
-from nat_plugin_evsys.errors import EngineClosedError, EvsysError, ModelError, RestoreError, one_line
+from nat_plugin_evsys.errors import (
+    EngineClosedError,
+    EvsysError,
+    ModelError,
+    ReplicaError,
+    RestoreError,
+    StoreError,
+    one_line,
+)
 from nat_plugin_evsys.service.store.operations import JSON, Effect, FailureCategory, Operation, Outcome
 
 logger = logging.getLogger(__name__)
+
+_OF_SERVER = (EngineClosedError, ReplicaError, RestoreError, StoreError)
 
 
 def answer(effect: Effect = Effect.NONE, **facts: Any) -> Outcome:
@@ -33,7 +43,7 @@ def failure_of(operation: Operation, error: Exception, effect: Effect = Effect.N
         logger.exception("%s %s of %s failed", operation.kind, operation.seq_id, operation.scope, exc_info=error)
         message = f"{operation.kind} failed in the server: {one_line(error)}"
         return failure(message, FailureCategory.SERVER, effect)
-    of_server = isinstance(error, (EngineClosedError, RestoreError)) or isinstance(error.__cause__, OSError)
+    of_server = isinstance(error, _OF_SERVER) or isinstance(error.__cause__, OSError)
     of_server = of_server or (isinstance(error, ModelError) and error.__cause__ is not None)
     return failure(str(error), FailureCategory.SERVER if of_server else FailureCategory.USER, effect)
 

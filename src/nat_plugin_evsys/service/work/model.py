@@ -148,12 +148,12 @@ class HostedModel:
         """Write the weights as of the last moment without a pending gradient, unless nothing has changed."""
         if self.model is None or not self._changed:
             return
+        self._seconds_since_saved = 0.0  # also if it fails: tried again when it is due again
         try:
             name, self._saving_took = self._states.write(self.model_id, self._settled_seq, self.model)
         except EvsysError as exc:
             # Without it a restart has more to run again; nothing is lost.
             logger.error("the state of model %s was not saved: %s", self.model_id, exc)
-            self._seconds_since_saved = 0.0
             return
         self._cover(name, self._settled_seq)
 

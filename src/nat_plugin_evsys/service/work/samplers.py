@@ -14,18 +14,17 @@ from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.peft_format import ADAPTER
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
-from nat_plugin_evsys.errors import CheckpointError, DataError, ModelError
-from nat_plugin_evsys.runtime.bases import SharedBase
+from nat_plugin_evsys.errors import CheckpointError, ModelError
+from nat_plugin_evsys.runtime.bases import BASE_POLICY_VERSION, SharedBase
 from nat_plugin_evsys.runtime.checkpoint_store import SCHEME
 from nat_plugin_evsys.service.store.rows import ModelRow, SamplerRow, inflight_directory
-from nat_plugin_evsys.service.work.access import CheckpointAccess, manifest
+from nat_plugin_evsys.service.work.access import CheckpointAccess, expired, manifest
 from nat_plugin_evsys.service.work.adapter_cache import AdapterCache, Key
 from nat_plugin_evsys.service.work.served_bases import ServedBases
 
 if TYPE_CHECKING:
     from nat_plugin_evsys.service.store.store import Store
 
-BASE_POLICY_VERSION = -1
 KEPT_EPHEMERAL = 64
 """Ephemeral weights of one model that are kept; an older one is refused by name."""
 
@@ -62,7 +61,7 @@ class Samplers:
         samples from those that its model published last.
 
         Raises:
-            CheckpointError: its weights are gone, expired, or no longer what they were.
+            CheckpointError: its weights are gone, expired, no longer what they were, or no longer for its owner.
             ModelError: its base model is not served.
         """
         if row.dropped:
@@ -70,6 +69,8 @@ class Samplers:
                 f"sampling session {row.sampler_id} has ended: the newest {KEPT_EPHEMERAL} unnamed weights of a model "
                 "are kept; save weights under a name to keep them"
             )
+        if row.model_path is not None:
+            self._access.check_kept(row.model_path, row.owner)
         place = _place(row)
         key = self._opened.get(place)
         client = None if key is None else self._clients.get(key)
@@ -131,8 +132,8 @@ class Samplers:
             created_at=time.time(),
         )
         known = self._store.sampler(row.sampler_id)
-        if known is not None and known.directory != name:
-            raise DataError(f"sampling_session_seq_id {number} is taken in session {row.session_id}; use the next one")
+        if known is not None:
+            row.check_number(known)
         with self._loading:  # nobody reads weights that are being replaced
             directory = save_checkpoint(self.root / model_row.model_id, Path(name).name, model, kind="sampler")
             key = _key(shared, directory)
@@ -166,7 +167,7 @@ class Samplers:
         self._access.check(path, owner)
         directory = self._access.directory(path)
         facts = manifest(directory)
-        if facts is not None and (facts.get("expires_at") is None or facts["expires_at"] > time.time()):
+        if facts is not None and not expired(facts):
             for shared in self._bases.all():
                 if facts.get("base_identity") == shared.base.identity:
                     return *self._weights(directory, shared, path), shared

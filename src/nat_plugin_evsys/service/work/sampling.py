@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
 from nat_plugin_evsys.runtime.arguments import refuse_options
 from nat_plugin_evsys.service.store.operations import PROTOBUF, Operation, Outcome
-from nat_plugin_evsys.service.wire.forward_backward import encode_sample
 from nat_plugin_evsys.service.wire.requests import Sample
+from nat_plugin_evsys.service.wire.results import encode_sample
 from nat_plugin_evsys.service.work.ending import end
 from nat_plugin_evsys.service.work.failures import failure, failure_of
 from nat_plugin_evsys.service.work.samplers import Samplers
@@ -109,9 +109,7 @@ class SampleRunner:
             body.topk_prompt_logprobs,
             topk_sample_logprobs=body.topk_sample_logprobs,
             prompt_logprobs_last_n=body.prompt_logprobs_last_n,
-            target_prompt_logprobs=None
-            if body.target_prompt_logprobs is None
-            else body.target_prompt_logprobs.tensor(),
+            target_prompt_logprobs=body.targets(),
             prompt_alt_tokens_k=body.prompt_alt_tokens_k,
         )
 

@@ -57,7 +57,7 @@ def _save_named(places: Places, hosted: HostedModel, operation: Operation, stop:
     request, model = _asked(operation), hosted.loaded(stop)
     if not request.path:
         raise DataError(f"{operation.kind} needs path, the name of the checkpoint")
-    path = places.checkpoints.save(
+    return places.checkpoints.save(
         _own_row(hosted, operation).run_record(),
         model,
         request.path,
@@ -66,10 +66,9 @@ def _save_named(places: Places, hosted: HostedModel, operation: Operation, stop:
         ttl_seconds=check_ttl(request.ttl_seconds),
         user_metadata=metadata_of(request.user_metadata),
         request_id=operation.request_id,
+        # One of that name may have been published; nobody has published this one.
+        before=places.access.withdraw,
     )
-    # One of that name may have been published before it expired; nobody has published this one.
-    places.access.withdraw(path)
-    return path
 
 
 def _asked(operation: Operation) -> SaveWeights:

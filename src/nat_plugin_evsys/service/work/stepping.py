@@ -7,8 +7,9 @@ import threading
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.errors import NonFiniteGradientError, OperationAbandoned, UnsupportedError
 from nat_plugin_evsys.service.store.operations import PROTOBUF, Effect, Operation, Outcome
-from nat_plugin_evsys.service.wire.forward_backward import ForwardBackwardRequest, encode_forward_backward
+from nat_plugin_evsys.service.wire.forward_backward import ForwardBackwardRequest
 from nat_plugin_evsys.service.wire.requests import OptimStep
+from nat_plugin_evsys.service.wire.results import encode_forward_backward
 from nat_plugin_evsys.service.work.failures import answer, failure, failure_of
 from nat_plugin_evsys.service.work.model import HostedModel
 from nat_plugin_evsys.service.work.places import Places
