@@ -54,6 +54,7 @@ class FastForward:
     Attributes:
         longest: tokens of the longest sequence that it accepts; None means any. A sliding-window layer attends to
             everything only while a sequence is no longer than its window.
+        most_rows: rows of a pack, unless a single sequence has more; None means any.
         rope_limit: a pack holds sequences up to this many tokens, or longer ones, which have another rotary table;
             None means any.
         fused: the decoder as ``fused_decoder`` computes it; None where it goes through transformers' classes.
@@ -63,6 +64,7 @@ class FastForward:
         self._base = base
         self._head = head
         self.longest = _shortest_window(base)
+        self.most_rows = _rows_below_attention_temperature(base)
         self.rope_limit = long_rope_limit(base.model)
         self.fused = FusedDecoder.of(base.model) if fuse else None
 
@@ -214,3 +216,9 @@ def _shortest_window(base: BaseModel) -> int | None:
     if "chunked_attention" in kinds:
         windows.append(getattr(config, "attention_chunk_size", None))
     return min((w for w in windows if w), default=None)
+
+
+def _rows_below_attention_temperature(base: BaseModel) -> int | None:
+    """Rows that have the same attention at any depth. Llama 4 scales a query by its row, not by its position."""
+    config = base.model.config.get_text_config()
+    return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None

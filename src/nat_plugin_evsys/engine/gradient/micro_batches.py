@@ -118,7 +118,8 @@ class MicroBatches:
         bigger ones, which repeat fewer tokens, that keep their layers' inputs only."""
         assert self._fast is not None
         if token_budget is not None:
-            return plan_packs(sequences, TokenLimits(token_budget, token_budget)), False
+            limits = TokenLimits(token_budget, token_budget).up_to(self._fast.most_rows)
+            return plan_packs(sequences, limits), False
         most = self._limits_of(False).most
         packs = plan_packs(sequences, self._limits_of(False))
         if self._fast.fused is None or (len(packs) == 1 and len(packs[0].trie) <= most):
@@ -137,9 +138,11 @@ class MicroBatches:
         return self._memory[recompute]
 
     def _limits_of(self, recompute: bool) -> TokenLimits:
+        assert self._fast is not None
         # On the CPU freed memory stays with the process (``allocator``) and would count as taken: so ask only once.
         if recompute not in self._limits or self._base.device.type != "cpu":
-            self._limits[recompute] = self._model_of(recompute).limits(self._base.device)
+            limits = self._model_of(recompute).limits(self._base.device)
+            self._limits[recompute] = limits.up_to(self._fast.most_rows)
         return self._limits[recompute]
 
     def run(
