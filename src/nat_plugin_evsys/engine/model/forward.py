@@ -55,7 +55,7 @@ class OutputHead:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         logits = logits.float()
-        return logits if temperature is None else logits.div_(temperature[:, None])
+        return logits if temperature is None else logits / temperature[:, None]
 
     def _check(self, model: PreTrainedModel) -> None:
         ids = torch.arange(3, device=self.linear.weight.device)[None]
