@@ -147,7 +147,7 @@ def test_weights_have_one_fingerprint_but_where_float16_rounds_them(
 ) -> None:
     saved = save_checkpoint(tmp_path, "x", trainable("llama"), kind="sampler")
     load_adapter(saved, base_of("llama", None, torch.bfloat16))
-    with pytest.raises(CheckpointError, match="weights_sha256.*load them in the dtype it was trained in"):
+    with pytest.raises(CheckpointError, match=r"weights_sha256.*load them in the dtype it was trained in"):
         load_adapter(saved, base_of("llama", None, torch.float16))
 
 
