@@ -249,7 +249,7 @@ DATA: list[tuple[str, Call, type[Exception], str]] = [
     ("second Datum", fb([*ce(), *ce([300])]), DataError, r"data\[1\]: model_input\[0\] is 300"),
     ("too long", fb(ce([1] * 257, target_tokens=[1] * 257)), DataError, "257 tokens, but .* context length is 256"),
     ("image", fb([types.Datum(image(), {"target_tokens": [1]})]), DataError, "has a ImageChunk; .* text tokens only"),
-    ("weights short", fb(ce(weights=[1.0])), DataError, r"weights has shape \(1,\); target_tokens have \(3,\)"),
+    ("weights short", fb(ce(weights=[1.0])), DataError, r"weights has shape \(1,\); .* must be \(3,\)"),
     ("weights NaN", fb(ce(weights=[1.0, float("nan"), 0.0])), DataError, r"weights\[1\] is nan; every value must be"),
     ("weights in RL", fb(rl(weights=[1.0, 1.0, 1.0]), "ppo"), DataError, "has 'weights', which ppo does not take"),
     ("logprobs missing", fb(rl(logprobs=None), "ppo"), DataError, "lacks 'logprobs'; ppo needs"),

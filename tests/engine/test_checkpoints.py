@@ -142,6 +142,15 @@ def test_torn_checkpoints_are_refused_by_name(
     assert [i.path.name for i in list_checkpoints(tmp_path)] == ["good"]
 
 
+def test_weights_have_one_fingerprint_but_where_float16_rounds_them(
+    trainable: Any, base_of: Any, tmp_path: Path
+) -> None:
+    saved = save_checkpoint(tmp_path, "x", trainable("llama"), kind="sampler")
+    load_adapter(saved, base_of("llama", None, torch.bfloat16))
+    with pytest.raises(CheckpointError, match=r"weights_sha256.*load them in the dtype it was trained in"):
+        load_adapter(saved, base_of("llama", None, torch.float16))
+
+
 def test_mismatches_are_refused_by_name(trainable: Any, tmp_path: Path) -> None:
     saved = save_checkpoint(tmp_path, "x", trainable("llama"), kind="sampler")
     cases: list[tuple[TrainableModel, bool, str]] = [

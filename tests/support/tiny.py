@@ -34,6 +34,13 @@ WINDOW = 16
 _MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _GEMMA = {"query_pre_attn_scalar": 8, **_MIXED}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LLAMA4 = {
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": 64,
+    "no_rope_layers": [1, 0],
+}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -53,6 +60,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama3_rope": (transformers.LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
     "dynamic_rope": (transformers.LlamaConfig, {"rope_parameters": _DYNAMIC_ROPE}),
     "mistral": (transformers.MistralConfig, {"sliding_window": WINDOW}),
+    "llama4": (transformers.Llama4TextConfig, _LLAMA4),
     "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma2": (transformers.Gemma2Config, _GEMMA),
     "gemma3": (transformers.Gemma3TextConfig, _GEMMA),

@@ -109,8 +109,10 @@ def check_base(info: CheckpointInfo, base: BaseModel) -> None:
     ]
     if differing:
         seen = ", ".join(f"{key} {info.base_identity.get(key)} / {base.identity.get(key)}" for key in differing[:2])
+        rounded = " (weights that float16 rounds have another fingerprint: load them in the dtype it was trained in)"
         raise CheckpointError(
             f"checkpoint {info.path} was made for another base model ({info.base_model}); checkpoint / loaded: {seen}"
+            f"{rounded if differing == ['weights_sha256'] else ''}"
         )
 
 

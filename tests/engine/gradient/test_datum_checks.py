@@ -23,6 +23,7 @@ def good(**changes: Any) -> types.Datum:
 
 
 FLOAT_TOKENS = types.TensorData(data=[2.0, 3.0], dtype="float32", shape=[2])
+WIDE = types.TensorData(data=[1.0, 0.5] * 2, dtype="float32", shape=[2, 2])
 SHORT = {"model_input_of_3": datum([1, 2, 3], target_tokens=[2, 3], logprobs=[-1.0] * 2, advantages=[1.0] * 2)}
 MASKED = {"sequence_ratio_mask": [0.0, 0.0]}
 
@@ -70,6 +71,13 @@ BAD: list[tuple[str, list[Any], dict[str, Any] | None, type[Exception], str]] = 
         None,
         DataError,
         r"weights has shape \(1,\)",
+    ),
+    (
+        "cross_entropy",
+        [datum([1, 2], target_tokens=[[2, 3], [3, 4]], temperature=WIDE)],
+        None,
+        DataError,
+        r"temperature has shape \(2, 2\); with these target_tokens it must be \(2,\)",
     ),
     (
         "cross_entropy",

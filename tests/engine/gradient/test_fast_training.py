@@ -10,9 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tinker import types
+from tiny import perturb, tiny_model
 
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.identity import model_identity
+from nat_plugin_evsys.engine.model.loading import wrap_model
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 
 TOLERANCE = 1e-5
 ROUNDING = 2e-7
@@ -174,6 +177,43 @@ def test_sequences_longer_than_a_window_take_the_plain_path(family: str, pair: A
     assert 0 < long < sum(d.model_input.length for d in data)
     _, found = assert_equal_steps(plain, fast, data, "ppo")
     assert found.metrics["plain_path_tokens:sum"] == long
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [("gemma2", "plain"), ("gemma3_soft_cap", "plain"), ("gemma3_soft_cap", "auto"), ("granite", "auto")],
+)
+def test_the_temperature_divides_the_models_own_logits(family: str, path: str, pair: Any, make_datums: Any) -> None:
+    """After a soft cap, if there is one: as the sampler does."""
+    model = pair(family)[path == "auto"]
+    data = make_datums(2, "cross_entropy", longest=16)
+    for i, datum in enumerate(data):
+        temperature = torch.full((datum.model_input.length,), 0.6 + 0.3 * (i % 3))
+        datum.loss_fn_inputs["temperature"] = types.TensorData.from_torch(temperature)
+    output = model.forward(data, "cross_entropy")
+    for i, (datum, found) in enumerate(zip(data, output.loss_fn_outputs, strict=True)):
+        with torch.no_grad(), applied(model.adapter):
+            logits = model.base.model(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0]
+        targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+        expected = (logits / (0.6 + 0.3 * (i % 3))).log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(found["logprobs"].to_torch(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [None, 200])
+def test_queries_that_are_scaled_by_their_row_are_those_of_their_position(budget: int | None, make_datums: Any) -> None:
+    """Llama 4 without rotary embedding, from ``floor_scale`` on; a sequence that is longer is a pack of its own."""
+    model = tiny_model("llama4", attn_temperature_tuning=True, floor_scale=32, attn_scale=0.5)
+    base = wrap_model("llama4", model, None)
+    adapters = [perturb(LoraAdapter.create(base.model, rank=4, alpha=8.0), seed=2) for _ in range(2)]
+    plain, fast = (
+        TrainableModel(base, adapter, token_budget=budget, path=path)
+        for adapter, path in zip(adapters, ("plain", "auto"), strict=True)
+    )
+    data = make_datums(6, longest=48, count=12)
+    assert any(d.model_input.length > 32 for d in data)
+    _, found = assert_equal_steps(plain, fast, data, "ppo")
+    assert found.metrics["plain_path_tokens:sum"] == 0
+    assert found.metrics["micro_batches:sum"] > 2
 
 
 def test_the_prediction_is_what_is_kept(pair: Any, make_datums: Any) -> None:

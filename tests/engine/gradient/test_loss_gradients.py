@@ -247,7 +247,7 @@ def test_row_chunks_do_not_change_the_result(
     data = make_rl_datums(4)
     whole, chunked = trainable(perturbed=True), trainable(perturbed=True)
     expected = whole.forward_backward(data, "ppo")
-    monkeypatch.setattr("nat_plugin_evsys.engine.model.forward._CHUNK_ELEMENTS", 3 * 200)
+    monkeypatch.setattr("nat_plugin_evsys.engine.model.forward.CHUNK_ELEMENTS", 3 * 200)
     found = chunked.forward_backward(data, "ppo")
     assert found.metrics["loss:sum"] == pytest.approx(expected.metrics["loss:sum"], rel=1e-6)
     for name, g in whole.gradient.items():

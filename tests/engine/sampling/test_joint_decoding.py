@@ -121,6 +121,27 @@ def test_where_a_joint_pass_fails_each_goes_alone(
     sampler.close()
 
 
+def test_where_a_joint_pass_is_wrong_each_goes_alone(
+    base_of: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = base_of("qwen3")
+    adapters = adapters_of(base)[:3]
+    plain = Sampler(base, path="plain")
+    asked = prompts(4, 3)
+    clients = [plain.client(adapter, at) for at, adapter in enumerate(adapters)]
+    alone = [client.sample(prompt, 2, GREEDY).result(120) for client, prompt in zip(clients, asked, strict=True)]
+    plain.close()
+    held = MixedAdapters.hold
+    # The slots in another order than the one that is said.
+    monkeypatch.setattr(MixedAdapters, "hold", lambda self, given: held(self, dict(reversed(given.items())))[::-1])
+    sampler = Sampler(base)
+    assert "sampled one after the other, not in one pass: its logits are off by" in caplog.text
+    assert not sampler.plain_because
+    clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters)]
+    check([client.sample(prompt, 2, GREEDY) for client, prompt in zip(clients, asked, strict=True)], alone)
+    sampler.close()
+
+
 def test_six_adapters_take_the_passes_and_the_weights_of_one(base_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of("qwen3")
     sampler = Sampler(base)
@@ -228,6 +249,7 @@ def test_what_was_joined_stays_for_the_next_round_until_its_versions_go(base_of:
     mixed = sampler._joint._mixed
     clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters_of(base)[:3])]
     asked = prompts(6, 3)
+    written.clear()  # what the check at the start wrote
     alone = [client.sample(prompt, 1, GREEDY).result(120) for client, prompt in zip(clients, asked, strict=True)]
     for _ in range(3):
         with sampler._wake:

@@ -1,6 +1,7 @@
 """From logits to tokens: filters, the renormalised distribution, uniform numbers, and what is drawn."""
 
 import numpy as np
+import pytest
 import torch
 
 from nat_plugin_evsys.engine.sampling.decoding import RowParams, draw, sampled_logprobs, stream_keys, uniforms
@@ -93,6 +94,21 @@ def test_draws_follow_the_probabilities():
         freedom = kept.sum() - 1
         assert chi2 < freedom + 5 * np.sqrt(2 * freedom) + 15
         assert chi2 > freedom - 5 * np.sqrt(2 * freedom)  # a rigged "exactly right" would be as wrong
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_deterministic_algorithms_sample_the_same(device):
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float().to(device)
+    rows = RowParams.build([(0.7, 0, 0.9), (1.0, 5, 1.0)] * 4, 300, torch.device(device))
+    u = uniforms(stream_keys(1, 8), np.arange(8, dtype=np.uint64))
+    found = []
+    for on in (False, True):
+        torch.use_deterministic_algorithms(on)
+        try:
+            found.append(draw(sampled_logprobs(logits, rows), rows, u))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert torch.equal(*found)
 
 
 def test_uniforms_are_uniform_along_positions_and_across_samples():

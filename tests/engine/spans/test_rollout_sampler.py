@@ -257,6 +257,39 @@ def test_a_version_without_room_for_its_weights_is_sampled_unmerged(
     assert_same_samples(got.sequences, want.sequences, ids(20, 0), params(), logits_of)
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_reordered_product_that_is_wrong_is_not_used(
+    adapted: bool,
+    sampler_of: Callable[..., Sampler],
+    base_of: Callable[..., BaseModel],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    adapter = perturbed(base_of("qwen3")) if adapted else None
+    want = ask(sampler_of(path="plain").client(adapter, 0), ids(20, 0), 2).result(TIMEOUT)
+    right = packed_linear.few_rows_product
+    monkeypatch.setattr(packed_linear, "few_rows_product", lambda *arguments: right(*arguments) * 1.05)
+    got = ask(sampler_of().client(adapter, 0), ids(20, 0), 2).result(TIMEOUT)
+    assert "sampled from unmerged weights, slower: reordered ones give" in caplog.text
+    logits_of = partial(plain_logits, base_of("qwen3"), adapter)
+    assert_same_samples(got.sequences, want.sequences, ids(20, 0), params(), logits_of)
+
+
+def test_a_wrong_merge_is_not_used_even_after_the_bare_model(
+    base_of: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of("qwen3")
+    versions = RolloutModel(base).versions
+    versions.use(0, None)
+    broken = perturbed(base, 1)
+    next(iter(broken.weights.values()))[0].fill_(float("nan"))
+    versions.use(1, broken)  # its weights are as they are merged
+    right = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *a, alpha, out: right(*a, alpha=0.9 * alpha, out=out))
+    versions.use(2, perturbed(base, 2))
+    assert [weights is None for weights in versions._in_flight.values()] == [False, False, True]
+
+
 def test_the_trainer_is_not_touched(base_of: Callable[..., BaseModel]) -> None:
     base = base_of("qwen3")
     before = {name: type(module) for name, module in base.model.named_modules()}

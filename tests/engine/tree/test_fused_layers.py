@@ -17,6 +17,7 @@ from nat_plugin_evsys.engine.model.forward import OutputHead
 from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
+from nat_plugin_evsys.engine.tree.linear_stack import AdaptedStack
 from nat_plugin_evsys.engine.tree.trie import TokenTrie
 
 
@@ -102,6 +103,21 @@ def test_a_fused_layer_that_computes_something_else_is_not_used(
     base = wrap_model("shifted", tiny_model("llama", num_hidden_layers=1), None)
     forward = type(base.model.model.layers[0]).forward
     monkeypatch.setattr(type(base.model.model.layers[0]), "forward", lambda *a, **k: forward(*a, **k) + 1)
+    fast, refusal = fast_forward(base, OutputHead(base.model))
+    assert not refusal
+    assert fast is not None
+    assert fast.fused is None
+    assert "transformers' own layers" in caplog.text
+
+
+def test_fused_layers_that_scale_an_adapter_otherwise_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = AdaptedStack.__init__
+    monkeypatch.setattr(
+        AdaptedStack, "__init__", lambda self, stack, pairs, scale: made(self, stack, pairs, scale * 0.9)
+    )
+    base = wrap_model("scaled", tiny_model("qwen3"), None)
     fast, refusal = fast_forward(base, OutputHead(base.model))
     assert not refusal
     assert fast is not None

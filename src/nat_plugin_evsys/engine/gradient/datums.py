@@ -139,7 +139,7 @@ def _targets(targets: Tensor, where: str, length: int, vocab_size: int) -> Tenso
 
 def _floats(value: Tensor, where: str, key: str, shape: torch.Size) -> Tensor:
     if value.shape != shape:
-        raise DataError(f"{where}: {key} has shape {_shape(value)}; target_tokens have {_shape(torch.empty(shape))}")
+        raise DataError(f"{where}: {key} has shape {_shape(value)}; with these target_tokens it must be {tuple(shape)}")
     value = value.to(torch.float32)
     bad = (~torch.isfinite(value)).nonzero()
     if len(bad):

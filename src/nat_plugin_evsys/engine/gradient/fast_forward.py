@@ -6,7 +6,6 @@ uses it only after a probe has shown that its hidden states are the same either 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +25,6 @@ from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
 from nat_plugin_evsys.engine.tree.plan import TreePlan
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
 from nat_plugin_evsys.engine.tree.unembedding import Pairs, pair_logprobs
-
-logger = logging.getLogger(__name__)
 
 _PROBE_TOKENS = (16, 80)
 
@@ -57,6 +54,7 @@ class FastForward:
     Attributes:
         longest: tokens of the longest sequence that it accepts; None means any. A sliding-window layer attends to
             everything only while a sequence is no longer than its window.
+        most_rows: rows of a pack, unless a single sequence has more; None means any.
         rope_limit: a pack holds sequences up to this many tokens, or longer ones, which have another rotary table;
             None means any.
         fused: the decoder as ``fused_decoder`` computes it; None where it goes through transformers' classes.
@@ -66,6 +64,7 @@ class FastForward:
         self._base = base
         self._head = head
         self.longest = _shortest_window(base)
+        self.most_rows = _rows_below_attention_temperature(base)
         self.rope_limit = long_rope_limit(base.model)
         self.fused = FusedDecoder.of(base.model) if fuse else None
 
@@ -139,13 +138,14 @@ class FastForward:
             return_inverse=True
         )
         hidden = self.hidden(trie, read, adapter, keep=keep)
+        temperature = None
         if any(e.temperature is not None for e in examples):
-            temperature = torch.cat([temperature_of(e)[p] for e, p in zip(examples, places, strict=True)])
-            hidden, at = _tempered(hidden, at, temperature)
+            of_places = torch.cat([temperature_of(e)[p] for e, p in zip(examples, places, strict=True)])
+            hidden, at, temperature = _by_temperature(hidden, at, of_places)
         rows = at.split([len(p) for p in places])
         targets = [_matrix(e.targets)[p] for e, p in zip(examples, places, strict=True)]
         gradient = [r.gradient[p] for r, p in zip(reads, places, strict=True)]
-        lp, entropy = self._of_rows(adapter, hidden, rows, targets, gradient)
+        lp, entropy = self._of_rows(adapter, hidden, rows, targets, gradient, temperature)
         out = []
         for e, place, row, part in zip(examples, places, rows, lp, strict=True):
             shape, place = _matrix(e.targets).shape, place.to(hidden.device)
@@ -161,8 +161,12 @@ class FastForward:
         rows: Sequence[Tensor],
         targets: Sequence[Tensor],
         gradient: Sequence[Tensor],
+        temperature: Tensor | None,
     ) -> tuple[list[Tensor], Tensor]:
-        """Logprobs of ``targets[i] [n, K]`` at ``rows[i] [n]``, and the entropy of each row of ``hidden``, [R]."""
+        """Logprobs of ``targets[i] [n, K]`` at ``rows[i] [n]``, and the entropy of each row of ``hidden``, [R].
+
+        ``temperature`` (R,) divides the logits of each row.
+        """
         vocabulary, device = self._base.vocab_size, hidden.device
         # Datums that share a row and a target there share the pair; np.unique sorts by row as well.
         keys = torch.cat([(r[:, None] * vocabulary + t).reshape(-1) for r, t in zip(rows, targets, strict=True)])
@@ -172,7 +176,8 @@ class FastForward:
         with_gradient[inverse[flat.numpy()]] = True
         key = torch.from_numpy(unique).to(device)
         pairs = Pairs(key // vocabulary, key % vocabulary)
-        lp, entropy = pair_logprobs(self._head, adapter, hidden, pairs, torch.from_numpy(with_gradient).to(device))
+        read = torch.from_numpy(with_gradient).to(device)
+        lp, entropy = pair_logprobs(self._head, adapter, hidden, pairs, read, temperature)
         parts = lp[torch.from_numpy(inverse).to(device)].split([t.numel() for t in targets])
         return [p.view(t.shape) for p, t in zip(parts, targets, strict=True)], entropy
 
@@ -182,19 +187,18 @@ def temperature_of(example: Example) -> Tensor:
     return torch.ones(len(example)) if example.temperature is None else example.temperature
 
 
-def _tempered(hidden: Tensor, at: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states divided by the temperature, one for each pair of a row and a temperature that is read there.
-
-    The head is linear, so that the logits of ``h / T`` are those of ``h`` divided by T.
+def _by_temperature(hidden: Tensor, at: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A row for each pair of a row and a temperature that is read there.
 
     Args:
         hidden: [R, H].
         at: (P,) the row that each place reads; ``temperature``: (P,) at which.
+
+    Returns:
+        ``(hidden [R', H], the place's row among them (P,), temperature of each row (R',))``.
     """
     keys, inverse = torch.stack([at.double(), temperature.double()]).unique(dim=1, return_inverse=True)
-    rows = keys[0].long().to(hidden.device)
-    divisor = keys[1].to(device=hidden.device, dtype=hidden.dtype)
-    return hidden[rows] / divisor[:, None], inverse
+    return hidden[keys[0].long().to(hidden.device)], inverse, keys[1].float().to(hidden.device)
 
 
 def _matrix(targets: Tensor) -> Tensor:
@@ -212,3 +216,9 @@ def _shortest_window(base: BaseModel) -> int | None:
     if "chunked_attention" in kinds:
         windows.append(getattr(config, "attention_chunk_size", None))
     return min((w for w in windows if w), default=None)
+
+
+def _rows_below_attention_temperature(base: BaseModel) -> int | None:
+    """Rows that have the same attention at any depth. Llama 4 scales a query by its row, not by its position."""
+    config = base.model.config.get_text_config()
+    return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else None

@@ -16,7 +16,8 @@ from nat_plugin_evsys.engine.model.float32_twin import float32_twin
 from nat_plugin_evsys.engine.model.forward import OutputHead, hidden_rows, share_of_norm
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import rope_types
-from nat_plugin_evsys.engine.model.lora import applied
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied, random_adapter
+from nat_plugin_evsys.engine.model.targets import linear_roles
 from nat_plugin_evsys.engine.tree.attention import install
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
 from nat_plugin_evsys.errors import one_line
@@ -115,8 +116,19 @@ def _states_of_probe(base: BaseModel, fast: FastForward) -> tuple[Tensor, Tensor
     window = min(fast.longest or 10, fast.rope_limit or 10)
     family = [s[:window] for s in (*family, generator.integers(0, base.vocab_size, 6))]
     trie = TokenTrie.build(family)
-    with torch.no_grad(), applied(None):
-        plain = hidden_rows(base.model, [torch.from_numpy(s) for s in family], base.device)
-        found = fast.hidden(trie, torch.arange(len(trie)), None)
+    adapter = _adapter_of_probe(base)
+    with torch.no_grad():
+        with applied(adapter, fused=False):
+            plain = hidden_rows(base.model, [torch.from_numpy(s) for s in family], base.device)
+        found = fast.hidden(trie, torch.arange(len(trie)), adapter)
         packed = found[torch.from_numpy(np.concatenate(trie.rows)).to(base.device)]
     return packed, plain, family
+
+
+def _adapter_of_probe(base: BaseModel) -> LoraAdapter | None:
+    """On every second layer, so that both kinds are seen. None in a dtype of few bits, where no layer is fused: the
+    adapter is then added by the same modules on both paths, and the float32 of ``_half_mismatch`` has none."""
+    if base.dtype != torch.float32:
+        return None
+    names = [name for name, role in linear_roles(base.model).items() if role != "unembed"]
+    return random_adapter(base.model, names[::2])

@@ -22,7 +22,6 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.vision import Vision
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
-from nat_plugin_evsys.errors import DataError
 
 # In forward passes: one and a backward pass of two, and once more for what is computed again.
 _PASSES, _RECOMPUTED_PASSES = 3, 4
@@ -86,8 +85,6 @@ class MicroBatches:
 
     def plan(self, examples: Sequence[Example], loss: Loss, token_budget: int | None) -> list[MicroBatch]:
         """Every Datum is in exactly one micro-batch."""
-        if not self._head.is_linear and any(e.temperature is not None for e in examples):
-            raise DataError("temperature is not offered for this model: its logits are not linear in its hidden states")
         reads = [loss.reads(e) for e in examples]
         unread = [i for i, r in enumerate(reads) if r.length == 0]
         batches = [MicroBatch(unread, 0)] if unread else []
@@ -121,7 +118,8 @@ class MicroBatches:
         bigger ones, which repeat fewer tokens, that keep their layers' inputs only."""
         assert self._fast is not None
         if token_budget is not None:
-            return plan_packs(sequences, TokenLimits(token_budget, token_budget)), False
+            limits = TokenLimits(token_budget, token_budget).up_to(self._fast.most_rows)
+            return plan_packs(sequences, limits), False
         most = self._limits_of(False).most
         packs = plan_packs(sequences, self._limits_of(False))
         if self._fast.fused is None or (len(packs) == 1 and len(packs[0].trie) <= most):
@@ -140,9 +138,11 @@ class MicroBatches:
         return self._memory[recompute]
 
     def _limits_of(self, recompute: bool) -> TokenLimits:
+        assert self._fast is not None
         # On the CPU freed memory stays with the process (``allocator``) and would count as taken: so ask only once.
         if recompute not in self._limits or self._base.device.type != "cpu":
-            self._limits[recompute] = self._model_of(recompute).limits(self._base.device)
+            limits = self._model_of(recompute).limits(self._base.device)
+            self._limits[recompute] = limits.up_to(self._fast.most_rows)
         return self._limits[recompute]
 
     def run(
@@ -194,11 +194,12 @@ class MicroBatches:
         device = self._base.device
         with applied(adapter, fused=False):
             hidden = self._hidden(examples)
+        temperature = None
         if any(e.temperature is not None for e in examples):
-            hidden = hidden / torch.cat([temperature_of(e) for e in examples]).to(hidden)[:, None]
+            temperature = torch.cat([temperature_of(e) for e in examples]).to(device)
         targets = stack_targets(examples).to(device)
         needs_grad = torch.cat([r.gradient for r in reads]).to(device)
-        logprobs, entropy = target_logprobs(self._head, adapter, hidden, targets, needs_grad)
+        logprobs, entropy = target_logprobs(self._head, adapter, hidden, targets, needs_grad, temperature)
         entropies = entropy.split([len(e) for e in examples])
         return list(zip(split_rows(logprobs, examples), entropies, strict=True))
 

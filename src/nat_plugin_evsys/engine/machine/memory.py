@@ -65,6 +65,10 @@ class TokenLimits:
     most: int
     comfortable: int
 
+    def up_to(self, rows: int | None) -> TokenLimits:
+        """These, and no more than ``rows``; None means any."""
+        return self if rows is None else TokenLimits(min(self.most, rows), min(self.comfortable, rows))
+
 
 @dataclass(frozen=True)
 class MemoryModel:

@@ -17,7 +17,8 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.targets import text_decoder
 from nat_plugin_evsys.errors import ModelError
 
-_CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MiB in fp32
+CHUNK_ELEMENTS = 2**24
+"""Logits alive at a time: 64 MiB in fp32."""
 
 
 class OutputHead:
@@ -43,16 +44,18 @@ class OutputHead:
 
     @property
     def is_linear(self) -> bool:
-        """Whether dividing the hidden state divides the logits."""
+        """Whether the logits are a fixed matrix times the hidden state."""
         return self.softcap is None and self.linear.bias is None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, temperature: Tensor | None = None) -> Tensor:
+        """``temperature`` (R,) in fp32 divides the logits of each row, as the sampler does it; None means 1."""
         logits: Tensor = self.linear(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits.float()
+        logits = logits.float()
+        return logits if temperature is None else logits / temperature[:, None]
 
     def _check(self, model: PreTrainedModel) -> None:
         ids = torch.arange(3, device=self.linear.weight.device)[None]
@@ -80,7 +83,12 @@ def hidden_rows(model: PreTrainedModel, sequences: Sequence[Tensor], device: tor
 
 
 def target_logprobs(
-    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, targets: Tensor, gradient: Tensor
+    head: OutputHead,
+    adapter: LoraAdapter | None,
+    hidden: Tensor,
+    targets: Tensor,
+    gradient: Tensor,
+    temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets, and the entropy of each row's distribution.
 
@@ -90,6 +98,7 @@ def target_logprobs(
         hidden: [R, H].
         targets: [R, K] token ids.
         gradient: [R] bool; logprobs of the other rows are constants.
+        temperature: [R] fp32 that divides the logits of each row; None means 1.
 
     Returns:
         ``(logprobs [R, K] fp32, entropy [R] fp32 without gradient, in nats)``. At most 2**24 logits live at a time:
@@ -98,24 +107,27 @@ def target_logprobs(
     logprobs = hidden.new_zeros(targets.shape, dtype=torch.float32)
     entropy = hidden.new_zeros(len(targets), dtype=torch.float32)
     for rows, with_grad in ((~gradient, False), (gradient, torch.is_grad_enabled())):
-        for index in rows.nonzero().squeeze(1).split(max(1, _CHUNK_ELEMENTS // head.linear.weight.shape[0])):
+        for index in rows.nonzero().squeeze(1).split(max(1, CHUNK_ELEMENTS // head.linear.weight.shape[0])):
             part, part_targets = hidden[index], targets[index]
+            divisor = None if temperature is None else temperature[index]
             if with_grad:
                 lp, h = checkpoint(
-                    _chunk, head, adapter, part, part_targets, use_reentrant=False, preserve_rng_state=False
+                    _chunk, head, adapter, part, part_targets, divisor, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 with torch.no_grad():
-                    lp, h = _chunk(head, adapter, part, part_targets)
+                    lp, h = _chunk(head, adapter, part, part_targets, divisor)
             logprobs = logprobs.index_copy(0, index, lp)
             entropy[index] = h
     return logprobs, entropy
 
 
-def _chunk(head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(
+    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, targets: Tensor, temperature: Tensor | None
+) -> tuple[Tensor, Tensor]:
     # The backward pass runs this again, on a GPU in a thread of autograd's own: so the adapter is set here.
     with applied(adapter):
-        logits = head(hidden)
+        logits = head(hidden, temperature)
     normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
     logprobs = logits.gather(1, targets) - normaliser
     with torch.no_grad():

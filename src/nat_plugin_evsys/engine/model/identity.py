@@ -51,7 +51,8 @@ def model_identity(model: PreTrainedModel) -> dict[str, Any]:
 def weight_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over names, shapes and 16 evenly spaced values of each parameter.
 
-    The values are rounded to bfloat16 first, so that one set of weights has one fingerprint in every precision.
+    The values are rounded to bfloat16 first, so that weights have one fingerprint in float32 and bfloat16. What float16
+    rounds when it is loaded, such as weights stored in float32, is rounded twice and may have another.
     """
     digest = hashlib.sha256()
     samples = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ from nat_plugin_evsys.errors import ModelError
 
 LoraWeights = dict[str, tuple[Tensor, Tensor]]
 """Module name -> ``(A [rank, in_features], B [out_features, rank])``."""
+
+_RANDOM_STD = 0.05
 
 _ACTIVE: ContextVar[LoraAdapter | None] = ContextVar("evsys_active_lora", default=None)
 _FUSED: ContextVar[bool] = ContextVar("evsys_fused_lora", default=True)
@@ -115,6 +117,23 @@ def _initial_pair(linear: nn.Module, rank: int, key: str) -> tuple[Tensor, Tenso
     a = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
     device = linear.get_parameter("weight").device
     return a.to(device), torch.zeros(outputs, rank, device=device)
+
+
+def random_adapter(
+    model: PreTrainedModel, names: Iterable[str], *, rank: int = 4, alpha: float = 8.0, seed: int = 0
+) -> LoraAdapter:
+    """Random matrices on the layers ``names``, for probes: unlike a fresh adapter's, their delta is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pair(linear: nn.Module) -> tuple[Tensor, Tensor]:
+        outputs, inputs = linear_shape(linear)
+        a, b = torch.empty(rank, inputs), torch.empty(outputs, rank)
+        for matrix in (a, b):
+            matrix.normal_(0, _RANDOM_STD, generator=generator)
+        device = linear.get_parameter("weight").device
+        return a.to(device), b.to(device)
+
+    return LoraAdapter(rank, alpha, {name: pair(model.get_submodule(name)) for name in names})
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:

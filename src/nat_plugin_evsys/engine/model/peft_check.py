@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from nat_plugin_evsys.engine.model.forward import share_of_norm
 from nat_plugin_evsys.engine.model.loading import BaseModel
-from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear, applied
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear, applied, random_adapter
 from nat_plugin_evsys.engine.model.peft_format import adapter_config, to_peft_names
 from nat_plugin_evsys.engine.model.plain_copy import plain_copy
 from nat_plugin_evsys.engine.model.quantized import keep_differentiable
@@ -30,7 +30,6 @@ from nat_plugin_evsys.errors import one_line
 logger = logging.getLogger(__name__)
 
 _TOKENS = 12
-_STD = 0.05
 _FP32, _HALF = 1e-3, 0.15
 _SAID: WeakKeyDictionary[BaseModel, set[frozenset[str]]] = WeakKeyDictionary()
 
@@ -68,7 +67,7 @@ def trains_tied_head(base: BaseModel, adapter: LoraAdapter) -> bool:
 
 def peft_problem(base: BaseModel, adapter: LoraAdapter) -> str:
     """What is wrong with an adapter of this shape in PEFT, "" if nothing: random matrices, written and loaded back."""
-    probe = _random_like(adapter)
+    probe = random_adapter(base.model, adapter.weights, rank=adapter.rank, alpha=adapter.alpha)
     ids = (torch.arange(_TOKENS, device=base.device) * 7 % base.vocab_size)[None]
     try:
         with tempfile.TemporaryDirectory() as directory:
@@ -111,12 +110,3 @@ def _may_differ(base: BaseModel, adapter: LoraAdapter) -> bool:
     if get_checkpoint_conversion_mapping(base.model.config.model_type) is not None:
         return True
     return any(type(base.model.get_submodule(name)) is not LoraLinear for name in adapter.weights)
-
-
-def _random_like(adapter: LoraAdapter) -> LoraAdapter:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(like: Tensor) -> Tensor:
-        return torch.empty(like.shape).normal_(0, _STD, generator=generator).to(like.device)
-
-    return LoraAdapter(adapter.rank, adapter.alpha, {n: (draw(a), draw(b)) for n, (a, b) in adapter.weights.items()})

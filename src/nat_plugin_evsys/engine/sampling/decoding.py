@@ -120,6 +120,14 @@ class RowParams:
         )
 
 
+def _running_sums(x: Tensor) -> Tensor:
+    """``x.cumsum(dim=-1)``, on the CPU where a GPU would refuse it: no kernel of its sums floats in a fixed order
+    (docstring of ``torch.use_deterministic_algorithms``)."""
+    if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        return x.cpu().cumsum(dim=-1).to(x.device)
+    return x.cumsum(dim=-1)
+
+
 def restrict(z: Tensor, top_k: Tensor, top_p: Tensor, floor: Tensor) -> Tensor:
     """``z`` (R, V) with -inf where min_p, top_k and then top_p drop a token, (R,) each; see the module's docstring."""
     values, order = z.sort(dim=-1, descending=True, stable=True)
@@ -127,7 +135,7 @@ def restrict(z: Tensor, top_k: Tensor, top_p: Tensor, floor: Tensor) -> Tensor:
     too_small = (rank >= top_k.unsqueeze(1)) | (values < values[:, :1] + floor.unsqueeze(1))
     values = values.masked_fill(too_small, float("-inf"))
     probs = values.double().softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs
+    before = _running_sums(probs) - probs
     drop = (before >= top_p.unsqueeze(1)) & (rank > 0)
     return torch.empty_like(z).scatter_(-1, order, values.masked_fill(drop, float("-inf")))
 
@@ -172,12 +180,12 @@ def draw(logprobs: Tensor, params: RowParams, u: np.ndarray) -> Tensor:
     probs.view(rows, -1)[:, vocab:] = 0.0
     if params.never is not None:
         probs.view(rows, -1).index_fill_(1, params.never, 0.0)
-    ends = probs.sum(dim=-1).double().cumsum(dim=-1)
+    ends = _running_sums(probs.sum(dim=-1).double())
     goal = torch.from_numpy(u).to(ends.device).unsqueeze(1) * ends[:, -1:]
     block = torch.searchsorted(ends, goal, right=True).clamp_(max=ends.shape[1] - 1)
     start = torch.where(block > 0, ends.gather(1, (block - 1).clamp_(min=0)), 0.0)
     share = (goal - start) / (ends.gather(1, block) - start)
-    inner = probs[torch.arange(rows, device=block.device), block[:, 0]].double().cumsum(dim=-1)
+    inner = _running_sums(probs[torch.arange(rows, device=block.device), block[:, 0]].double())
     at = torch.searchsorted(inner, share.clamp_(0.0, _BELOW_ONE) * inner[:, -1:], right=True)
     tokens = (block * _BLOCK + at).squeeze(1).clamp_(max=vocab - 1)
     return torch.where(params.greedy, likeliest(logprobs, params.never), tokens) if params.any_greedy else tokens

@@ -27,8 +27,7 @@ class JointDecoding:
     The weights of the base model are packed once for all of them, whatever their number; each alone has a merged copy.
     A policy that has begun to decode jointly goes on so until it has nothing to do. The adapters of the last joint step
     stay side by side for the next, if they take no more memory than the base model's weights, until they are forgotten.
-    Models with experts, which get rows in an order of their own, decode each policy alone, and so does one whose joint
-    pass fails.
+    A model that does not mix policies decodes each alone, and so does one whose joint pass fails.
     """
 
     def __init__(self, model: RolloutModel) -> None:
@@ -36,7 +35,7 @@ class JointDecoding:
         self._mixed = MixedAdapters()
         self._begun = False
         self._fit: dict[int, bool] = {}
-        self._able = not any("expert" in name for name in model.versions.names)
+        self._able = model.mixes
 
     def chosen(self, batches: Sequence[DecodeBatch]) -> list[DecodeBatch]:
         """Those that decode in one pass from now on; none where only one could, unless it has done so before."""

@@ -7,8 +7,10 @@ For the few rows of a decode step a product with a weight that was reordered in 
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from nat_plugin_evsys.engine.machine.allocator import give_back
 from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.engine.machine.products import few_rows_product, for_few_rows
-from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear
+from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear, applied
 from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ PackedWeights = dict[str, Tensor]
 
 _KEPT = 2
 _FREE_SHARE = 0.5
+_CHECKED_ROWS = 4
+_TOLERANCE = 1e-4
 _SHARED = -1
 """Ident of the base model's weights under several adapters; policies count from 0."""
 
@@ -71,7 +75,8 @@ class PackedVersions:
     """The reordered weights of the policy versions in flight, and of the last ones that were.
 
     A version that does not fit in memory computes with the base model's weights and a separate adapter. So does every
-    version of a model that is not fp32, where a merged weight would be rounded.
+    version of a model that is not fp32, where a merged weight would be rounded, and of one whose reordered weights give
+    other products than its layers: the first without an adapter and the first with one are compared.
     """
 
     def __init__(self, layers: Iterable[PackedLinear], dtype: torch.dtype) -> None:
@@ -80,6 +85,7 @@ class PackedVersions:
         self._in_flight: dict[int, PackedWeights | None] = {}
         self._idle: OrderedDict[int, PackedWeights] = OrderedDict()
         self._unadapted: PackedWeights = {}
+        self._checked: set[bool] = set()
         self._current: int | None = None
 
     @property
@@ -97,6 +103,16 @@ class PackedVersions:
         self.use(_SHARED, None)
         for layer in self._layers:
             layer.mixed = mixed
+
+    @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """In the ``with`` block every version computes with the base model's weights and a separate adapter."""
+        able, self._able = self._able, False
+        try:
+            yield
+        finally:
+            self._able = able
+            self.clear()
 
     def done_sharing(self) -> None:
         """End ``share``."""
@@ -147,9 +163,30 @@ class PackedVersions:
             self._idle.clear()
         if self._fits():
             give_back()
-            return self._pack(adapter)
+            weights = self._pack(adapter)
+            return weights if self._can_be_trusted(weights, adapter) else None
         logger.info("no memory for merged weights of one more policy version; it is sampled from unmerged, slower")
         return None
+
+    def _can_be_trusted(self, weights: PackedWeights, adapter: LoraAdapter | None) -> bool:
+        if (adapter is not None) in self._checked or not self._layers:
+            return True
+        with torch.inference_mode(), applied(adapter):
+            gaps = {layer.name: _gap(layer, weights[layer.name]) for layer in self._layers}
+        if any(math.isnan(gap) for gap in gaps.values()):
+            return True  # the adapter's own products are not finite: the next one is compared
+        self._checked.add(adapter is not None)
+        worst = max(gaps, key=lambda name: gaps[name])
+        if gaps[worst] <= _TOLERANCE:
+            return True
+        logger.warning(
+            "policies are sampled from unmerged weights, slower: reordered ones give %s products that are off by %.1e",
+            worst,
+            gaps[worst],
+        )
+        self._able = False
+        self._unadapted.clear()
+        return False
 
     def _fits(self) -> bool:
         needed = sum(layer.weight.nbytes for layer in self._layers if layer.name not in self._unadapted)
@@ -172,3 +209,14 @@ class PackedVersions:
         a, b = pair
         merged = scratch[: layer.weight.numel()].view_as(layer.weight)
         return for_few_rows(torch.addmm(layer.weight, b.float(), a.float(), alpha=adapter.scale, out=merged))
+
+
+def _gap(layer: PackedLinear, weight: Tensor) -> float:
+    """Largest difference of a few rows' products from the layer's own, relative to the largest; NaN if that is none."""
+    x = torch.randn(_CHECKED_ROWS, layer.weight.shape[1], generator=torch.Generator().manual_seed(0))
+    expected: Tensor = layer.plain(x)
+    if not expected.isfinite().all():
+        return math.nan
+    found = few_rows_product(x, weight, layer.plain.bias)
+    gap = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(x.dtype).tiny))
+    return math.inf if math.isnan(gap) else gap

@@ -25,6 +25,7 @@ class RolloutModel:
 
     Attributes:
         versions: the weights of each policy version.
+        mixes: whether several policies may be in one pass; set once that has been compared with each alone.
         fed_tokens: tokens that decoders have fed so far.
 
     Raises:
@@ -36,6 +37,7 @@ class RolloutModel:
         self.versions = PackedVersions(replace_linears(model), base.dtype)
         self._head = OutputHead(model)
         self._decoder = text_decoder(model)
+        self.mixes = False
         self.fed_tokens = 0
         install(model)
 

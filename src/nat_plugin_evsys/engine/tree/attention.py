@@ -1,6 +1,6 @@
 """Attention over a token trie without a mask, through transformers' ``AttentionInterface``.
 
-A trie is a few calls of a flash kernel on slices (``tree_plan``), merged by their log-sum-exps:
+A trie is a few calls of a flash kernel on slices (``plan``), merged by their log-sum-exps:
 ``o = lerp(o1, o2, sigmoid(l2 - l1))``, ``l = logaddexp(l1, l2)``. The kernel's backward takes the merged output and
 log-sum-exp, which makes the gradient of each call exact.
 """

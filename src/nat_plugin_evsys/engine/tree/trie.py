@@ -3,7 +3,7 @@
 Sequences are sorted, and each one adds only what its predecessor does not have. Rows therefore stand in depth-first
 order: the ancestors of a row come before it, and the rows below it follow it without a gap. A maximal run of rows in
 which each is the parent of the next is a *chain*; the trie is a tree of chains, and attention needs no mask (see
-``tree_plan``).
+``plan``).
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Log-probabilities of targets at rows of hidden states, in chunks: no [rows, vocabulary] tensor outlives its chunk.
 
-For one row with logits ``z = s * (h W^T + b)`` and ``p = softmax(z)``, ``d log p[t] / d h = s * (W[t] - p W)``. ``p W``
-is taken in the forward pass while p is there, so the backward pass needs no second look at the vocabulary; without b it
-gives the entropy, too, as ``logsumexp(z) - s * h . p W``. A soft cap ``c * tanh(z / c)`` multiplies both terms of the
-gradient by ``1 - (z_capped / c)^2``.
+For one row with logits ``z = s * (h W^T + b)`` and ``p = softmax(z)``, ``d log p[t] / d h = s * (W[t] - p W)``; a
+temperature divides s. ``p W`` is taken in the forward pass while p is there, so the backward pass needs no second look
+at the vocabulary; without b it gives the entropy, too, as ``logsumexp(z) - s * h . p W``. A soft cap
+``c * tanh(z / c)`` multiplies both terms of the gradient by ``1 - (z_capped / c)^2``.
+
+A row's own targets are left out of the product ``p W``, and their share is added in fp32: of a confident target
+``(1 - p[t]) W[t]`` remains, which is less than what rounding ``p W`` to bf16 loses.
 """
 
 from __future__ import annotations
@@ -16,16 +19,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nat_plugin_evsys.engine.machine.products import product, transposed
-from nat_plugin_evsys.engine.model.forward import OutputHead
+from nat_plugin_evsys.engine.model.forward import CHUNK_ELEMENTS, OutputHead
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
-
-CHUNK_ELEMENTS = 2**24
-"""Logits alive at a time: 64 MiB in fp32. They become their softmax in place."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which targets are wanted at which rows.
+    """Which targets are wanted at which rows, each pair once.
 
     Attributes:
         rows: (P,) rows of the hidden states, not falling.
@@ -41,7 +41,12 @@ class Pairs:
 
 
 def pair_logprobs(
-    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs, read: Tensor
+    head: OutputHead,
+    adapter: LoraAdapter | None,
+    hidden: Tensor,
+    pairs: Pairs,
+    read: Tensor,
+    temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(logprobs (P,) fp32, entropy (T,) fp32 in nats, without gradient)``.
 
@@ -51,6 +56,7 @@ def pair_logprobs(
         hidden: [T, H].
         pairs: the targets.
         read: (P,) bool. Logprobs of the other pairs are constants. Rows with no read pair get entropy 0.
+        temperature: (T,) fp32 that divides each row's logits; None means 1.
     """
     logprobs = hidden.new_zeros(len(pairs.rows), dtype=torch.float32)
     entropy = hidden.new_zeros(len(hidden), dtype=torch.float32)
@@ -63,13 +69,14 @@ def pair_logprobs(
             continue
         part = pairs.select(index)
         rows, local = torch.unique_consecutive(part.rows, return_inverse=True)
-        here = Pairs(local, part.targets)
+        here, of_rows = Pairs(local, part.targets), None if temperature is None else temperature[rows]
         if not with_grad:
-            lp, h = _constant_logprobs(head, adapter, hidden.detach()[rows], here, want_entropy=index is of_read_row)
+            want_entropy = index is of_read_row
+            lp, h = _constant_logprobs(head, adapter, hidden.detach()[rows], here, of_rows, want_entropy=want_entropy)
         elif adapted:
-            lp, h = _plain_logprobs(head, adapter, hidden[rows], here)
+            lp, h = _plain_logprobs(head, adapter, hidden[rows], here, of_rows)
         else:
-            lp, h = _TargetLogprobs.apply(hidden[rows], here, head)  # type: ignore[no-untyped-call]  # torch gives apply() no types
+            lp, h = _TargetLogprobs.apply(hidden[rows], here, head, of_rows)  # type: ignore[no-untyped-call]  # torch gives apply() no types
         logprobs = logprobs.masked_scatter(index, lp)
         entropy[rows] = h.detach() * row_read[rows]
     return logprobs, entropy
@@ -84,7 +91,13 @@ def _chunks(rows: int, pairs: Pairs, vocab_size: int) -> list[tuple[slice, slice
 
 
 def _constant_logprobs(
-    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs, *, want_entropy: bool
+    head: OutputHead,
+    adapter: LoraAdapter | None,
+    hidden: Tensor,
+    pairs: Pairs,
+    temperature: Tensor | None,
+    *,
+    want_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Without gradient; entropy 0 unless it is wanted."""
     logprobs = hidden.new_empty(len(pairs.rows), dtype=torch.float32)
@@ -92,7 +105,7 @@ def _constant_logprobs(
     with torch.no_grad(), applied(adapter):
         for rows, span in _chunks(len(hidden), pairs, head.linear.weight.shape[0]):
             at = (pairs.rows[span] - rows.start, pairs.targets[span])
-            logits = head(hidden[rows])
+            logits = head(hidden[rows], None if temperature is None else temperature[rows])
             wanted = logits[at]
             if want_entropy:
                 normaliser = torch.logsumexp(logits, dim=-1)
@@ -112,12 +125,13 @@ def _softmax_in_place(logits: Tensor) -> Tensor:
 
 
 def _plain_logprobs(
-    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs
+    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, pairs: Pairs, temperature: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """By autograd; a chunk that needs gradient is computed again in the backward pass."""
     logprobs, entropies = [], []
     for rows, span in _chunks(len(hidden), pairs, head.linear.weight.shape[0]):
-        arguments = (head, adapter, hidden[rows], pairs.rows[span] - rows.start, pairs.targets[span])
+        at = (pairs.rows[span] - rows.start, pairs.targets[span])
+        arguments = (head, adapter, hidden[rows], at, None if temperature is None else temperature[rows])
         if torch.is_grad_enabled():
             lp, h = checkpoint(_plain_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -128,13 +142,17 @@ def _plain_logprobs(
 
 
 def _plain_chunk(
-    head: OutputHead, adapter: LoraAdapter | None, hidden: Tensor, rows: Tensor, targets: Tensor
+    head: OutputHead,
+    adapter: LoraAdapter | None,
+    hidden: Tensor,
+    at: tuple[Tensor, Tensor],
+    temperature: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     # The backward pass runs this again, on a GPU in a thread of autograd's own: so the adapter is set here.
     with applied(adapter):
-        logits = head(hidden)
+        logits = head(hidden, temperature)
     normaliser = torch.logsumexp(logits, dim=-1)
-    logprobs = logits[rows, targets] - normaliser[rows]
+    logprobs = logits[at] - normaliser[at[0]]
     with torch.no_grad():
         shifted = logits - normaliser[:, None]
         entropy = -_row_dots(shifted.exp(), shifted)
@@ -143,57 +161,74 @@ def _plain_chunk(
 
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, pairs: Pairs, head: OutputHead) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, pairs: Pairs, head: OutputHead, temperature: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         weight = head.linear.weight
         logprobs = hidden.new_empty(len(pairs.rows), dtype=torch.float32)
         entropy = hidden.new_empty(len(hidden), dtype=torch.float32)
-        mean = torch.empty_like(hidden)  # p W, the expected output embedding of each row
+        others = torch.empty_like(hidden)  # p W without the targets' share
+        own = torch.empty_like(logprobs)  # p of each target
         slopes = torch.empty_like(logprobs) if head.softcap is not None else None
-        is_linear = head.softcap is None and head.linear.bias is None
+        scale = torch.full_like(entropy, head.scale)
+        if temperature is not None:
+            scale /= temperature
         logits = None
         for rows, span in _chunks(len(hidden), pairs, weight.shape[0]):
             del logits  # before the next ones, which then take its memory
-            logits = _frozen_logits(head, hidden[rows])
+            of_rows = None if temperature is None else temperature[rows]
+            logits = _frozen_logits(head, hidden[rows], of_rows)
             at = (pairs.rows[span] - rows.start, pairs.targets[span])
-            slope = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-            wanted, kept = logits[at], None if is_linear else logits.clone()
+            slope = None if head.softcap is None else _slope(logits, head.softcap, of_rows)
+            wanted, kept = logits[at], None if head.is_linear else logits.clone()
             normaliser = _softmax_in_place(logits)
             logprobs[span] = wanted - normaliser[at[0]]
             expected = None if kept is None else _row_dots(kept, logits)
+            own[span] = logits[at]
             if slope is not None and slopes is not None:
                 slopes[span] = slope[at]
                 logits.mul_(slope)
-            mean[rows] = _expected_embedding(logits, weight)
+            logits[at] = 0.0
+            others[rows] = _expected_embedding(logits, weight)
             if expected is None:
-                expected = _row_dots(hidden[rows].float(), mean[rows].float()) * head.scale
+                expected = _row_dots(hidden[rows].float(), others[rows].float()).mul_(scale[rows])
+                expected.index_add_(0, at[0], own[span] * wanted)
             entropy[rows] = normaliser - expected
-        ctx.save_for_backward(mean, pairs.rows, pairs.targets, weight, slopes)
-        ctx.scale = head.scale
+        ctx.save_for_backward(others, own, scale, pairs.rows, pairs.targets, weight, slopes)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy.clamp_(min=0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        mean, rows, targets, weight, slopes = ctx.saved_tensors
-        grad = grad * ctx.scale
-        total = grad.new_zeros(len(mean)).index_add_(0, rows, grad)
-        out = mean.float() * -total[:, None]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        others, own, scale, rows, targets, weight, slopes = ctx.saved_tensors
+        grad = grad * scale[rows]
+        total = grad.new_zeros(len(others)).index_add_(0, rows, grad)
+        out = others.float() * -total[:, None]
+        grad -= total[rows] * own
         if slopes is not None:
-            grad = grad * slopes
-        step = max(1, CHUNK_ELEMENTS // mean.shape[1])
+            grad *= slopes
+        step = max(1, CHUNK_ELEMENTS // others.shape[1])
         for r, t, g in zip(rows.split(step), targets.split(step), grad.split(step), strict=True):
             out.index_add_(0, r, weight[t].float().mul_(g[:, None]))
-        return out.to(mean.dtype), None, None
+        return out.to(others.dtype), None, None, None
 
 
-def _frozen_logits(head: OutputHead, hidden: Tensor) -> Tensor:
-    """``head(hidden)`` without an adapter."""
+def _frozen_logits(head: OutputHead, hidden: Tensor, temperature: Tensor | None) -> Tensor:
+    """``head(hidden, temperature)`` without an adapter."""
     weight = head.linear.weight
-    if not _is_plain_fp32(weight) or head.linear.bias is not None or head.softcap:
+    if not _is_plain_fp32(weight) or not head.is_linear:
         with applied(None):
-            return head(hidden)
+            return head(hidden, temperature)
+    if temperature is not None:
+        hidden = hidden / temperature[:, None]  # in fp32 as exact as to divide the logits, which are more
     logits = product(hidden, weight)
     return logits if head.scale == 1.0 else logits.mul_(head.scale)
+
+
+def _slope(logits: Tensor, softcap: float, temperature: Tensor | None) -> Tensor:
+    """What the soft cap multiplies the gradient by, [R, V]."""
+    capped = logits if temperature is None else logits * temperature[:, None]
+    return 1 - (capped / softcap).square_()
 
 
 def _expected_embedding(probabilities: Tensor, weight: Tensor) -> Tensor:
