@@ -176,10 +176,8 @@ class DecodeBatch:
 
     def _take(self, logits: Tensor, read: list[Context]) -> None:
         """One token for every row, and the first one for those whose context has been read."""
-        if read:
-            counts = torch.tensor([1] * len(self._rows) + [context.rows for context in read])
-            logits = logits.repeat_interleave(counts.to(logits.device), dim=0)
-            self._params = None
+        before = len(self._rows)
+        # First of all, so that row i stays row i of the decoder, whatever fails.
         for context in read:
             sequences = self._joining.pop(context)
             self._rows += sequences
@@ -188,6 +186,10 @@ class DecodeBatch:
                     sequence.request.cache_hit_tokens = context.known
         if not self._rows:
             return
+        if read:
+            self._params = None
+            counts = torch.tensor([1] * before + [context.rows for context in read])
+            logits = logits.repeat_interleave(counts.to(logits.device), dim=0)
         if self._params is None:
             self._params = row_params(self._rows, self._runner.vocab_size, self._runner.device, self._never)
         self._accept(sample_rows(self._rows, logits, self._params))
@@ -195,10 +197,9 @@ class DecodeBatch:
 
     def _preempt(self) -> None:
         while len(self._rows) > 1 and not self.decoder.fits(()):
-            sequence = self._rows.pop()
-            self.decoder.remove(len(self._rows), _read_tokens(sequence))
+            sequence = self._rows[-1]
             self._waiting.appendleft(sequence)
-            self._params = None
+            self._remove(len(self._rows) - 1, _read_tokens(sequence))
 
     def _accept(self, sampled: list[tuple[int, float]]) -> None:
         """Hand each row its token."""
@@ -222,27 +223,29 @@ class DecodeBatch:
         """Take out what ended or whose request did; the last row moves into the gap."""
         for context, sequences in list(self._joining.items()):
             if all(s.request.dead for s in sequences):
-                self.decoder.leave(context)
                 del self._joining[context]
                 for sequence in sequences:
                     sequence.request.acknowledge_cancel()
+                self.decoder.leave(context)
         for i in range(len(self._rows) - 1, -1, -1):
             sequence = self._rows[i]
             if sequence.request.dead:
                 sequence.request.acknowledge_cancel()
                 self._remove(i, None)
             elif sequence.stop_reason is not None:
-                self._remove(i, _read_tokens(sequence))
-                sequence.request.unfinished -= 1
-                if sequence.request.unfinished == 0:
-                    sequence.request.complete(self.policy.version)
+                try:
+                    self._remove(i, _read_tokens(sequence))
+                finally:  # it is done, even if what it read cannot be kept
+                    sequence.request.unfinished -= 1
+                    if sequence.request.unfinished == 0:
+                        sequence.request.complete(self.policy.version)
 
     def _remove(self, i: int, keep: list[int] | None) -> None:
-        self.decoder.remove(i, keep)
         last = self._rows.pop()
         if i < len(self._rows):
             self._rows[i] = last
         self._params = None
+        self.decoder.remove(i, keep)
 
     def _not_finite(self) -> ModelError:
         return ModelError(
