@@ -86,11 +86,11 @@ class DecodeBatch:
 
     def decode(self, tokens: list[int]) -> None:
         """The pass, and what follows it, after ``begin``."""
-        self._guard(lambda: self._take(*self.decoder.step(tokens)))
+        self.end(lambda: self.decoder.step(tokens))
 
-    def end(self, logits: Tensor, read: list[Context]) -> None:
-        """What follows the pass, with what the decoder gave."""
-        self._guard(lambda: self._take(logits, read))
+    def end(self, step: Callable[[], tuple[Tensor, list[Context]]]) -> None:
+        """What follows the pass, with what the decoder's ``step`` gives."""
+        self._guard(lambda: self._take(*step()))
 
     def _guard(self, stage: Callable[[], None]) -> None:
         try:

@@ -123,7 +123,8 @@ class SpanDecoder:
         planned.plan.own = self.slots.own_tokens({slot: token for token, slot in enumerate(planned.slots)})
         self._model.versions.use(self.policy, self.adapter)
         logits = self._model.logits(self.adapter, planned.ids, planned.positions, planned.plan, planned.at)
-        return self.take(planned, logits)
+        self.advance(planned)
+        return self.enter(planned, logits)
 
     def plan(self, tokens: Sequence[int], room: int) -> SpanPass:
         """The pass that ``step`` makes, with at most ``room`` tokens of waiting contexts."""
@@ -139,13 +140,16 @@ class SpanDecoder:
         wanted, slots = torch.tensor(at, dtype=torch.long), [row.slot for row in self._rows]
         return SpanPass(torch.tensor(ids), torch.tensor(positions), plan, wanted, slots, feeds, list(finished))
 
-    def take(self, made: SpanPass, logits: Tensor) -> tuple[Tensor, list[Context]]:
-        """What ``step`` returns, once the pass has been made."""
+    def advance(self, made: SpanPass) -> None:
+        """Count the tokens of a pass that has been made. Until then another pass would set all of it again."""
         self._model.fed_tokens += len(made.ids)
         for feed in made.feeds:
             feed.span.filled = max(feed.span.filled, feed.at + feed.count)
         for row in self._rows:
             row.slot.filled += 1
+
+    def enter(self, made: SpanPass, logits: Tensor) -> tuple[Tensor, list[Context]]:
+        """What ``step`` returns, after ``advance`` of all decoders that share the slots: these move."""
         if made.finished:
             self._enter(made.finished)
         return logits, made.finished

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -74,14 +75,16 @@ class JointDecoding:
             for batch, tokens in ready:
                 batch.decode(tokens)
             return
-        for (batch, _), (logits, read) in zip(ready, found, strict=True):
-            batch.end(logits, read)
+        for (batch, _), enter in zip(ready, found, strict=True):
+            batch.end(enter)
 
     def step(
         self, decoders: Sequence[SpanDecoder], tokens: Sequence[Sequence[int]]
-    ) -> list[tuple[Tensor, list[Context]]]:
-        """``SpanDecoder.step`` of each, in one pass."""
-        # Before ``take`` nothing is changed that another pass would not set again.
+    ) -> list[Callable[[], tuple[Tensor, list[Context]]]]:
+        """One pass for all, and for each decoder a call that gives what its ``SpanDecoder.step`` does.
+
+        If the pass fails, nothing has changed that another one would not set again.
+        """
         room = max(1, min(decoder.pass_tokens for decoder in decoders) // len(decoders))
         planned = {each.policy: each.plan(last, room) for each, last in zip(decoders, tokens, strict=True)}
         self._begun = True
@@ -101,7 +104,9 @@ class JointDecoding:
             [len(each.ids) for each in passes],
         )
         found = dict(zip(order, logits, strict=True))
-        return [each.take(planned[each.policy], found[each.policy]) for each in decoders]
+        for each in decoders:
+            each.advance(planned[each.policy])
+        return [partial(each.enter, planned[each.policy], found[each.policy]) for each in decoders]
 
     def end(self) -> None:
         """No policy decodes jointly now."""
