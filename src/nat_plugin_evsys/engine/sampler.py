@@ -85,13 +85,13 @@ class Sampler:
         # A copy: encoding with padding or truncation elsewhere changes a fast tokenizer while this thread decodes.
         self.tokenizer = copy.deepcopy(base.tokenizer)
         eos = eos_token_ids(base.model, base.tokenizer, base.vocab_size)
-        self.limits = Limits(base.context_length, base.vocab_size, eos, base.vision)
-        self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
-        self._runner, self.plain_because = trusted_runner(base)
         never = ids_without_a_token(base.tokenizer, base.vocab_size, eos)
         if isinstance(base.vision, Vision):
             never.append(base.vision.token)  # it could not be read back beside an image
         self._never = torch.tensor(never, device=base.device) if never else None
+        self.limits = Limits(base.context_length, base.vocab_size, eos, base.vision, tuple(never))
+        self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
+        self._runner, self.plain_because = trusted_runner(base)
         keep = prefix_cache_bytes if prefix_cache_bytes is not None else prefix_budget(base.device)
         if isinstance(base.vision, Vision):
             keep //= 2  # of text, and of sequences with images

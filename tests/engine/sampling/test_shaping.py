@@ -7,6 +7,8 @@ import pytest
 import torch
 from tinker.types import ModelInput
 
+from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
+from nat_plugin_evsys.engine.sampling.row_sampler import row_params, sample_rows
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.runtime.extensions import SamplingParams
 
@@ -117,9 +119,20 @@ def test_a_form_ends_where_it_must_and_bans_may_not_break_it(base, adapter, make
         ({"logit_bias": {300: 1.0}}, "outside the vocabulary of 300"),
         ({"logit_bias": {3: 101.0}}, "between -100 .* got 101"),
         ({"logit_bias": dict.fromkeys(range(300), -100.0)}, "bans every token"),
+        ({"logit_bias": dict.fromkeys(range(1, 300), -100.0), "min_tokens": 2}, "min_tokens is 2, .* does not end the"),
     ],
 )
 def test_what_is_out_of_range_is_named(fields, words, base, make_sampler):
     future = make_sampler(base).client(None, 1).sample(ModelInput.from_ints(PROMPT), 1, SamplingParams(**fields))
     with pytest.raises(DataError, match=words):
         future.result(TIMEOUT)
+
+
+def test_a_banned_token_is_not_sampled_in_the_place_of_one_that_cannot_be():
+    bias = {token: -100.0 for token in range(12) if token != 4}
+    params = SamplingParams(max_tokens=3, logit_bias=bias, seed=1)
+    request = SampleRequest(PROMPT, 1, params, Limits(99, 12, frozenset()), None)
+    logits = torch.zeros(1, 12)
+    logits[0, 4] = -math.inf
+    [(_, logprob)] = sample_rows(request.sequences, logits, row_params(request.sequences, 12, logits.device))
+    assert math.isnan(logprob)

@@ -48,14 +48,15 @@ class Shaping:
     late: NDArray[np.bool_] | None
 
     @classmethod
-    def of(cls, params: Any, ends: Iterable[int], vocab_size: int) -> Shaping | None:
+    def of(cls, params: Any, ends: Iterable[int], vocab_size: int, never: Iterable[int] = ()) -> Shaping | None:
         """What Tinker's sampling parameters ask for, with this package's extensions; None if that is nothing.
 
         Args:
             ends: ids that end a sequence.
+            never: ids that are not drawn in any case.
 
         Raises:
-            DataError: a parameter is out of range, or the bias bans every token.
+            DataError: a parameter is out of range, or no token is left to draw.
         """
         asked = extensions_of(params)
         if not asked:
@@ -63,10 +64,16 @@ class Shaping:
         bias = _checked_bias(asked.get("logit_bias") or {}, vocab_size)
         banned = [token for token, value in bias.items() if value <= BANNED]
         added = {token: value for token, value in bias.items() if value > BANNED}
-        late = _all_but(banned, vocab_size) if banned else None
+        late = _all_but([*banned, *never], vocab_size) if banned else None
         if late is not None and not late.any():
             raise DataError("logit_bias bans every token; leave at least one")
         min_tokens = _checked_min_tokens(asked.get("min_tokens", 0), params.max_tokens)
+        early = _all_but([*banned, *ends, *never], vocab_size) if min_tokens else late
+        if early is not None and not early.any():
+            raise DataError(
+                f"min_tokens is {min_tokens}, and logit_bias bans every token that does not end the sequence; leave at "
+                "least one"
+            )
         return cls(
             bias_ids=np.array(list(added), dtype=np.int64),
             bias=np.array(list(added.values()), dtype=np.float32),
@@ -75,7 +82,7 @@ class Shaping:
             presence=_finite("presence_penalty", asked.get("presence_penalty", 0.0)),
             min_p=_share("min_p", asked.get("min_p", 0.0)),
             min_tokens=min_tokens,
-            early=_all_but([*banned, *ends], vocab_size) if min_tokens else late,
+            early=early,
             late=late,
         )
 
