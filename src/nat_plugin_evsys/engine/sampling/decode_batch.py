@@ -138,8 +138,11 @@ class DecodeBatch:
                 request.complete(self.policy.version)
 
     def _fits(self, batch: list[SampleRequest], request: SampleRequest) -> bool:
+        if not batch:
+            return True
+        # Sequences that are decoded alone are scored alone, too: padding changes the last bits.
         longest = max(len(r.prompt) for r in [*batch, request])
-        return not batch or (len(batch) + 1) * longest <= self._runner.prefill_tokens
+        return self._max_rows > 1 and (len(batch) + 1) * longest <= self._runner.prefill_tokens
 
     # -- joining
 
