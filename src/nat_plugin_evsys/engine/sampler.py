@@ -195,6 +195,9 @@ class Sampler:
         return not closed
 
     def _submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
+        if not policy.is_finite:  # attention to a few keys may make plausible numbers of NaN
+            request.fail(policy.not_finite())
+            return
         try:
             if request.images and self._images is None:
                 self._images = image_runner(self._base)

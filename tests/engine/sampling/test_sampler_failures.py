@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hold import Hold
 from tinker.types import ModelInput, SamplingParams
 
 from nat_plugin_evsys.engine import sampler as sampler_module
 from nat_plugin_evsys.engine.model.loading import BaseModel
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.engine.sampling import kv_cache
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
@@ -52,7 +54,11 @@ def once(failing: Callable[..., Any], error: Exception, when: Callable[..., bool
 
 @pytest.mark.parametrize("path", ["auto", "plain"])
 def test_where_memory_for_rows_ran_out_once_all_policies_are_sampled_on(
-    path: str, base: BaseModel, adapter: Any, make_sampler: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch
+    path: str,
+    base: BaseModel,
+    adapter: LoraAdapter,
+    make_sampler: Callable[..., Sampler],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fresh = make_sampler(base, path=path)
     want = [tokens(fresh.client(each, 0), LONG, 3) for each in (None, adapter)]
@@ -99,7 +105,7 @@ def test_what_cannot_be_kept_of_a_row_that_ended_takes_no_other_rows_place(
     path: str,
     cache: Any,
     base: BaseModel,
-    adapter: Any,
+    adapter: LoraAdapter,
     make_sampler: Callable[..., Sampler],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -122,3 +128,17 @@ def test_what_cannot_be_kept_of_a_row_that_ended_takes_no_other_rows_place(
     assert sampler._spans.held_bytes == 0
     assert tokens(client, BRIEF, 3) == want
     wait_idle(sampler)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_token_is_sampled_from_queries_that_are_not_finite(
+    value: float, base: BaseModel, adapter: LoraAdapter, make_sampler: Callable[..., Sampler]
+) -> None:
+    """Over so few keys as these the attention of the fast path makes numbers of NaN."""
+    weights = {
+        name: (a, torch.full_like(b, value) if name.endswith("0.self_attn.q_proj") else b)
+        for name, (a, b) in adapter.weights.items()
+    }
+    client = make_sampler(base).client(LoraAdapter(adapter.rank, adapter.alpha, weights), 1)
+    with pytest.raises(ModelError, match="version 1 gives logits that are not finite"):
+        tokens(client, BRIEF)

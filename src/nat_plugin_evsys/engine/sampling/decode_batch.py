@@ -128,7 +128,7 @@ class DecodeBatch:
         scores = self._runner.score(self.policy.adapter, store, prompts, topk, watchers, **images)
         for slot, (request, (logprobs, topk_ids, topk_logprobs)) in enumerate(zip(batch, scores, strict=True)):
             if np.isnan(logprobs[1:]).any():
-                request.fail(self._not_finite())
+                request.fail(self.policy.not_finite())
                 continue
             request.score(logprobs, topk_ids, topk_logprobs)
             self.decoder.keep(request.prompt, store, slot)
@@ -211,7 +211,7 @@ class DecodeBatch:
             if request.dead:
                 continue
             if not math.isfinite(logprob):
-                request.fail(self._not_finite())
+                request.fail(self.policy.not_finite())
                 continue
             try:
                 sequence.accept(token, logprob)
@@ -249,12 +249,6 @@ class DecodeBatch:
             self._rows[i] = last
         self._params = None
         self.decoder.remove(i, keep)
-
-    def _not_finite(self) -> ModelError:
-        return ModelError(
-            f"policy version {self.policy.version} gives logits that are not finite; its weights are broken: "
-            "use an earlier checkpoint, or lower the learning rate"
-        )
 
 
 def _requests(sequences: Iterable[SampleSequence], more: Iterable[SampleRequest] = ()) -> list[SampleRequest]:

@@ -15,7 +15,7 @@ from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
 from nat_plugin_evsys.engine.spans.attention import Level, Piece, SpanPlan
 from nat_plugin_evsys.engine.spans.decoder import SpanDecoder
-from nat_plugin_evsys.engine.spans.mixed import MixedAdapters, is_finite
+from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.errors import one_line
 
@@ -48,12 +48,12 @@ class JointDecoding:
         return found if len(found) >= least else []
 
     def takes(self, policy: SamplingPolicy) -> bool:
-        """Whether a policy can be part of a joint step: its adapter is finite and of layers that can be mixed."""
+        """Whether a policy can be part of a joint step: its adapter is of layers that can be mixed."""
         adapter = policy.adapter
         if not self._able or adapter is None:
             return self._able
         if policy.ident not in self._fit:
-            self._fit[policy.ident] = set(adapter.weights) <= self._model.versions.names and is_finite(adapter)
+            self._fit[policy.ident] = set(adapter.weights) <= self._model.versions.names
         return self._fit[policy.ident]
 
     def decode(self, batches: Sequence[DecodeBatch]) -> None:
