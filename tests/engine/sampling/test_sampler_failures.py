@@ -20,7 +20,7 @@ from nat_plugin_evsys.engine.sampling import kv_cache
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
 from nat_plugin_evsys.engine.spans.tree import SpanTree
-from nat_plugin_evsys.errors import ModelError
+from nat_plugin_evsys.errors import DataError, ModelError
 
 TIMEOUT = 60
 BRIEF = ModelInput.from_ints([9, 8, 7])
@@ -142,3 +142,15 @@ def test_no_token_is_sampled_from_queries_that_are_not_finite(
     client = make_sampler(base).client(LoraAdapter(adapter.rank, adapter.alpha, weights), 1)
     with pytest.raises(ModelError, match="version 1 gives logits that are not finite"):
         tokens(client, BRIEF)
+
+
+def test_an_error_of_this_package_from_a_callback_reaches_the_caller_as_it_is(
+    base: BaseModel, make_sampler: Callable[..., Sampler]
+) -> None:
+    error = DataError("the form of the reply is broken")
+
+    def refuse(*_: Any) -> None:
+        raise error
+
+    future = make_sampler(base).client(None, 0).sample(BRIEF, 1, PARAMS, on_tokens=refuse)
+    assert future.exception(TIMEOUT) is error

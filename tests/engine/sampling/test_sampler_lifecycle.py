@@ -89,7 +89,7 @@ def test_a_failing_callback_fails_its_own_request_only(base, make_sampler):
 
     other = client.sample(PROMPT, 1, LONG)
     failing = client.sample(PROMPT, 2, LONG, on_tokens=bad)
-    with pytest.raises(ModelError, match="RuntimeError: no more disk") as caught:
+    with pytest.raises(ModelError, match="callback on_tokens failed: RuntimeError: no more disk") as caught:
         failing.result(TIMEOUT)
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert len(other.result(TIMEOUT).sequences[0].tokens) == 90

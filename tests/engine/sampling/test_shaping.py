@@ -116,6 +116,8 @@ def test_a_form_ends_where_it_must_and_bans_may_not_break_it(base, adapter, make
         ({"min_tokens": 2, "stop": ["x"]}, "no stop strings"),
         ({"frequency_penalty": math.nan}, "frequency_penalty must be a number"),
         ({"repetition_penalty": -1.0}, "repetition_penalty must be a positive number"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be .* up to 1e\\+20, got 1e\\+39"),
+        ({"presence_penalty": -1e39}, "presence_penalty must be .* up to 1e\\+20, got -1e\\+39"),
         ({"logit_bias": {300: 1.0}}, "outside the vocabulary of 300"),
         ({"logit_bias": {3: 101.0}}, "between -100 .* got 101"),
         ({"logit_bias": dict.fromkeys(range(300), -100.0)}, "bans every token"),
@@ -136,3 +138,12 @@ def test_a_banned_token_is_not_sampled_in_the_place_of_one_that_cannot_be():
     logits[0, 4] = -math.inf
     [(_, logprob)] = sample_rows(request.sequences, logits, row_params(request.sequences, 12, logits.device))
     assert math.isnan(logprob)
+
+
+def test_the_largest_penalties_give_numbers(base, make_sampler):
+    client = make_sampler(base).client(None, 1)
+    largest = {"frequency_penalty": 1e20, "presence_penalty": -1e20, "repetition_penalty": 1e20}
+    for penalties in (largest, {name: 1 / value if value == 1e20 else -value for name, value in largest.items()}):
+        params = SamplingParams(max_tokens=30, temperature=1e-6, seed=1, stop=[], **penalties)
+        sequence = client.sample(ModelInput.from_ints(PROMPT), 1, params).result(TIMEOUT).sequences[0]
+        assert len(sequence.tokens) == 30

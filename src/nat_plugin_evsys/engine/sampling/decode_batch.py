@@ -15,10 +15,10 @@ from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
-from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence
+from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence, TokenCallback
 from nat_plugin_evsys.engine.sampling.row_decoder import Context, RowDecoder
 from nat_plugin_evsys.engine.sampling.row_sampler import row_params, sample_rows
-from nat_plugin_evsys.errors import ModelError
+from nat_plugin_evsys.errors import EvsysError, ModelError
 
 
 class DecodeBatch:
@@ -216,8 +216,10 @@ class DecodeBatch:
             try:
                 sequence.accept(token, logprob)
                 if request.on_tokens is not None:
-                    request.on_tokens(sequence.index, [token], [logprob])
-            except Exception as exc:  # noqa: BLE001 - boundary: the caller's callback and tokenizer; goes to the request
+                    _call_back(request.on_tokens, sequence.index, token, logprob)
+            except EvsysError as exc:
+                request.fail(exc)
+            except Exception as exc:  # noqa: BLE001 - boundary: the caller's tokenizer; goes to the request
                 self._fail([request], exc)
 
     # -- leaving
@@ -254,6 +256,20 @@ class DecodeBatch:
 def _requests(sequences: Iterable[SampleSequence], more: Iterable[SampleRequest] = ()) -> list[SampleRequest]:
     """The requests of sequences, and ``more``, each once."""
     return list({id(r): r for r in [*more, *(s.request for s in sequences)]}.values())
+
+
+def _call_back(on_tokens: TokenCallback, index: int, token: int, logprob: float) -> None:
+    """Tell the caller of a token.
+
+    Raises:
+        ModelError: its callback failed, with an error of its own.
+    """
+    try:
+        on_tokens(index, [token], [logprob])
+    except EvsysError:
+        raise
+    except Exception as exc:
+        raise ModelError(f"the request's callback on_tokens failed: {type(exc).__name__}: {exc}") from exc
 
 
 def _read_tokens(sequence: SampleSequence) -> list[int]:
