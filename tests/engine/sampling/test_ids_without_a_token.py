@@ -54,6 +54,15 @@ def test_they_are_never_sampled(
                 assert sequence.tokens == z[:, :known].argmax(-1).tolist()
 
 
+def test_they_are_not_drawn_at_prompt_positions_either(padded: BaseModel, make_sampler: Callable[..., Any]) -> None:
+    client = make_sampler(padded).client(None, 0)
+    for temperature in (0, 1.5):
+        params = SamplingParams(max_tokens=1, temperature=temperature, seed=1)
+        prompt = ModelInput.from_ints(PROMPT * 10)
+        found = client.sample(prompt, 1, params, prompt_alt_tokens_k=8).result(TIMEOUT).prompt_alt_tokens
+        assert found.tokens.to_torch().max() < padded.vocab_size - PADDING
+
+
 def test_where_no_other_is_left_the_request_is_refused(padded: BaseModel, make_sampler: Callable[..., Any]) -> None:
     bans = dict.fromkeys(range(padded.vocab_size - PADDING), -100.0)
     params = SamplingParams(max_tokens=2, logit_bias=bans)

@@ -179,7 +179,7 @@ class SampleRequest:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self.prompt_scores: PromptScores | None = None
         if prompt_targets is not None or prompt_draws != 0:
-            asked = (prompt_targets, prompt_draws, self.temperature, seed)
+            asked = (prompt_targets, prompt_draws, self.temperature, seed, limits.never)
             self.prompt_scores = PromptScores(len(self.prompt), limits.vocab_size, *asked)
         keys = stream_keys(seed, num_samples)
         self.sequences = [SampleSequence(self, i, key, self._matcher(tokenizer)) for i, key in enumerate(keys.tolist())]
