@@ -195,16 +195,16 @@ class Sampler:
         return not closed
 
     def _submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
-        if not policy.is_finite:  # attention to a few keys may make plausible numbers of NaN
-            request.fail(policy.not_finite())
-            return
         try:
+            if not policy.is_finite:  # attention to a few keys may make plausible numbers of NaN
+                raise policy.not_finite()
             if request.images and self._images is None:
                 self._images = image_runner(self._base)
+            self._batch(policy, bool(request.images)).submit(request)
         except ModelError as exc:
             request.fail(exc)
-        else:
-            self._batch(policy, bool(request.images)).submit(request)
+        except Exception as exc:  # noqa: BLE001 - boundary: a request without room must fail, not end the thread
+            request.fail(_failed(exc))
 
     def _free(self, resting: list[tuple[int, threading.Event]]) -> None:
         """Free merged weights of resting policies, and all that is kept of those whose last client is gone."""
@@ -238,9 +238,7 @@ class Sampler:
         except Exception as exc:  # boundary: a bug in the loop must fail requests, not end the thread
             logger.exception("the sampler's decode loop failed")
             for request in (request for batch in batches for request in batch.requests()):
-                error = ModelError(f"the sampler failed: {type(exc).__name__}: {exc}")
-                error.__cause__ = exc
-                request.fail(error)
+                request.fail(_failed(exc))
             for batch in batches:
                 self._end(batch)
             return
@@ -294,6 +292,12 @@ class Sampler:
             kv_bytes=self._kv_bytes,
             slots=slots,
         )
+
+
+def _failed(cause: Exception) -> ModelError:
+    error = ModelError(f"the sampler failed: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 def _closed_error() -> EngineClosedError:

@@ -77,6 +77,17 @@ def test_where_memory_for_rows_ran_out_once_all_policies_are_sampled_on(
     wait_idle(sampler)
 
 
+def test_a_request_that_cannot_even_join_fails_and_the_thread_lives(
+    base: BaseModel, make_sampler: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = make_sampler(base, path="plain").client(None, 0)
+    zeros = once(kv_cache.mapped_zeros, MemoryError("no memory for 3 MiB"), lambda *_: True)
+    monkeypatch.setattr(kv_cache, "mapped_zeros", zeros)
+    with pytest.raises(ModelError, match="no memory for 3 MiB"):
+        tokens(client, BRIEF)
+    assert len(tokens(client, BRIEF)[0]) == 6
+
+
 def test_a_context_that_fails_after_another_was_read_leaves_no_row_behind(
     base: BaseModel, make_sampler: Callable[..., Sampler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
