@@ -31,3 +31,14 @@ async def test_company_changes_no_bit(make_backend: Any) -> None:
     together = await asyncio.gather(*(sample(other, number, count=3) for number in order))
     assert [alone[number] for number in order] == list(together)
     assert all(tokens for tokens, _ in alone)
+
+
+async def test_company_changes_no_bit_of_prompt_logprobs(make_backend: Any) -> None:
+    backend = await make_backend()
+    backend._shared._deterministic = True
+    client = await backend.snapshot_sampling_client()
+    prompts = [ModelInput.from_ints([*prompt, *range(10, 60)]) for prompt in PROMPTS]
+    alone = [await client.compute_logprobs_async(prompt) for prompt in prompts]
+    asked = [ModelInput.from_ints(range(4, 4 + 9 * n)) for n in range(1, 9)]
+    together = await asyncio.gather(*(client.compute_logprobs_async(prompt) for prompt in [*asked, *prompts]))
+    assert together[len(asked) :] == alone

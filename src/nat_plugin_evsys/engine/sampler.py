@@ -85,13 +85,13 @@ class Sampler:
         # A copy: encoding with padding or truncation elsewhere changes a fast tokenizer while this thread decodes.
         self.tokenizer = copy.deepcopy(base.tokenizer)
         eos = eos_token_ids(base.model, base.tokenizer, base.vocab_size)
-        self.limits = Limits(base.context_length, base.vocab_size, eos, base.vision)
-        self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
-        self._runner, self.plain_because = trusted_runner(base)
         never = ids_without_a_token(base.tokenizer, base.vocab_size, eos)
         if isinstance(base.vision, Vision):
             never.append(base.vision.token)  # it could not be read back beside an image
         self._never = torch.tensor(never, device=base.device) if never else None
+        self.limits = Limits(base.context_length, base.vocab_size, eos, base.vision, tuple(never))
+        self.grammars = None if base.tokenizer is None else Grammars(self.tokenizer, base.vocab_size, eos)
+        self._runner, self.plain_because = trusted_runner(base)
         keep = prefix_cache_bytes if prefix_cache_bytes is not None else prefix_budget(base.device)
         if isinstance(base.vision, Vision):
             keep //= 2  # of text, and of sequences with images
@@ -196,12 +196,15 @@ class Sampler:
 
     def _submit(self, policy: SamplingPolicy, request: SampleRequest) -> None:
         try:
+            if not policy.is_finite:  # attention to a few keys may make plausible numbers of NaN
+                raise policy.not_finite()
             if request.images and self._images is None:
                 self._images = image_runner(self._base)
+            self._batch(policy, bool(request.images)).submit(request)
         except ModelError as exc:
             request.fail(exc)
-        else:
-            self._batch(policy, bool(request.images)).submit(request)
+        except Exception as exc:  # noqa: BLE001 - boundary: a request without room must fail, not end the thread
+            request.fail(_failed(exc))
 
     def _free(self, resting: list[tuple[int, threading.Event]]) -> None:
         """Free merged weights of resting policies, and all that is kept of those whose last client is gone."""
@@ -235,9 +238,7 @@ class Sampler:
         except Exception as exc:  # boundary: a bug in the loop must fail requests, not end the thread
             logger.exception("the sampler's decode loop failed")
             for request in (request for batch in batches for request in batch.requests()):
-                error = ModelError(f"the sampler failed: {type(exc).__name__}: {exc}")
-                error.__cause__ = exc
-                request.fail(error)
+                request.fail(_failed(exc))
             for batch in batches:
                 self._end(batch)
             return
@@ -291,6 +292,12 @@ class Sampler:
             kv_bytes=self._kv_bytes,
             slots=slots,
         )
+
+
+def _failed(cause: Exception) -> ModelError:
+    error = ModelError(f"the sampler failed: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
 
 
 def _closed_error() -> EngineClosedError:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tinker.types import ModelInput, SamplingParams
+from tinker.types import ModelInput
 from tiny import tiny_model
 
 from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model
 from nat_plugin_evsys.engine.sampling.stopping import ids_without_a_token
+from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.runtime.extensions import SamplingParams
 
 TIMEOUT = 60
 PROMPT = [5, 6, 7, 8]
@@ -50,6 +52,22 @@ def test_they_are_never_sampled(
             assert torch.allclose(torch.tensor(sequence.logprobs), expected, atol=1e-4)
             if params.temperature == 0:
                 assert sequence.tokens == z[:, :known].argmax(-1).tolist()
+
+
+def test_they_are_not_drawn_at_prompt_positions_either(padded: BaseModel, make_sampler: Callable[..., Any]) -> None:
+    client = make_sampler(padded).client(None, 0)
+    for temperature in (0, 1.5):
+        params = SamplingParams(max_tokens=1, temperature=temperature, seed=1)
+        prompt = ModelInput.from_ints(PROMPT * 10)
+        found = client.sample(prompt, 1, params, prompt_alt_tokens_k=8).result(TIMEOUT).prompt_alt_tokens
+        assert found.tokens.to_torch().max() < padded.vocab_size - PADDING
+
+
+def test_where_no_other_is_left_the_request_is_refused(padded: BaseModel, make_sampler: Callable[..., Any]) -> None:
+    bans = dict.fromkeys(range(padded.vocab_size - PADDING), -100.0)
+    params = SamplingParams(max_tokens=2, logit_bias=bans)
+    with pytest.raises(DataError, match="bans every token"):
+        make_sampler(padded).client(None, 0).sample(ModelInput.from_ints(PROMPT), 1, params).result(TIMEOUT)
 
 
 def test_which_they_are(tokenizer: Any) -> None:

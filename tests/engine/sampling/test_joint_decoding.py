@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hold import Hold
 from tinker import types
 from tiny import perturb
 
@@ -16,6 +17,7 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.engine.spans import attention, joint
 from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
+from nat_plugin_evsys.engine.spans.slots import RowSlots
 from nat_plugin_evsys.errors import ModelError
 
 FAMILIES = ("qwen3", "llama")
@@ -89,11 +91,14 @@ def test_each_samples_what_it_samples_alone(base_of: Any, family: str, monkeypat
     sampler.close()
 
 
-def test_a_broken_adapter_reaches_no_other(base_of: Any) -> None:
+@pytest.mark.parametrize("value", [float("nan"), 3e38], ids=["nan", "overflows"])
+def test_a_broken_adapter_reaches_no_other(value: float, base_of: Any) -> None:
     base = base_of("qwen3")
     good = perturb(LoraAdapter.create(base.model, rank=2, alpha=4.0), 1)
     broken = perturb(LoraAdapter.create(base.model, rank=2, alpha=4.0), 2)
-    next(iter(broken.weights.values()))[1].data[0] = float("nan")
+    for name, (_, b) in broken.weights.items():
+        if name.endswith("v_proj"):
+            b.data[0] = value
     sampler = Sampler(base)
     [prompt] = prompts(3, 1)
     alone = sampler.client(good, 0).sample(prompt, 1, GREEDY).result(120)
@@ -139,6 +144,36 @@ def test_where_a_joint_pass_is_wrong_each_goes_alone(
     assert not sampler.plain_because
     clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters)]
     check([client.sample(prompt, 2, GREEDY) for client, prompt in zip(clients, asked, strict=True)], alone)
+    sampler.close()
+
+
+def test_rows_that_find_no_memory_fail_alone_and_the_others_go_on_from_their_tokens(
+    base_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of("qwen3")
+    sampler = Sampler(base)
+    clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters_of(base)[:3])]
+    asked = prompts(9, 3)
+    longer = types.SamplingParams(max_tokens=30, temperature=0.0, stop=[])
+    alone = [client.sample(prompt, 1, longer).result(120) for client, prompt in zip(clients, asked, strict=True)]
+    wait_until_idle(sampler)
+    enter, left = RowSlots.enter, [MemoryError("no memory for 64 MiB")]
+
+    def failing(self: Any, starts: Any) -> Any:
+        if len(starts) == 2 and left:
+            raise left.pop()
+        return enter(self, starts)
+
+    monkeypatch.setattr(RowSlots, "enter", failing)
+    hold = Hold()
+    with sampler._wake:
+        futures = [clients[0].sample(asked[0], 1, longer, on_tokens=hold), clients[1].sample(asked[1], 1, longer)]
+    hold.wait()
+    broken = clients[2].sample(asked[2], 2, longer)
+    hold.release()
+    with pytest.raises(ModelError, match="no memory for 64 MiB"):
+        broken.result(120)
+    check([*futures, clients[2].sample(asked[2], 1, longer)], alone)
     sampler.close()
 
 

@@ -89,7 +89,7 @@ def test_a_failing_callback_fails_its_own_request_only(base, make_sampler):
 
     other = client.sample(PROMPT, 1, LONG)
     failing = client.sample(PROMPT, 2, LONG, on_tokens=bad)
-    with pytest.raises(ModelError, match="RuntimeError: no more disk") as caught:
+    with pytest.raises(ModelError, match="callback on_tokens failed: RuntimeError: no more disk") as caught:
         failing.result(TIMEOUT)
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert len(other.result(TIMEOUT).sequences[0].tokens) == 90
@@ -109,12 +109,13 @@ def test_a_failing_forward_fails_its_requests_and_the_thread_lives(base, adapter
     assert len(short(sampler.client(adapter, 8)).result(TIMEOUT).sequences[0].tokens) == 5
 
 
-def test_weights_that_are_not_finite_are_named_and_do_not_spread(base, adapter, make_sampler, plain_logits):
+@pytest.mark.parametrize("value", [float("nan"), 3e38], ids=["nan", "overflows"])
+def test_weights_that_are_not_finite_are_named_and_do_not_spread(value, base, adapter, make_sampler, plain_logits):
     from nat_plugin_evsys.engine.model.lora import LoraAdapter
 
     sampler = make_sampler(base)
     nan = LoraAdapter(
-        adapter.rank, adapter.alpha, {n: (a, torch.full_like(b, float("nan"))) for n, (a, b) in adapter.weights.items()}
+        adapter.rank, adapter.alpha, {n: (a, torch.full_like(b, value)) for n, (a, b) in adapter.weights.items()}
     )
     long = ModelInput.from_ints(list(range(1, 31)))
     before = short(sampler.client(adapter, 0)).result(TIMEOUT).sequences

@@ -7,6 +7,8 @@ import pytest
 import torch
 from tinker.types import ModelInput
 
+from nat_plugin_evsys.engine.sampling.request import Limits, SampleRequest
+from nat_plugin_evsys.engine.sampling.row_sampler import row_params, sample_rows
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.runtime.extensions import SamplingParams
 
@@ -114,12 +116,34 @@ def test_a_form_ends_where_it_must_and_bans_may_not_break_it(base, adapter, make
         ({"min_tokens": 2, "stop": ["x"]}, "no stop strings"),
         ({"frequency_penalty": math.nan}, "frequency_penalty must be a number"),
         ({"repetition_penalty": -1.0}, "repetition_penalty must be a positive number"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty must be .* up to 1e\\+20, got 1e\\+39"),
+        ({"presence_penalty": -1e39}, "presence_penalty must be .* up to 1e\\+20, got -1e\\+39"),
         ({"logit_bias": {300: 1.0}}, "outside the vocabulary of 300"),
         ({"logit_bias": {3: 101.0}}, "between -100 .* got 101"),
         ({"logit_bias": dict.fromkeys(range(300), -100.0)}, "bans every token"),
+        ({"logit_bias": dict.fromkeys(range(1, 300), -100.0), "min_tokens": 2}, "min_tokens is 2, .* does not end the"),
     ],
 )
 def test_what_is_out_of_range_is_named(fields, words, base, make_sampler):
     future = make_sampler(base).client(None, 1).sample(ModelInput.from_ints(PROMPT), 1, SamplingParams(**fields))
     with pytest.raises(DataError, match=words):
         future.result(TIMEOUT)
+
+
+def test_a_banned_token_is_not_sampled_in_the_place_of_one_that_cannot_be():
+    bias = {token: -100.0 for token in range(12) if token != 4}
+    params = SamplingParams(max_tokens=3, logit_bias=bias, seed=1)
+    request = SampleRequest(PROMPT, 1, params, Limits(99, 12, frozenset()), None)
+    logits = torch.zeros(1, 12)
+    logits[0, 4] = -math.inf
+    [(_, logprob)] = sample_rows(request.sequences, logits, row_params(request.sequences, 12, logits.device))
+    assert math.isnan(logprob)
+
+
+def test_the_largest_penalties_give_numbers(base, make_sampler):
+    client = make_sampler(base).client(None, 1)
+    largest = {"frequency_penalty": 1e20, "presence_penalty": -1e20, "repetition_penalty": 1e20}
+    for penalties in (largest, {name: 1 / value if value == 1e20 else -value for name, value in largest.items()}):
+        params = SamplingParams(max_tokens=30, temperature=1e-6, seed=1, stop=[], **penalties)
+        sequence = client.sample(ModelInput.from_ints(PROMPT), 1, params).result(TIMEOUT).sequences[0]
+        assert len(sequence.tokens) == 30

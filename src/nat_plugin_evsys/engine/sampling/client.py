@@ -79,8 +79,10 @@ class LocalSamplingClient:
         temperature, top_k and top_p); for temperature 0 they are those of temperature 1. Prompt logprobs always have
         temperature 1.
         The token that ends a sequence, or those of its stop string, are in ``tokens``. ``stop=None`` stops at EOS,
-        ``stop=[]`` at nothing, any other at EOS too. The same request and seed give the same sequences, whatever else
-        is being decoded; ``seed=None`` draws a fresh one. ``max_tokens`` is cut to the room in the context.
+        ``stop=[]`` at nothing, any other at EOS too. ``max_tokens`` is cut to the room in the context.
+        The same request and seed draw with the same random numbers, whatever else is being decoded; ``seed=None`` draws
+        a fresh one. What else is being decoded changes logprobs in their last digits, so that a token may change too:
+        only ``deterministic`` rules that out.
         With a ``constraint`` (*extension*) tokens are drawn from what its grammar allows, and the logprobs are those of
         the distribution without it.
 

@@ -15,10 +15,10 @@ from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
-from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence
+from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence, TokenCallback
 from nat_plugin_evsys.engine.sampling.row_decoder import Context, RowDecoder
 from nat_plugin_evsys.engine.sampling.row_sampler import row_params, sample_rows
-from nat_plugin_evsys.errors import ModelError
+from nat_plugin_evsys.errors import EvsysError, ModelError
 
 
 class DecodeBatch:
@@ -86,11 +86,11 @@ class DecodeBatch:
 
     def decode(self, tokens: list[int]) -> None:
         """The pass, and what follows it, after ``begin``."""
-        self._guard(lambda: self._take(*self.decoder.step(tokens)))
+        self.end(lambda: self.decoder.step(tokens))
 
-    def end(self, logits: Tensor, read: list[Context]) -> None:
-        """What follows the pass, with what the decoder gave."""
-        self._guard(lambda: self._take(logits, read))
+    def end(self, step: Callable[[], tuple[Tensor, list[Context]]]) -> None:
+        """What follows the pass, with what the decoder's ``step`` gives."""
+        self._guard(lambda: self._take(*step()))
 
     def _guard(self, stage: Callable[[], None]) -> None:
         try:
@@ -128,7 +128,7 @@ class DecodeBatch:
         scores = self._runner.score(self.policy.adapter, store, prompts, topk, watchers, **images)
         for slot, (request, (logprobs, topk_ids, topk_logprobs)) in enumerate(zip(batch, scores, strict=True)):
             if np.isnan(logprobs[1:]).any():
-                request.fail(self._not_finite())
+                request.fail(self.policy.not_finite())
                 continue
             request.score(logprobs, topk_ids, topk_logprobs)
             self.decoder.keep(request.prompt, store, slot)
@@ -138,8 +138,11 @@ class DecodeBatch:
                 request.complete(self.policy.version)
 
     def _fits(self, batch: list[SampleRequest], request: SampleRequest) -> bool:
+        if not batch:
+            return True
+        # Sequences that are decoded alone are scored alone, too: padding changes the last bits.
         longest = max(len(r.prompt) for r in [*batch, request])
-        return not batch or (len(batch) + 1) * longest <= self._runner.prefill_tokens
+        return self._max_rows > 1 and (len(batch) + 1) * longest <= self._runner.prefill_tokens
 
     # -- joining
 
@@ -176,10 +179,8 @@ class DecodeBatch:
 
     def _take(self, logits: Tensor, read: list[Context]) -> None:
         """One token for every row, and the first one for those whose context has been read."""
-        if read:
-            counts = torch.tensor([1] * len(self._rows) + [context.rows for context in read])
-            logits = logits.repeat_interleave(counts.to(logits.device), dim=0)
-            self._params = None
+        before = len(self._rows)
+        # First of all, so that row i stays row i of the decoder, whatever fails.
         for context in read:
             sequences = self._joining.pop(context)
             self._rows += sequences
@@ -188,6 +189,10 @@ class DecodeBatch:
                     sequence.request.cache_hit_tokens = context.known
         if not self._rows:
             return
+        if read:
+            self._params = None
+            counts = torch.tensor([1] * before + [context.rows for context in read])
+            logits = logits.repeat_interleave(counts.to(logits.device), dim=0)
         if self._params is None:
             self._params = row_params(self._rows, self._runner.vocab_size, self._runner.device, self._never)
         self._accept(sample_rows(self._rows, logits, self._params))
@@ -195,10 +200,9 @@ class DecodeBatch:
 
     def _preempt(self) -> None:
         while len(self._rows) > 1 and not self.decoder.fits(()):
-            sequence = self._rows.pop()
-            self.decoder.remove(len(self._rows), _read_tokens(sequence))
+            sequence = self._rows[-1]
             self._waiting.appendleft(sequence)
-            self._params = None
+            self._remove(len(self._rows) - 1, _read_tokens(sequence))
 
     def _accept(self, sampled: list[tuple[int, float]]) -> None:
         """Hand each row its token."""
@@ -207,13 +211,15 @@ class DecodeBatch:
             if request.dead:
                 continue
             if not math.isfinite(logprob):
-                request.fail(self._not_finite())
+                request.fail(self.policy.not_finite())
                 continue
             try:
                 sequence.accept(token, logprob)
                 if request.on_tokens is not None:
-                    request.on_tokens(sequence.index, [token], [logprob])
-            except Exception as exc:  # noqa: BLE001 - boundary: the caller's callback and tokenizer; goes to the request
+                    _call_back(request.on_tokens, sequence.index, token, logprob)
+            except EvsysError as exc:
+                request.fail(exc)
+            except Exception as exc:  # noqa: BLE001 - boundary: the caller's tokenizer; goes to the request
                 self._fail([request], exc)
 
     # -- leaving
@@ -222,38 +228,48 @@ class DecodeBatch:
         """Take out what ended or whose request did; the last row moves into the gap."""
         for context, sequences in list(self._joining.items()):
             if all(s.request.dead for s in sequences):
-                self.decoder.leave(context)
                 del self._joining[context]
                 for sequence in sequences:
                     sequence.request.acknowledge_cancel()
+                self.decoder.leave(context)
         for i in range(len(self._rows) - 1, -1, -1):
             sequence = self._rows[i]
             if sequence.request.dead:
                 sequence.request.acknowledge_cancel()
                 self._remove(i, None)
             elif sequence.stop_reason is not None:
-                self._remove(i, _read_tokens(sequence))
-                sequence.request.unfinished -= 1
-                if sequence.request.unfinished == 0:
-                    sequence.request.complete(self.policy.version)
+                try:
+                    self._remove(i, _read_tokens(sequence))
+                finally:  # it is done, even if what it read cannot be kept
+                    sequence.request.unfinished -= 1
+                    if sequence.request.unfinished == 0:
+                        sequence.request.complete(self.policy.version)
 
     def _remove(self, i: int, keep: list[int] | None) -> None:
-        self.decoder.remove(i, keep)
         last = self._rows.pop()
         if i < len(self._rows):
             self._rows[i] = last
         self._params = None
-
-    def _not_finite(self) -> ModelError:
-        return ModelError(
-            f"policy version {self.policy.version} gives logits that are not finite; its weights are broken: "
-            "use an earlier checkpoint, or lower the learning rate"
-        )
+        self.decoder.remove(i, keep)
 
 
 def _requests(sequences: Iterable[SampleSequence], more: Iterable[SampleRequest] = ()) -> list[SampleRequest]:
     """The requests of sequences, and ``more``, each once."""
     return list({id(r): r for r in [*more, *(s.request for s in sequences)]}.values())
+
+
+def _call_back(on_tokens: TokenCallback, index: int, token: int, logprob: float) -> None:
+    """Tell the caller of a token.
+
+    Raises:
+        ModelError: its callback failed, with an error of its own.
+    """
+    try:
+        on_tokens(index, [token], [logprob])
+    except EvsysError:
+        raise
+    except Exception as exc:
+        raise ModelError(f"the request's callback on_tokens failed: {type(exc).__name__}: {exc}") from exc
 
 
 def _read_tokens(sequence: SampleSequence) -> list[int]:

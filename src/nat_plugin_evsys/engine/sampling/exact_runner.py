@@ -148,26 +148,29 @@ class ExactDecoder:
 
     def leave(self, context: Context) -> None:
         """See ``RowDecoder``."""
-        self._waiting.remove(context)
+        self._waiting = [each for each in self._waiting if each is not context]
 
     def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
         """See ``RowDecoder``."""
-        logits = []
+        logits: list[Tensor] = []
+        new: list[tuple[list[int], Images, Any]] = []
         for row, token in enumerate(tokens):
             whole, images, cache = self._rows[row]
             whole.append(token)
             found, cache = self._runner.go_on(self._adapter, cache, whole, images)
             self._rows[row] = (whole, images, cache)
             logits.append(found)
-        read, self._waiting = self._waiting, []
-        for context in read:
+        for context in self._waiting:
             found, cache = self._read(context)
-            self._rows += [
+            new += [
                 (list(context.tokens), context.images, copy.deepcopy(cache) if more else cache)
                 for more in range(context.rows)
             ]
             logits.append(found)
-        return torch.stack(logits), read
+        stacked = torch.stack(logits)
+        self._rows += new
+        read, self._waiting = self._waiting, []
+        return stacked, read
 
     def _read(self, context: Context) -> tuple[Tensor, Any]:
         """``ExactRunner.read`` of a context, from what is kept; what was read is kept in turn."""

@@ -88,19 +88,23 @@ class SlotStore:
         self._data = self._zeros(0, 0)
 
     def reserve(self, slots: int, length: int) -> None:
-        """Make room for ``slots`` slots of ``length`` tokens, keeping what is in the first ``slots``."""
+        """Make room for ``slots`` slots of ``length`` tokens, keeping what is in the first ``slots``.
+
+        Raises:
+            MemoryError: there is none; the store stays as it was. On a GPU it is torch's own error.
+        """
         if slots <= self.slots and length <= self.length:
             return
-        old, old_length = self._data, self.length
+        new_slots, new_length = self.slots, self.length
         if length > self.length:
             # Longer slots may have to be fewer to stay within memory: those beyond ``slots`` are given up.
-            self.length = rounded_length(length, self.first_length)
-            self.slots = 0
-        self.slots = max(self.slots, slots if self.length > _LONG else _rounded(slots, _SLOTS_AT_ONCE))
+            new_slots, new_length = 0, rounded_length(length, self.first_length)
+        new_slots = max(new_slots, slots if new_length > _LONG else _rounded(slots, _SLOTS_AT_ONCE))
         # Zeros, not uninitialised memory: a masked column still meets its value as 0 * v, and 0 * NaN is NaN.
-        self._data = self._zeros(self.slots, self.length)
-        kept = min(self.slots, old.shape[2])
-        self._data[:, :, :kept, :, :old_length] = old[:, :, :kept]
+        data = self._zeros(new_slots, new_length)
+        kept = min(new_slots, self._data.shape[2])
+        data[:, :, :kept, :, : self.length] = self._data[:, :, :kept]
+        self._data, self.slots, self.length = data, new_slots, new_length
         self._views = [
             (self._data[i, 0, :, :heads, :, :k_dim], self._data[i, 1, :, :heads, :, :v_dim])
             for i, (heads, k_dim, v_dim) in enumerate(self.layout.layers)

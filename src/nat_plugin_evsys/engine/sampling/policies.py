@@ -5,9 +5,11 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.errors import ModelError
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,6 +19,18 @@ class SamplingPolicy:
     ident: int
     version: int
     adapter: LoraAdapter | None
+
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether no weight of its adapter is NaN or infinite; read once."""
+        return self.adapter is None or all(bool(tensor.isfinite().all()) for _, tensor in self.adapter.named_tensors())
+
+    def not_finite(self) -> ModelError:
+        """Why it cannot be sampled from if its weights, or its logits, are not finite."""
+        return ModelError(
+            f"policy version {self.version} gives logits that are not finite; its weights are broken: "
+            "use an earlier checkpoint, or lower the learning rate"
+        )
 
 
 class Policies:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,21 @@ class PromptScores:
         draws: tokens to draw at each position.
         temperature: 0 draws the likeliest token.
         seed: of the draws.
+        never: ids that are not drawn.
 
     Raises:
         DataError: ``targets`` or ``draws`` is malformed.
     """
 
     def __init__(
-        self, length: int, vocab_size: int, targets: types.TensorData | None, draws: int, temperature: float, seed: int
+        self,
+        length: int,
+        vocab_size: int,
+        targets: types.TensorData | None,
+        draws: int,
+        temperature: float,
+        seed: int,
+        never: Sequence[int] = (),
     ) -> None:
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
             raise DataError(f"prompt_alt_tokens_k must be an integer of at least 0, got {draws!r}")
@@ -49,6 +58,7 @@ class PromptScores:
         self._targets = None if targets is None else _checked(targets, length - 1, vocab_size)
         self._scores = None if self._targets is None else np.zeros(self._targets.shape, dtype=np.float32)
         self._temperature = temperature
+        self._never = never
         # Other streams than those of the samples, which have the seed itself.
         self._keys = stream_keys(seed ^ 0x5A5A5A5A, draws)
         self._ids = np.zeros((length - 1, draws), dtype=np.int64)
@@ -63,7 +73,9 @@ class PromptScores:
             self._scores[rows] = found.cpu().numpy()
         if not len(self._keys):
             return
-        params = RowParams.build([(self._temperature, -1, 1.0)] * len(logprobs), logprobs.shape[1], logprobs.device)
+        device, rows_like = logprobs.device, [(self._temperature, -1, 1.0)] * len(logprobs)
+        never = torch.tensor(self._never, device=device) if self._never else None
+        params = RowParams.build(rows_like, logprobs.shape[1], device, never)
         drawn_from = sampled_logprobs(logprobs, params)
         positions = np.arange(first, first + len(logprobs), dtype=np.uint64)
         for column, key in enumerate(self._keys):

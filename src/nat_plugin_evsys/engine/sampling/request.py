@@ -36,12 +36,13 @@ _TEXT_ONLY = NoImages("this sampler reads token ids")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that requests are checked against; ``vision`` reads their images."""
+    """Limits that requests are checked against; ``vision`` reads their images, ``never`` are ids that are not drawn."""
 
     context_length: int
     vocab_size: int
     eos: frozenset[int]
     vision: ReadsImages | NoImages = _TEXT_ONLY
+    never: tuple[int, ...] = ()
 
 
 class SampleSequence:
@@ -162,7 +163,7 @@ class SampleRequest:
         self.temperature, self.top_k, self.top_p = float(params.temperature), int(params.top_k), float(params.top_p)
         self.stop = StopRule.parse(params.stop, limits.eos, limits.vocab_size)
         ends = self.stop.ids | (frozenset() if constraint is None else constraint.ends)
-        self.shaping = Shaping.of(params, ends, limits.vocab_size)
+        self.shaping = Shaping.of(params, ends, limits.vocab_size, limits.never)
         if self.stop.strings and self.shaping is not None and self.shaping.min_tokens:
             raise DataError("min_tokens goes with no stop strings; give stop token ids")
         if self.stop.strings and tokenizer is None:
@@ -178,7 +179,7 @@ class SampleRequest:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         self.prompt_scores: PromptScores | None = None
         if prompt_targets is not None or prompt_draws != 0:
-            asked = (prompt_targets, prompt_draws, self.temperature, seed)
+            asked = (prompt_targets, prompt_draws, self.temperature, seed, limits.never)
             self.prompt_scores = PromptScores(len(self.prompt), limits.vocab_size, *asked)
         keys = stream_keys(seed, num_samples)
         self.sequences = [SampleSequence(self, i, key, self._matcher(tokenizer)) for i, key in enumerate(keys.tolist())]

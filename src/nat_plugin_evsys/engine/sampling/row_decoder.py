@@ -39,7 +39,7 @@ class RowDecoder(Protocol):
         ...
 
     def leave(self, context: Context) -> None:
-        """Forget a context that has not been read."""
+        """Forget a context that has not been read; without effect on one that does not wait."""
         ...
 
     def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
@@ -47,12 +47,15 @@ class RowDecoder(Protocol):
 
         Returns:
             Logits [rows + contexts, V]: one for each row there was, then one for each context that has been read; and
-            those contexts, whose rows are now there.
+            those contexts, whose rows are now there. If it fails, no row is new and every context still waits.
         """
         ...
 
     def remove(self, row: int, tokens: list[int] | None) -> None:
-        """Take out a row; the last one gets its number. ``tokens``, all it has read, are kept; None: nothing is."""
+        """Take out a row; the last one gets its number. ``tokens``, all it has read, are kept; None: nothing is.
+
+        If keeping them fails, the row is out all the same.
+        """
         ...
 
     def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:

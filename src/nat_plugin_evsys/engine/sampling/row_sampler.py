@@ -28,7 +28,7 @@ def sample_rows(rows: list[SampleSequence], logits: Tensor, params: RowParams) -
 
     Logprobs are those of the distribution that is drawn from. Only where tokens are ruled out, by a grammar, min_tokens
     or a ban, they are the policy's own: those of the temperature alone. The likeliest tokens are added to those
-    sequences whose request wants them; the sampled ones are not yet.
+    sequences whose request wants them; the sampled ones are not yet. Where nothing can be drawn, the logprob is NaN.
     """
     changed = [(i, s.request.shaping, s.seen) for i, s in enumerate(rows) if s.request.shaping is not None]
     moved = [each for each in changed if each[1].moves]
@@ -36,9 +36,11 @@ def sample_rows(rows: list[SampleSequence], logits: Tensor, params: RowParams) -
     keys = np.array([s.key for s in rows], dtype=np.uint64)
     counters = np.array([len(s.tokens) for s in rows], dtype=np.uint64)
     ids = draw(drawn_from, params, uniforms(keys, counters))
-    chosen = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1).tolist()
+    chosen = logprobs.gather(1, ids.unsqueeze(1))
+    if drawn_from is not logprobs:
+        chosen = chosen.where(drawn_from.gather(1, ids.unsqueeze(1)).isfinite(), float("nan"))
     _record_topk(rows, logprobs)
-    return list(zip(ids.tolist(), chosen, strict=True))
+    return list(zip(ids.tolist(), chosen.squeeze(1).tolist(), strict=True))
 
 
 def _distributions(rows: list[SampleSequence], logits: Tensor, z: Tensor, params: RowParams) -> tuple[Tensor, Tensor]:

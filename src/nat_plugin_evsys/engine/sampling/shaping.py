@@ -24,6 +24,9 @@ from torch import Tensor
 from nat_plugin_evsys.engine.sampling.params import BANNED, LARGEST_BIAS, extensions_of
 from nat_plugin_evsys.errors import DataError
 
+_LARGEST_PENALTY = 1e20
+"""So large that, times a context of tokens and over the least temperature, logits stay within fp32."""
+
 
 @dataclass(frozen=True, eq=False)
 class Shaping:
@@ -48,14 +51,15 @@ class Shaping:
     late: NDArray[np.bool_] | None
 
     @classmethod
-    def of(cls, params: Any, ends: Iterable[int], vocab_size: int) -> Shaping | None:
+    def of(cls, params: Any, ends: Iterable[int], vocab_size: int, never: Iterable[int] = ()) -> Shaping | None:
         """What Tinker's sampling parameters ask for, with this package's extensions; None if that is nothing.
 
         Args:
             ends: ids that end a sequence.
+            never: ids that are not drawn in any case.
 
         Raises:
-            DataError: a parameter is out of range, or the bias bans every token.
+            DataError: a parameter is out of range, or no token is left to draw.
         """
         asked = extensions_of(params)
         if not asked:
@@ -63,19 +67,25 @@ class Shaping:
         bias = _checked_bias(asked.get("logit_bias") or {}, vocab_size)
         banned = [token for token, value in bias.items() if value <= BANNED]
         added = {token: value for token, value in bias.items() if value > BANNED}
-        late = _all_but(banned, vocab_size) if banned else None
+        late = _all_but([*banned, *never], vocab_size) if banned else None
         if late is not None and not late.any():
             raise DataError("logit_bias bans every token; leave at least one")
         min_tokens = _checked_min_tokens(asked.get("min_tokens", 0), params.max_tokens)
+        early = _all_but([*banned, *ends, *never], vocab_size) if min_tokens else late
+        if early is not None and not early.any():
+            raise DataError(
+                f"min_tokens is {min_tokens}, and logit_bias bans every token that does not end the sequence; leave at "
+                "least one"
+            )
         return cls(
             bias_ids=np.array(list(added), dtype=np.int64),
             bias=np.array(list(added.values()), dtype=np.float32),
-            repetition=_finite("repetition_penalty", asked.get("repetition_penalty", 1.0), above=0.0),
-            frequency=_finite("frequency_penalty", asked.get("frequency_penalty", 0.0)),
-            presence=_finite("presence_penalty", asked.get("presence_penalty", 0.0)),
+            repetition=_factor("repetition_penalty", asked.get("repetition_penalty", 1.0)),
+            frequency=_addend("frequency_penalty", asked.get("frequency_penalty", 0.0)),
+            presence=_addend("presence_penalty", asked.get("presence_penalty", 0.0)),
             min_p=_share("min_p", asked.get("min_p", 0.0)),
             min_tokens=min_tokens,
-            early=_all_but([*banned, *ends], vocab_size) if min_tokens else late,
+            early=early,
             late=late,
         )
 
@@ -183,10 +193,15 @@ def _checked_min_tokens(min_tokens: int, max_tokens: int | None) -> int:
     return int(min_tokens)
 
 
-def _finite(name: str, value: float, above: float = float("-inf")) -> float:
-    if not (math.isfinite(value) and value > above):
-        what = "a number (0 is off)" if above < 0 else "a positive number (1 is off)"
-        raise DataError(f"{name} must be {what}, got {float(value)}")
+def _factor(name: str, value: float) -> float:
+    if not 1 / _LARGEST_PENALTY <= value <= _LARGEST_PENALTY:
+        raise DataError(f"{name} must be a positive number (1 is off) up to {_LARGEST_PENALTY:g}, got {float(value)}")
+    return float(value)
+
+
+def _addend(name: str, value: float) -> float:
+    if not abs(value) <= _LARGEST_PENALTY:
+        raise DataError(f"{name} must be a number (0 is off) up to {_LARGEST_PENALTY:g}, got {float(value)}")
     return float(value)
 
 

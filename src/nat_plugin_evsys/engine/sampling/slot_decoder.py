@@ -49,7 +49,7 @@ class SlotDecoder:
 
     def leave(self, context: Context) -> None:
         """See ``RowDecoder``."""
-        self._waiting.remove(context)
+        self._waiting = [each for each in self._waiting if each is not context]
 
     def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
         """See ``RowDecoder``."""
@@ -64,20 +64,24 @@ class SlotDecoder:
         contexts = sorted(self._waiting, key=lambda c: len(c.tokens))
         if contexts:
             logits.append(self._prefill(contexts))
-            self._waiting.clear()
-        return torch.cat(logits), contexts
+        joined = torch.cat(logits)
+        self._tokens += [list(c.tokens) for c in contexts for _ in range(c.rows)]
+        self._waiting.clear()
+        return joined, contexts
 
     def remove(self, row: int, tokens: list[int] | None) -> None:
         """See ``RowDecoder``."""
-        if tokens is None:
-            # A failed row may hold NaN, which would reach the slot's next owner through its masked columns.
-            self.store.wipe(row)
-        else:
-            self.keep(tokens, self.store, row)
-        last = self._tokens.pop()
-        if row < len(self._tokens):
-            self.store.copy(len(self._tokens), row, len(last))
-            self._tokens[row] = last
+        try:
+            if tokens is None:
+                # A failed row may hold NaN, which would reach the slot's next owner through its masked columns.
+                self.store.wipe(row)
+            else:
+                self.keep(tokens, self.store, row)
+        finally:
+            last = self._tokens.pop()
+            if row < len(self._tokens):
+                self.store.copy(len(self._tokens), row, len(last))
+                self._tokens[row] = last
 
     def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:
         """See ``RowDecoder``."""
@@ -114,7 +118,6 @@ class SlotDecoder:
                 if row != first + i:
                     self.store.copy(first + i, row, length)
             end -= contexts[i].rows
-        self._tokens += [list(c.tokens) for c in contexts for _ in range(c.rows)]
         return logits
 
     def _cross_limit(self, logits: Tensor) -> None:

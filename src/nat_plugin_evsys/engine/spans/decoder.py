@@ -113,7 +113,9 @@ class SpanDecoder:
 
     def leave(self, context: Context) -> None:
         """See ``RowDecoder``."""
-        self._tree.release(self._waiting.pop(context))
+        last = self._waiting.pop(context, None)
+        if last is not None:
+            self._tree.release(last)
 
     def step(self, tokens: Sequence[int]) -> tuple[Tensor, list[Context]]:
         """See ``RowDecoder``."""
@@ -121,7 +123,8 @@ class SpanDecoder:
         planned.plan.own = self.slots.own_tokens({slot: token for token, slot in enumerate(planned.slots)})
         self._model.versions.use(self.policy, self.adapter)
         logits = self._model.logits(self.adapter, planned.ids, planned.positions, planned.plan, planned.at)
-        return self.take(planned, logits)
+        self.advance(planned)
+        return self.enter(planned, logits)
 
     def plan(self, tokens: Sequence[int], room: int) -> SpanPass:
         """The pass that ``step`` makes, with at most ``room`` tokens of waiting contexts."""
@@ -137,13 +140,16 @@ class SpanDecoder:
         wanted, slots = torch.tensor(at, dtype=torch.long), [row.slot for row in self._rows]
         return SpanPass(torch.tensor(ids), torch.tensor(positions), plan, wanted, slots, feeds, list(finished))
 
-    def take(self, made: SpanPass, logits: Tensor) -> tuple[Tensor, list[Context]]:
-        """What ``step`` returns, once the pass has been made."""
+    def advance(self, made: SpanPass) -> None:
+        """Count the tokens of a pass that has been made. Until then another pass would set all of it again."""
         self._model.fed_tokens += len(made.ids)
         for feed in made.feeds:
             feed.span.filled = max(feed.span.filled, feed.at + feed.count)
         for row in self._rows:
             row.slot.filled += 1
+
+    def enter(self, made: SpanPass, logits: Tensor) -> tuple[Tensor, list[Context]]:
+        """What ``step`` returns, after ``advance`` of all decoders that share the slots: these move."""
         if made.finished:
             self._enter(made.finished)
         return logits, made.finished
@@ -151,15 +157,17 @@ class SpanDecoder:
     def remove(self, row: int, tokens: list[int] | None) -> None:
         """See ``RowDecoder``."""
         gone, last = self._rows[row], self._rows.pop()
-        filled = gone.slot.filled
-        if tokens is not None and filled > gone.taken:
-            sampled = tokens[len(tokens) - (filled - gone.taken) :]
-            self._tree.add(gone.last, sampled, self.slots.read(gone.slot, gone.taken, filled))
-        self._tree.release(gone.last)
-        self.slots.free(gone.slot, failed=tokens is None)
         if row < len(self._rows):
             self._rows[row] = last
         self._levels = None
+        filled = gone.slot.filled
+        try:
+            if tokens is not None and filled > gone.taken:
+                sampled = tokens[len(tokens) - (filled - gone.taken) :]
+                self._tree.add(gone.last, sampled, self.slots.read(gone.slot, gone.taken, filled))
+        finally:
+            self._tree.release(gone.last)
+            self.slots.free(gone.slot, failed=tokens is None)
 
     def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:
         """See ``RowDecoder``."""
@@ -190,16 +198,26 @@ class SpanDecoder:
 
     def _enter(self, contexts: Sequence[Context]) -> None:
         """Rows for contexts that have been read; they share their holds."""
-        lasts = [self._waiting.pop(context) for context in contexts]
-        for context, last in zip(contexts, lasts, strict=True):
-            self._tree.share(last, context.rows - 1)
+        lasts = [self._waiting[context] for context in contexts]
+        self._share(contexts, lasts, 1)
         ends = [_short_end(last) for last in lasts]
         lengths = [sum(piece.shape[3] for piece in pieces) for _, pieces in ends]
         new = [i for i, context in enumerate(contexts) for _ in range(context.rows)]
-        slots = self.slots.enter([(ends[i][1], _room(lengths[i], contexts[i])) for i in new])
+        try:
+            slots = self.slots.enter([(ends[i][1], _room(lengths[i], contexts[i])) for i in new])
+        except Exception:
+            self._share(contexts, lasts, -1)
+            raise
+        for context in contexts:
+            del self._waiting[context]
         for i, slot in zip(new, slots, strict=True):
             self._rows.append(_Row(lasts[i], ends[i][0], len(contexts[i].tokens), lengths[i], slot))
         self._levels = None
+
+    def _share(self, contexts: Sequence[Context], lasts: Sequence[Span], sign: int) -> None:
+        """Holds for all rows of contexts, beside the one that each has; or those back, with a ``sign`` of -1."""
+        for context, last in zip(contexts, lasts, strict=True):
+            self._tree.share(last, sign * (context.rows - 1))
 
     def _feeds(self, start: int, room: int) -> tuple[list[_Feed], dict[Context, int]]:
         """Pieces of spans that waiting contexts need, first come first served, from row ``start`` of the pass on.

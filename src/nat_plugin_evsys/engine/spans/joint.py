@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -14,7 +15,7 @@ from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
 from nat_plugin_evsys.engine.spans.attention import Level, Piece, SpanPlan
 from nat_plugin_evsys.engine.spans.decoder import SpanDecoder
-from nat_plugin_evsys.engine.spans.mixed import MixedAdapters, is_finite
+from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.errors import one_line
 
@@ -46,12 +47,12 @@ class JointDecoding:
         return found if len(found) >= least else []
 
     def takes(self, policy: SamplingPolicy) -> bool:
-        """Whether a policy can be part of a joint step: its adapter is finite and of layers that can be mixed."""
+        """Whether a policy can be part of a joint step: its adapter is of layers that can be mixed."""
         adapter = policy.adapter
         if not self._able or adapter is None:
             return self._able
         if policy.ident not in self._fit:
-            self._fit[policy.ident] = set(adapter.weights) <= self._model.versions.names and is_finite(adapter)
+            self._fit[policy.ident] = set(adapter.weights) <= self._model.versions.names
         return self._fit[policy.ident]
 
     def decode(self, batches: Sequence[DecodeBatch]) -> None:
@@ -73,14 +74,16 @@ class JointDecoding:
             for batch, tokens in ready:
                 batch.decode(tokens)
             return
-        for (batch, _), (logits, read) in zip(ready, found, strict=True):
-            batch.end(logits, read)
+        for (batch, _), enter in zip(ready, found, strict=True):
+            batch.end(enter)
 
     def step(
         self, decoders: Sequence[SpanDecoder], tokens: Sequence[Sequence[int]]
-    ) -> list[tuple[Tensor, list[Context]]]:
-        """``SpanDecoder.step`` of each, in one pass."""
-        # Before ``take`` nothing is changed that another pass would not set again.
+    ) -> list[Callable[[], tuple[Tensor, list[Context]]]]:
+        """One pass for all, and for each decoder a call that gives what its ``SpanDecoder.step`` does.
+
+        If the pass fails, nothing has changed that another one would not set again.
+        """
         room = max(1, min(decoder.pass_tokens for decoder in decoders) // len(decoders))
         planned = {each.policy: each.plan(last, room) for each, last in zip(decoders, tokens, strict=True)}
         self._begun = True
@@ -100,7 +103,9 @@ class JointDecoding:
             [len(each.ids) for each in passes],
         )
         found = dict(zip(order, logits, strict=True))
-        return [each.take(planned[each.policy], found[each.policy]) for each in decoders]
+        for each in decoders:
+            each.advance(planned[each.policy])
+        return [partial(each.enter, planned[each.policy], found[each.policy]) for each in decoders]
 
     def end(self) -> None:
         """No policy decodes jointly now."""

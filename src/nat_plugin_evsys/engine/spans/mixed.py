@@ -120,8 +120,3 @@ class MixedAdapters:
                 to_a[slot, :rank] = pair[0]
                 to_b[slot, :rank] = pair[1].T.float() * adapter.scale
             to_a[slot, rank:], to_b[slot, rank:] = 0.0, 0.0
-
-
-def is_finite(adapter: LoraAdapter | None) -> bool:
-    """Whether no weight of the adapter is NaN or infinite."""
-    return adapter is None or all(bool(tensor.isfinite().all()) for _, tensor in adapter.named_tensors())

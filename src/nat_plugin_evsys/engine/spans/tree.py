@@ -86,7 +86,7 @@ class SpanTree:
         return last, min(known, len(tokens) - 1)
 
     def share(self, span: Span, more: int) -> None:
-        """Hold a span that is held ``more`` times more."""
+        """Hold a span that is held ``more`` times more, or less if negative."""
         for each in span.path():
             each.holders += more
 
@@ -190,10 +190,11 @@ class SpanTree:
         """Cut a span in two; the object keeps the lower part, the upper one is returned. Copies, so each can go."""
         assert span.parent is not None
         upper = Span(span.tokens[:at], span.kv[:, :, :, :at].clone(), span.parent, min(at, span.filled))
+        below = span.kv[:, :, :, at:].clone()
         upper.holders = span.holders
         span.parent.children[span.tokens[0]] = upper
         upper.children[span.tokens[at]] = span
-        span.tokens, span.kv = span.tokens[at:], span.kv[:, :, :, at:].clone()
+        span.tokens, span.kv = span.tokens[at:], below
         span.parent, span.filled = upper, max(0, span.filled - at)
         if span in self._idle:
             self._idle[upper] = None
