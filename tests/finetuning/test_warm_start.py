@@ -110,8 +110,8 @@ def test_demonstrations_are_read_as_they_were_written(mark: str, form: str, tmp_
         ('[{"messages": [{"role": "assistant"}]}, "x"]', DataError, "demonstration 2 has no `messages`"),
         ('{"messages": ["x"]}', DataError, "demonstration 1 has no `messages`"),
         ('{"messages": {"role": "assistant"}}', DataError, "demonstration 1 has no `messages`"),
-        ('{"messages": [{"role": "assistant"}], "tools": "x"}', DataError, "demonstration 1: `tools` is no list"),
-        ('{"messages": [{"role": "assistant"}], "tools": 5}', DataError, "demonstration 1: `tools` is no list"),
+        ('{"messages": [{"role": "assistant"}], "tools": "x"}', DataError, "demonstration 1: `tools` is not a list"),
+        ('{"messages": [{"role": "assistant"}], "tools": 5}', DataError, "demonstration 1: `tools` is not a list"),
     ],
 )
 def test_bad_demonstrations(text: str, error: type[Exception], wanted: str, tmp_path: Path) -> None:
