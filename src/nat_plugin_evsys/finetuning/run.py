@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.config import EvsysTrainerConfig, WarmStartConfig
     from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
     from nat_plugin_evsys.report.display import Display
+    from nat_plugin_evsys.report.trackers.base import Ending
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +276,7 @@ class RunSession:
             learner.tracking.step(number, metrics)
         return len(by_step)
 
-    async def _finish(self, ending: Literal["finished", "failed"] = "finished") -> RunSummary:
+    async def _finish(self, ending: Ending = "finished") -> RunSummary:
         """Measure the last policies, write the summaries, and print them when the process ends.
 
         Args:
