@@ -36,7 +36,8 @@ def test_the_twin_computes_in_float32(base: BaseModel) -> None:
 def test_nearer_to_float32_is_good_enough_and_further_is_not(base: BaseModel) -> None:
     fast, _ = fast_forward(base, OutputHead(base.model))
     assert isinstance(fast, FastForward)
-    found, plain, family = verdict._states_of_probe(base, fast)
+    with torch.no_grad():
+        found, plain, family = verdict._states_of_probe(base, fast, None)
     noise = torch.randn(plain.shape, generator=torch.Generator().manual_seed(0)) * plain.float().std()
     rough = (plain + 0.2 * noise).to(plain.dtype)
     assert float((rough - found).abs().max() / rough.abs().max()) > 0.05

@@ -16,6 +16,7 @@ from nat_plugin_evsys.engine.machine import memory
 from nat_plugin_evsys.engine.model.forward import OutputHead
 from nat_plugin_evsys.engine.model.loading import BaseModel, wrap_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.tree.attention import attend_backward
 from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
 from nat_plugin_evsys.engine.tree.linear_stack import AdaptedStack
 from nat_plugin_evsys.engine.tree.trie import TokenTrie
@@ -123,6 +124,24 @@ def test_fused_layers_that_scale_an_adapter_otherwise_are_not_used(
     assert fast is not None
     assert fast.fused is None
     assert "transformers' own layers" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["fused_layer", "attention"])
+def test_a_backward_pass_that_computes_something_else_is_not_used(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of layer have an attention of their own; its backward pass loses a tenth of the values' part."""
+
+    def loses_some(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        by_query, by_key, by_value = attend_backward(*args)
+        return by_query, by_key, 0.9 * by_value
+
+    monkeypatch.setattr(f"nat_plugin_evsys.engine.tree.{where}.attend_backward", loses_some)
+    base = wrap_model("lossy", tiny_model("qwen3" if where == "fused_layer" else "gemma3"), None)
+    fast, refusal = fast_forward(base, OutputHead(base.model))
+    if where == "attention":
+        assert "its gradient on a token trie is off by" in refusal
+    else:
+        assert fast is not None
+        assert fast.fused is None
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
