@@ -39,6 +39,9 @@ Exception
 from collections.abc import Iterator
 from typing import Any
 
+_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
+_VISIBLE |= {code: "�" for code in range(128, 160)}
+
 
 class EvsysError(Exception):
     """Base of all errors of this package; the message is meant for the user."""
@@ -248,7 +251,12 @@ def causes(error: BaseException | None, *, implicit: bool = False) -> Iterator[B
         error = error.__cause__ or (error.__context__ if implicit else None)
 
 
+def visible(text: str) -> str:
+    """``text`` with every control character except newline and tab replaced by a visible symbol."""
+    return text.translate(_VISIBLE)
+
+
 def one_line(exc: BaseException) -> str:
     """The exception's type and text on one line, cut at 300 characters."""
-    text = " ".join(str(exc).split())
+    text = visible(" ".join(str(exc).split()))
     return f"{type(exc).__name__}: {text[:300]}" if text else type(exc).__name__

@@ -179,6 +179,14 @@ def test_generated_keys_differ(serve: Any) -> None:
     assert one.startswith("sk-evsys-")
 
 
+async def test_a_refusal_cannot_act_on_a_terminal(serve: Any, caplog: pytest.LogCaptureFixture) -> None:
+    served = serve([])
+    with caplog.at_level(logging.WARNING):
+        await post(served, {"model": MODEL, "messages": MESSAGES, "\x1b[2J": 1})
+    assert "\x1b" not in caplog.text
+    assert "␛[2J" in caplog.text
+
+
 def test_the_key_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     policy = Policy(EvsysPolicyConfig(base_model=MODEL))
     with caplog.at_level(logging.DEBUG):

@@ -82,6 +82,8 @@ async def test_the_prompt_may_be_echoed(serve: Any, renderer: ChatRenderer, as_i
         ("completions", {"prompt": "a", "logprobs": True}, "logprobs"),
         ("completions", {"prompt": "a", "bad_words": ["x"]}, "bad_words"),
         ("completions", [], "must be a JSON object"),
+        ("completions", {"prompt": "a", "tools": [{}]}, "send a chat to /v1/chat/completions"),
+        ("completions", {"prompt": "a", "messages": [{}]}, "`messages`"),
         ("responses", {"input": []}, "`input`"),
         ("responses", {"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
         ("responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input_image"),
@@ -111,10 +113,9 @@ async def test_what_is_refused_is_named(serve: Any, path: str, body: Any, words:
 async def test_a_continued_text_keeps_its_thoughts_and_calls(serve: Any, tokenizer: Any, stream: bool) -> None:
     text = f"<think>\nhm\n</think>\n\n{CALL}"
     renderer = ChatRenderer(tokenizer, chat_template=THOUGHTFUL + "{# <tool_call> #}", split_thoughts=True)
-    tool = {"type": "function", "function": {"name": "add"}}
     served = serve([text], renderer=renderer)
     async with client_of(served) as client:
-        body = {"model": MODEL, "prompt": "Q: 2 + 3", "max_tokens": 99, "extra_body": {"tools": [tool]}}
+        body = {"model": MODEL, "prompt": "Q: 2 + 3", "max_tokens": 99}
         answer = await client.completions.create(**body, stream=stream)
         chunks = [chunk async for chunk in answer] if stream else [answer]
     assert "".join(chunk.choices[0].text for chunk in chunks) == text

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from nat_plugin_evsys.calls import FUNCTIONS_HEADER, RUN_ID_HEADER, STEP_ID_HEADER
-from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError
+from nat_plugin_evsys.errors import ApiError, ClientGone, EvsysError, visible
 from nat_plugin_evsys.garbage import let_go
 from nat_plugin_evsys.policy.api_errors import (
     api_error_of,
@@ -146,9 +146,9 @@ class ChatRoutes:
         if is_infrastructure(answer):
             self._recorder.fail(run_id, answer.code or "internal_error", answer.message)
             unexpected = not isinstance(error, ApiError | EvsysError)
-            logger.error("policy endpoint: %s", answer.message, exc_info=error if unexpected else None)
+            logger.error("policy endpoint: %s", visible(answer.message), exc_info=error if unexpected else None)
         elif is_call and self._recorder.refuse(run_id, CallRefusal(refusal_of(answer), answer.message)):
-            logger.warning("policy endpoint: a request was refused (%d): %s", answer.status, answer.message)
+            logger.warning("policy endpoint: a request was refused (%d): %s", answer.status, visible(answer.message))
         return answer
 
     async def _list(self, request: Request, caller: str) -> Response:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from textwrap import wrap
 from typing import Any
 
+from nat_plugin_evsys.errors import visible
 from nat_plugin_evsys.report.replies import Reply
 
 KEY = "findings"
@@ -20,10 +21,6 @@ KEY = "findings"
 
 WIDTH = 100
 """Columns of a finding's text; examples keep their lines whole."""
-
-
-_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
-_VISIBLE |= {code: "�" for code in range(128, 160)}
 
 
 class FindingId(StrEnum):
@@ -95,11 +92,6 @@ def findings_of(rows: Iterable[Mapping[str, Any]]) -> list[tuple[Finding, list[i
         for data in row.get(KEY) or ():
             found.setdefault(data["id"], (Finding.from_dict(data), []))[1].append(row["epoch"])
     return list(found.values())
-
-
-def visible(text: str) -> str:
-    """``text`` with every control character except newline and tab replaced by a visible symbol."""
-    return text.translate(_VISIBLE)
 
 
 def quoted(text: str, limit: int = 160) -> str:

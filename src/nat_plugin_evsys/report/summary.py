@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nat_plugin_evsys.calls import CallTally
-from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.errors import DataError, visible
 from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
-from nat_plugin_evsys.report.findings import Finding, finding_text, findings_of, visible
+from nat_plugin_evsys.report.findings import Finding, finding_text, findings_of
 from nat_plugin_evsys.report.prompts import TOKENISED_AGAIN, extended_share, total_prompts
 from nat_plugin_evsys.runs.directory import RunDirectory
 from nat_plugin_evsys.runs.state import RunStatus

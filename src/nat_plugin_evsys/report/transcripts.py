@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from nat_plugin_evsys.errors import visible
 from nat_plugin_evsys.report.contents import content_text
-from nat_plugin_evsys.report.findings import visible
 from nat_plugin_evsys.report.questions import question_text
 from nat_plugin_evsys.runs.rollouts import RolloutFacts
 

@@ -14,6 +14,7 @@ from nat_plugin_evsys.policy.token_ids import are_token_ids
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _ONLY_HERE = frozenset({"prompt", "suffix", "logprobs", "echo"})
+_OF_CHATS = ("messages", "tools", "chat_template_kwargs", "continue_final_message")
 
 
 class TextDialect:
@@ -34,6 +35,10 @@ class TextDialect:
         self.prompt: str | list[int] = _one_prompt(body.get("prompt"))
         if body.get("suffix"):
             raise bad_request("`suffix`: this endpoint does not offer it", param="suffix", code="unsupported_parameter")
+        for name in _OF_CHATS:
+            if body.get(name):
+                message = f"`{name}`: the policy reads `prompt` alone here; send a chat to /v1/chat/completions"
+                raise bad_request(message, param=name, code="unsupported_parameter")
         self._echo, self._echoed = bool(body.get("echo")), ""
         top = body.get("logprobs")
         if self._echo and top is not None:
