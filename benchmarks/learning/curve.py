@@ -66,6 +66,11 @@ class Curve:
         rewards = [reward for point in self.points[-3:] for reward in (point.heldout, point.sampled or 0.0)]
         return max(rewards) - min(rewards) < 0.05 and max(rewards) < 0.9
 
+    def cpu_seconds_to(self, reward: float) -> float:
+        """Processor time until the held-out reward is first at least ``reward``: the epochs' share of the run's."""
+        seconds = next(point.seconds for point in self.points if point.heldout >= reward)
+        return self.cpu_seconds * seconds / self.points[-1].seconds
+
     def write(self, path: Path) -> None:
         """As JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from curve import Curve
@@ -34,6 +34,15 @@ def write(curves: Sequence[Curve], directory: Path) -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_row(group, groups[group]) for group in sorted(groups)),
         "",
+        "## To the same reward",
+        "",
+        "Processor time until the highest held-out reward that both reach, in runs of the same rows, rate and seed: the",
+        "mean over such pairs. A run's time is divided among its epochs as their wall time is.",
+        "",
+        "| task | rate | peer | pairs | reward | ours, cpu s | peer, cpu s | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+        *_same_rewards(groups),
+        "",
         "![curves](curves.png)",
         "",
     ]
@@ -50,6 +59,20 @@ def _row(group: Group, curves: Sequence[Curve]) -> str:
     stuck = sum(curve.is_stuck for curve in curves)
     cells = [task, f"{rate:g}", side, len(curves), before, area, last, collapsed, stuck, f"{seconds:.0f}"]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def _same_rewards(groups: dict[Group, list[Curve]]) -> Iterator[str]:
+    for task, side, rate in sorted(groups):
+        ours = {curve.seed: curve for curve in groups.get((task, "ours", rate), ())}
+        pairs = [(ours[peer.seed], peer) for peer in groups[task, side, rate] if peer.seed in ours and side != "ours"]
+        if not pairs:
+            continue
+        rewards = [min(max(point.heldout for point in curve.points) for curve in pair) for pair in pairs]
+        found = [[curve.cpu_seconds_to(reward) for curve in pair] for pair, reward in zip(pairs, rewards, strict=True)]
+        own, peers = (statistics.mean(side) for side in zip(*found, strict=True))
+        reward = f"{statistics.mean(rewards):.3f}"
+        cells = [task, f"{rate:g}", side, len(pairs), reward, f"{own:.0f}", f"{peers:.0f}", f"{peers / own:.1f}"]
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _spread(values: Sequence[float]) -> str:
