@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import CancelledError, Future
 
 import pytest
@@ -32,6 +33,17 @@ def test_closing_cancels_what_runs_and_then_awaits_the_last() -> None:
             future.result(timeout=5)
     with pytest.raises(EngineClosedError, match="test-loop has been closed"):
         loop.run(last())
+
+
+def test_it_ends_where_the_last_call_fails() -> None:
+    loop = LoopThread("test-loop")
+
+    async def last() -> None:
+        raise OSError("the connection was closed already")
+
+    with pytest.raises(OSError, match="closed already"):
+        loop.close(last)
+    assert "test-loop" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_future_that_is_cancelled_cancels_its_coroutine() -> None:

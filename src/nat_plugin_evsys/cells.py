@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
+
+_GAPS = frozenset({"NaTType", "NAType"})
+"""The types of pandas' NaT and NA, of which there is one value each; pandas itself takes long to import."""
 
 
 def is_absent(value: Any) -> bool:
-    """Whether the row has no such value: None, or the NaN that fills a gap beside rows that have one."""
-    return value is None or (isinstance(value, float) and value != value)
+    """Whether the row has no such value: None, or what fills a gap beside rows that have one (NaN, NaT, NA)."""
+    return value is None or type(value).__name__ in _GAPS or (isinstance(value, Real) and value != value)
 
 
 def is_blank(value: Any) -> bool:

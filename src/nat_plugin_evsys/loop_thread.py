@@ -51,10 +51,12 @@ class LoopThread:
                 return
             self._closed = True
         # Whatever ``run`` was given has begun when this does, so that it sees its own cancellation.
-        asyncio.run_coroutine_threadsafe(_cancel_others(last), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            asyncio.run_coroutine_threadsafe(_cancel_others(last), self._loop).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
 
 async def _cancel_others(last: Callable[[], Awaitable[None]] | None) -> None:

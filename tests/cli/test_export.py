@@ -99,15 +99,15 @@ def test_what_a_run_has_not_trained_is_not_exported(status: Any, tmp_path: Path)
         made.record_checkpoint("start", 0, 0.5, trained=False)
 
 
-def test_best_without_a_reward_is_refused_with_the_word_to_type(tmp_path: Path) -> None:
+def test_best_without_a_reward_is_refused_and_the_default_is_then_the_latest(tmp_path: Path) -> None:
     made = RunDirectory.create(tmp_path)
     base, adapter, _ = trained("llama", tmp_path)
     save_checkpoint(made.checkpoints_dir, "epoch-1", FrozenWeights(base, adapter, 1), kind="sampler")
     made.record_checkpoint("epoch-1", 1, None)
     made.save_state()
-    said = refusal("export", "--adapter", "--output_dir", tmp_path)
+    said = refusal("export", "--adapter", "--checkpoint", "best", "--output_dir", tmp_path)
     assert f"--checkpoint best: no checkpoint of run {made.path} has a reward; set --checkpoint latest" in said
-    assert "epoch-1-adapter" in run("export", "--adapter", "--checkpoint", "latest", "--output_dir", tmp_path)
+    assert "epoch-1-adapter" in run("export", "--adapter", "--output_dir", tmp_path)
 
 
 def test_check_prints_the_row(tmp_path: Path) -> None:

@@ -44,8 +44,10 @@ class Recorded:
         """Has every run."""
         return self.directory / "eval" / "workflow_output.json"
 
-    def learn(self, tmp_path: Path, files: list[Path], builder: dict[str, Any], **adapter: Any) -> Finished:
-        """An epoch of `nat finetune` on files."""
+    def learn(
+        self, tmp_path: Path, files: list[Path], builder: dict[str, Any], *, epochs: int = 1, **adapter: Any
+    ) -> Finished:
+        """Some epochs of `nat finetune` on files."""
         config: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "tiny.yml").read_text())
         config["llms"]["policy"]["output_dir"] = config["finetuning"]["output_dir"] = str(tmp_path / "runs")
         config["eval"]["general"]["dataset"] = self.config["eval"]["general"]["dataset"]
@@ -56,7 +58,7 @@ class Recorded:
         }
         config["trainer_adapters"]["adapter"] = {"_type": "evsys_trainer_adapter", "policy": "policy", **adapter}
         config["trainers"]["trainer"] |= {"validation_dataset": None}
-        config["finetuning"]["num_epochs"] = 1
+        config["finetuning"]["num_epochs"] = epochs
         path = tmp_path / "learn.yml"
         path.write_text(yaml.safe_dump(config))
         return run_nat("finetune", "--config_file", str(path))
@@ -169,18 +171,20 @@ def test_a_record_without_the_prompt_is_not_trained_on(recorded: Recorded, tmp_p
 def test_it_learns_the_best_records(recorded: Recorded, tmp_path: Path) -> None:
     """The evaluator scores them; every one is trained on or counted under its reason."""
     builder = {"algorithm": "sft", "min_reward": 1.0}
-    done = recorded.learn(tmp_path, [recorded.output], builder, retokenize=True)
+    done = recorded.learn(tmp_path, [recorded.output], builder, epochs=2, retokenize=True)
     assert done.code == 0, done.text
     summary = json.loads((newest_run(tmp_path) / "summary.json").read_text())
     trajectories = summary["trajectories"]
     assert trajectories["trained"] > 0
-    assert trajectories["trained"] + sum(trajectories["dropped"].values()) == ROWS * REPS
+    assert trajectories["trained"] + sum(trajectories["dropped"].values()) == 2 * ROWS * REPS
     assert summary["calls"] == summary["trained"] + sum(summary["dropped"].values())
     assert set(summary["dropped"]) <= {"not_selected", "validation"}
     metrics = [json.loads(line) for line in (newest_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
-    (epoch,) = [row for row in metrics if row["event"] == "epoch"]
-    assert epoch["job"]["metrics"]["retokenized_calls"] == summary["trained"]
+    epoch, _ = [row for row in metrics if row["event"] == "epoch"]
+    assert 2 * epoch["job"]["metrics"]["retokenized_calls"] == summary["trained"]
     assert 0.0 <= epoch["drift"] <= 0.5, "most of the toy's replies are single words"
+    state = json.loads((newest_run(tmp_path) / "state.json").read_text())
+    assert state["best_epoch"] is None, "the recorded rewards are no checkpoint's"
 
 
 def test_pairs_by_feedback(recorded: Recorded, tmp_path: Path) -> None:

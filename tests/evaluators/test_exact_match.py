@@ -2,6 +2,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from nat.data_models.evaluator import EvalInput, EvalInputItem
 from pydantic import ValidationError
@@ -50,7 +51,7 @@ async def test_scores(settings: dict[str, Any], output: Any, expected: Any, scor
     assert (scored.score, scored.error) == (score, None)
 
 
-@pytest.mark.parametrize("expected", [None, "", "  ", math.nan])
+@pytest.mark.parametrize("expected", [None, "", "  ", math.nan, np.float32("nan"), pd.NaT, pd.NA])
 async def test_a_row_without_an_answer_is_an_error_and_no_score(expected: Any) -> None:
     evaluator = ExactMatchEvaluator(EvsysExactMatchConfig())
     output = await evaluator.evaluate(EvalInput(eval_input_items=[item("x", expected), item("x", "x")]))

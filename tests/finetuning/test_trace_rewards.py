@@ -19,7 +19,7 @@ from nat_plugin_evsys.finetuning.telemetry import RunExporters
 from nat_plugin_evsys.finetuning.traces.rewards import evaluator_scores
 from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.policy.recorder import Recorder
-from nat_plugin_evsys.rollouts.traces.otlp import steps_of_batch
+from nat_plugin_evsys.rollouts.traces.otlp import steps_of
 from nat_plugin_evsys.rollouts.traces.record import Record
 
 
@@ -96,7 +96,7 @@ async def test_an_evaluator_is_given_the_steps_of_spans() -> None:
     said = {"nat.event_type": "LLM_START", "nat.workflow.run_id": "r", "input.value": "q", "output.value": "34"}
     attributes = [{"key": key, "value": {"stringValue": value}} for key, value in said.items()]
     span = {"spanId": "s", "attributes": attributes}
-    [(_, steps)] = steps_of_batch({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]})
+    _, steps = steps_of(span)
     traced = record("34", "34")
     traced.steps = [dict(step) for step in steps]
     assert [item.score for item in await scores(EvsysExactMatchConfig(), [traced], {})] == [1.0]

@@ -96,6 +96,8 @@ async def test_the_prompt_may_be_echoed(serve: Any, renderer: ChatRenderer, as_i
         ("../inference/v1/generate", {"token_ids": []}, "`token_ids`"),
         ("../inference/v1/generate", {"token_ids": [2**32]}, "`token_ids`"),
         ("../inference/v1/generate", {"token_ids": [1], "stream": True}, "`stream`"),
+        ("../inference/v1/generate", {"token_ids": [1], "tools": [{}]}, "the policy reads `token_ids` alone here"),
+        ("../inference/v1/generate", {"token_ids": [1], "sampling_params": {"messages": [{}]}}, "`messages`"),
         ("../inference/v1/generate", {"token_ids": [1], "features": {"a": 1}}, "text tokens only"),
         ("../inference/v1/generate", {"token_ids": [1], "sampling_params": {"bad_words": ["x"]}}, "bad_words"),
     ],

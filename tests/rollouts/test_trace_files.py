@@ -93,6 +93,33 @@ def test_what_cannot_be_read_is_a_record_that_says_so(entry: Any, seen: str, tmp
     assert (calls, reason, error) == ([], DropReason.UNREADABLE_RECORD, broken.error)
 
 
+def span(kind: str, run_id: str, **said: str) -> dict[str, Any]:
+    """A span of a run, as NAT's exporter writes it."""
+    of_nat = {f"nat.{name}": value for name, value in said.items()}
+    attributes = {"nat.event_type": f"{kind}_START", "nat.workflow.run_id": run_id, "output.value": "7"} | of_nat
+    listed = [{"key": key, "value": {"stringValue": value}} for key, value in attributes.items()]
+    return {"spanId": f"{kind} of {run_id}", "attributes": listed}
+
+
+def test_a_malformed_span_is_not_missed_by_its_own_run_alone(tmp_path: Path) -> None:
+    said = json.dumps({"chat_inputs": [{"type": "human", "content": "How much?"}]})
+    calls = [span("LLM", "whole", metadata=said), span("LLM", "lacking", metadata="[1]")]
+    runs = [span("WORKFLOW", "whole"), span("WORKFLOW", "lacking")]
+    lines = [{"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]} for spans in (runs, calls)]
+    whole, lacking, broken = read(tmp_path / "otlp.jsonl", *lines)
+    assert (whole.problem, len(whole.calls)) == (None, 1)
+    assert (lacking.problem, broken.problem) == (DropReason.UNREADABLE_RECORD, DropReason.UNREADABLE_RECORD)
+    assert f"a step of the run cannot be read ({broken.name}: no trajectory in a form" in str(lacking.error)
+
+
+def test_a_malformed_line_is_not_missed_by_its_own_run_alone(tmp_path: Path) -> None:
+    lost = step("LLM_END", UUID=["no", "text"]) | {"parent_id": "b"}
+    whole, lacking, broken = read(tmp_path / "steps.jsonl", *run("a"), *run("b"), lost)
+    assert whole.problem is None
+    assert (lacking.problem, broken.problem) == (DropReason.UNREADABLE_RECORD, DropReason.UNREADABLE_RECORD)
+    assert f"a step of the run cannot be read ({broken.name}:" in str(lacking.error)
+
+
 def test_a_run_with_a_malformed_step_is_a_record_that_says_so(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
     (broken,) = read(path, step("WORKFLOW_START", data="x"), step("WORKFLOW_END", data={"output": "7"}))

@@ -24,14 +24,23 @@ def test_each_process_adds_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "word", ["--api-key=hunter2=", "--llms.policy.api_key=hunter2", "--note=tml-hunter2hunter2", "TOKEN=hunter2"]
+    "word",
+    [
+        "--api-key=hunter2=",
+        "--llms.policy.api_key=hunter2",
+        "--note=tml-hunter2hunter2",
+        "TOKEN=hunter2",
+        "-o=a.key=hunter2",
+    ],
 )
 def test_secrets_after_an_equals_sign_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     monkeypatch.setattr(sys, "argv", ["nat", "finetune", word, "--seed=3", "-o", "x.secret", "hunter2=="])
     add_environment(tmp_path)
     (read,) = read_environments(tmp_path)
     assert "hunter2" not in read["command"]
-    assert read["command"].startswith(f"nat finetune '{word.partition('=')[0]}=<redacted>' --seed=3 ")
+    assert read["command"].startswith(
+        f"nat finetune '{word.partition('hunter2')[0].removesuffix('tml-')}<redacted>' --seed=3 "
+    )
 
 
 def test_a_damaged_file_is_no_environment(tmp_path: Path) -> None:

@@ -295,6 +295,17 @@ def test_what_a_run_began_with_is_the_best_only_if_something_trained_was_measure
     assert run.state.best_epoch == 0
 
 
+def test_prune_keeps_what_a_run_began_with_while_nothing_trained_was_measured(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path)
+    run.record_checkpoint("epoch-0", 0, 0.6, trained=False)
+    for epoch in range(1, 5):
+        run.record_checkpoint(f"epoch-{epoch}", epoch, None)
+        run.prune(2)
+    run.record_checkpoint("epoch-5", 5, 0.2)
+    assert [record.epoch for record in run.state.checkpoints] == [0, 2, 3, 4, 5]
+    assert run.state.best_epoch == 0
+
+
 def test_prune_deletes_nothing_outside_of_the_run(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "runs")
     outside = tmp_path / "mine"

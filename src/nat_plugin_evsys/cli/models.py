@@ -54,9 +54,7 @@ def check_command(model: str, device: str, dtype: str, quantization: str) -> Non
 @click.option(
     "--checkpoint",
     type=click.Choice(["best", "latest"]),
-    default="best",
-    show_default=True,
-    help="Which checkpoint of RUN.",
+    help="Which checkpoint of RUN; default: best, or latest where none that was trained has a reward.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Directory to make; default: beside the checkpoint.")
 @click.option("--base-model", help="Where the base model is now; default: where it was.")
@@ -67,7 +65,7 @@ def export_command(
     output_dir: Path,
     run: str,
     form: str | None,
-    checkpoint: str,
+    checkpoint: str | None,
     output: Path | None,
     base_model: str | None,
     device: str,
@@ -95,7 +93,7 @@ def export_command(
     click.echo(f"{target}  (loaded back: logits within {gap:.1e} of the engine's)")
 
 
-def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
+def _checkpoint(output_dir: Path, run: str, which: str | None) -> Path:
     """Raises CheckpointError: there is none here."""
     from nat_plugin_evsys.errors import CheckpointError
     from nat_plugin_evsys.runs.checkpoints import checkpoint_of, is_checkpoint
@@ -108,6 +106,7 @@ def _checkpoint(output_dir: Path, run: str, which: str) -> Path:
             f"run {found.path} has trained nothing (it is {found.state.status}), so there is nothing to export; let "
             "it finish an epoch, or name another run"
         )
+    which = which or ("latest" if found.state.best_checkpoint() is None else "best")
     where = checkpoint_of(found, which, "--checkpoint")
     if isinstance(where, str):
         state = next(record.training_state for record in found.state.checkpoints if record.adapter == where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
 from nat_plugin_evsys.report.findings import Finding
 from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
+
+logger = logging.getLogger(__name__)
 
 OnCollapse = Literal["continue", "stop", "reload_best"]
 
@@ -33,8 +36,10 @@ def rate_after(rows: Iterable[Mapping[str, Any]]) -> float:
 
 async def reload_best(checkpoints: EpochCheckpoints, state: RunState) -> CheckpointRecord | None:
     """Load the best measured checkpoint, optimizer state included; None if none was measured."""
-    best = state.best_checkpoint()
-    if best is not None:
+    best = state.best_measured()
+    if best is None:
+        logger.warning("on_collapse: reload_best: no checkpoint has a reward yet, so none is loaded")
+    else:
         await checkpoints.load(best)
     return best
 
@@ -43,7 +48,7 @@ def stopped(finding: Finding, state: RunState) -> CollapseError:
     """The error that ends a run with ``on_collapse: stop``."""
     best = state.best_checkpoint()
     serve = (
-        "no checkpoint has a reward to choose by"
+        "no trained checkpoint has a reward to choose by"
         if best is None
         else f"serve the best checkpoint, of epoch {best.epoch} (reward {best.reward:.3f}), with `checkpoint: best`"
     )

@@ -181,7 +181,7 @@ class RunSession:
             await self._trainer.trajectory_builder.start_run(run_id, {"epoch": epoch + 1})
         rolled_out = time.monotonic() - started
         rows = [await self._train(learner, ref, epoch, rolled_out) for learner in self._learners]
-        if self._inputs.validation_dataset is None:
+        if self._inputs.validation_dataset is None and self._trainer.trajectory_builder.samples:
             sampled_by = max(epoch - 1, 0) if self._trainer.config.overlap_rollouts else epoch
             for learner, row in zip(self._learners, rows, strict=True):
                 learner.books.reward_of_checkpoint(sampled_by, row["reward_mean"])

@@ -36,9 +36,12 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
     """NAT's TrajectoryBuilder on recorded calls.
 
     Attributes:
+        samples: whether the rewards are of what the policies under training sample.
         by_policy: the rollouts as each policy under training sees them; the first is that of NAT's trainer adapter,
             which NAT's own methods are about.
     """
+
+    samples = True
 
     def __init__(
         self, trajectory_builder_config: EvsysTrajectoryBuilderConfig, exporters: RunExporters | None = None

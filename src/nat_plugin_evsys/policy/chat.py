@@ -313,9 +313,14 @@ class ChatRenderer:
 
     @property
     def hidden_ids(self) -> frozenset[int]:
-        """Special tokens, which a text without them does not show; none where replies are written with them."""
+        """Special tokens, which a text without them does not show."""
+        return self._special_ids
+
+    @property
+    def writes_special_tokens(self) -> bool:
+        """Whether every reply is written with special tokens, which its parser reads."""
         form = self._template.tool_form
-        return frozenset() if form is not None and form.is_marked else self._special_ids
+        return form is not None and form.is_marked
 
     @property
     def supports_tools(self) -> bool:

@@ -156,8 +156,9 @@ class Completion:
 
     @property
     def hidden(self) -> frozenset[int]:
-        """Ids that the reply's text does not show. Where there are tools, calls may be written with special tokens."""
-        return self.renderer.hidden_ids if self.request.skip_special_tokens and not self.tools else frozenset()
+        """Ids that the reply's text does not show: none that its parser may have to read, as a call's."""
+        parsed = not self.is_plain and bool(self.tools or self.renderer.writes_special_tokens)
+        return self.renderer.hidden_ids if self.request.skip_special_tokens and not parsed else frozenset()
 
     def reply_text(self, index: int) -> ReplyText:
         """What turns a choice's text into its pieces."""

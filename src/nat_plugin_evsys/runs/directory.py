@@ -221,7 +221,7 @@ class RunDirectory:
         Returns:
             The names of the deleted checkpoints.
         """
-        last, best = self.state.last_checkpoint(), self.state.best_checkpoint()
+        last, best = self.state.last_checkpoint(), self.state.best_measured()
         others = sorted(
             (record for record in self.state.checkpoints if record is not last and record is not best),
             key=lambda record: record.epoch,

@@ -66,8 +66,12 @@ def _without_secrets(command: list[str]) -> list[str]:
 
 
 def _without_own_secret(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"{name}={_shown(name, value)}" if equals else word
+    parts = word.split("=")
+    for at in range(1, len(parts)):
+        value = "=".join(parts[at:])
+        if (shown := _shown(parts[at - 1], value)) != value:
+            return "=".join([*parts[:at], shown])
+    return word
 
 
 def _shown(name: str, value: str) -> str:

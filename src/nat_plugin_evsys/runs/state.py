@@ -117,8 +117,11 @@ class RunState:
         return max(self.checkpoints, key=lambda record: record.epoch, default=None)
 
     def best_checkpoint(self) -> CheckpointRecord | None:
-        """The saved epoch with the highest reward, the earliest of equals; None if all that was trained has none."""
+        """What ``checkpoint: best`` serves: ``best_measured``, or None if all that was trained has no reward yet."""
+        measured = any(record.trained and record.reward is not None for record in self.checkpoints)
+        return self.best_measured() if measured or not self.has_trained else None
+
+    def best_measured(self) -> CheckpointRecord | None:
+        """The saved epoch with the highest reward, the earliest of equals, also if it is what the run began with."""
         measured = [record for record in self.checkpoints if record.reward is not None]
-        if self.has_trained and not any(record.trained for record in measured):
-            return None
         return max(measured, key=lambda record: (record.reward, -record.epoch), default=None)

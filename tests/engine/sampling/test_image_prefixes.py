@@ -12,12 +12,18 @@ from tinker import types
 from tiny import perturb
 from tiny_vision import END_ID, START_ID, VISION_FAMILIES, chunk_of, picture, text
 
+from nat_plugin_evsys.engine.model.images import read_model_input
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.engine.sampling import image_runner
+from nat_plugin_evsys.engine.sampling.exact_prefixes import ExactPrefixes
+from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
+from nat_plugin_evsys.engine.sampling.row_decoder import Context
 
 GREEDY = types.SamplingParams(max_tokens=4, temperature=0.0, stop=[])
+
+
 Parts = tuple[list[int] | int, ...]
 """Text, and the seeds of pictures, all of one size."""
 
@@ -47,6 +53,13 @@ def prompt(parts: Parts) -> types.ModelInput:
     for part in parts:
         chunks += [text(*part)] if isinstance(part, list) else [text(START_ID), chunk_of(picture(part)), text(END_ID)]
     return types.ModelInput(chunks=chunks)
+
+
+def raises(error: Exception) -> Any:
+    def call(*_given: Any) -> None:
+        raise error
+
+    return call
 
 
 def sampled(client: Any, parts: Parts, count: int = 1) -> Any:
@@ -90,6 +103,22 @@ def test_what_is_kept_of_a_policy_goes_with_it(base: BaseModel, reusing: Sampler
     del client
     sampled(reusing.client(None, 0), ([5, 6],))
     assert reusing._seen.nbytes == 0
+
+
+def test_a_row_that_cannot_be_kept_is_out_all_the_same(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, images = read_model_input(prompt(([5], 1, [6])).chunks, base.vision, "the prompt", "only text is read")
+    decoder = ExactDecoder(ExactRunner(base, cached=True, extends=True), None, prefixes=(ExactPrefixes(1 << 30), 0))
+    with torch.inference_mode():
+        decoder.join(Context(ids, images=images))
+        decoder.join(Context([4, 3, 2]))
+        decoder.step([])
+        alone = ExactDecoder(ExactRunner(base, cached=True), None)
+        alone.join(Context([4, 3, 2]))
+        alone.step([])
+        monkeypatch.setattr(ExactPrefixes, "keep", raises(MemoryError("no memory for 3 MiB")))
+        with pytest.raises(MemoryError):
+            decoder.remove(0, ids)
+        torch.testing.assert_close(decoder.step([7])[0], alone.step([7])[0])
 
 
 @pytest.mark.parametrize("seed", range(3))

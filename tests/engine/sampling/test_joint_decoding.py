@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from nat_plugin_evsys.engine.model.lora import LoraAdapter, LoraLinear
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.engine.spans import attention, joint
 from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
+from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.engine.spans.slots import RowSlots
 from nat_plugin_evsys.errors import ModelError
 
@@ -144,6 +146,24 @@ def test_where_a_joint_pass_is_wrong_each_goes_alone(
     assert not sampler.plain_because
     clients = [sampler.client(adapter, at) for at, adapter in enumerate(adapters)]
     check([client.sample(prompt, 2, GREEDY) for client, prompt in zip(clients, asked, strict=True)], alone)
+    sampler.close()
+
+
+@pytest.mark.parametrize("at", [0, -1])
+def test_where_a_joint_pass_gives_no_number_nothing_is_sampled_by_it(
+    at: int, base_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the policies, or of the bare model beside them, in the check at load."""
+    given = RolloutModel.mixed_logits
+
+    def spoilt(*args: Any) -> list[torch.Tensor]:
+        found = given(*args)
+        found[at] = found[at] * math.nan
+        return found
+
+    monkeypatch.setattr(RolloutModel, "mixed_logits", spoilt)
+    sampler = Sampler(base_of("qwen3"))
+    assert "its logits on spans are off by inf" in sampler.plain_because
     sampler.close()
 
 

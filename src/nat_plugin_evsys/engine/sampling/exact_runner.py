@@ -194,11 +194,13 @@ class ExactDecoder:
     def remove(self, row: int, tokens: list[int] | None) -> None:
         """See ``RowDecoder``; only sequences with images are kept."""
         whole, images, cache = self._rows[row]
-        if tokens is not None and images and self._prefixes is not None:
-            self._prefixes.keep(self._policy, whole, images, cache)
-        last = self._rows.pop()
-        if row < len(self._rows):
-            self._rows[row] = last
+        try:
+            if tokens is not None and images and self._prefixes is not None:
+                self._prefixes.keep(self._policy, whole, images, cache)
+        finally:
+            last = self._rows.pop()
+            if row < len(self._rows):
+                self._rows[row] = last
 
     def keep(self, tokens: list[int], store: SlotStore, slot: int) -> None:
         """See ``RowDecoder``; nothing is kept."""

@@ -104,7 +104,13 @@ def _gap(base: BaseModel, model: RolloutModel, layout: KVLayout, adapters: Seque
         first, second = (_plain(base, None, torch.cat([above, each])) for each in below)
         found = _over_spans(model, layout, adapters, own, above, below)
     expected.append(torch.cat([first, second[_ABOVE:]]))
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
+    return max(_largest(a - b, b) for a, b in zip(found, expected, strict=True))
+
+
+def _largest(difference: Tensor, logits: Tensor) -> float:
+    """Relative to the largest logit; infinite where one is not finite, which ``max`` would pass over."""
+    gap = float(difference.abs().max() / logits.abs().max())
+    return gap if gap == gap else float("inf")
 
 
 def _plain(base: BaseModel, adapter: LoraAdapter | None, ids: Tensor) -> Tensor:

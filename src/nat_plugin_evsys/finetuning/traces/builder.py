@@ -49,6 +49,8 @@ _WHAT_TO_DO = {
 class EvsysTraceBuilder(EvsysTrajectoryBuilder):
     """Reads the files once, before the model is loaded, and makes calls of them when the first epoch asks for them."""
 
+    samples = False
+
     def __init__(self, config: EvsysTraceBuilderConfig, exporters: RunExporters | None = None) -> None:
         limits = EvsysTrajectoryBuilderConfig(
             num_generations=1,

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
+from nat_plugin_evsys.policy.api_errors import bad_request
 from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps, to_json
+
+_OF_CHATS = ("messages", "tools", "chat_template_kwargs", "continue_final_message")
+
+
+def refuse_chat_fields(body: Mapping[str, Any], prompt: str) -> None:
+    """Refuse what the chat template would show, where ``prompt`` is all that the policy reads.
+
+    Raises:
+        ApiError: 400 that names the field.
+    """
+    for name in _OF_CHATS:
+        if body.get(name):
+            message = f"`{name}`: the policy reads `{prompt}` alone here; send a chat to /v1/chat/completions"
+            raise bad_request(message, param=name, code="unsupported_parameter")
 
 
 class Dialect(Protocol):

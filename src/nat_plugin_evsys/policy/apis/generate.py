@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any, NoReturn
 
 from nat_plugin_evsys.policy.api_errors import bad_request
+from nat_plugin_evsys.policy.apis.dialect import refuse_chat_fields
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
@@ -45,6 +46,7 @@ class GenerateDialect:
         given = rest.pop("sampling_params", None) or {}
         if not isinstance(given, dict):
             raise bad_request("`sampling_params`: must be a JSON object", param="sampling_params", code="invalid_value")
+        refuse_chat_fields({**given, **rest}, "token_ids")
         params = {name: value for name, value in given.items() if name not in _CHANGE_NOTHING}
         top = params.pop("logprobs", None) or 0
         self.request = ChatCompletionRequest.parse(

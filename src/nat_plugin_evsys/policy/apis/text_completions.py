@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from nat_plugin_evsys.policy.api_errors import bad_request
-from nat_plugin_evsys.policy.apis.dialect import chunks_of, event_of
+from nat_plugin_evsys.policy.apis.dialect import chunks_of, event_of, refuse_chat_fields
 from nat_plugin_evsys.policy.chat import ChatRenderer
 from nat_plugin_evsys.policy.protocol import ChatCompletion, dumps
 from nat_plugin_evsys.policy.request import ChatCompletionRequest
@@ -14,7 +14,6 @@ from nat_plugin_evsys.policy.token_ids import are_token_ids
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _ONLY_HERE = frozenset({"prompt", "suffix", "logprobs", "echo"})
-_OF_CHATS = ("messages", "tools", "chat_template_kwargs", "continue_final_message")
 
 
 class TextDialect:
@@ -35,10 +34,7 @@ class TextDialect:
         self.prompt: str | list[int] = _one_prompt(body.get("prompt"))
         if body.get("suffix"):
             raise bad_request("`suffix`: this endpoint does not offer it", param="suffix", code="unsupported_parameter")
-        for name in _OF_CHATS:
-            if body.get(name):
-                message = f"`{name}`: the policy reads `prompt` alone here; send a chat to /v1/chat/completions"
-                raise bad_request(message, param=name, code="unsupported_parameter")
+        refuse_chat_fields(body, "prompt")
         self._echo, self._echoed = bool(body.get("echo")), ""
         top = body.get("logprobs")
         if self._echo and top is not None:

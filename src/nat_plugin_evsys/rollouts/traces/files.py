@@ -23,9 +23,9 @@ from nat_plugin_evsys.errors import ConfigError, DataError
 from nat_plugin_evsys.files import no_file
 from nat_plugin_evsys.json_lines import lines_of, read_text
 from nat_plugin_evsys.rollouts.traces.atif_records import record_of_atif
-from nat_plugin_evsys.rollouts.traces.otlp import BATCH, steps_of_batch
+from nat_plugin_evsys.rollouts.traces.otlp import BATCH, run_of, spans_of, steps_of
 from nat_plugin_evsys.rollouts.traces.record import Record
-from nat_plugin_evsys.rollouts.traces.steps import Step, is_step, read_calls, record_of_run, runs_of
+from nat_plugin_evsys.rollouts.traces.steps import Step, ids_of, is_step, read_calls, record_of_run, runs_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,13 @@ class _Content:
 
     records: list[Record] = field(default_factory=list)
     notes: list[Mapping[str, Any]] = field(default_factory=list)
+    lost: dict[str, Record] = field(default_factory=dict)
+    """By their parents, the records of steps and spans that cannot be read."""
+
+    def lose(self, name: str, entry: Any, parent: Any, error: Exception) -> None:
+        """Keep what cannot be read as a record that says so."""
+        self.records.append(_unreadable(name, entry, error))
+        self.lost[str(parent)] = self.records[-1]
 
 
 def _content(path: Path, keys: Mapping[str, str], what: str) -> _Content:
@@ -77,15 +84,20 @@ def _content(path: Path, keys: Mapping[str, str], what: str) -> _Content:
             if is_step(entry):
                 steps.append(entry)
             elif BATCH in _object(entry):
-                spans += steps_of_batch(entry)
+                for span in spans_of(entry):
+                    try:
+                        spans.append(steps_of(span))
+                    except _MALFORMED as error:
+                        content.lose(name, span, run_of(span), error)
             elif _is_note(entry, keys):
                 content.notes.append(entry)
             else:
                 content.records.append(_record(entry, keys, name))
         except _MALFORMED as error:
-            content.records.append(_unreadable(name, entry, error))
+            content.lose(name, entry, entry.get("parent_id") if isinstance(entry, dict) else None, error)
     steps += [step for _, of_span in sorted(spans, key=itemgetter(0)) for step in of_span]
-    content.records[:0] = [_run(run, f"{path}, run {number}") for number, run in enumerate(runs_of(steps), start=1)]
+    runs = enumerate(runs_of(steps), start=1)
+    content.records[:0] = [_run(run, f"{path}, run {number}", content.lost) for number, run in runs]
     if not content.records and not content.notes:
         raise DataError(f"{what}: {path} has no trajectory")
     return content
@@ -122,11 +134,14 @@ def _is_note(entry: Mapping[str, Any], keys: Mapping[str, str]) -> bool:
     return RUN_ID in entry and not any(name in entry for name in ("steps", "trajectory", keys["intermediate_steps"]))
 
 
-def _run(steps: Sequence[Step], name: str) -> Record:
+def _run(steps: Sequence[Step], name: str, lost: Mapping[str, Record]) -> Record:
     try:
-        return record_of_run(steps, name)
+        record = record_of_run(steps, name)
     except _MALFORMED as error:
         return _unreadable(name, {}, error)
+    for gone in (lost[step] for step in ids_of(steps) if step in lost):
+        record.problem, record.error = gone.problem, f"a step of the run cannot be read ({gone.name}: {gone.error})"
+    return record
 
 
 def _unreadable(name: str, entry: Any, error: Exception) -> Record:

@@ -14,21 +14,29 @@ from nat_plugin_evsys.rollouts.traces.steps import Step, is_step
 BATCH = "resourceSpans"
 """What a line of the exporter has."""
 
-_EVENT = ".event_type"
+_EVENT, _RUN = ".event_type", ".workflow.run_id"
 
 
-def steps_of_batch(batch: Mapping[str, Any]) -> list[tuple[int, list[Step]]]:
-    """When each of NAT's spans in a batch began, in nanoseconds, and its steps; spans of others have none."""
-    timed = [(int(span.get("startTimeUnixNano") or 0), list(_steps(span))) for span in _spans(batch)]
-    if not all(is_step(step) for _, steps in timed for step in steps):
+def spans_of(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The spans of a line."""
+    scopes = [scope for resource in batch.get(BATCH) or [] for scope in resource.get("scopeSpans") or []]
+    return [span for scope in scopes for span in scope.get("spans") or []]
+
+
+def steps_of(span: Mapping[str, Any]) -> tuple[int, list[Step]]:
+    """When a span began, in nanoseconds, and its steps; a span that is not NAT's has none."""
+    steps = list(_steps(span))
+    if not all(map(is_step, steps)):
         raise TypeError("the id of a span or of its run is no text")
-    return timed
+    return int(span.get("startTimeUnixNano") or 0), steps
 
 
-def _spans(batch: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for resource in batch.get(BATCH) or []:
-        for scope in resource.get("scopeSpans") or []:
-            yield from scope.get("spans") or []
+def run_of(span: Any) -> str | None:
+    """The run that a span is of, also if the rest of it cannot be read; None if that does not say."""
+    given = span.get("attributes") if isinstance(span, Mapping) else None
+    attributes = [each for each in given if isinstance(each, Mapping)] if isinstance(given, list) else []
+    runs = [_value(each) for each in attributes if str(each.get("key")).endswith(_RUN)]
+    return next((run for run in runs if isinstance(run, str)), None)
 
 
 def _steps(span: Mapping[str, Any]) -> Iterator[Step]:
@@ -37,7 +45,7 @@ def _steps(span: Mapping[str, Any]) -> Iterator[Step]:
     if prefix is None:
         return
     metadata = _json(said.get(f"{prefix}.metadata")) or {}
-    run, kind = said.get(f"{prefix}.workflow.run_id"), str(said[f"{prefix}{_EVENT}"]).removesuffix("_START")
+    run, kind = said.get(f"{prefix}{_RUN}"), str(said[f"{prefix}{_EVENT}"]).removesuffix("_START")
     workflow = kind == "WORKFLOW"
     common = {
         "UUID": run if workflow else span.get("spanId"),
@@ -61,7 +69,8 @@ def _steps(span: Mapping[str, Any]) -> Iterator[Step]:
 
 def _value(attribute: Mapping[str, Any]) -> Any:
     """What an attribute says; OTLP's JSON leaves an empty value out."""
-    return next(iter((attribute.get("value") or {}).values()), None)
+    value = attribute.get("value") or {}
+    return next(iter(value.values()), None)
 
 
 def _json(text: Any) -> Any:

@@ -42,6 +42,11 @@ def runs_of(steps: Sequence[Step]) -> list[list[Step]]:
     return list(runs.values())
 
 
+def ids_of(steps: Sequence[Step]) -> set[Any]:
+    """What a step that is lost from the run may name as its parent."""
+    return {_payload(step).get("UUID") for step in steps}
+
+
 def record_of_run(steps: Sequence[Step], name: str) -> Record:
     """One run of a telemetry file; without its end it is ``unfinished_trace``."""
     record = Record(name, steps=[dict(step) for step in steps])
