@@ -126,6 +126,18 @@ async def test_a_continued_text_keeps_its_thoughts_and_calls(serve: Any, tokeniz
     assert call.reply == {"role": "assistant", "content": text}
 
 
+async def test_a_continued_text_hides_special_tokens_where_chats_are_written_with_them(
+    serve: Any, tokenizer: Any
+) -> None:
+    marked = ChatRenderer(tokenizer, chat_template=THOUGHTFUL + "{{ tools }}{# <|channel|>functions. #}")
+    assert marked.writes_special_tokens
+    served = serve(["one<|im_start|>two"] * 2, renderer=marked)
+    async with client_of(served) as client:
+        for skip, shown in ((True, "onetwo"), (False, "one<|im_start|>two")):
+            body = {"model": MODEL, "prompt": "Q", "max_tokens": 99, "extra_body": {"skip_special_tokens": skip}}
+            assert (await client.completions.create(**body)).choices[0].text == shown
+
+
 async def test_generate_takes_and_gives_tokens(serve: Any, renderer: ChatRenderer) -> None:
     """As ``renderers.client.generate`` sends it, at vLLM's place."""
     served = serve(["Hello.", "Hello."])
