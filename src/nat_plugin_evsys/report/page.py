@@ -24,7 +24,7 @@ from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
 from nat_plugin_evsys.report.overview import collection_entry, overview
 from nat_plugin_evsys.report.verdict import RowRewards, comparison
 from nat_plugin_evsys.runs import RunDirectory
-from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
+from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind, RolloutFiles
 
 DEFAULT_MEGABYTES = 8.0
 """Room for the blocks. With it the page stays under 10 MB."""
@@ -45,7 +45,7 @@ class Report:
 
     def __init__(self, runs: Sequence[Path], *, megabytes: float = DEFAULT_MEGABYTES) -> None:
         self._runs = list(runs)
-        self._blocks = [Blocks(RunDirectory.open(path).rollouts) for path in runs]
+        self._blocks = [Blocks(RolloutFiles(path)) for path in runs]  # needs no state, which may be torn
         self._room = int(megabytes * 1_000_000)
 
     def write(self, target: Path) -> int:
