@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from nat_plugin_evsys.calls import Call
-from nat_plugin_evsys.finetuning.collapse import RELOADED, collapse_of
+from nat_plugin_evsys.finetuning.collapse import collapse_of
 from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.report.findings import FindingId
-from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, RELOADED, MetricsLog
 from nat_plugin_evsys.rollouts.attempts import Attempt
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nat_plugin_evsys.finetuning.collapse import RELOADED
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
 from nat_plugin_evsys.report.findings import Finding, findings_of
-from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, RELOADED, MetricsLog
 from nat_plugin_evsys.report.replies import KEY as REPLIES
 from nat_plugin_evsys.report.replies import ReplyNumbers
 
