@@ -54,8 +54,14 @@ def test_every_way_to_fail(finetune: Callable[..., Finished], tmp_path: Path) ->
     ):
         assert f"WARNING: {warning}" in text
 
-    path.write_text("id,question\nfine,fine: is it on?")
+    (run / "summary.json").unlink()  # as if it had been killed after the epoch
     resume = ("-o", "trainers.trainer.resume", "true")
+    done = finetune({"_type": "odd_agent"}, [], "--dataset", str(path), *resume, more=judged_in_a_second)
+    assert done.code == 0, done.text[-4000:]
+    again = json.loads((run / "summary.json").read_text())
+    assert (again["calls"], again["dropped"]) == (summary["calls"], summary["dropped"])
+
+    path.write_text("id,question\nfine,fine: is it on?")
     done = finetune({"_type": "odd_agent"}, [], "--dataset", str(path), *resume, more=judged_in_a_second)
     assert done.code != 0
     last = done.err.rstrip().splitlines()[-1]

@@ -38,7 +38,7 @@ class RunBooks:
     def __init__(self, run_dir: RunDirectory, policy: str | None = None) -> None:
         self.run_dir = run_dir
         self._policy = policy
-        self._strays_counted = False
+        self._strays: Counter[DropReason] = Counter()  # those of this process that the tally has
         self.metrics = MetricsLog(run_dir.metrics_path)
         self._started = time.monotonic()
         self._refusals: dict[str, int] = {}  # those of this process; states do not keep them
@@ -162,25 +162,27 @@ class RunBooks:
         self._dropped_trajectories.update(metadata["trajectories"]["dropped"])
 
     def count_stray_calls(self, totals: RecorderTotals, others: Iterable[RecorderTotals] = ()) -> None:
-        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer. Once.
+        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer, as far as
+        they are not counted yet.
 
         Args:
+            totals: of this process.
             others: of the policies that are not trained.
         """
-        if self._strays_counted:
-            return
-        self._strays_counted = True
-        strays = {
-            DropReason.UNATTRIBUTED: totals.unattributed,
-            DropReason.CALL_FAILED: totals.failures,
-            DropReason.CLIENT_DISCONNECTED: totals.disconnected,
-            DropReason.NOT_TARGETED: sum(other.answered for other in others),
-            **totals.refused,
-        }
+        strays = Counter(
+            {
+                DropReason.UNATTRIBUTED: totals.unattributed,
+                DropReason.CALL_FAILED: totals.failures,
+                DropReason.CLIENT_DISCONNECTED: totals.disconnected,
+                DropReason.NOT_TARGETED: sum(other.answered for other in others),
+                **totals.refused,
+            }
+        )
         self._refusals = dict(totals.refusals)
-        for reason, number in strays.items():
+        for reason, number in (strays - self._strays).items():
             self._tally.calls += number
             self._tally.drop(reason, number)
+        self._strays |= strays
 
     def reward_of_checkpoint(self, epoch: int, reward: float) -> None:
         """Without held-out data the reward of a checkpoint, if it is still there, is that of the rollouts which its

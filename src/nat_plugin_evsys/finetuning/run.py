@@ -154,6 +154,7 @@ class RunSession:
 
     async def _commit(self, epochs_done: int, rewards: Sequence[float | None]) -> None:
         """Save every policy; the first one last, since its state commits the run."""
+        self._count_stray_calls()
         for learner, reward in reversed(list(zip(self._learners, rewards, strict=True))):
             curriculum = learner.curriculum.state() if epochs_done else {}
             await learner.checkpoints.save(epochs_done, reward, curriculum)
