@@ -126,6 +126,7 @@ class RunSession:
             if self._trainer.config.overlap_rollouts:
                 await hold_resumed_rollouts(learner.policy, learner.books.run_dir)
             learner.resume()
+        self._trainer.trajectory_builder.any_succeeded = books.any_succeeded
         self._display.phase("resume", f"after epoch {books.state.epochs_done} of {num_epochs}, from {source}")
 
     async def _already_finished(self) -> RunSummary:
