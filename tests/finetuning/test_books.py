@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,16 @@ def test_calls_of_no_rollout_are_committed_with_each_epoch_and_counted_once(tmp_
     summary = again.finish("nat run", {})
     assert summary.dropped == {"unattributed": 2, "request_refused": 5, "not_targeted": 3}
     assert summary.calls == 10
+
+
+@pytest.mark.parametrize("epochs", [1, 0])
+def test_a_last_checkpoint_that_someone_deletes_is_said_with_the_resume_that_works(tmp_path: Path, epochs: int) -> None:
+    books = RunBooks.open(tmp_path, CONFIG, resume=False)
+    for epoch in range(epochs + 1):
+        commit(books, epoch)
+    shutil.rmtree(books.run_dir.checkpoints_dir / f"epoch-{epochs:04d}")
+    wanted = r"was deleted .* \(of epoch 0; .* resume: previous" if epochs else "was deleted .* resume: false"
+    with pytest.raises(CheckpointError, match=wanted):
+        books.finish("nat run", {})
+    books.stop("failed", "a checkpoint was deleted")
+    assert resumed(tmp_path, books, "previous").fall_back() is bool(epochs)

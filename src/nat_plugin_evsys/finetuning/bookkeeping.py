@@ -266,7 +266,7 @@ class RunBooks:
         if last is not None and last.name in self.run_dir.forget_missing():
             raise CheckpointError(
                 f"the checkpoint of the last epoch, {self.run_dir.locate(last.adapter)}, was deleted while the run "
-                "went on; resume the run to train that epoch again"
+                f"went on. {self.run_dir.history.how_to_go_back(state.epochs_done)}"
             )
         state.status = "finished"
         self._save_counts()
