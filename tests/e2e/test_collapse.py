@@ -92,6 +92,9 @@ def test_reload_best_goes_on_from_the_best_checkpoint_at_half_the_rate_also_afte
     assert [row.get("reloaded") for row in epochs_of(run)] == [None, "epoch-0000"]
     weights = [run / "checkpoints" / name / "adapter_model.safetensors" for name in ("epoch-0000", "epoch-0002")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    heldout = [row["reward"] for row in json_lines(run / "metrics.jsonl") if row["event"] == "validation"]
+    assert heldout[2] < heldout[0], "the collapsed policy was not measured"
+    assert json.loads((run / "summary.json").read_text())["heldout_reward_after"] == heldout[0]
 
     done = finetune("reload_best", 3, resume=True)
     assert done.code == 0, done.text[-4000:]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from nat_process import Finished, json_lines, newest_run
 
 BEHAVIOURS = ("fine", "early", "exit", "long", "refused", "swallow", "broken", "hang")
@@ -54,9 +55,32 @@ def test_every_way_to_fail(finetune: Callable[..., Finished], tmp_path: Path) ->
     ):
         assert f"WARNING: {warning}" in text
 
-    path.write_text("id,question\nfine,fine: is it on?")
+    (run / "summary.json").unlink()  # as if it had been killed after the epoch
     resume = ("-o", "trainers.trainer.resume", "true")
+    done = finetune({"_type": "odd_agent"}, [], "--dataset", str(path), *resume, more=judged_in_a_second)
+    assert done.code == 0, done.text[-4000:]
+    again = json.loads((run / "summary.json").read_text())
+    assert (again["calls"], again["dropped"]) == (summary["calls"], summary["dropped"])
+
+    path.write_text("id,question\nfine,fine: is it on?")
     done = finetune({"_type": "odd_agent"}, [], "--dataset", str(path), *resume, more=judged_in_a_second)
     assert done.code != 0
     last = done.err.rstrip().splitlines()[-1]
     assert "its settings or its data changed (data.dataset.rows: was 8, is 1; data.dataset.sha256: was" in last
+
+
+def test_a_resumed_run_knows_that_rollouts_have_succeeded_before(
+    finetune: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": "1", "question": "ill: is it on?", "answer": "yes"}]
+    assert finetune({"_type": "odd_agent"}, rows, more=judged_in_a_second).code == 0
+    monkeypatch.setenv("EVSYS_TEST_ILL", "1")
+    further = ("-o", "trainers.trainer.resume", "true", "-o", "finetuning.num_epochs", "2")
+    done = finetune({"_type": "odd_agent"}, rows, *further, more=judged_in_a_second)
+    assert done.code == 0, done.text[-4000:]
+    epochs = [row for row in json_lines(newest_run(tmp_path) / "metrics.jsonl") if row["event"] == "epoch"]
+    assert [(row["rollouts"], row["failed_rollouts"]) for row in epochs] == [(2, 0), (2, 2)]
+
+    done = finetune({"_type": "odd_agent"}, rows, more=judged_in_a_second)
+    assert done.code != 0
+    assert "all 2 rollouts failed with the same reward, as did all before them" in plain(done.err)

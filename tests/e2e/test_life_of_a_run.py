@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from nat_process import ROOT, first_rows, json_lines, newest_run, run_nat, start_nat
+from nat_process import ROOT, Finished, first_rows, json_lines, newest_run, run_nat, start_nat
 
 from nat_plugin_evsys.runs import RunDirectory
 
@@ -78,6 +78,26 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
     sizes = {"epoch": 24, "heldout": 4, "train": 6}
     for collection in kept:
         assert len(list(RunDirectory.open(run).rollouts.lines(collection))) == sizes[collection.kind]
+
+
+def test_a_run_with_a_torn_state_resumes_from_the_one_before(tmp_path: Path, make_config: Callable[..., Path]) -> None:
+    config = make_config("tiny", lambda settings: small(settings, tmp_path))
+
+    def finetune(epochs: int, *options: str) -> Finished:
+        return run_nat("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs", str(epochs), *options)
+
+    assert finetune(1).code == 0
+    run = newest_run(tmp_path)
+    (run / "state.json").write_text('{"format": 1, "sta')
+    refused = finetune(2, "-o", "trainers.trainer.resume", "true")
+    assert refused.code == 1
+    assert "set the trainer's resume: previous" in " ".join(refused.err.split())
+
+    done = finetune(2, "-o", "trainers.trainer.resume", "previous")
+    assert done.code == 0, done.text[-4000:]
+    assert newest_run(tmp_path) == run
+    assert finished_epochs(run) == 2
+    assert [row["epoch"] for row in json_lines(run / "metrics.jsonl") if row["event"] == "epoch"] == [1, 2]
 
 
 def check_warm_up(jobs: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from nat_plugin_evsys.calls import CallTally, DropReason
 from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
+from nat_plugin_evsys.policy.recorder import RecorderTotals
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.training.job_ledger import JobLedger
@@ -176,3 +178,38 @@ def test_killed_between_the_last_commit_and_the_summary_the_last_measurement_cou
     assert again.state.tally["calls"] == 0
     again.count_rollouts(measured)
     assert again.finish("nat run", {}).calls == 3
+
+
+def test_calls_of_no_rollout_are_committed_with_each_epoch_and_counted_once(tmp_path: Path) -> None:
+    def totals(calls: int, refused: int, answered: int = 0) -> RecorderTotals:
+        return RecorderTotals(0, calls, 0, 0, {DropReason.REQUEST_REFUSED: refused}, answered, {"no": refused})
+
+    books = RunBooks.open(tmp_path, CONFIG, resume=False)
+    books.count_stray_calls(totals(1, 2), [totals(0, 0, answered=3)])
+    commit(books, 0)
+    books.count_stray_calls(totals(2, 4), [totals(0, 0, answered=3)])
+    commit(books, 1)
+    books.count_stray_calls(totals(9, 9), [])
+    books.stop("interrupted", "Ctrl-C")
+    stopped = RunSummary.read(books.run_dir.summary_path)
+    assert stopped.dropped == {"unattributed": 9, "request_refused": 9, "not_targeted": 3}
+
+    again = resumed(tmp_path, books)
+    again.count_stray_calls(totals(0, 1), [])
+    again.count_stray_calls(totals(0, 1), [])
+    summary = again.finish("nat run", {})
+    assert summary.dropped == {"unattributed": 2, "request_refused": 5, "not_targeted": 3}
+    assert summary.calls == 10
+
+
+@pytest.mark.parametrize("epochs", [1, 0])
+def test_a_last_checkpoint_that_someone_deletes_is_said_with_the_resume_that_works(tmp_path: Path, epochs: int) -> None:
+    books = RunBooks.open(tmp_path, CONFIG, resume=False)
+    for epoch in range(epochs + 1):
+        commit(books, epoch)
+    shutil.rmtree(books.run_dir.checkpoints_dir / f"epoch-{epochs:04d}")
+    wanted = r"was deleted .* \(of epoch 0; .* resume: previous" if epochs else "was deleted .* resume: false"
+    with pytest.raises(CheckpointError, match=wanted):
+        books.finish("nat run", {})
+    books.stop("failed", "a checkpoint was deleted")
+    assert resumed(tmp_path, books, "previous").fall_back() is bool(epochs)

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from made_run import MadeRun
 
+from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.run_pages import RunPages
 
 
@@ -54,3 +55,21 @@ def test_a_report_that_cannot_be_made_is_logged(tmp_path: Path, caplog: pytest.L
     RunPages(made.run_dir, made.metrics).write()
     assert "write_report failed; the run continues" in caplog.text
     assert made.run_dir.plot_path.is_file()
+
+
+def test_of_a_run_whose_state_is_torn_until_it_is_resumed(tmp_path: Path) -> None:
+    """``resume: previous`` takes an older state, which is on disk only once the run goes on; so does a policy's."""
+    own = RunBooks.open(tmp_path, {}, resume=False)
+    every = [own, RunBooks.of_policy(own, "checker", {})]
+    for books in every:
+        (books.run_dir.checkpoints_dir / "epoch-0000").mkdir()
+        place = str(books.run_dir.checkpoints_dir / "epoch-0000")
+        books.commit(0, "epoch-0000", place, place, None, curriculum={}, keep=2)
+        books.run_dir.state_path.write_text('{"format": 1, "sta')
+        books.run_dir.unlock()
+    own = RunBooks.open(tmp_path, {}, resume="previous")
+    for books in (own, RunBooks.of_policy(own, "checker", {})):
+        pages = RunPages(books.run_dir, books.metrics)
+        books.rewind()
+        pages.write()
+        assert '"status":"running"' in books.run_dir.report_path.read_text().replace(" ", "")

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from nat_plugin_evsys.calls import Call
+from nat_plugin_evsys.finetuning.collapse import collapse_of
 from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.report.findings import FindingId
-from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, RELOADED, MetricsLog
 from nat_plugin_evsys.rollouts.attempts import Attempt
 
 
@@ -107,3 +108,17 @@ def test_entropies_are_read_from_the_log(tmp_path: Path) -> None:
         assert [finding.id for finding in new if finding.id == FindingId.LOW_ENTROPY] == [FindingId.LOW_ENTROPY] * (
             epoch == 3
         )
+
+
+def test_a_collapse_is_reloaded_once_although_a_pass_takes_several_epochs(tmp_path: Path) -> None:
+    log, reloads = MetricsLog(tmp_path / "metrics.jsonl"), []
+    start, learned, ruined = [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]
+    for epoch, rewards in enumerate([*[start] * 4, *[learned] * 4, ruined, ruined, *[learned] * 12], 1):
+        report = report_of(*(attempt("x", call("x"), reward=reward) for reward in rewards))
+        report.epochs_per_pass = 4
+        columns, _ = Watch(log).look(epoch, report, {"trained": 2}, None)
+        if collapse_of(columns) is not None:
+            columns[RELOADED] = "epoch-0008"
+            reloads.append(epoch)
+        log.append(EPOCH, epoch, trained=2, **columns)
+    assert reloads == [10]

@@ -273,6 +273,17 @@ class TestFallen:
             "every row): what was learned is lost."
         )
 
+    def test_a_window_that_reaches_back_over_a_reload_is_not_judged(self) -> None:
+        before = [numbers(reward_mean=mean) for mean in (0.2, 0.2, 0.8, 0.8, 0.1)]
+        facts = EpochFacts(6, HEALTHY, trained=16, before=before, epochs_per_pass=2)
+        assert FindingId.FALLEN in found(facts)
+        assert FindingId.FALLEN not in found(replace(facts, reloaded_after=5))
+        again = replace(facts, epoch=7, before=[*before, numbers(reward_mean=0.1)])  # 0.2 0.5 0.8 0.45 0.1 0.175
+        assert FindingId.FALLEN in found(replace(again, reloaded_after=5))
+        lost = replace(facts, replies=[reply(row, "network", float(row == 0)) for row in range(8)])
+        assert found(lost)[FindingId.ONE_ANSWER].collapse
+        assert not found(replace(lost, reloaded_after=5))[FindingId.ONE_ANSWER].collapse
+
     def test_no_signal_is_said_once_every_row_had_its_turn(self) -> None:
         dull = [replace(each, reward=1.0 if each.row == HEALTHY[0].row else 0.0) for each in HEALTHY]
         facts = EpochFacts(3, dull, trained=0, before=[numbers(), numbers()], last_trained=2)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.report.metrics_log import MetricsLog
+from nat_plugin_evsys.report.metrics_log import RELOADED, MetricsLog, reloads
 
 
 def strict(text: str) -> Any:
@@ -95,3 +95,10 @@ def test_a_broken_line_that_no_crash_explains_is_refused_by_number(tmp_path: Pat
     log.path.write_text("{broken\n" + log.path.read_text())
     with pytest.raises(DataError, match=r"metrics\.jsonl:1"):
         log.rows()
+
+
+def test_where_reloads_went_back_to(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for epoch, row in enumerate(({}, {}, {RELOADED: "epoch-0001"}, {}, {RELOADED: "epoch-0003"}, {}), 1):
+        log.append("epoch", epoch, **row)
+    assert reloads(log.rows()) == {3: 1, 5: 1}, "what epoch 3 saved is what epoch 1 had saved"

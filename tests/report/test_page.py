@@ -92,6 +92,24 @@ def test_what_shows_the_change_is_embedded_first(made: MadeRun) -> None:
     assert embedded(Report([made.path], megabytes=0).html())[1] == {}
 
 
+def test_the_verdict_is_on_what_was_reloaded_where_the_last_epoch_was_given_up(made: MadeRun, tmp_path: Path) -> None:
+    one_answer = [[made.attempt(row, "no", 0.0, n, expected=row) for n in range(4)] for row in ("a", "b", "c", "d")]
+    made.measure(2, [made.attempt("h1", "no", 0.0)])
+    made.train(2, one_answer, reloaded="epoch-0001")
+    data, _ = embedded(Report([made.path]).html())
+    [run] = data["runs"]
+    assert [finding["id"] for finding in run["findings"] if 2 in finding["epochs"]]
+    assert run["verdict"]["after"]["mean"] == 1.0
+    assert run["verdict"]["rows"] == {"better": 1, "worse": 0, "same": 0}
+    assert [point["mean"] for point in run["curve"]["heldout"]] == [0.0, 1.0, 0.0]
+
+    other = MadeRun(tmp_path)
+    other.measure(0, [other.attempt(row, "x", 0.0) for row in ("h1", "h2")])
+    other.measure(1, [other.attempt(row, "x", 0.25) for row in ("h1", "h2")])
+    data, _ = embedded(Report([made.path, other.path]).html())
+    assert data["comparison"].startswith("A is better: on the same 1 held-out rows it earned 0.750 more")
+
+
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     data, blocks = embedded(Report([MadeRun(tmp_path).path]).html())
     assert blocks == {}

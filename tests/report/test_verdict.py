@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nat_plugin_evsys.report.findings import FindingId
-from nat_plugin_evsys.report.verdict import comparison, curve, doubted, verdict
+from nat_plugin_evsys.report.verdict import comparison, curve, delivered, doubted, verdict
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.runs.state import RunState
 
@@ -166,3 +166,15 @@ def test_a_reward_that_is_won_without_the_task_is_no_yes() -> None:
             "The reward rose, but it is won without solving the task: see the warning. On 20"
         )
     assert doubted(found, [FindingId.CUT_OFF, FindingId.SEVERAL_ANSWERS]) is found
+
+
+def test_a_policy_that_was_given_up_is_not_what_the_run_came_to() -> None:
+    training = Collection("train", 4)
+    collections = [BEFORE, Collection("heldout", 2), AFTER, training]
+    assert delivered(collections, {}) == collections
+    assert delivered(collections, {4: 2}) == [BEFORE, Collection("heldout", 2), Collection("heldout", 2), training]
+    assert delivered(collections, {4: 0}) == [BEFORE, Collection("heldout", 2), BEFORE, training]
+    assert delivered(collections, {4: 3}) == collections, "what this one said was not kept"
+    rewards = {BEFORE: dict.fromkeys(ROWS, 0.5), AFTER: dict.fromkeys(ROWS, 0.0)}
+    found = verdict(state(0.5, 0.5), delivered([BEFORE, AFTER], {4: 0}), rewards.__getitem__)
+    assert (found.answer, found.after, found.rows["same"]) == ("unclear", found.before, len(ROWS))

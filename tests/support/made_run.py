@@ -11,7 +11,7 @@ from nat_plugin_evsys.calls import Call, CallFate, CallKey, DropReason
 from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
-from nat_plugin_evsys.report.metrics_log import EPOCH, VALIDATION, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, RELOADED, VALIDATION, MetricsLog
 from nat_plugin_evsys.rollouts.attempts import Attempt
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.environment import add_environment
@@ -101,8 +101,14 @@ class MadeRun:
             self.metrics.append(VALIDATION, epochs, reward=mean, num_examples=len(rewards), seconds=1.0)
         self.run_dir.save_state()
 
-    def train(self, epoch: int, groups: Sequence[Sequence[Attempt]], **metrics: float) -> None:
-        """An epoch: groups without a difference are dropped, of the others each token's probability grows by 10 %."""
+    def train(
+        self, epoch: int, groups: Sequence[Sequence[Attempt]], *, reloaded: str | None = None, **metrics: float
+    ) -> None:
+        """An epoch: groups without a difference are dropped, of the others each token's probability grows by 10 %.
+
+        Args:
+            reloaded: the checkpoint that was loaded after it.
+        """
         attempts = [attempt for group in groups for attempt in group]
         fates: dict[CallKey, CallFate] = {}
         for group in groups:
@@ -131,6 +137,7 @@ class MadeRun:
             job={"metrics": job_metrics, "trajectories": {"trained": trained, "dropped": dropped}},
             replies=facts.numbers.to_dict(),
             findings=[finding.to_dict() for finding in diagnose(facts)],
+            **({} if reloaded is None else {RELOADED: reloaded}),
         )
         state = self.run_dir.state
         state.epochs_done = epoch

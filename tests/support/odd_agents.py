@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -77,6 +78,14 @@ async def _broken(ask: Ask, question: str) -> str:
     raise LookupError("the ticket system has no such ticket")
 
 
+async def _ill(ask: Ask, question: str) -> str:
+    """Fail after its call where the environment says so."""
+    said = str(await ask(question))
+    if "EVSYS_TEST_ILL" in os.environ:
+        raise ConnectionError("the ticket system is down")
+    return said
+
+
 async def _exit(ask: Ask, question: str) -> str:
     await ask(question)
     await asyncio.gather(asyncio.to_thread(sys.exit, 3))  # as a tool in a task does it
@@ -104,6 +113,7 @@ BEHAVIOURS: dict[str, Callable[[Ask, str], Awaitable[str]]] = {
     "refused": _refused,
     "swallow": _swallow,
     "broken": _broken,
+    "ill": _ill,
     "exit": _exit,
     "early": _early,
 }

@@ -16,7 +16,7 @@ from nat_plugin_evsys.calls import CallTally, DropReason
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.policy.recorder import RecorderTotals
-from nat_plugin_evsys.report.metrics_log import MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path, policy_directory
 from nat_plugin_evsys.runs.environment import add_environment
@@ -38,7 +38,7 @@ class RunBooks:
     def __init__(self, run_dir: RunDirectory, policy: str | None = None) -> None:
         self.run_dir = run_dir
         self._policy = policy
-        self._strays_counted = False
+        self._strays: Counter[DropReason] = Counter()  # those of this process that the tally has
         self.metrics = MetricsLog(run_dir.metrics_path)
         self._started = time.monotonic()
         self._refusals: dict[str, int] = {}  # those of this process; states do not keep them
@@ -89,6 +89,12 @@ class RunBooks:
     def has_trained(self) -> bool:
         """Whether anything was trained so far: by an epoch, or by the warm start."""
         return self._tally.trained > 0 or self._trained_trajectories > 0 or self.state.warm_started
+
+    @property
+    def any_succeeded(self) -> bool:
+        """Whether a rollout of a finished epoch ended without an error."""
+        rows = (row for row in self.metrics.rows() if row["event"] == EPOCH)
+        return any(row.get("failed_rollouts", 0) < row.get("rollouts", 0) for row in rows)
 
     @property
     def is_finished(self) -> bool:
@@ -162,25 +168,27 @@ class RunBooks:
         self._dropped_trajectories.update(metadata["trajectories"]["dropped"])
 
     def count_stray_calls(self, totals: RecorderTotals, others: Iterable[RecorderTotals] = ()) -> None:
-        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer. Once.
+        """Count calls that reached the endpoint but belong to no rollout, were refused, or got no answer, as far as
+        they are not counted yet.
 
         Args:
+            totals: of this process.
             others: of the policies that are not trained.
         """
-        if self._strays_counted:
-            return
-        self._strays_counted = True
-        strays = {
-            DropReason.UNATTRIBUTED: totals.unattributed,
-            DropReason.CALL_FAILED: totals.failures,
-            DropReason.CLIENT_DISCONNECTED: totals.disconnected,
-            DropReason.NOT_TARGETED: sum(other.answered for other in others),
-            **totals.refused,
-        }
+        strays = Counter(
+            {
+                DropReason.UNATTRIBUTED: totals.unattributed,
+                DropReason.CALL_FAILED: totals.failures,
+                DropReason.CLIENT_DISCONNECTED: totals.disconnected,
+                DropReason.NOT_TARGETED: sum(other.answered for other in others),
+                **totals.refused,
+            }
+        )
         self._refusals = dict(totals.refusals)
-        for reason, number in strays.items():
+        for reason, number in (strays - self._strays).items():
             self._tally.calls += number
             self._tally.drop(reason, number)
+        self._strays |= strays
 
     def reward_of_checkpoint(self, epoch: int, reward: float) -> None:
         """Without held-out data the reward of a checkpoint, if it is still there, is that of the rollouts which its
@@ -258,7 +266,7 @@ class RunBooks:
         if last is not None and last.name in self.run_dir.forget_missing():
             raise CheckpointError(
                 f"the checkpoint of the last epoch, {self.run_dir.locate(last.adapter)}, was deleted while the run "
-                "went on; resume the run to train that epoch again"
+                f"went on. {self.run_dir.history.how_to_go_back(state.epochs_done)}"
             )
         state.status = "finished"
         self._save_counts()

@@ -10,14 +10,12 @@ from nat_plugin_evsys.errors import CollapseError
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
 from nat_plugin_evsys.report.findings import Finding
+from nat_plugin_evsys.report.metrics_log import RELOADED
 from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
 
 logger = logging.getLogger(__name__)
 
 OnCollapse = Literal["continue", "stop", "reload_best"]
-
-RELOADED = "reloaded"
-"""Where an epoch's row of metrics.jsonl names the checkpoint that was loaded after it."""
 
 RATE_FACTOR = 0.5
 """What each reload multiplies the learning rate by: the same rate would lead to the same place."""

@@ -37,7 +37,7 @@ async def reload(policies: Sequence[EpochCheckpoints], *, previous: bool) -> str
             return source
         except CheckpointError as error:
             if not previous:
-                raise CheckpointError(f"{error}. {_what_previous_does(own, epoch)}") from error
+                raise CheckpointError(f"{error}. {own.run_dir.history.how_to_go_back(epoch)}") from error
             if not own.fall_back():
                 raise
             lost = epoch - own.state.epochs_done
@@ -47,16 +47,6 @@ async def reload(policies: Sequence[EpochCheckpoints], *, previous: bool) -> str
                 lost,
                 "" if lost == 1 else "s",
             )
-
-
-def _what_previous_does(books: RunBooks, epoch: int) -> str:
-    older = books.run_dir.history.newest(before=epoch)
-    if older is None:
-        return "The run has no earlier checkpoint; set resume: false to start again"
-    return (
-        f"To resume from the newest whole checkpoint before it (of epoch {older.epochs_done}; later epochs run "
-        "again), set the trainer's resume: previous"
-    )
 
 
 class EpochCheckpoints:

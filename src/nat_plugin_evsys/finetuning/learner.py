@@ -11,7 +11,7 @@ from nat.data_models.finetuning import TrainingJobStatus, TrajectoryCollection
 
 from nat_plugin_evsys.calls import CallFate, DropReason, PromptHistory
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
-from nat_plugin_evsys.finetuning.collapse import RELOADED, collapse_of, rate_after, reload_best
+from nat_plugin_evsys.finetuning.collapse import collapse_of, rate_after, reload_best
 from nat_plugin_evsys.finetuning.curriculum import Curriculum
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
 from nat_plugin_evsys.finetuning.rollout_keeper import RolloutKeeper
@@ -20,7 +20,7 @@ from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import PolicyRollouts, RolloutReport
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.findings import Finding
-from nat_plugin_evsys.report.metrics_log import EPOCH
+from nat_plugin_evsys.report.metrics_log import EPOCH, RELOADED
 from nat_plugin_evsys.report.trackers.tracking import Tracking
 from nat_plugin_evsys.rollouts.trajectories import calls_of
 from nat_plugin_evsys.runs.rollouts import Collection
@@ -167,8 +167,12 @@ class Learner:
 
     async def reload_if_collapsed(self, row: dict[str, Any]) -> CheckpointRecord | None:
         """Load the best checkpoint if the row reports a collapse; returns which, and adds it to the row."""
-        best = await reload_best(self.checkpoints, self.books.state) if collapse_of(row) is not None else None
-        row |= {} if best is None else {RELOADED: best.name}
+        state = self.books.state
+        best = await reload_best(self.checkpoints, state) if collapse_of(row) is not None else None
+        if best is not None:
+            row[RELOADED] = best.name
+            if state.heldout_reward_after is not None:  # what the collapsed policy earned
+                state.heldout_reward_after = best.reward
         return best
 
 

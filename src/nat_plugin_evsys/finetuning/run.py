@@ -126,6 +126,7 @@ class RunSession:
             if self._trainer.config.overlap_rollouts:
                 await hold_resumed_rollouts(learner.policy, learner.books.run_dir)
             learner.resume()
+        self._trainer.trajectory_builder.any_succeeded = books.any_succeeded
         self._display.phase("resume", f"after epoch {books.state.epochs_done} of {num_epochs}, from {source}")
 
     async def _already_finished(self) -> RunSummary:
@@ -154,6 +155,7 @@ class RunSession:
 
     async def _commit(self, epochs_done: int, rewards: Sequence[float | None]) -> None:
         """Save every policy; the first one last, since its state commits the run."""
+        self._count_stray_calls()
         for learner, reward in reversed(list(zip(self._learners, rewards, strict=True))):
             curriculum = learner.curriculum.state() if epochs_done else {}
             await learner.checkpoints.save(epochs_done, reward, curriculum)

@@ -39,6 +39,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         samples: whether the rewards are of what the policies under training sample.
         by_policy: the rollouts as each policy under training sees them; the first is that of NAT's trainer adapter,
             which NAT's own methods are about.
+        any_succeeded: whether a rollout of the run has ended without an error; if none has, only failures end it.
     """
 
     samples = True
@@ -51,7 +52,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         self.config = trajectory_builder_config
         self.by_policy: list[PolicyRollouts] = []
         self.on_rollout: Callable[[int, int], None] | None = None
-        self._any_succeeded = False
+        self.any_succeeded = False
         self._epochs_per_pass = 1
         self._runs: dict[str, tuple[asyncio.Task[list[list[Attempt]]], Rollouts]] = {}
         self._nat_config: Config | None = None
@@ -165,8 +166,8 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
 
     def _check(self, rollouts: Rollouts) -> None:
         strays = self._unattributed() - rollouts.unattributed_before
-        self._any_succeeded |= any(attempt.error is None for attempt in self._own.attempts)
-        all_may_fail = self._any_succeeded or rollouts.kind == "evaluation"
+        self.any_succeeded |= any(attempt.error is None for attempt in self._own.attempts)
+        all_may_fail = self.any_succeeded or rollouts.kind == "evaluation"
         any_called = any(attempt.calls for each in self.by_policy for attempt in each.attempts)
         for each in self.by_policy:
             uncalled = not any(attempt.calls or attempt.lost for attempt in each.attempts)

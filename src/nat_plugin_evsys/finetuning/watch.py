@@ -9,7 +9,7 @@ from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
 from nat_plugin_evsys.report.findings import Finding, findings_of
-from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
+from nat_plugin_evsys.report.metrics_log import EPOCH, RELOADED, MetricsLog
 from nat_plugin_evsys.report.replies import KEY as REPLIES
 from nat_plugin_evsys.report.replies import ReplyNumbers
 
@@ -31,12 +31,14 @@ class Watch:
             heldout: the validation after the epoch, if there was one.
         """
         rows = [row for row in self._metrics.rows() if row["event"] == EPOCH]
+        known = [(numbers, row) for row in rows if (numbers := ReplyNumbers.of_row(row)) is not None]
         facts = EpochFacts(
             epoch=epoch,
             replies=report.replies,
             trained=int(job.get("trained", 0)),
             heldout=() if heldout is None else heldout.replies,
-            before=[numbers for row in rows if (numbers := ReplyNumbers.of_row(row)) is not None],
+            before=[numbers for numbers, _ in known],
+            reloaded_after=max((count for count, (_, row) in enumerate(known, 1) if RELOADED in row), default=0),
             last_trained=max((row["epoch"] for row in rows if row.get("trained")), default=0),
             entropies=_entropies([*(row.get("job") or {} for row in rows), job]),
             metrics=job.get("metrics") or {},

@@ -62,6 +62,8 @@ class EpochFacts:
         trained: calls that were trained on.
         heldout: replies of the validation after the epoch; empty if there was none.
         before: the numbers of the epochs before, oldest first.
+        reloaded_after: how many of ``before`` ended when an earlier checkpoint was last reloaded; 0 if none was. What
+            they earned says nothing about the policy of the epochs since.
         last_trained: the last epoch before this one that trained anything; 0 for none.
         entropies: mean entropy of the trained tokens in nats, of each epoch that has one, this one last.
         metrics: of the epoch's training job; empty if it had none.
@@ -74,6 +76,7 @@ class EpochFacts:
     trained: int
     heldout: Sequence[Reply] = ()
     before: Sequence[ReplyNumbers] = ()
+    reloaded_after: int = 0
     last_trained: int = 0
     entropies: Sequence[float] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -88,12 +91,17 @@ class EpochFacts:
 def _reward_means(facts: EpochFacts, numbers: ReplyNumbers) -> tuple[list[float], float]:
     """Mean reward over windows of epochs that together visit every row: those before, oldest first, and the last one.
 
-    The last one is NaN where there are too few epochs for a window.
+    The last one is NaN where there are too few epochs for a window, or too few since a checkpoint was reloaded.
     """
-    rewards = [each.reward_mean for each in (*facts.before, numbers) if each.reward_mean is not None]
+    rewards = _rewards([*facts.before, numbers])
     width = facts.epochs_per_pass
     means = [sum(rewards[end - width : end]) / width for end in range(width, len(rewards) + 1)]
-    return (means[:-1], means[-1]) if means else ([], math.nan)
+    is_full = len(_rewards([*facts.before[facts.reloaded_after :], numbers])) >= width
+    return means[:-1], means[-1] if is_full else math.nan
+
+
+def _rewards(epochs: Sequence[ReplyNumbers]) -> list[float]:
+    return [each.reward_mean for each in epochs if each.reward_mean is not None]
 
 
 def diagnose(facts: EpochFacts) -> list[Finding]:
@@ -160,7 +168,7 @@ def _advice_on_no_signal(facts: EpochFacts, *, is_best: bool) -> str:
 def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
     means, now = _reward_means(facts, numbers)
     low, high = _range(facts, numbers)
-    if not means or numbers.reward_mean is None:
+    if not means or math.isnan(now) or numbers.reward_mean is None:
         return None
     gain = max(means) - means[0]
     if gain < GAIN_WORTH_KEEPING * (high - low) or now - means[0] >= FALLEN_TO * gain:

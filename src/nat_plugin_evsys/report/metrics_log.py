@@ -9,6 +9,7 @@ numbers that are not finite.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ BASE = "base"
 WARM_START = "warm_start"
 VALIDATION = "validation"
 EPOCH = "epoch"
+
+RELOADED = "reloaded"
+"""Where an epoch's row names the checkpoint that was loaded after it."""
 
 
 class MetricsLog:
@@ -59,3 +63,13 @@ class MetricsLog:
         if len(kept) < len(rows):
             atomic_write(self.path, "".join(map(json_line, kept)))
         return len(rows) - len(kept)
+
+
+def reloads(rows: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+    """Each epoch after which an earlier checkpoint was loaded -> the epoch that had saved these weights."""
+    found: dict[int, int] = {}
+    for row in rows:
+        if RELOADED in row:
+            saved = int(row[RELOADED].rpartition("-")[2])  # epoch-0003
+            found[row["epoch"]] = found.get(saved, saved)
+    return found

@@ -13,8 +13,8 @@ from nat_plugin_evsys.report.blocks import Block
 from nat_plugin_evsys.report.cost import cost
 from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.health import Health, health
-from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
-from nat_plugin_evsys.report.verdict import Row, curve, doubted, verdict
+from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog, reloads
+from nat_plugin_evsys.report.verdict import Row, curve, delivered, doubted, verdict
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.environment import read_environments
 from nat_plugin_evsys.runs.rollouts import Collection
@@ -32,16 +32,19 @@ def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
     collections = list(rewards)
     state = run.state
     findings = findings_of(rows)
-    last = [finding.id for finding, epochs in findings if epochs[-1] == state.epochs_done]
+    reloaded = reloads(rows)
+    now = reloaded.get(state.epochs_done, state.epochs_done)
+    found = verdict(state, delivered(collections, reloaded), rewards.__getitem__)
     return {
         "name": run.path.name,
         "path": str(run.path),
         "status": state.status,
         "error": state.error,
         "epochs": state.epochs_done,
-        "verdict": asdict(doubted(verdict(state, collections, rewards.__getitem__), last)),
+        "verdict": asdict(doubted(found, [finding.id for finding, epochs in findings if now in epochs])),
         "curve": curve(rows, collections, rewards.__getitem__),
         "best_epoch": state.best_epoch,
+        "reloads": reloaded,
         "cost": cost(rows, state),
         "fates": {"trained": state.trajectories["trained"], **state.trajectories["dropped"]},
         "per_epoch": [_epoch(row) for row in rows if row["event"] == EPOCH],

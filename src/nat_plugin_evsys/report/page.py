@@ -22,9 +22,9 @@ from nat_plugin_evsys.json_lines import to_json
 from nat_plugin_evsys.report.blocks import Block, Blocks
 from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
 from nat_plugin_evsys.report.overview import collection_entry, overview
-from nat_plugin_evsys.report.verdict import RowRewards, comparison
+from nat_plugin_evsys.report.verdict import RowRewards, comparison, delivered
 from nat_plugin_evsys.runs import RunDirectory
-from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind
+from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind, RolloutFiles
 
 DEFAULT_MEGABYTES = 8.0
 """Room for the blocks. With it the page stays under 10 MB."""
@@ -45,7 +45,7 @@ class Report:
 
     def __init__(self, runs: Sequence[Path], *, megabytes: float = DEFAULT_MEGABYTES) -> None:
         self._runs = list(runs)
-        self._blocks = [Blocks(RunDirectory.open(path).rollouts) for path in runs]
+        self._blocks = [Blocks(RolloutFiles(path)) for path in runs]  # needs no state, which may be torn
         self._room = int(megabytes * 1_000_000)
 
     def write(self, target: Path) -> int:
@@ -79,23 +79,26 @@ class Report:
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "version": version("nat_plugin_evsys"),
             "drop_reasons": drop_reason_meanings(),
-            "comparison": _compared(found[0], found[1]) if len(found) == 2 else None,
+            "comparison": _compared(found, runs) if len(found) == 2 else None,
             "runs": runs,
         }
         return _render(title=" and ".join(run["name"] for run in runs), data=data, blocks=elements)
 
 
-def _compared(one: Sequence[Block], other: Sequence[Block]) -> str:
+def _compared(found: Sequence[Sequence[Block]], runs: Sequence[dict[str, Any]]) -> str:
     """Which of two runs came out better."""
-    (kind, rewards), (other_kind, other_rewards) = _last_measured(one), _last_measured(other)
+    last = (_last_measured(blocks, run["reloads"]) for blocks, run in zip(found, runs, strict=True))
+    (kind, rewards), (other_kind, other_rewards) = last
     return comparison((kind, other_kind), (rewards, other_rewards))
 
 
-def _last_measured(blocks: Sequence[Block]) -> tuple[CollectionKind, RowRewards]:
-    """The last measurement of a run, and what each row earned."""
-    heldout = [block for block in blocks if block.collection.kind == "heldout"]
-    measured = heldout or [block for block in blocks if block.collection.kind == "train"]
-    return ("heldout" if heldout else "train", measured[-1].rewards if measured else {})
+def _last_measured(blocks: Sequence[Block], reloads: dict[int, int]) -> tuple[CollectionKind, RowRewards]:
+    """The last measurement of what a run came to, and what each row earned."""
+    rewards = {block.collection: block.rewards for block in blocks}
+    kept = delivered(list(rewards), reloads)
+    heldout = [collection for collection in kept if collection.kind == "heldout"]
+    measured = heldout or [collection for collection in kept if collection.kind == "train"]
+    return ("heldout" if heldout else "train", rewards[measured[-1]] if measured else {})
 
 
 def _choose(found: Sequence[Sequence[Block]], room: int) -> set[tuple[int, Collection]]:

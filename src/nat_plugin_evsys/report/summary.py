@@ -38,7 +38,8 @@ class RunSummary:
         serve_command: what to type to serve the adapter.
         run_dir: the run directory.
         trackers: name -> where it shows the run, how many records it received and lost, and why it lost the first.
-        refusals: message -> requests that the policy endpoint refused with it (numbers in it are the first one's).
+        refusals: message -> requests that the policy endpoint refused with it (numbers in it are the first one's), in
+            the run's last session.
         prompts: how the prompts of the training rollouts hold the turn before them (``PromptHistory``) -> their number.
         malformed_calls: what looked like a tool call in those rollouts, could not be read as one, and stayed text.
         findings: what a person should look at, each as its first epoch showed it, with the ``epochs`` that have it.

@@ -53,7 +53,7 @@ def verdict(state: RunState, collections: Sequence[Collection], rewards: Callabl
     """Whether a run made the policy better.
 
     Args:
-        collections: the kept ones.
+        collections: the kept ones, as ``delivered`` has them.
         rewards: the rewards of one of them by row.
     """
     kind: CollectionKind = "train" if state.heldout_reward_before is None else "heldout"
@@ -73,6 +73,20 @@ def verdict(state: RunState, collections: Sequence[Collection], rewards: Callabl
     answer = _answer(before, after, change)
     found = Verdict(answer, _sentence(answer, kind, before, after, change), kind, before, after, change, counts)
     return _told_apart(found, [rewards(collection) for collection in kept]) if base and kept else found
+
+
+def delivered(collections: Sequence[Collection], reloads: Mapping[int, int]) -> list[Collection]:
+    """``collections``, but in place of the held-out rows as a policy answered them that was then given up for an
+    earlier checkpoint, those rows as this one had answered them, if they were kept.
+
+    Args:
+        reloads: see ``metrics_log.reloads``.
+    """
+    found = []
+    for each in collections:
+        earlier = Collection("heldout", reloads.get(each.epoch, each.epoch))
+        found.append(earlier if each.kind == "heldout" and earlier in collections else each)
+    return found
 
 
 def _told_apart(found: Verdict, measured: Sequence[RowRewards]) -> Verdict:

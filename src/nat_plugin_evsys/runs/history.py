@@ -52,6 +52,16 @@ class StateHistory:
         """The newest state that can be read, of an epoch before ``before`` if that is given."""
         return next(self._readable(before), None)
 
+    def how_to_go_back(self, epoch: int) -> str:
+        """What to type where the checkpoint of an epoch is gone or torn."""
+        older = self.newest(before=epoch)
+        if older is None:
+            return "The run has no earlier checkpoint; set resume: false to start again"
+        return (
+            f"To resume from the newest whole checkpoint before it (of epoch {older.epochs_done}; later epochs run "
+            "again), set the trainer's resume: previous"
+        )
+
     def _readable(self, before: int | None) -> Iterator[RunState]:
         for epoch in self.epochs():
             if before is None or epoch < before:

@@ -16,9 +16,10 @@ function Changes() {
 
 function ChangeList({ choices, shown }) {
   // of two runs their ends are compared, of one run its ends
-  const first = isComparison ? shown.filter((each) => each.run === runs[0]).at(-1) ?? shown[0] : shown[0];
+  const ofFirst = shown.filter((each) => each.run === runs[0]);
+  const first = isComparison && ofFirst.length > 0 ? delivered(ofFirst) : shown[0];
   const [before, setBefore] = useState(first.key);
-  const [after, setAfter] = useState(shown.at(-1).key);
+  const [after, setAfter] = useState(delivered(shown).key);
   const [filter, setFilter] = useState("all");
   const [search, setSearch] = useState("");
   const old = choices.find((collection) => collection.key === before);
@@ -44,6 +45,13 @@ function ChangeList({ choices, shown }) {
         ? html`<div class="card empty">Reading the replies …</div>`
         : html`<${Pairs} pairs=${pairs} filter=${filter} search=${search} old=${old} now=${now} />`}
   </section>`;
+}
+
+/** The last collection, or that of the checkpoint for which its policy was given up. */
+function delivered(shown) {
+  const last = shown.at(-1);
+  const saved = last.kind === "heldout" ? last.run.reloads[last.epoch] : undefined;
+  return shown.find((each) => each.run === last.run && each.kind === "heldout" && each.epoch === saved) ?? last;
 }
 
 function labelled(pairs) {
