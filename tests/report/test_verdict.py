@@ -150,6 +150,7 @@ def test_two_runs_are_compared_on_the_rows_that_both_have() -> None:
     low, high = dict.fromkeys(ROWS, 0.25), dict.fromkeys([*ROWS, "other"], 0.75)
     kinds = ("heldout", "heldout")
     assert comparison(kinds, (low, high)).startswith("B is better: on the same 20 held-out rows it earned 0.500 more")
+    assert comparison(kinds, (high, low)) == comparison(kinds, (low, high)).translate(str.maketrans("AB", "BA"))
     assert comparison(kinds, (high, low)).startswith("A is better")
     assert comparison(kinds, (low, low)).startswith("No clear difference")
     assert "not measured on the same rows" in comparison(("heldout", "train"), (low, low))

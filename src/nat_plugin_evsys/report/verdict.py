@@ -168,12 +168,19 @@ def comparison(kinds: tuple[CollectionKind, CollectionKind], rewards: tuple[RowR
     difference = change_interval([rewards[0][row] for row in rows], [rewards[1][row] for row in rows])
     if kinds[0] != kinds[1] or difference is None:
         return "The two runs were not measured on the same rows, so only their means can be compared."
-    sure = f"(95% interval {_signed(difference.low)} to {_signed(difference.high)})"
     on = f"on the same {len(rows)} {_rows_called(kinds[0])}"
     if difference.low <= 0.0 <= difference.high:
+        sure = _sure(difference.low, difference.high)
         return f"No clear difference: {on} B earned {_signed(difference.mean)} relative to A {sure}."
-    better, worse = ("B", "A") if difference.mean > 0 else ("A", "B")
+    if difference.mean > 0:
+        better, worse, sure = "B", "A", _sure(difference.low, difference.high)
+    else:
+        better, worse, sure = "A", "B", _sure(-difference.high, -difference.low)
     return f"{better} is better: {on} it earned {abs(difference.mean):.3f} more than {worse} {sure}."
+
+
+def _sure(low: float, high: float) -> str:
+    return f"(95% interval {_signed(low)} to {_signed(high)})"
 
 
 def _answer(before: Interval | None, after: Interval | None, change: Interval | None) -> Answer:
