@@ -169,8 +169,8 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         all_may_fail = self._any_succeeded or rollouts.kind == "evaluation"
         any_called = any(attempt.calls for each in self.by_policy for attempt in each.attempts)
         for each in self.by_policy:
-            uncalled = not any(attempt.calls or attempt.lost for attempt in each.attempts)
-            if any_called and uncalled:
+            uncalled = not any(attempt.calls for attempt in each.attempts)
+            if any_called and uncalled and not all(attempt.lost for attempt in each.attempts):
                 logger.warning("none of %d rollouts called the policy `%s`", len(each.attempts), each.name)
                 continue
             check_batch(each.attempts, rollouts.name, each.name, unattributed=strays, all_may_fail=all_may_fail)
