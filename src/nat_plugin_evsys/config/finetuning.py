@@ -139,9 +139,10 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     target_kl: float | None = Field(
         default=defaults.TARGET_KL,
         gt=0,
-        description="How far an epoch may move the policy from the one that sampled: KL in nats per token. Above it, "
-        "the epoch's remaining steps are skipped and their calls counted as `moved_too_far`. Above half of it, the "
-        "learning rate of the next epochs falls; below half, it rises again, up to `learning_rate`. `null`: no limit.",
+        description="How far an epoch may move the policy from the one that sampled (on recorded traces: from the one "
+        "at the epoch's start): KL in nats per token. Above it, the epoch's remaining steps are skipped and their "
+        "calls counted as `moved_too_far`. Above half of it, the learning rate of the next epochs falls; below half, "
+        "it rises again, up to `learning_rate`. `null`: no limit.",
     )
     discount: float = Field(
         default=1.0,
