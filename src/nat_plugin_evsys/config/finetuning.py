@@ -221,6 +221,12 @@ class WarmStartConfig(StrictConfig):
     seed: int = Field(default=0, description="Seed for shuffling the demonstrations (and for sdft's samples).")
     candidates: int = Field(default=64, ge=1, description="`sdft`: tokens per position in the reverse KL.")
 
+    @model_validator(mode="after")
+    def _candidates_are_of_sdft(self) -> "WarmStartConfig":
+        if self.algorithm != "sdft" and "candidates" in self.model_fields_set:
+            raise ValueError(f"candidates has no effect with algorithm `{self.algorithm}`; remove it")
+        return self
+
 
 class EvsysTrainerConfig(RunRewardedConfig, TrainerConfig, name="evsys_trainer"):
     """Runs the epochs: warm start, rollouts, training, validation, checkpoints, resume and the reports."""
