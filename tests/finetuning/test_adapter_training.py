@@ -262,6 +262,20 @@ async def test_steps_end_beyond_target_kl(policy: Fixture, make_adapter: Fixture
     assert status.metadata["metrics"]["steps"] == 1
 
 
+async def test_records_of_another_policy_do_not_slow_the_steps(policy: Fixture, make_adapter: Fixture) -> None:
+    """They are 0.5 nats from the policy, whatever it does; what counts is how far the steps move it."""
+    collection = await policy.collection(groups=3, size=4)
+    for call in calls_in(collection).values():
+        call.logprobs[:] = [logprob - 1 for logprob in call.logprobs]
+    adapter = make_adapter(policy, learning_rate=1e-6, groups_per_step=1, target_kl=0.3)
+    adapter.expect_records("a test")
+    for _ in range(2):
+        status = await run(adapter, collection)
+        metrics = status.metadata["metrics"]
+        assert (metrics["lr_factor"], status.metadata["trained"]) == (1.0, 12)
+        assert metrics["kl_moved"] < 1e-3 < 0.4 < metrics["kl_v2:mean"]
+
+
 async def test_the_rate_goes_on_where_an_earlier_process_left_it(make_policy: Fixture, make_adapter: Fixture) -> None:
     settings = {"learning_rate": 0.1, "target_kl": 1e-4, "lr_warmup": 4, "groups_per_step": 1}
     policy = make_policy()

@@ -71,5 +71,6 @@ async def test_the_files_are_read_once_and_every_record_is_accounted_for(
         assert [call.output_ids for call in calls_of(trajectory)] == [[5, 6]]
         report = builder.report
         assert report is not None
+        assert not report.staleness, "no version of the policy sampled them"
         assert +report.lost == {DropReason.TEXT_ONLY: 1, DropReason.UNREADABLE_RECORD: 1}
         assert f"{files}, record 3: no trajectory in a form" in report.errors[DropReason.UNREADABLE_RECORD]

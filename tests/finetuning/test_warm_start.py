@@ -40,13 +40,11 @@ async def policy(tmp_path: Path) -> AsyncIterator[Policy]:
         await policy.close()
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "sdft"])
-async def test_warm_start_trains_and_publishes(algorithm: str, policy: Policy, demonstrations: Path) -> None:
+@pytest.mark.parametrize("algorithm", [{"algorithm": "sft"}, {"algorithm": "sdft", "candidates": 32}])
+async def test_warm_start_trains_and_publishes(algorithm: dict[str, Any], policy: Policy, demonstrations: Path) -> None:
     before, served = policy.version, policy.endpoint.base_url
     seen = []
-    config = WarmStartConfig(
-        demonstrations=demonstrations, algorithm=algorithm, epochs=6, batch_size=2, learning_rate=5e-3, candidates=32
-    )
+    config = WarmStartConfig(demonstrations=demonstrations, epochs=6, batch_size=2, learning_rate=5e-3, **algorithm)
     metrics = await warm_start(policy, config, seen.append)
     assert metrics["steps"] == len(seen) == 6
     assert math.isfinite(metrics["loss_first"])
@@ -54,6 +52,11 @@ async def test_warm_start_trains_and_publishes(algorithm: str, policy: Policy, d
     assert policy.version > before
     assert policy.endpoint.base_url == served
     assert list(policy.backend.checkpoint_dir.rglob("warm-start*")) == []
+
+
+def test_candidates_are_refused_where_no_kl_is_taken_over_them() -> None:
+    with pytest.raises(ValueError, match="candidates has no effect with algorithm `sft`; remove it"):
+        WarmStartConfig.model_validate({"demonstrations": "rows.json", "candidates": 64})
 
 
 async def test_a_rate_that_is_not_set_is_that_of_the_models_width(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,15 @@ def attempt(reward: float | None, number: int = 0, row: str = "row", **changes: 
 )
 def test_rows_without_signal(attempts: Sequence[Attempt], without: bool) -> None:
     assert rows_without_signal([*attempts, attempt(0.0, row="other"), attempt(1.0, row="other")]) == ["row"] * without
+
+
+@pytest.mark.parametrize(("discount", "silent"), [(1.0, True), (0.9, False)])
+def test_equal_rewards_after_different_numbers_of_calls_have_a_signal_with_a_discount(
+    discount: float, silent: bool
+) -> None:
+    rows = [attempt(1.0), replace(attempt(1.0), calls=[CALL, CALL])]
+    assert (rows_without_signal(rows, discount) == ["row"]) is silent
+    assert rows_without_signal([rows[1], rows[1]], discount) == ["row"]
 
 
 def test_each_round_replaces_the_one_before() -> None:

@@ -4,7 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.rollouts.advantages import call_advantages, call_returns, group_advantages, has_zero_variance
+from nat_plugin_evsys.rollouts.advantages import (
+    AdvantageMethod,
+    call_advantages,
+    call_returns,
+    group_advantages,
+    has_zero_variance,
+)
 
 REWARDS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=9)
 
@@ -114,3 +120,21 @@ def test_calls_are_compared_with_the_same_call_of_the_others() -> None:
     assert stepped == [[0.5, 0.5], [-0.5, -0.5]]
     later = call_advantages([0.0, 0.0], [2, 2], "reward", step_rewards_G=[[1.0, 0.0], None])
     assert later == [[1.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("method", ["maxrl", "group_mean_std"])
+def test_a_call_that_no_other_got_to_has_the_scale_of_the_first_calls(method: AdvantageMethod) -> None:
+    first = np.asarray([0.95**2, *[0.0] * 7])
+    (*_, last), *_ = call_advantages([1.0, *[0.0] * 7], [3, *[2] * 7], method, discount=0.95)
+    assert last == pytest.approx((1 - first.mean()) / (first.mean() if method == "maxrl" else first.std()))
+
+
+def test_maxrl_divides_a_call_that_no_other_got_to_by_the_mean_above_the_lowest_first_return() -> None:
+    (*_, last), *_ = call_advantages([1.0, -1.0], [2, 1], "maxrl", discount=0.5)
+    assert last == pytest.approx((1 - -0.25) / (-0.25 - -1))
+
+
+@pytest.mark.parametrize("method", ["maxrl", "group_mean_std", "group_mean", "leave_one_out"])
+def test_a_call_that_no_other_got_to_is_not_divided_where_the_first_returns_are_equal(method: AdvantageMethod) -> None:
+    (_, last), _ = call_advantages([0.0, 0.0], [2, 1], method, step_rewards_G=[[-1.0, 1.0], None])
+    assert last == 1.0

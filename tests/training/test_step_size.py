@@ -11,11 +11,13 @@ import torch
 from groups import GROUPS
 from tinker import types
 
+from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.training.group_material import GroupMaterial
 from nat_plugin_evsys.training.job_report import JobReport
 from nat_plugin_evsys.training.learning_rate import LearningRate
-from nat_plugin_evsys.training.loop import run_steps
+from nat_plugin_evsys.training.loop import Taken, run_steps
 from nat_plugin_evsys.training.policy_gradient import TrainingSettings
+from nat_plugin_evsys.training.step_metrics import StepMetrics
 from nat_plugin_evsys.training.step_size import LEAST, StepSize, warmup_of
 
 
@@ -84,6 +86,91 @@ async def test_later_steps_see_what_the_earlier_ones_did(make_backend: Any) -> N
     assert second.values["kl_moved"] == second.values["kl_v2:mean"] > 0
     assert "kl_moved" not in first.values
     assert size.factor == second.values["lr_factor"] == 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+async def test_the_move_on_records_is_from_the_policy_at_the_start(
+    make_backend: Any, full_logprobs: Any, steps: int
+) -> None:
+    """Their own sampler is nats away, and stays there."""
+    backend = await make_backend(perturbed=True)
+    groups = [GROUPS[0], GROUPS[2]]
+
+    def logprobs(group: TrajectoryGroup) -> torch.Tensor:
+        of_calls = []
+        for call in (call for calls in group.calls_G for call in calls):
+            rows = full_logprobs(backend, [*call.prompt_ids, *call.output_ids][:-1])[-len(call.output_ids) :]
+            of_calls.append(rows.gather(1, torch.tensor(call.output_ids)[:, None])[:, 0])
+        return torch.cat(of_calls).detach()
+
+    starts = {group.name: logprobs(group) for group in groups}
+    size = StepSize(target=0.2)
+    adam = types.AdamParams(learning_rate=1e-3)
+    settings = TrainingSettings("ppo", adam, groups_per_step=3 - steps, sampled_elsewhere=True, step_size=size)
+    material = GroupMaterial(groups, settings)
+    await material.prepare(backend)
+    seen: list[float] = []
+
+    async def look(taken: Taken) -> None:
+        """After each step: how far it and those before it have moved the next one's groups, or its own."""
+        chosen = [group for index, group in enumerate(groups) if (index in taken.step.members) is (steps == 1)]
+        gaps = [logprobs(group) - starts[group.name] for group in chosen]
+        seen.append(float(torch.cat(gaps).square().mean() / 2))
+
+    history = await run_steps(backend, material.steps(backend), on_step=look)
+    assert len(history) == steps
+    assert history[-1].values["kl_moved"] == pytest.approx(seen[0], rel=1e-3)
+    assert 0 < seen[0] < 0.1 < 0.2 < history[0].values["kl_v2:mean"]
+    assert size.factor == 1.0
+
+
+class LaconicService:
+    """A Tinker service whose forward_backward returns the loss, and for each Datum these outputs."""
+
+    def __init__(self, backend: Any, *outputs: str) -> None:
+        self._backend = backend
+        self._outputs = outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    async def forward_backward_async(self, *args: Any, **options: Any) -> types.ForwardBackwardOutput:
+        output = await self._backend.forward_backward_async(*args, **options)
+        return types.ForwardBackwardOutput(
+            loss_fn_output_type=output.loss_fn_output_type,
+            loss_fn_outputs=[{name: each[name] for name in self._outputs} for each in output.loss_fn_outputs],
+            metrics={"loss:sum": output.metrics["loss:sum"]},
+        )
+
+
+async def epoch_of(backend: Any, size: StepSize) -> list[StepMetrics]:
+    settings = TrainingSettings("ppo", types.AdamParams(learning_rate=0.1), groups_per_step=1, step_size=size)
+    material = GroupMaterial([GROUPS[0], GROUPS[2]], settings)
+    await material.prepare(backend)
+    return await run_steps(backend, material.steps(backend))
+
+
+@pytest.mark.parametrize("target", [1e3, 1e-3])
+async def test_a_service_that_names_no_kl_is_measured_by_its_logprobs(make_backend: Any, target: float) -> None:
+    size, by_metric = StepSize(target), StepSize(target)
+    steps = await epoch_of(LaconicService(await make_backend(perturbed=True), "logprobs"), size)
+    expected = await epoch_of(await make_backend(perturbed=True), by_metric)
+    assert len(steps) == len(expected) == (2 if target > 1 else 1)
+    assert steps[-1].values["kl_moved"] == pytest.approx(expected[-1].values["kl_moved"], rel=1e-5)
+    assert size.factor == pytest.approx(by_metric.factor)
+
+
+async def test_a_service_without_logprobs_is_measured_after_the_last_step(
+    make_backend: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = StepSize(target=1e-3)
+    backend = LaconicService(await make_backend(perturbed=True))
+    for _ in range(2):
+        first, second = await epoch_of(backend, size)
+        assert second.values["kl_moved"] > 1e-3
+        assert "kl_moved" not in first.values
+    assert size.factor < 1
+    assert caplog.text.count("target_kl ends no epoch early") == 1
 
 
 async def test_a_resumed_training_is_the_same_bit_for_bit(make_backend: Any) -> None:

@@ -34,9 +34,9 @@ class EvsysTrajectoryBuilderConfig(RunRewardedConfig, TrajectoryBuilderConfig, n
     dynamic_sampling: int = Field(
         default=0,
         ge=0,
-        description="Rounds in which an epoch's rows whose attempts all have the same reward are rolled out again "
-        "(DAPO's dynamic sampling); 0 is off. The attempts before are counted as `replaced_group`, and the extra "
-        "rollouts as `extra_rollouts` in metrics.jsonl.",
+        description="Rounds in which an epoch's rows whose attempts all have the same reward, so that they teach "
+        "nothing, are rolled out again (DAPO's dynamic sampling); 0 is off. The attempts before are counted as "
+        "`replaced_group`, and the extra rollouts as `extra_rollouts` in metrics.jsonl.",
     )
     max_concurrency: int | None = Field(
         default=None, ge=1, description="Rollouts in flight at once; default `eval.general.max_concurrency`."
@@ -139,9 +139,10 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     target_kl: float | None = Field(
         default=defaults.TARGET_KL,
         gt=0,
-        description="How far an epoch may move the policy from the one that sampled: KL in nats per token. Above it, "
-        "the epoch's remaining steps are skipped and their calls counted as `moved_too_far`. Above half of it, the "
-        "learning rate of the next epochs falls; below half, it rises again, up to `learning_rate`. `null`: no limit.",
+        description="How far an epoch may move the policy from the one that sampled (on recorded traces: from the one "
+        "at the epoch's start): KL in nats per token. Above it, the epoch's remaining steps are skipped and their "
+        "calls counted as `moved_too_far`. Above half of it, the learning rate of the next epochs falls; below half, "
+        "it rises again, up to `learning_rate`. `null`: no limit.",
     )
     discount: float = Field(
         default=1.0,
@@ -219,6 +220,12 @@ class WarmStartConfig(StrictConfig):
     )
     seed: int = Field(default=0, description="Seed for shuffling the demonstrations (and for sdft's samples).")
     candidates: int = Field(default=64, ge=1, description="`sdft`: tokens per position in the reverse KL.")
+
+    @model_validator(mode="after")
+    def _candidates_are_of_sdft(self) -> "WarmStartConfig":
+        if self.algorithm != "sdft" and "candidates" in self.model_fields_set:
+            raise ValueError(f"candidates has no effect with algorithm `{self.algorithm}`; remove it")
+        return self
 
 
 class EvsysTrainerConfig(RunRewardedConfig, TrainerConfig, name="evsys_trainer"):

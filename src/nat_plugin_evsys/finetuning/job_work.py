@@ -89,6 +89,7 @@ class JobWork:
     Attributes:
         rate_factor: factor on the learning rate; a run lowers it when its policy has collapsed.
         step_size: what earlier jobs have measured about the learning rate.
+        on_records: whether the groups are records of another sampler than the policy.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class JobWork:
         self._num_epochs = num_epochs
         self._policy = policy
         self.rate_factor = 1.0
+        self.on_records = False
         target = None if config.loss_fn == "cross_entropy" else config.target_kl
         warmup = warmup_of(config.learning_rate) if config.lr_warmup is None else config.lr_warmup
         self.step_size = StepSize(target, warmup=warmup)
@@ -163,6 +165,7 @@ class JobWork:
             shuffle_key=self._shuffle_key(epoch),
             merge_calls=config.merge_calls,
             recompute_logprobs=config.recompute_logprobs,
+            sampled_elsewhere=self.on_records,
             discount=config.discount,
             mask_truncated=config.mask_truncated,
             kl_beta=config.kl_beta,

@@ -50,6 +50,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
         check_output_dirs(each.name, each.policy, finetuning.output_dir)
         check_rollout_engine(each)
         check_group_size(config, finetuning, each.adapter)
+        check_builder_uses(config, finetuning, each)
     check_overlap(config, finetuning)
     check_exporters(config)
     given = None if run is None else run.dataset
@@ -124,7 +125,7 @@ def check_rollout_engine(trained: TrainedPolicy) -> None:
 
 
 def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysTrainerAdapterConfig) -> None:
-    """A group-relative advantage needs at least two attempts at each row."""
+    """A group-relative advantage needs at least two attempts at each row, and dynamic sampling such an advantage."""
     builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
     if isinstance(builder, EvsysTraceBuilderConfig):
         return
@@ -134,15 +135,35 @@ def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysT
             "evsys_trajectory_builder; the evsys trainer needs `_type: evsys_trajectory_builder` (or "
             "evsys_trace_builder)"
         )
-    if builder.num_generations == 1 and adapter.advantage != "reward":
+    supervised = adapter.loss_fn == "cross_entropy"
+    if builder.num_generations == 1 and adapter.advantage != "reward" and not supervised:
         raise ConfigError(
             f"num_generations is 1, but advantage `{adapter.advantage}` compares the attempts of a group; "
             "set num_generations to 2 or more, or advantage: reward"
         )
-    if builder.dynamic_sampling and adapter.advantage == "reward":
+    if builder.dynamic_sampling and (adapter.advantage == "reward" or supervised):
+        setting, other = "advantage: reward", "set advantage: group_mean"
+        if supervised:
+            setting, other = "loss_fn: cross_entropy", "choose another loss_fn"
         raise ConfigError(
-            "dynamic_sampling replaces groups whose rewards are all the same, but with advantage: reward these are "
-            "trained on too; remove dynamic_sampling, or set advantage: group_mean"
+            f"dynamic_sampling replaces groups whose rewards are all the same, but with {setting} these are trained on "
+            f"too; remove dynamic_sampling, or {other}"
+        )
+
+
+def check_builder_uses(config: Config, finetuning: FinetuneConfig, trained: TrainedPolicy) -> None:
+    """The adapter's settings that are about what only some trajectory builders give."""
+    builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    adapter, name = trained.adapter, f"trainer_adapters.{trained.adapter_name}"
+    if adapter.retokenize and not isinstance(builder, EvsysTraceBuilderConfig):
+        raise ConfigError(
+            f"{name}: retokenize has no effect on rollouts, whose tokens are those that were sampled; remove it"
+        )
+    useless = sorted({"dpo_beta", "dpo_batch_size"} & adapter.model_fields_set)
+    if useless and not (isinstance(builder, EvsysTraceBuilderConfig) and builder.algorithm == "dpo"):
+        raise ConfigError(
+            f"{name}: there are no preference pairs, so {', '.join(useless)} would have no effect; remove it, or train "
+            "on recorded traces with algorithm: dpo (evsys_trace_builder)"
         )
 
 

@@ -125,6 +125,15 @@ class EvsysTrainerAdapter(TrainerAdapter):
             )
         self.prefer_loss("ppo", "what is trained on is older than the policy")
 
+    def expect_records(self, cause: str) -> None:
+        """Calls are records, which never become those of the policy: measure how far steps move it from its own start.
+
+        Raises:
+            ConfigError: see ``expect_stale_calls``.
+        """
+        self.expect_stale_calls(cause)
+        self._work.on_records = True
+
     def prefer_loss(self, loss_fn: Literal["ppo", "cross_entropy"], why: str) -> None:
         """Use this loss, unless the user chose one.
 

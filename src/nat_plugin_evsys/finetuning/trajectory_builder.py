@@ -28,6 +28,7 @@ from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.rollouts.attempts import Attempt, rows_without_signal, with_replacements
 from nat_plugin_evsys.rollouts.row_batches import RowBatches, RowChoice
+from nat_plugin_evsys.rollouts.targets import only_targeted
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +171,8 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         all_may_fail = self.any_succeeded or rollouts.kind == "evaluation"
         any_called = any(attempt.calls for each in self.by_policy for attempt in each.attempts)
         for each in self.by_policy:
-            uncalled = not any(attempt.calls or attempt.lost for attempt in each.attempts)
-            if any_called and uncalled:
+            uncalled = not any(attempt.calls for attempt in each.attempts)
+            if any_called and uncalled and not all(attempt.lost for attempt in each.attempts):
                 logger.warning("none of %d rollouts called the policy `%s`", len(each.attempts), each.name)
                 continue
             check_batch(each.attempts, rollouts.name, each.name, unattributed=strays, all_may_fail=all_may_fail)
@@ -223,7 +224,8 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         by_policy = await self._roll_out(rollouts, reps, choose=of_epoch)
         for extra_round in range(1, self.config.dynamic_sampling + 1):  # refused with several policies
             [attempts] = by_policy
-            rows = rows_without_signal(attempts)
+            trained = [only_targeted(attempt, self.run_config.target_functions) for attempt in attempts]
+            rows = rows_without_signal(trained, self._own.discount)
             if not rows:
                 break
             [again] = await self._roll_out(rollouts, reps, choose=set(rows).intersection)

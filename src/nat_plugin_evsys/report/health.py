@@ -158,7 +158,8 @@ def _failed(row: Row) -> float | None:
 FIGURES: tuple[Figure, ...] = (
     Figure(
         "Rows without a signal",
-        "Share of the rows whose attempts all got the same reward, so that nothing can be learned from them.",
+        "Share of the rows whose attempts all got the same reward. Nothing can be learned from them, unless "
+        "`discount` or step rewards make their calls differ.",
         ("replies.rows_with_signal",),
         _rows_without_signal,
         "%",

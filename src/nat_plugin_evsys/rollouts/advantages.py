@@ -58,7 +58,12 @@ def group_advantages(rewards_G: list[float], method: AdvantageMethod) -> list[fl
         return list(rewards_G)
     if has_zero_variance(rewards_G):
         return [0.0] * len(rewards_G)
-    return _compared(rewards_G, math.fsum(rewards_G) / len(rewards_G), method)
+    mean = _mean(rewards_G)
+    centred_G = [reward - mean for reward in rewards_G]
+    if method == "leave_one_out":
+        return [value * len(rewards_G) / (len(rewards_G) - 1) for value in centred_G]
+    divisor = _divisor(rewards_G, method)
+    return [value / divisor for value in centred_G]
 
 
 def call_advantages(
@@ -72,7 +77,8 @@ def call_advantages(
     """Advantage of each call of each trajectory of one group.
 
     Call k of a trajectory is compared, by ``method``, with the returns at call k of those that have one. Where it alone
-    has one, its baseline is the group's mean return at the first call.
+    has one, that is its return less the group's mean return at the first call, over what ``maxrl`` or
+    ``group_mean_std`` divides the returns at the first call by (1 if these are equal).
 
     Args:
         rewards_G: rewards, length G.
@@ -100,7 +106,8 @@ def call_advantages(
         there = [index for index, returns in enumerate(returns_G) if len(returns) > turn]
         values = [returns_G[index][turn] for index in there]
         if len(values) == 1 and len(first) > 1 and method != "reward":
-            compared = _compared(values, math.fsum(first) / len(first), "group_mean")
+            divisor = 1.0 if has_zero_variance(first) else _divisor(first, method)
+            compared = [(values[0] - _mean(first)) / divisor]
         else:
             compared = group_advantages(values, method)
         for index, value in zip(there, compared, strict=True):
@@ -125,13 +132,15 @@ def call_returns(reward: float, calls: int, step_rewards: Sequence[float] | None
     return returns[::-1]
 
 
-def _compared(rewards_G: Sequence[float], mean: float, method: AdvantageMethod) -> list[float]:
-    centred_G = [reward - mean for reward in rewards_G]
-    if method == "group_mean":
-        return centred_G
-    if method == "leave_one_out":
-        return [value * len(rewards_G) / (len(rewards_G) - 1) for value in centred_G]
+def _mean(rewards_G: Sequence[float]) -> float:
+    return math.fsum(rewards_G) / len(rewards_G)
+
+
+def _divisor(rewards_G: Sequence[float], method: AdvantageMethod) -> float:
+    """What a method divides the rewards less their mean by."""
+    mean = _mean(rewards_G)
     if method == "maxrl":
-        return [value / (mean - min(0.0, *rewards_G)) for value in centred_G]
-    std = math.sqrt(math.fsum(value * value for value in centred_G) / len(centred_G))
-    return [value / std for value in centred_G]
+        return mean - min(0.0, *rewards_G)
+    if method == "group_mean_std":
+        return math.sqrt(math.fsum((reward - mean) * (reward - mean) for reward in rewards_G) / len(rewards_G))
+    return 1.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nat_plugin_evsys.calls import Call, DropReason
-from nat_plugin_evsys.rollouts.advantages import has_zero_variance
+from nat_plugin_evsys.rollouts.advantages import call_advantages
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,10 @@ class Attempt:
         return None if self.calls else self.cause or DropReason.NO_CALLS
 
 
-def rows_without_signal(attempts: Iterable[Attempt]) -> list[str]:
-    """Ids of the rows whose attempts have all earned the same, so that comparing them teaches nothing.
+def rows_without_signal(attempts: Iterable[Attempt], discount: float = 1.0) -> list[str]:
+    """Ids of the rows of which no call has an advantage, so that comparing their attempts teaches nothing.
+
+    That is where all have earned the same, by the same number of calls if ``discount`` is below 1.
 
     Attempts that give no trajectory do not count; a row with fewer than two that do is not among them, since another
     round would not be better.
@@ -71,7 +73,7 @@ def rows_without_signal(attempts: Iterable[Attempt]) -> list[str]:
     for attempt in attempts:
         if attempt.untrainable is None:
             rows.setdefault(attempt.row_id, []).append(attempt)
-    return [row_id for row_id, group in rows.items() if len(group) > 1 and not _has_signal(group)]
+    return [row_id for row_id, group in rows.items() if len(group) > 1 and not _has_signal(group, discount)]
 
 
 def with_replacements(attempts: Sequence[Attempt], again: Iterable[Attempt], round: int) -> list[Attempt]:
@@ -88,6 +90,12 @@ def with_replacements(attempts: Sequence[Attempt], again: Iterable[Attempt], rou
     return [*kept, *(replace(attempt, number=before + attempt.number, round=round) for attempt in made)]
 
 
-def _has_signal(group: Sequence[Attempt]) -> bool:
-    steps_differ = any(attempt.step_rewards != group[0].step_rewards for attempt in group)
-    return steps_differ or not has_zero_variance([attempt.reward for attempt in group if attempt.reward is not None])
+def _has_signal(group: Sequence[Attempt], discount: float) -> bool:
+    advantages_G = call_advantages(
+        [attempt.reward for attempt in group if attempt.reward is not None],
+        [len(attempt.calls) for attempt in group],
+        "group_mean",  # all methods that compare have the same zeros
+        step_rewards_G=[attempt.step_rewards for attempt in group],
+        discount=discount,
+    )
+    return any(any(values) for values in advantages_G)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from nat_plugin_evsys.calls import Call
 from nat_plugin_evsys.rollouts.attempts import Attempt
@@ -31,6 +32,12 @@ def targeted(attempt: Attempt, functions: Collection[str]) -> tuple[list[Call], 
         None if steps is None else [step for step, yes in zip(steps, chosen, strict=True) if yes],
         [call for call, yes in zip(attempt.calls, chosen, strict=True) if not yes],
     )
+
+
+def only_targeted(attempt: Attempt, functions: Collection[str]) -> Attempt:
+    """The attempt with the calls to train on alone; see ``targeted``."""
+    calls, step_rewards, _ = targeted(attempt, functions)
+    return replace(attempt, calls=calls, step_rewards=step_rewards)
 
 
 def _names(function: str, functions: Collection[str]) -> bool:

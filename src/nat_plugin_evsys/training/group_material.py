@@ -104,7 +104,7 @@ class GroupMaterial:
 
 
 def _figures(groups: Sequence[TrajectoryGroup], sets: Sequence[DatumSet]) -> dict[str, float]:
-    """``groups_without_signal``: share of the groups whose rewards are all equal. ``reply_tokens``: tokens sampled in
+    """``groups_without_signal``: share of the groups without an advantage. ``reply_tokens``: tokens sampled in
     one trajectory, on average. ``forced_tokens``, where decoding was constrained: those that a grammar left no
     choice about, which carry no loss."""
     silent = sum(datums.silent for datums in sets)

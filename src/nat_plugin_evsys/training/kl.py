@@ -18,7 +18,7 @@ Cost: one forward pass without the adapter over the Datums, and for k2 and k3 an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -85,6 +85,29 @@ def mean_kl(sampler: Sequence[TensorData], other: Sequence[TensorData], origins:
 def mean_square_gap(sampler: Sequence[TensorData], other: Sequence[TensorData], origins: Sequence[Provenance]) -> float:
     """Mean over sampled tokens of the square of the log-ratio."""
     return float(np.square(_gaps(sampler, other, origins)).mean())
+
+
+def kl_v2(
+    before: Sequence[TensorData], data: Sequence[Datum], outputs: Sequence[Mapping[str, TensorData]]
+) -> float | None:
+    """``mean((lp - q)^2) / 2`` over the tokens whose advantage is not 0, as the engine's ``kl_v2:mean``.
+
+    Args:
+        before: q of each Datum's target_tokens, (N,).
+        data: what a forward_backward was given.
+        outputs: what it returned for each Datum; ``logprobs`` (N,) are the learner's.
+
+    Returns:
+        nats a token; None where a Datum has no ``logprobs``, or none has such a token.
+    """
+    if len(outputs) != len(data) or not all("logprobs" in output for output in outputs):
+        return None
+    gaps = []
+    for of_before, datum, output in zip(before, data, outputs, strict=True):
+        rows = np.flatnonzero(datum.loss_fn_inputs["advantages"].to_numpy())
+        gaps.append(_rows(output["logprobs"], rows) - _rows(of_before, rows))
+    together = np.concatenate(gaps)
+    return float(np.square(together).mean() / 2) if together.size else None
 
 
 def _gaps(sampler: Sequence[TensorData], other: Sequence[TensorData], origins: Sequence[Provenance]) -> Floats:

@@ -54,7 +54,8 @@ class Step:
         share: this step's share of the whole training, 0 to 1.
         policy_version: the version that ``data`` was sampled from, if one did.
         normalized: whether ``data`` is scaled so that the loss is no plain sum over tokens.
-        most_kl: the step is refused if the loss's ``kl_v2:mean``, to the sampler, is above this; None: never.
+        moved: how far the policy has moved, in nats a token, by the step's forward_backward; None if it does not say.
+        most_kl: the step is refused if ``moved`` is above this; None: never.
         measured: figures that were computed on the way to the step.
     """
 
@@ -70,6 +71,7 @@ class Step:
     share: float = 0.0
     policy_version: int | None = None
     normalized: bool = False
+    moved: Callable[[types.ForwardBackwardOutput], float | None] | None = None
     most_kl: float | None = None
     measured: dict[str, float] = field(default_factory=dict)
 
@@ -83,12 +85,13 @@ class Step:
 class Taken:
     """A step that has been taken: its forward_backward's output, and the metrics of that and of the optimizer step.
 
-    If ``refused``, there was no optimizer step: the policy had moved too far from the one that sampled.
+    If ``refused``, there was no optimizer step: the policy had ``moved`` too far.
     """
 
     step: Step
     output: types.ForwardBackwardOutput
     metrics: StepMetrics
+    moved: float | None = None
     refused: bool = False
 
 
@@ -183,7 +186,8 @@ async def _take(backend: Backend, step: Step, watch: _Watch, advice: str) -> Tak
     if report.loss is None or not math.isfinite(report.loss):
         await backend.discard_gradient_async()  # or the next step would start with it
         raise JobError(_bad_loss(step, report.loss, advice))
-    refused = step.most_kl is not None and output.metrics.get("kl_v2:mean", 0.0) > step.most_kl
+    moved = None if step.moved is None else step.moved(output)
+    refused = step.most_kl is not None and moved is not None and moved > step.most_kl
     response = types.OptimStepResponse(metrics={})
     if refused:
         await backend.discard_gradient_async()
@@ -203,7 +207,7 @@ async def _take(backend: Backend, step: Step, watch: _Watch, advice: str) -> Tak
         mean_over=step.mean_over,
         normalized=step.normalized,
     )
-    return Taken(step, output, metrics, refused)
+    return Taken(step, output, metrics, moved, refused)
 
 
 def _forward_backward(backend: Backend, step: Step) -> Awaitable[types.ForwardBackwardOutput]:

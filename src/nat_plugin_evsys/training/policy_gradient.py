@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.rollouts.datums import DatumSet, group_datums
@@ -68,11 +69,13 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
     """
     plan = plan_steps(sets, settings)
     step_data = StepData(backend, sets, settings)
+    step_size = settings.step_size
+    target = None if settings.loss_fn == "cross_entropy" else step_size.target
     if settings.recompute_logprobs:
         sets = await step_data.recomputed(sets)
     elif settings.loss_fn != "cross_entropy":
         sets = await step_data.completed(sets)
-    step_size = settings.step_size
+    before = sets if target is None or not settings.sampled_elsewhere else await step_data.at_start(sets)
     rate = settings.rate or LearningRate(settings.adam.learning_rate)
     tokens = sum(sets[index].tokens for members in plan for index in members)
     last: Taken | None = None
@@ -91,18 +94,21 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
             sampled_tokens=sum(datums.sampled_tokens for datums in batch),
             share=sum(datums.tokens for datums in batch) / tokens,
             normalized=settings.normalization != "sum",
-            most_kl=step_size.target if number > 1 else None,
+            moved=None if target is None else partial(step_data.moved, [before[index] for index in members], data),
+            most_kl=target if number > 1 else None,
             measured=measured,
         )
         if taken is not None:  # else nobody says what came of the steps
-            if number > 1:
-                moved = max(moved or 0.0, taken.metrics.values.get("kl_v2:mean", 0.0))
+            if number > 1 and taken.moved is not None:
+                moved = max(moved or 0.0, taken.moved)
+            elif number > 1 and target is not None:
+                step_size.warn_unseen()
             if taken.refused:
                 break
         step_size.taken += 1
         last = taken
-    if last is not None and step_size.target is not None:
-        if moved is None:  # a single step: no later one has seen what it did
-            moved = await step_data.kl_to_sampler([sets[index] for index in last.step.members])
+    if last is not None and target is not None:
+        if moved is None:  # no later step has seen what the steps did
+            moved = await step_data.kl_from([before[index] for index in last.step.members])
         step_size.observe(moved)
         last.metrics.values.update({"kl_moved": moved, "lr_factor": step_size.factor})

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tinker import Datum, TensorData
+from tinker import Datum, TensorData, types
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.rollouts.datum_logprobs import with_missing_logprobs, with_prompt_logprobs, with_sampled_logprobs
 from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance
 from nat_plugin_evsys.runtime import defaults
-from nat_plugin_evsys.training.kl import kl_penalised, mean_kl, mean_square_gap
+from nat_plugin_evsys.training.kl import kl_penalised, kl_v2, mean_kl, mean_square_gap
 from nat_plugin_evsys.training.loop import NamedLoss
 from nat_plugin_evsys.training.normalization import Normalization, datum_scales, scaled
 from nat_plugin_evsys.training.training_settings import TrainingSettings
@@ -97,14 +97,30 @@ class StepData:
             for datums in sets
         ]
 
-    async def kl_to_sampler(self, batch: Sequence[DatumSet]) -> float:
-        """How far the present policy is from the one that sampled ``batch``; one forward pass.
+    async def at_start(self, sets: Sequence[DatumSet]) -> list[DatumSet]:
+        """``sets`` with the present policy's logprobs, whoever sampled them; one forward pass over all Datums."""
+        return await self._with_learner(sets, with_sampled_logprobs)
+
+    def moved(
+        self, before: Sequence[DatumSet], data: Sequence[Datum], output: types.ForwardBackwardOutput
+    ) -> float | None:
+        """How far the policy is from the one whose logprobs ``before`` has, by the step that trains on its ``data``.
+
+        It is the service's ``kl_v2:mean``, or computed likewise from the learner's logprobs; None where a service gives
+        neither.
+        """
+        if not self._settings.sampled_elsewhere and "kl_v2:mean" in output.metrics:
+            return output.metrics["kl_v2:mean"]
+        return kl_v2([datum.loss_fn_inputs["logprobs"] for datum in _together(before)[0]], data, output.loss_fn_outputs)
+
+    async def kl_from(self, before: Sequence[DatumSet]) -> float:
+        """How far the present policy is from the one whose logprobs ``before`` has; one forward pass.
 
         It is ``kl_v2:mean``, with the tokens whose advantage is 0.
         """
-        data, origins = _together(batch)
-        sampler = [datum.loss_fn_inputs["logprobs"] for datum in data]
-        return mean_square_gap(sampler, await self._learner(data), origins) / 2
+        data, origins = _together(before)
+        logprobs = [datum.loss_fn_inputs["logprobs"] for datum in data]
+        return mean_square_gap(logprobs, await self._learner(data), origins) / 2
 
     async def _pulled(
         self, data: list[Datum], origins: Sequence[Provenance], base: Sequence[TensorData]

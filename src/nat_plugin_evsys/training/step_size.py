@@ -15,10 +15,13 @@ adaptive penalty of PPO (arXiv 1707.06347, section 4) with the rate in place of 
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
 from nat_plugin_evsys.runtime import defaults
+
+logger = logging.getLogger(__name__)
 
 AIM = 0.5
 """Share of the target that an epoch should move the policy by: few epochs then end early."""
@@ -37,17 +40,28 @@ class StepSize:
         factor: from ``LEAST`` to 1.
         warmup: optimizer steps of the warm-up; 0 for none.
         taken: optimizer steps so far.
+        warned: whether it was said that a service does not let steps see the KL.
     """
 
     target: float | None = None
     factor: float = 1.0
     warmup: int = 0
     taken: int = 0
+    warned: bool = False
 
     @property
     def next(self) -> float:
         """What the rate of the next step is multiplied by."""
         return self.factor * min((self.taken + 1) / max(self.warmup, 1), 1.0)
+
+    def warn_unseen(self) -> None:
+        """Say once that a step could not see how far the ones before it have moved the policy."""
+        if not self.warned:
+            logger.warning(
+                "target_kl ends no epoch early: forward_backward returned neither `kl_v2:mean` nor `logprobs` of the "
+                "trained tokens. kl_moved is measured after an epoch's last step, and the learning rate follows it"
+            )
+        self.warned = True
 
     def observe(self, kl: float) -> None:
         """The steps on one collection have moved the policy by ``kl`` nats a token."""

@@ -32,6 +32,8 @@ class TrainingSettings:
         merge_calls, discount, mask_truncated: see ``group_datums``.
         recompute_logprobs: the loss's old logprobs are the learner's, computed before the first step, in place of the
             sampler's; see ``training.md``. Only for rollouts of the policy that is trained.
+        sampled_elsewhere: the groups are records, whose sampler may be far from the policy before any step: the KL of
+            ``step_size`` is that to the policy before the first step, which takes one more forward pass.
         kl_beta, kl_estimator: the pull to the base model; see ``kl``.
         step_size: multiplies the learning rate, counts the steps, and learns from each collection of rollouts. The
             steps after the first one end where the policy's KL to the sampler (``kl_v2:mean``, in nats a token) is
@@ -54,6 +56,7 @@ class TrainingSettings:
     discount: float = 1.0
     mask_truncated: bool = False
     recompute_logprobs: bool = False
+    sampled_elsewhere: bool = False
     kl_beta: float = 0.0
     kl_estimator: KlEstimator = "k1"
     step_size: StepSize = field(default_factory=StepSize)

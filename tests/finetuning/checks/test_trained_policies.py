@@ -8,6 +8,7 @@ import pytest
 from nat.data_models.config import Config
 from nat.data_models.finetuning import RewardFunctionConfig
 
+from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.config import (
     EvsysExactMatchConfig,
     EvsysPolicyConfig,
@@ -16,8 +17,14 @@ from nat_plugin_evsys.config import (
     EvsysTrajectoryBuilderConfig,
     WarmStartConfig,
 )
-from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.errors import ConfigError, RolloutsFailedError
 from nat_plugin_evsys.finetuning.checks.trained_policies import check_several, trained_policies
+from nat_plugin_evsys.finetuning.telemetry import RunExporters
+from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
+from nat_plugin_evsys.finetuning.workflow.policy_rollouts import PolicyRollouts
+from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
+from nat_plugin_evsys.policy.recorder import Recorder
+from nat_plugin_evsys.rollouts.attempts import Attempt
 
 
 def two() -> Config:
@@ -101,3 +108,46 @@ def test_what_does_not_go_with_several(change: Callable[[Config], None], message
     change(config)
     with pytest.raises(ConfigError, match=message):
         check_several(config, config.finetuning, trained_policies(config, config.finetuning))
+
+
+CALL = Call("id", 0, None, None, 0, [1], [2], [-1.0], "stop", 1.0, 1.0, [], [], {}, 0)
+
+
+def check_rollouts(lost: int, *, second_lost: int | None = None) -> None:
+    """The check of eight rollouts that call the proposer alone.
+
+    Args:
+        lost: how many timed out.
+        second_lost: how many have no reward for the checker; default ``lost``.
+    """
+
+    def attempts(calls: list[Call], lost: int) -> list[Attempt]:
+        timeout, said = DropReason.ROLLOUT_TIMEOUT, "it took longer than 1 s"
+        return [
+            Attempt("row", "run", calls, None, timeout, said)
+            if number < lost
+            else Attempt("row", "run", calls, 1.0, None, None)
+            for number in range(8)
+        ]
+
+    config = two()
+    builder = EvsysTrajectoryBuilder(EvsysTrajectoryBuilderConfig())
+    builder.by_policy = [PolicyRollouts(each) for each in trained_policies(config, config.finetuning)]
+    called, uncalled = builder.by_policy
+    called.attempts = attempts([CALL], lost)
+    uncalled.attempts = attempts([], lost if second_lost is None else second_lost)
+    builder._check(Rollouts("epoch-0000", "rollout", 0, Recorder(), RunExporters({})))
+
+
+@pytest.mark.parametrize("lost", [0, 1, 7])
+def test_a_policy_that_no_rollout_happened_to_call_is_said_also_if_some_timed_out(
+    lost: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_rollouts(lost)
+    assert "none of 8 rollouts called the policy `checker`" in caplog.text
+
+
+@pytest.mark.parametrize("lost", [0, 8])
+def test_a_policy_without_any_reward_ends_the_run(lost: int) -> None:
+    with pytest.raises(RolloutsFailedError, match=r"none of the 8 rollouts has a reward \(rollout_timeout\)"):
+        check_rollouts(lost, second_lost=8)

@@ -94,7 +94,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
         if supervised:
             adapter.prefer_loss("cross_entropy", "the traces' best replies are learned")
         elif self.traces.algorithm == "rl":
-            adapter.expect_stale_calls("algorithm `rl` of evsys_trace_builder")
+            adapter.expect_records("algorithm `rl` of evsys_trace_builder")
         if self.traces.algorithm != "dpo" and (adapter.config.loss_fn == "cross_entropy") is not supervised:
             raise ConfigError(
                 f"algorithm `{self.traces.algorithm}` does not go with the adapter's loss_fn `{chosen}`; remove loss_fn"
@@ -199,6 +199,7 @@ class EvsysTraceBuilder(EvsysTrajectoryBuilder):
     def _build(self, rollouts: PolicyRollouts) -> tuple[list[list[Trajectory]], RolloutReport]:
         groups, report = super()._build(rollouts)
         report.drift = self._drift
+        report.staleness.clear()  # no version of the policy sampled a record
         match self.traces.algorithm:
             case "rl":
                 return groups, report

@@ -82,6 +82,7 @@ class PolicyRollouts:
     Attributes:
         name: what ``llms:`` calls the policy.
         reward: the evaluator that rewards it.
+        discount: see the adapter's setting.
         attempts: those of the last rollouts, scored or not, until they are taken.
         report: of the last rollouts to train on, and ``groups``: their trajectories, one list per dataset row.
         evaluation: of the last rollouts to measure the policy.
@@ -90,6 +91,7 @@ class PolicyRollouts:
     def __init__(self, trained: TrainedPolicy) -> None:
         self.name = trained.name
         self.reward = trained.reward
+        self.discount = trained.adapter.discount
         self._config = trained.policy
         self.attempts: list[Attempt] = []
         self.report: RolloutReport | None = None

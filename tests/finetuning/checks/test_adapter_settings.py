@@ -1,0 +1,85 @@
+"""Which settings of the trainer adapter go with which trajectory builder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nat.data_models.config import Config
+from nat.data_models.finetuning import RewardFunctionConfig
+
+from nat_plugin_evsys.config import (
+    EvsysExactMatchConfig,
+    EvsysPolicyConfig,
+    EvsysTraceBuilderConfig,
+    EvsysTrainerAdapterConfig,
+    EvsysTrajectoryBuilderConfig,
+)
+from nat_plugin_evsys.errors import ConfigError
+from nat_plugin_evsys.finetuning.checks.trained_policies import trained_policies
+from nat_plugin_evsys.finetuning.preflight import check_builder_uses, check_group_size
+
+
+def check(builder: Any, **adapter: Any) -> None:
+    config = Config()
+    config.llms = {"policy": EvsysPolicyConfig(base_model="builtin/tiny")}
+    config.eval.evaluators = {"solved": EvsysExactMatchConfig()}
+    config.trainer_adapters = {"a": EvsysTrainerAdapterConfig(policy="policy", **adapter)}
+    config.trajectory_builders = {"b": builder}
+    finetuning = config.finetuning
+    finetuning.trainer_adapter, finetuning.trajectory_builder = "a", "b"
+    finetuning.reward_function = RewardFunctionConfig(name="solved")
+    (trained,) = trained_policies(config, finetuning)
+    check_group_size(config, finetuning, trained.adapter)
+    check_builder_uses(config, finetuning, trained)
+
+
+def rollouts(**settings: Any) -> EvsysTrajectoryBuilderConfig:
+    return EvsysTrajectoryBuilderConfig(**settings)
+
+
+def traces(**settings: Any) -> EvsysTraceBuilderConfig:
+    return EvsysTraceBuilderConfig.model_validate({"files": ["traces.jsonl"], **settings})
+
+
+@pytest.mark.parametrize(
+    ("builder", "adapter"),
+    [
+        (rollouts(), {}),
+        (rollouts(num_generations=1), {"advantage": "reward"}),
+        (rollouts(num_generations=1), {"loss_fn": "cross_entropy"}),
+        (rollouts(dynamic_sampling=1), {}),
+        (traces(algorithm="dpo"), {"dpo_beta": 0.1, "dpo_batch_size": 4, "retokenize": True}),
+        (traces(algorithm="sft", min_reward=1.0), {"retokenize": True}),
+    ],
+)
+def test_what_goes_together(builder: Any, adapter: dict[str, Any]) -> None:
+    check(builder, **adapter)
+
+
+@pytest.mark.parametrize(
+    ("builder", "adapter", "message"),
+    [
+        (rollouts(num_generations=1), {}, "num_generations is 1, but advantage `maxrl` compares"),
+        (
+            rollouts(dynamic_sampling=1),
+            {"advantage": "reward"},
+            "or set advantage: group_mean",
+        ),
+        (
+            rollouts(dynamic_sampling=1),
+            {"loss_fn": "cross_entropy"},
+            "with loss_fn: cross_entropy these are trained on too; remove dynamic_sampling, or choose another loss_fn",
+        ),
+        (rollouts(), {"retokenize": True}, "trainer_adapters.a: retokenize has no effect on rollouts"),
+        (rollouts(), {"dpo_beta": 0.1}, "trainer_adapters.a: there are no preference pairs, so dpo_beta would have no"),
+        (
+            traces(algorithm="rl"),
+            {"dpo_beta": 0.2, "dpo_batch_size": 4},
+            "dpo_batch_size, dpo_beta would have no effect; remove it, or .* algorithm: dpo",
+        ),
+    ],
+)
+def test_what_does_not(builder: Any, adapter: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(builder, **adapter)
