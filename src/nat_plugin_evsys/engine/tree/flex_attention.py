@@ -7,17 +7,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+_BLOCK = 128  # rows and keys of a block, as FlexAttention has them by default
 
 
 def descent_mask(subtree_ends: Tensor) -> Any:
-    """The block mask of a trie: row q attends to row k if and only if ``k <= q < subtree_ends[k]``."""
+    """The block mask of a trie: row q attends to row k if and only if ``k <= q < subtree_ends[k]``.
+
+    It is built block by block, of ``(T / 128)**2`` of them; torch's ``create_block_mask`` makes the T x T mask first.
+    """
     rows = len(subtree_ends)
+    blocks = -(-rows // _BLOCK)
+    ends = torch.nn.functional.pad(subtree_ends, (0, blocks * _BLOCK - rows)).view(blocks, _BLOCK)
+    key = torch.arange(blocks, device=subtree_ends.device)
+    query = key[:, None]
+    # Below the diagonal every key comes before every row: only the ends of the subtrees decide.
+    some = (key <= query) & (query * _BLOCK < ends.amax(dim=1))
+    every = (key < query) & ((query + 1) * _BLOCK <= ends.amin(dim=1))
 
     def descends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < subtree_ends[k])
 
-    return create_block_mask(descends, None, None, rows, rows, device=str(subtree_ends.device))
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=_BLOCK, mask_mod=descends, seq_lengths=(rows, rows)
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """``chosen [blocks, blocks]`` -> how many each row has, and the row's blocks with the chosen ones first."""
+    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, scale: float) -> Tensor:
