@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nat_plugin_evsys.engine.tree.attention import tree_attention
-from nat_plugin_evsys.engine.tree.flex_attention import descent_mask, flex_tree_attention
+from nat_plugin_evsys.engine.tree.flex_attention import allow_compilations, descent_mask, flex_tree_attention
 from nat_plugin_evsys.engine.tree.plan import Blocks, Run, TreePlan
 from nat_plugin_evsys.engine.tree.trie import TokenTrie
 
@@ -118,6 +119,32 @@ def assert_same_blocks(mask: Any) -> None:
             assert found.dtype == of_whole.dtype
             assert torch.equal(found, of_whole), part
     assert torch.equal(mask.to_dense(), expected.to_dense())
+
+
+def test_more_models_than_dynamo_allows_are_compiled_in_every_thread() -> None:
+    """One compilation for each number of heads, as for each base model; what is beyond the limit is not compiled."""
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def of_heads(number: int) -> None:
+        allow_compilations()
+        assert int(function(torch.ones(1, number, 4), number)) == 4 * number**2
+
+    function = torch.compile(lambda heads, number: heads.sum() * number, backend=backend, dynamic=False)
+    for number in range(2, 14):
+        thread = Thread(target=of_heads, args=(number,))
+        thread.start()
+        thread.join()
+    assert len(compiled) == 12
+
+
+def test_a_higher_limit_of_the_user_stays() -> None:
+    with torch._dynamo.config.patch(recompile_limit=100):
+        allow_compilations()
+        assert torch._dynamo.config.recompile_limit == 100
 
 
 @pytest.mark.parametrize("seed", range(15))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 _BLOCK = 128  # rows and keys of a block, as FlexAttention has them by default
+_COMPILATIONS = 64
+"""Each shape of a model's heads is one, and each dtype. Beyond Dynamo's limit attention is dense, without an error."""
 
 
 def descent_mask(subtree_ends: Tensor) -> Any:
@@ -45,11 +47,20 @@ def flex_tree_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: A
 
     The kernel is compiled for a GPU. On the CPU, where it serves as a check only, it runs as dense attention.
     """
-    function: Any = _compiled() if query.device.type == "cuda" else flex_attention
+    function: Any = flex_attention
+    if query.device.type == "cuda":
+        allow_compilations()
+        function = _compiled()
     out: Tensor = function(
         query, key, value, block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out
+
+
+def allow_compilations() -> None:
+    """Raise Dynamo's limit for the calling thread: a setting of Dynamo is of the context that made it."""
+    if torch._dynamo.config.recompile_limit < _COMPILATIONS:
+        torch._dynamo.config.recompile_limit = _COMPILATIONS
 
 
 @cache
