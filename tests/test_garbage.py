@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import traceback
 import weakref
 from asyncio import futures
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from nat_plugin_evsys.engine.gradient.operations import OperationFuture, OperationQueue
 from nat_plugin_evsys.errors import Refusal
 from nat_plugin_evsys.garbage import gc_frozen, let_go
 
@@ -85,3 +87,22 @@ def test_what_is_garbage_already_is_not_frozen() -> None:
     del ring
     with gc_frozen():
         assert held() is None
+
+
+@pytest.mark.parametrize("because", [None, KeyError])
+def test_the_error_of_an_operation_says_where_it_failed_and_holds_nothing_of_it(
+    no_collector: None, because: type[Exception] | None
+) -> None:
+    held = []
+
+    def operation(future: OperationFuture[None]) -> None:
+        body = Body()
+        held.append(weakref.ref(body))
+        fail(body, because)
+
+    queue = OperationQueue("failing")
+    error = queue.submit(operation, OperationFuture[None]()).future().exception(timeout=60)
+    queue.close()
+    assert held[0]() is None
+    assert error is not None
+    assert "in fail\n" in "".join(traceback.format_exception(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,3 +40,12 @@ def let_go(error: BaseException) -> None:
     """
     for each in causes(error, implicit=True):
         each.__traceback__ = None
+
+
+def empty_frames(error: BaseException) -> None:
+    """Drop the local variables of an error that is kept, and of its causes; its traceback stays, for the log.
+
+    Whoever keeps the error keeps what the failed call had: of a pass that ran out of memory, all that filled it.
+    """
+    for each in causes(error, implicit=True):
+        traceback.clear_frames(each.__traceback__)

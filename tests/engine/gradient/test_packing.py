@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nat_plugin_evsys.engine.gradient.batching import default_token_budget
 from nat_plugin_evsys.engine.gradient.packing import cut, plan_packs
 from nat_plugin_evsys.engine.machine.memory import MemoryModel, TokenLimits
 from nat_plugin_evsys.engine.tree.trie import SortedSequences, TokenTrie
@@ -66,3 +71,17 @@ def test_the_memory_model_goes_through_its_two_measurements() -> None:
     model = MemoryModel.fit((10, 1500), (50, 5500))
     assert model.predict(10) == 1500
     assert model.predict(50) == 5500
+
+
+def test_blocks_that_torch_keeps_for_itself_are_free_memory_of_a_gpu(
+    base_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = dataclasses.replace(base_of("qwen3"), device=torch.device("cuda"))
+    held = {"free": 0, "reserved": 0, "allocated": 0}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (held["free"], 2**36))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held["allocated"])
+    held.update(free=40_000_000)
+    expected = default_token_budget(base)
+    held.update(free=10_000_000, reserved=35_000_000, allocated=5_000_000)
+    assert 256 < default_token_budget(base) == expected < 65536

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,37 @@ def test_a_backward_pass_that_computes_something_else_is_not_used(where: str, mo
         assert fast.fused is None
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_moe", "granite", "llama4"])
+def test_transformers_own_layers_are_computed_again_with_the_same_gradient(family: str, base_of: Any) -> None:
+    """Also in a thread that knows neither adapter nor trie, as autograd's own on a GPU; and fewer bytes are kept."""
+    base = base_of(family)
+    fast, _ = fast_forward(base, OutputHead(base.model))
+    assert fast is not None
+    assert fast.fused is None
+    assert fast.recomputed == 2
+    adapter = adapter_of(base)
+    rng = np.random.default_rng(0)
+    trunk = rng.integers(0, 90, 9)
+    trie = TokenTrie.build([np.concatenate([trunk[:k], rng.integers(0, 90, 6)]) for k in (9, 9, 4)])
+    read = torch.arange(len(trie))
+    found, kept = [], []
+    for keep in (True, False):
+        saved = memory.SavedBytes([*base.model.parameters(), *(t for _, t in adapter.named_tensors())])
+        with saved.counting():
+            hidden = fast.hidden(trie, read, adapter, keep=keep)
+        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))
+        leaves = [t for _, t in adapter.named_tensors()]
+        with ThreadPoolExecutor(1) as thread:
+            gradient = thread.submit(torch.autograd.grad, (hidden * weights).sum(), leaves, allow_unused=True).result()
+        found.append([hidden.detach(), *(g for g in gradient if g is not None)])
+        kept.append(saved.total)
+    assert kept[1] < kept[0] / 2
+    assert len(found[0]) > 4
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen3_moe", "granite"])
 def test_layers_are_computed_again_where_splitting_costs_more(
     family: str, pair: Any, make_datums: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,5 +191,21 @@ def test_layers_are_computed_again_where_splitting_costs_more(
     assert found["recomputed_tokens:sum"] == found["computed_tokens:sum"] == expected["computed_tokens:sum"]
     assert found["activation_bytes:max"] < free / 2
     assert found["activation_predicted_bytes:max"] > found["activation_bytes:max"]
+    for name, gradient in whole.gradient.items():
+        assert float((small.gradient[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max())
+
+
+def test_a_sequence_too_long_to_be_kept_is_computed_again(
+    pair: Any, make_datums: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, small = pair("granite")[1], pair("granite")[1]
+    data = [max(make_datums(3, count=40, longest=60), key=lambda datum: datum.model_input.length)]
+    expected = whole.forward_backward(data, "ppo").metrics
+    free = 1.2 * expected["activation_bytes:max"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(memory, "_FEWEST_TOKENS", 16)
+    found = small.forward_backward(data, "ppo").metrics
+    assert found["recomputed_tokens:sum"] == found["computed_tokens:sum"] == data[0].model_input.length
+    assert found["activation_bytes:max"] < free / 2
     for name, gradient in whole.gradient.items():
         assert float((small.gradient[name] - gradient).abs().max()) <= 1e-5 * float(gradient.abs().max())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nat_plugin_evsys.engine.tree.attention import tree_attention
-from nat_plugin_evsys.engine.tree.flex_attention import flex_tree_attention
+from nat_plugin_evsys.engine.tree.flex_attention import allow_compilations, descent_mask, flex_tree_attention
 from nat_plugin_evsys.engine.tree.plan import Blocks, Run, TreePlan
 from nat_plugin_evsys.engine.tree.trie import TokenTrie
 
@@ -62,14 +67,84 @@ def test_output_and_gradient_are_those_of_dense_attention(seed: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("seed", range(3))
-def test_flex_attention_has_the_same_output(seed: int) -> None:
-    trie = branching(seed)
+@pytest.mark.parametrize(("seed", "longest"), [(0, 24), (1, 24), (2, 24), (3, 400), (4, 700)])
+def test_flex_attention_has_the_same_output(seed: int, longest: int) -> None:
+    trie = branching(seed, longest)
     qkv = [t.detach() for t in inputs(len(trie), seed, 4, 2)]
     plan = TreePlan.build(trie, CPU)
     torch.testing.assert_close(
         flex_tree_attention(*qkv, plan.block_mask, 0.3), tree_attention(*qkv, plan, 0.3), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_blocks_of_the_mask_are_those_of_the_whole_mask(seed: int) -> None:
+    mask = descent_mask(torch.from_numpy(branching(seed, longest=50 + 200 * seed).subtree_ends()))
+    assert_same_blocks(mask)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (127,), (128,), (129,), (256,), (384, 384), (640, 300)])
+def test_blocks_of_the_mask_at_the_edges_of_blocks(lengths: tuple[int, ...]) -> None:
+    chains = [np.arange(n) + 1000 * i for i, n in enumerate(lengths)]
+    mask = descent_mask(torch.from_numpy(TokenTrie.build(chains).subtree_ends()))
+    assert_same_blocks(mask)
+    assert bool(mask.full_kv_num_blocks.any()) == (max(lengths) >= 256)
+
+
+def test_the_mask_of_a_big_pack_is_built_without_a_cell_for_each_pair_of_rows() -> None:
+    trie = TokenTrie.build([np.concatenate([np.arange(9_000), np.full(9_000, 10_000 + i)]) for i in range(8)])
+    with Largest() as made:
+        descent_mask(torch.from_numpy(trie.subtree_ends()))
+    assert made.elements < 10 * (len(trie) // 128 + 1) ** 2
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)), 0)
+        return out
+
+
+def assert_same_blocks(mask: Any) -> None:
+    expected = create_block_mask(mask.mask_mod, None, None, *mask.seq_lengths, device="cpu")
+    assert mask.seq_lengths == expected.seq_lengths
+    assert mask.BLOCK_SIZE == expected.BLOCK_SIZE
+    for name in ("kv", "full_kv", "q", "full_q"):
+        for part in (f"{name}_num_blocks", f"{name}_indices"):
+            found, of_whole = getattr(mask, part), getattr(expected, part)
+            assert found.dtype == of_whole.dtype
+            assert torch.equal(found, of_whole), part
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+
+
+def test_more_models_than_dynamo_allows_are_compiled_in_every_thread() -> None:
+    """One compilation for each number of heads, as for each base model; what is beyond the limit is not compiled."""
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def of_heads(number: int) -> None:
+        allow_compilations()
+        assert int(function(torch.ones(1, number, 4), number)) == 4 * number**2
+
+    function = torch.compile(lambda heads, number: heads.sum() * number, backend=backend, dynamic=False)
+    for number in range(2, 14):
+        thread = Thread(target=of_heads, args=(number,))
+        thread.start()
+        thread.join()
+    assert len(compiled) == 12
+
+
+def test_a_higher_limit_of_the_user_stays() -> None:
+    with torch._dynamo.config.patch(recompile_limit=100):
+        allow_compilations()
+        assert torch._dynamo.config.recompile_limit == 100
 
 
 @pytest.mark.parametrize("seed", range(15))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from nat_plugin_evsys.engine.machine.memory import free_bytes
 from nat_plugin_evsys.engine.model.loading import BaseModel
 
 _CPU_ACTIVATION_BYTES = 2**30
@@ -38,5 +37,5 @@ def default_token_budget(base: BaseModel) -> int:
     bytes_per_token = layers * (16 * hidden + 6 * inner) * base.dtype.itemsize
     target = float(_CPU_ACTIVATION_BYTES)
     if base.device.type == "cuda":
-        target = _GPU_SHARE * torch.cuda.mem_get_info(base.device)[0]
+        target = _GPU_SHARE * free_bytes(base.device)
     return int(min(_MAX_TOKENS, max(_MIN_TOKENS, target // bytes_per_token)))

@@ -6,8 +6,10 @@ uses it only after a probe has shown that its hidden states are the same either 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from nat_plugin_evsys.engine.model.targets import text_decoder
 from nat_plugin_evsys.engine.tree.attention import attending
 from nat_plugin_evsys.engine.tree.fused_decoder import FusedDecoder
 from nat_plugin_evsys.engine.tree.plan import TreePlan
+from nat_plugin_evsys.engine.tree.recompute import install, recomputing
 from nat_plugin_evsys.engine.tree.trie import Ids, TokenTrie
 from nat_plugin_evsys.engine.tree.unembedding import Pairs, pair_logprobs
 
@@ -58,6 +61,7 @@ class FastForward:
         rope_limit: a pack holds sequences up to this many tokens, or longer ones, which have another rotary table;
             None means any.
         fused: the decoder as ``fused_decoder`` computes it; None where it goes through transformers' classes.
+        recomputed: how many layers ``keep=False`` computes again; 0 where it keeps everything nevertheless.
     """
 
     def __init__(self, base: BaseModel, head: OutputHead, *, fuse: bool = True) -> None:
@@ -67,6 +71,7 @@ class FastForward:
         self.most_rows = _rows_below_attention_temperature(base)
         self.rope_limit = long_rope_limit(base.model)
         self.fused = FusedDecoder.of(base.model) if fuse else None
+        self.recomputed = install(text_decoder(base.model)) if self.fused is None else len(self.fused.layers)
 
     def takes(self, length: int) -> bool:
         """Whether a sequence of ``length`` tokens may be in a pack."""
@@ -88,14 +93,15 @@ class FastForward:
     def hidden(self, trie: TokenTrie, read: Tensor, adapter: LoraAdapter | None, *, keep: bool = True) -> Tensor:
         """Last hidden states of the trie's rows ``read`` (R,), rising: [R, H].
 
-        ``keep=False`` is for fused layers: they keep their input only and are computed again in the backward pass.
+        With ``keep=False`` the layers keep their input only and are computed again in the backward pass.
         """
         if self.fused is not None:
             return self.fused.hidden(trie, read, adapter, keep=keep)
         device = self._base.device
         ids = torch.from_numpy(trie.tokens)[None].to(device)
         positions = torch.from_numpy(trie.depths)[None].to(device)
-        with applied(adapter), attending(TreePlan.build(trie, device)):
+        along = partial(_along, TreePlan.build(trie, device), adapter)
+        with along(), nullcontext() if keep else recomputing(along):
             out = text_decoder(self._base.model)(input_ids=ids, position_ids=positions, use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden if len(read) == len(hidden) else hidden[read.to(device)]
@@ -109,11 +115,10 @@ class FastForward:
         saved = SavedBytes([*self._base.model.parameters(), *(t for _, t in adapter.named_tensors())])
         with torch.enable_grad(), saved.counting():
             self.hidden(TokenTrie.build([tokens]), torch.arange(len(tokens)), adapter, keep=keep)
-        if keep or self.fused is None:
+        if keep or self.recomputed == 0:
             return saved.total
         # One layer at a time has what it keeps otherwise.
-        layers = len(self.fused.layers)
-        return saved.total + (self._kept(adapter, tokens, keep=True) - saved.total) / layers
+        return saved.total + (self._kept(adapter, tokens, keep=True) - saved.total) / self.recomputed
 
     def logprobs(
         self,
@@ -180,6 +185,12 @@ class FastForward:
         lp, entropy = pair_logprobs(self._head, adapter, hidden, pairs, read, temperature)
         parts = lp[torch.from_numpy(inverse).to(device)].split([t.numel() for t in targets])
         return [p.view(t.shape) for p, t in zip(parts, targets, strict=True)], entropy
+
+
+@contextmanager
+def _along(plan: TreePlan, adapter: LoraAdapter | None) -> Iterator[None]:
+    with applied(adapter), attending(plan):
+        yield
 
 
 def temperature_of(example: Example) -> Tensor:

@@ -30,6 +30,10 @@ _TOLERANCE_OF_GRADIENT = 1e-3
 _WORSE, _SLACK = 1.5, 5e-3
 """How much further off float32 than padded batches the fast path may be: its sums are as long, in another order."""
 
+_COMPILED_ON = ("cuda",)
+_COMPILED_ROWS = 160
+"""Below 128 rows FlexAttention takes another kernel than a pack's."""
+
 
 @dataclass(frozen=True)
 class _Verdict:
@@ -74,8 +78,13 @@ def _find_out(base: BaseModel, head: OutputHead) -> _Verdict:
 
 
 def _mismatch(base: BaseModel, fast: FastForward) -> str:
-    """What is wrong with the hidden states of a probe, or with their gradient in float32; "" if nothing."""
+    """What is wrong with the hidden states of a probe, or with their gradient in float32; "" if nothing.
+
+    Where kernels are compiled, in any dtype also whether those of training are, and give finite numbers.
+    """
     try:
+        if base.device.type in _COMPILED_ON and not _trains(base, fast):
+            return f"its hidden states on a token trie of {_COMPILED_ROWS} rows, or their gradient, are not finite"
         if base.dtype != torch.float32:
             with torch.no_grad():
                 return _half_mismatch(base, *_states_of_probe(base, fast, None))
@@ -89,6 +98,19 @@ def _mismatch(base: BaseModel, fast: FastForward) -> str:
     except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; the plain path needs none of it
         return f"it fails on a token trie: {one_line(exc)}"
     return "" if gap <= _TOLERANCE_OF_GRADIENT else f"its gradient on a token trie is off by {gap:.1e} of its norm"
+
+
+def _trains(base: BaseModel, fast: FastForward) -> bool:
+    """Whether a training pass over a longer trie, with an adapter, has finite states and gradients."""
+    length = min(base.context_length, *(limit or _COMPILED_ROWS for limit in (fast.longest, fast.rope_limit)))
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(0, base.vocab_size, (-(-_COMPILED_ROWS // length), length))
+    trie = TokenTrie.build(list(tokens))
+    adapter = _adapter_of_probe(base)
+    with torch.enable_grad():
+        states = fast.hidden(trie, torch.arange(len(trie)), adapter, keep=False)
+        gradient = _gradient_of_probe(states, adapter)
+    return bool(states.isfinite().all() and gradient.isfinite().all())
 
 
 def _gradient_of_probe(states: Tensor, adapter: LoraAdapter) -> Tensor:
@@ -134,14 +156,15 @@ def _states_of_probe(
     trie = TokenTrie.build(family)
     with applied(adapter, fused=False):
         plain = hidden_rows(base.model, [torch.from_numpy(s) for s in family], base.device)
-    found = fast.hidden(trie, torch.arange(len(trie)), adapter)
+    # Layers that are not fused are computed again, which is then compared as well.
+    found = fast.hidden(trie, torch.arange(len(trie)), adapter, keep=fast.fused is not None)
     return found[torch.from_numpy(np.concatenate(trie.rows)).to(base.device)], plain, family
 
 
 def _adapter_of_probe(base: BaseModel) -> LoraAdapter:
     """On every second layer, so that both kinds are seen; it takes a gradient.
 
-    For float32 only: elsewhere no layer is fused, so the same modules add the adapter on both paths.
+    Compared in float32 only: elsewhere no layer is fused, so the same modules add the adapter on both paths.
     """
     names = [name for name, role in linear_roles(base.model).items() if role != "unembed"]
     adapter = random_adapter(base.model, names[::2])

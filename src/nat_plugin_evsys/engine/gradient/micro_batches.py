@@ -122,7 +122,7 @@ class MicroBatches:
             return plan_packs(sequences, limits), False
         most = self._limits_of(False).most
         packs = plan_packs(sequences, self._limits_of(False))
-        if self._fast.fused is None or (len(packs) == 1 and len(packs[0].trie) <= most):
+        if self._fast.recomputed == 0 or (len(packs) == 1 and len(packs[0].trie) <= most):
             return packs, False
         bigger = plan_packs(sequences, self._limits_of(True))
         rows, rows_of_bigger = (sum(len(p.trie) for p in of) for of in (packs, bigger))

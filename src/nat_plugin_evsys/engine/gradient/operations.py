@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tinker import APIFuture
 
 from nat_plugin_evsys.errors import EngineClosedError, OperationCancelled
+from nat_plugin_evsys.garbage import empty_frames
 
 T = TypeVar("T")
 F = TypeVar("F", bound="OperationFuture[Any]")
@@ -156,6 +157,7 @@ class OperationQueue:
             stopped = EngineClosedError("the engine was closed while this operation ran; it changed nothing")
             future._fail(stopped if self._closed else CancelledError())
         except BaseException as exc:  # noqa: BLE001 - boundary: whatever an operation raises belongs to its future
+            empty_frames(exc)
             future._fail(exc)
         finally:
             self._running = None
