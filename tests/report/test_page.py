@@ -17,8 +17,12 @@ from made_run import MadeRun
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.cli.runs import evsys
+from nat_plugin_evsys.report.cost import cost
 from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
+from nat_plugin_evsys.report.metrics_log import EPOCH
 from nat_plugin_evsys.report.page import Report
+from nat_plugin_evsys.report.replies import ReplyNumbers
+from nat_plugin_evsys.runs.state import RunState
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -90,6 +94,16 @@ def test_what_shows_the_change_is_embedded_first(made: MadeRun) -> None:
     assert left_out
     assert all(entry["kind"] == "epoch" for entry in left_out)
     assert embedded(Report([made.path], megabytes=0).html())[1] == {}
+
+
+def test_the_tokens_sampled_are_those_of_all_rollouts_that_training_took_from() -> None:
+    numbers = ReplyNumbers.of([]).to_dict() | {"replies": 4, "tokens_mean": 2.5}
+    job = {"metrics": {"sampled_tokens": 12}}
+    row = {"event": EPOCH, "rollouts": 4, "extra_rollouts": 4, "replies": numbers, "job": job}
+    found = cost([{**row, "sampled_tokens": 30}], RunState())
+    assert (found["rollouts"], found["sampled_tokens"], found["trained_tokens"]) == (8, 30, 12)
+    assert cost([row, {**row, "sampled_tokens": 30}], RunState())["sampled_tokens"] == 10 + 30  # resumed, now counted
+    assert cost([{"event": EPOCH}], RunState())["sampled_tokens"] is None
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
