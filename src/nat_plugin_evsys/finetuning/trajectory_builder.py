@@ -21,13 +21,14 @@ from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_o
 from nat_plugin_evsys.finetuning.checks.trained_policies import trained_policies
 from nat_plugin_evsys.finetuning.preflight import check_run, resolve_config
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
+from nat_plugin_evsys.finetuning.workflow.dataset_rows import ChosenRows, DatasetRows
 from nat_plugin_evsys.finetuning.workflow.evaluation import evaluate_policy
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import PolicyRollouts, RolloutReport
 from nat_plugin_evsys.finetuning.workflow.sessions import Recording, Rollouts
 from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.rollouts.attempts import Attempt, rows_without_signal, with_replacements
-from nat_plugin_evsys.rollouts.row_batches import RowBatches, RowChoice
+from nat_plugin_evsys.rollouts.row_batches import RowBatches
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         self.on_rollout: Callable[[int, int], None] | None = None
         self._any_succeeded = False
         self._epochs_per_pass = 1
+        self._rows = DatasetRows()
         self._runs: dict[str, tuple[asyncio.Task[list[list[Attempt]]], Rollouts]] = {}
         self._nat_config: Config | None = None
 
@@ -219,13 +221,15 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             self._epochs_per_pass = batches.epochs_per_pass(len(row_ids))
             return batches.rows(row_ids, epoch)
 
-        by_policy = await self._roll_out(rollouts, reps, choose=of_epoch)
+        chosen = None if batches.size is None else await self._rows.choose(self._dataset, of_epoch)
+        by_policy = await self._roll_out(rollouts, reps, rows=chosen)
         for extra_round in range(1, self.config.dynamic_sampling + 1):  # refused with several policies
             [attempts] = by_policy
             rows = rows_without_signal(attempts)
             if not rows:
                 break
-            [again] = await self._roll_out(rollouts, reps, choose=set(rows).intersection)
+            chosen = await self._rows.choose(self._dataset, set(rows).intersection)
+            [again] = await self._roll_out(rollouts, reps, rows=chosen)
             by_policy = [with_replacements(attempts, again, extra_round)]
         return by_policy
 
@@ -234,7 +238,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         rollouts: Rollouts,
         reps: int,
         *,
-        choose: RowChoice | None = None,
+        rows: ChosenRows | None = None,
         dataset: EvalDatasetBaseConfig | None = None,
         config: Config | None = None,
     ) -> list[list[Attempt]]:
@@ -248,7 +252,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             reps=reps,
             max_concurrency=self.config.max_concurrency,
             evaluator_timeout=self.config.evaluator_timeout,
-            choose=choose,
+            rows=rows,
         )
 
     def _build(self, rollouts: PolicyRollouts) -> tuple[list[list[Trajectory]], RolloutReport]:
