@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 from made_run import MadeRun
 
 from nat_plugin_evsys.finetuning.run_pages import RunPages
+from nat_plugin_evsys.report.page import Report
 
 
 def test_after_an_epoch_and_at_the_end(tmp_path: Path) -> None:
@@ -54,3 +56,24 @@ def test_a_report_that_cannot_be_made_is_logged(tmp_path: Path, caplog: pytest.L
     RunPages(made.run_dir, made.metrics).write()
     assert "write_report failed; the run continues" in caplog.text
     assert made.run_dir.plot_path.is_file()
+
+
+def test_whoever_stops_a_run_does_not_wait_for_a_report_that_takes_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = MadeRun(tmp_path)
+    going_on = threading.Event()
+    monkeypatch.setattr(Report, "write", lambda self, target: going_on.wait())
+    before = set(threading.enumerate())
+    pages = RunPages(made.run_dir, made.metrics)
+    (thread,) = set(threading.enumerate()) - before
+    pages.write_in_time(patience=0.01)
+    assert f"{made.run_dir.report_path} does not show yet how the run ended" in caplog.text
+    assert f"Type: nat evsys report {made.path}" in caplog.text
+    assert thread.daemon
+    going_on.set()
+    pages.write()
+    del pages
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,22 +14,26 @@ from nat_plugin_evsys.report.cost import cost
 from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.health import Health, health
 from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
-from nat_plugin_evsys.report.verdict import Row, curve, doubted, verdict
+from nat_plugin_evsys.report.verdict import Row, RowRewards, curve, doubted, verdict
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.environment import read_environments
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.runs.settings import flat_settings
 
 
-def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
+def overview(
+    run: RunDirectory, collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]
+) -> dict[str, Any]:
     """All facts about a run.
+
+    Args:
+        collections: the kept ones.
+        rewards: the rewards of a measurement by row.
 
     Raises:
         DataError: metrics.jsonl cannot be read.
     """
     rows = MetricsLog(run.metrics_path).rows()
-    rewards = {block.collection: block.rewards for block in blocks}
-    collections = list(rewards)
     state = run.state
     findings = findings_of(rows)
     last = [finding.id for finding, epochs in findings if epochs[-1] == state.epochs_done]
@@ -39,8 +43,8 @@ def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
         "status": state.status,
         "error": state.error,
         "epochs": state.epochs_done,
-        "verdict": asdict(doubted(verdict(state, collections, rewards.__getitem__), last)),
-        "curve": curve(rows, collections, rewards.__getitem__),
+        "verdict": asdict(doubted(verdict(state, collections, rewards), last)),
+        "curve": curve(rows, collections, rewards),
         "best_epoch": state.best_epoch,
         "cost": cost(rows, state),
         "fates": {"trained": state.trajectories["trained"], **state.trajectories["dropped"]},
@@ -51,19 +55,17 @@ def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
     }
 
 
-def collection_entry(collection: Collection, block: Block, element: str | None) -> dict[str, Any]:
+def collection_entry(collection: Collection, block: Block | None, element: str) -> dict[str, Any]:
     """A collection in the page's list.
 
     Args:
-        element: id of the element that holds the block, or None if there was no room for it.
+        block: None if there was no room for it.
+        element: id of the element that holds the block.
     """
-    return {
-        "kind": collection.kind,
-        "epoch": collection.epoch,
-        "element": element,
-        "rows": block.rows,
-        "rollouts": block.rollouts,
-    }
+    entry = {"kind": collection.kind, "epoch": collection.epoch}
+    if block is None:
+        return {**entry, "element": None}
+    return {**entry, "element": element, "rows": block.rows, "rollouts": block.rollouts}
 
 
 def _epoch(row: Row) -> dict[str, Any]:
