@@ -142,6 +142,12 @@ class JsonLinesReader:
         self._lock = threading.Lock()
         self._forget(inode=None)
 
+    def _forget(self, inode: int | None) -> None:
+        self._inode = inode
+        self._lines = self._bytes = 0
+        self._newest = b""
+        self._records: list[dict[str, Any]] = []
+
     def read(self) -> list[dict[str, Any]]:
         """See ``read_json_lines``; the next call returns the same records again, which are nobody's to change."""
         with self._lock:
@@ -159,12 +165,6 @@ class JsonLinesReader:
             if ended is None and last:
                 logger.warning("%s, line %d is incomplete and was skipped: %.80r", self._path, self._lines + 1, last)
             return [*self._records] if ended is None else [*self._records, ended]
-
-    def _forget(self, inode: int | None) -> None:
-        self._inode = inode
-        self._lines = self._bytes = 0
-        self._newest: bytes = b""
-        self._records: list[dict[str, Any]] = []
 
     def _unread(self) -> bytes:
         with open(self._path, "rb") as file:
