@@ -15,9 +15,10 @@ from nat.data_models.finetuning import TrainingJobRef
 
 import nat_plugin_evsys
 from nat_plugin_evsys.config import EvsysTrainerAdapterConfig, EvsysTrajectoryBuilderConfig
+from nat_plugin_evsys.files import atomic_write
 from nat_plugin_evsys.finetuning.trainer_adapter import EvsysTrainerAdapter
 from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
-from nat_plugin_evsys.json_lines import append_json_lines, read_json_lines
+from nat_plugin_evsys.json_lines import JsonLinesReader, append_json_lines, read_json_lines
 from nat_plugin_evsys.policy.apis.dialect import event_of
 from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.service.http.logs import JsonFormatter
@@ -108,6 +109,35 @@ def test_a_line_that_no_crash_explains_is_an_error(tmp_path: Path) -> None:
     path.write_text("")
     append_json_lines(path, [])
     assert read_json_lines(path) == []
+
+
+def test_a_line_is_parsed_once_while_its_log_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, parsed, original = tmp_path / "x.jsonl", [], json.loads
+    reader = JsonLinesReader(path)
+    assert reader.read() == []
+    monkeypatch.setattr(json, "loads", lambda line: (parsed.append(line), original(line))[1])
+    for number in range(20):
+        append_json_lines(path, [{"a": number}])
+        assert [record["a"] for record in reader.read()] == list(range(number + 1))
+    assert [line for line in parsed if line] == [b'{"a": %d}' % number for number in range(20)]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}\n', '{"a": 1}\n{"a": 3}', '{"a": 0}\n{"a": 3}\n{"a": 4}\n{"a"', ""])
+@pytest.mark.parametrize("replaced", [True, False])
+def test_what_was_changed_is_read_again(text: str, replaced: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    reader = JsonLinesReader(path)
+    reader.read()
+    if replaced:
+        atomic_write(path, text)
+    else:
+        path.write_text(text)
+    assert reader.read() == read_json_lines(path)
+    append_json_lines(path, [{"a": 6}])
+    assert reader.read() == read_json_lines(path)
+    path.unlink()
+    assert reader.read() == []
 
 
 def appends(node: ast.AST) -> bool:

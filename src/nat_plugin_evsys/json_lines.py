@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
@@ -130,17 +131,56 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: a line that no crash explains is not a JSON object.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
+    return JsonLinesReader(path).read()
+
+
+class JsonLinesReader:
+    """Reads a log again and again while it grows, and each of its lines once. Any thread may call."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._forget(inode=None)
+
+    def _forget(self, inode: int | None) -> None:
+        self._inode = inode
+        self._lines = self._bytes = 0
+        self._newest = b""
+        self._records: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """See ``read_json_lines``; the next call returns the same records again, which are nobody's to change."""
+        with self._lock:
+            if not self._path.exists():
+                self._forget(inode=None)
+                return []
+            *whole, last = self._unread().split(b"\n")
+            records = [record for at, line in enumerate(whole) if (record := self._record(at, line)) is not None]
+            self._records += records
+            self._lines += len(whole)
+            self._bytes += sum(len(line) + 1 for line in whole)
+            if whole:
+                self._newest = whole[-1] + b"\n"
+            ended = _parse(last)
+            if ended is None and last:
+                logger.warning("%s, line %d is incomplete and was skipped: %.80r", self._path, self._lines + 1, last)
+            return [*self._records] if ended is None else [*self._records, ended]
+
+    def _unread(self) -> bytes:
+        with open(self._path, "rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            file.seek(self._bytes - len(self._newest))
+            if inode != self._inode or file.read(len(self._newest)) != self._newest:  # it was replaced, or cut
+                self._forget(inode)
+                file.seek(0)
+            return file.read()
+
+    def _record(self, at: int, line: bytes) -> dict[str, Any] | None:
         record = _parse(line)
-        if record is not None:
-            records.append(record)
-        elif number == len(lines) and line:
-            logger.warning("%s, line %d is incomplete and was skipped: %.80r", path, number, line)
-        elif line.strip():
-            raise DataError(f"{path}:{number}: not a JSON object: {line[:80]!r}; remove the line, or the file")
-    return records
+        if record is None and line.strip():
+            number = self._lines + at + 1
+            raise DataError(f"{self._path}:{number}: not a JSON object: {line[:80]!r}; remove the line, or the file")
+        return record
 
 
 def _mend(file: FileIO, path: Path) -> None:

@@ -40,7 +40,12 @@ def test_rows_without_a_signal_are_rolled_out_again(finetune: Callable[..., Fini
     assert epoch["reward_mean"] == 2 / (3 * REPS)  # of the rollouts that every row had
 
     with gzip.open(run / "rollouts" / "epoch-0001.jsonl.gz", "rt") as lines:
-        kept = [json.loads(line)["extra"] for line in lines]
+        rollouts = [json.loads(line) for line in lines]
+    sampled = [
+        step["metrics"]["completion_token_ids"] for each in rollouts for step in each["steps"] if "metrics" in step
+    ]
+    assert epoch["sampled_tokens"] == sum(map(len, sampled)) > 0
+    kept = [rollout["extra"] for rollout in rollouts]
     assert Counter((each["row_id"], each.get("dropped")) for each in kept) == {
         ("mixed", None): REPS,
         ("late", "replaced_group"): REPS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -21,6 +22,7 @@ from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.finetuning.replies import reply_of
 from nat_plugin_evsys.finetuning.rollout_keeper import plain
 from nat_plugin_evsys.finetuning.workflow.evaluation import attempts_of
+from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.finetuning.workflow.sessions import Rollouts
 from nat_plugin_evsys.policy.recorder import Recorder
 
@@ -130,3 +132,23 @@ def test_what_is_no_finite_number_is_no_reward(score: Any) -> None:
     assert made.lost is DropReason.EVALUATOR_ERROR
     assert made.reward is None
     assert "not a finite number" in made.error
+
+
+def test_tokens_are_counted_of_every_attempt_like_calls() -> None:
+    report = RolloutReport()
+    scored = attempt(None, calls=2)
+    for each in (scored, attempt(None, calls=3, score=None), replace(scored, round=1)):
+        report.account(each)
+    assert (len(report.rewards), report.extra_rollouts) == (1, 1)
+    assert (report.tally.calls, report.sampled_tokens) == (7, 7)
+
+
+async def test_rollouts_are_numbered_without_a_look_at_those_before() -> None:
+    class Attempts(dict[str, int]):
+        def values(self) -> Any:
+            raise AssertionError("every question's attempts are read for a rollout of one")
+
+    rollouts = Rollouts("run", "rollout", 0, Recorder(), exporters=None)  # type: ignore[arg-type]
+    rollouts._attempts = Attempts()
+    assert [await rollouts.open(question) for question in "aba"] == ["run/000000", "run/000001", "run/000002"]
+    assert rollouts._attempts == {"a": 2, "b": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from made_run import MadeRun
 
 from nat_plugin_evsys.finetuning.bookkeeping import RunBooks
 from nat_plugin_evsys.finetuning.run_pages import RunPages
+from nat_plugin_evsys.report.page import Report
 
 
 def test_after_an_epoch_and_at_the_end(tmp_path: Path) -> None:
@@ -73,3 +75,24 @@ def test_of_a_run_whose_state_is_torn_until_it_is_resumed(tmp_path: Path) -> Non
         books.rewind()
         pages.write()
         assert '"status":"running"' in books.run_dir.report_path.read_text().replace(" ", "")
+
+
+def test_whoever_stops_a_run_does_not_wait_for_a_report_that_takes_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = MadeRun(tmp_path)
+    going_on = threading.Event()
+    monkeypatch.setattr(Report, "write", lambda self, target: going_on.wait())
+    before = set(threading.enumerate())
+    pages = RunPages(made.run_dir, made.metrics)
+    (thread,) = set(threading.enumerate()) - before
+    pages.write_in_time(patience=0.01)
+    assert f"{made.run_dir.report_path} does not show yet how the run ended" in caplog.text
+    assert f"Type: nat evsys report {made.path}" in caplog.text
+    assert thread.daemon
+    going_on.set()
+    pages.write()
+    del pages
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from nat_plugin_evsys.report.intervals import change_interval, mean_interval
@@ -55,3 +56,10 @@ def test_it_is_the_same_every_time() -> None:
 def test_nothing_has_no_interval() -> None:
     assert mean_interval([]) is None
     assert change_interval([], []) is None
+
+
+def test_the_same_rewards_are_resampled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = [row / 7 for row in range(30)]
+    first = mean_interval(values)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: pytest.fail("resampled again"))
+    assert mean_interval(list(values)) == first

@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import json
+import random
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -17,8 +18,13 @@ from made_run import MadeRun
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.cli.runs import evsys
+from nat_plugin_evsys.report.blocks import make_block
+from nat_plugin_evsys.report.cost import cost
 from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
+from nat_plugin_evsys.report.metrics_log import EPOCH
 from nat_plugin_evsys.report.page import Report
+from nat_plugin_evsys.report.replies import ReplyNumbers
+from nat_plugin_evsys.runs.state import RunState
 
 HOSTILE = "</script><script>alert(1)</script>"
 
@@ -81,6 +87,31 @@ def test_writing_again_reads_only_what_is_new(made: MadeRun, monkeypatch: pytest
     assert read == ["epoch-0002"]
 
 
+def test_only_what_can_be_embedded_is_made_and_only_what_is_embedded_is_held(
+    made: MadeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    made_by = "nat_plugin_evsys.report.blocks.make_block"
+    monkeypatch.setattr(made_by, lambda *args: (read.append(str(args[0])), make_block(*args))[1])
+    room = 12_000
+    report = Report([made.path], megabytes=room / 1_000_000)
+    chance = random.Random(0)
+    for epoch in range(2, 41):
+        words = [" ".join(f"word{chance.randrange(500)}" for _ in range(40)) for _ in range(4)]
+        made.train(epoch, [[made.attempt("r1", text, float(number), number) for number, text in enumerate(words)]])
+        made.measure(epoch, [made.attempt("h1", "yes", 1.0)])
+        report.html()
+        assert sum(len(block.data) for block in report._blocks[0]._made.values()) <= room
+    assert len(read) < 81 + 39  # each once, in 39 reports, and now and then an older one that fits again
+    read.clear()
+    data, embedded_blocks = embedded(Report([made.path], megabytes=room / 1_000_000).html())  # as a resumed run does
+    assert list(embedded_blocks) == list(embedded(report.html())[1])
+    assert len(read) <= len(embedded_blocks) + 4
+    assert len(data["runs"][0]["collections"]) == 40 + 41
+    heldout = data["runs"][0]["curve"]["heldout"]
+    assert [point["count"] for point in heldout] == [1] * 41  # the rewards of rows whose rollouts are left out
+
+
 def test_what_shows_the_change_is_embedded_first(made: MadeRun) -> None:
     for epoch in range(2, 6):
         made.train(epoch, [[made.attempt("r1", f"reply {number}", float(number), number) for number in range(8)]])
@@ -108,6 +139,16 @@ def test_the_verdict_is_on_what_was_reloaded_where_the_last_epoch_was_given_up(m
     other.measure(1, [other.attempt(row, "x", 0.25) for row in ("h1", "h2")])
     data, _ = embedded(Report([made.path, other.path]).html())
     assert data["comparison"].startswith("A is better: on the same 1 held-out rows it earned 0.750 more")
+
+
+def test_the_tokens_sampled_are_those_of_all_rollouts_that_training_took_from() -> None:
+    numbers = ReplyNumbers.of([]).to_dict() | {"replies": 4, "tokens_mean": 2.5}
+    job = {"metrics": {"sampled_tokens": 12}}
+    row = {"event": EPOCH, "rollouts": 4, "extra_rollouts": 4, "replies": numbers, "job": job}
+    found = cost([{**row, "sampled_tokens": 30}], RunState())
+    assert (found["rollouts"], found["sampled_tokens"], found["trained_tokens"]) == (8, 30, 12)
+    assert cost([row, {**row, "sampled_tokens": 30}], RunState())["sampled_tokens"] == 10 + 30  # resumed, now counted
+    assert cost([{"event": EPOCH}], RunState())["sampled_tokens"] is None
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def _row(
         "extra_rollouts": report.extra_rollouts,
         "errors": report.errors,
         "calls": report.tally.calls,
+        "sampled_tokens": report.sampled_tokens,
         "malformed_calls": report.malformed_calls,
         "prompts": {each.value: report.prompts[each] for each in PromptHistory},
         "staleness": {str(age): count for age, count in sorted(report.staleness.items())},

@@ -343,7 +343,7 @@ class RunSession:
             except (RunLostError, OSError) as error:  # what stopped the run is the error to show
                 logger.warning("the run directory does not say that the run %s: %s", status, error)
                 return
-            learner.pages.write()
+            learner.pages.write_in_time()
 
     def _show_warm_start(self, step: SftStep | SdftStep) -> None:
         self._display.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")

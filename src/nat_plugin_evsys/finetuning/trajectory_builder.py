@@ -21,13 +21,14 @@ from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_o
 from nat_plugin_evsys.finetuning.checks.trained_policies import trained_policies
 from nat_plugin_evsys.finetuning.preflight import check_run, resolve_config
 from nat_plugin_evsys.finetuning.telemetry import RunExporters
+from nat_plugin_evsys.finetuning.workflow.dataset_rows import ChosenRows, DatasetRows
 from nat_plugin_evsys.finetuning.workflow.evaluation import evaluate_policy
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import PolicyRollouts, RolloutReport
 from nat_plugin_evsys.finetuning.workflow.sessions import Recording, Rollouts
 from nat_plugin_evsys.json_lines import append_json_lines
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.rollouts.attempts import Attempt, rows_without_signal, with_replacements
-from nat_plugin_evsys.rollouts.row_batches import RowBatches, RowChoice
+from nat_plugin_evsys.rollouts.row_batches import RowBatches
 from nat_plugin_evsys.rollouts.targets import only_targeted
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         self.on_rollout: Callable[[int, int], None] | None = None
         self.any_succeeded = False
         self._epochs_per_pass = 1
+        self._rows = DatasetRows()
         self._runs: dict[str, tuple[asyncio.Task[list[list[Attempt]]], Rollouts]] = {}
         self._nat_config: Config | None = None
 
@@ -221,14 +223,16 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             self._epochs_per_pass = batches.epochs_per_pass(len(row_ids))
             return batches.rows(row_ids, epoch)
 
-        by_policy = await self._roll_out(rollouts, reps, choose=of_epoch)
+        chosen = None if batches.size is None else await self._rows.choose(self._dataset, of_epoch)
+        by_policy = await self._roll_out(rollouts, reps, rows=chosen)
         for extra_round in range(1, self.config.dynamic_sampling + 1):  # refused with several policies
             [attempts] = by_policy
             trained = [only_targeted(attempt, self.run_config.target_functions) for attempt in attempts]
             rows = rows_without_signal(trained, self._own.discount)
             if not rows:
                 break
-            [again] = await self._roll_out(rollouts, reps, choose=set(rows).intersection)
+            chosen = await self._rows.choose(self._dataset, set(rows).intersection)
+            [again] = await self._roll_out(rollouts, reps, rows=chosen)
             by_policy = [with_replacements(attempts, again, extra_round)]
         return by_policy
 
@@ -237,7 +241,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
         rollouts: Rollouts,
         reps: int,
         *,
-        choose: RowChoice | None = None,
+        rows: ChosenRows | None = None,
         dataset: EvalDatasetBaseConfig | None = None,
         config: Config | None = None,
     ) -> list[list[Attempt]]:
@@ -251,7 +255,7 @@ class EvsysTrajectoryBuilder(TrajectoryBuilder):
             reps=reps,
             max_concurrency=self.config.max_concurrency,
             evaluator_timeout=self.config.evaluator_timeout,
-            choose=choose,
+            rows=rows,
         )
 
     def _build(self, rollouts: PolicyRollouts) -> tuple[list[list[Trajectory]], RolloutReport]:

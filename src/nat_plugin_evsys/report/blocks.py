@@ -12,13 +12,13 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nat_plugin_evsys.report.contents import content_text
 from nat_plugin_evsys.report.questions import question_text
-from nat_plugin_evsys.runs.rollouts import Collection, RolloutFacts, RolloutFiles
+from nat_plugin_evsys.runs.rollouts import Collection, CollectionKind, RolloutFacts, RolloutFiles
 
 if TYPE_CHECKING:
     from nat.atif import Metrics, Step, Trajectory
@@ -33,38 +33,72 @@ class Block:
 
     Attributes:
         data: base64.
-        rewards: mean reward of each row, of its scored attempts.
         rows, rollouts: their numbers.
     """
 
     collection: Collection
     data: str
-    rewards: dict[str, float]
     rows: int
     rollouts: int
 
 
 class Blocks:
-    """The blocks of one run. Each is made once, however often the report is written: a running process writes every
-    collection once.
+    """The blocks of one run. Made ones are held while they are embedded, so that a running process, which writes its
+    report over and over, makes each once; of the others only the size is kept, and the rewards of measurements.
     """
 
     def __init__(self, files: RolloutFiles) -> None:
         self._files = files
         self._made: dict[Collection, Block] = {}
+        self._sizes: dict[Collection, int] = {}
+        self._rewards: dict[Collection, dict[str, float]] = {}
+        self._growth: dict[CollectionKind, float] = {}
 
-    def all(self) -> list[Block]:
-        """The blocks of all collections on disk.
+    def collections(self) -> list[Collection]:
+        """The collections on disk."""
+        return self._files.collections()
+
+    def size(self, collection: Collection) -> float:
+        """Characters of a block's data: an estimate if it was never made, and 0 while none of its kind was.
+
+        Blocks of a kind are about as large as their files; the largest in relation to its file is taken as the rule.
+        """
+        if collection in self._sizes:
+            return self._sizes[collection]
+        return self._growth.get(collection.kind, 0.0) * self._files.path(collection).stat().st_size
+
+    def block(self, collection: Collection) -> Block:
+        """The block of a collection.
 
         Raises:
-            DataError: a file cannot be read.
+            DataError: the file cannot be read.
         """
-        return [self._block(collection) for collection in self._files.collections()]
-
-    def _block(self, collection: Collection) -> Block:
         if collection not in self._made:
-            self._made[collection] = make_block(collection, self._files.lines(collection))
+            self._made[collection] = block = make_block(collection, self._files.lines(collection))
+            self._sizes[collection] = len(block.data)
+            growth = len(block.data) / max(1, self._files.path(collection).stat().st_size)
+            self._growth[collection.kind] = max(growth, self._growth.get(collection.kind, 0.0))
         return self._made[collection]
+
+    def hold(self, collections: Container[Collection]) -> None:
+        """Forget the blocks of all others."""
+        self._made = {collection: block for collection, block in self._made.items() if collection in collections}
+
+    def rewards(self, collection: Collection) -> dict[str, float]:
+        """Mean reward of each row of a measurement, of its scored attempts; raises as ``block``."""
+        if collection not in self._rewards:
+            self._rewards[collection] = row_rewards(self._files.lines(collection))
+        return self._rewards[collection]
+
+
+def row_rewards(lines: Iterable[str]) -> dict[str, float]:
+    """Mean reward of each row of the ATIF trajectories in ``lines``, of its scored attempts."""
+    rewards: dict[str, list[float]] = {}
+    for line in lines:
+        facts = RolloutFacts.of(json.loads(line).get("extra"))
+        if facts.reward is not None:
+            rewards.setdefault(facts.row_id, []).append(facts.reward)
+    return {row_id: sum(row) / len(row) for row_id, row in rewards.items()}
 
 
 def make_block(collection: Collection, lines: Iterable[str]) -> Block:
@@ -81,7 +115,6 @@ def make_block(collection: Collection, lines: Iterable[str]) -> Block:
     return Block(
         collection,
         base64.b64encode(gzip.compress(text.encode(), _COMPRESSION, mtime=0)).decode(),
-        {row_id: mean for row_id, row in rows.items() if (mean := _mean_reward(row)) is not None},
         len(rows),
         sum(len(row["attempts"]) for row in rows.values()),
     )
@@ -91,11 +124,6 @@ def _row(facts: RolloutFacts) -> dict[str, Any]:
     asked = question_text(facts.question)
     title = {} if asked is None else {"title": asked}
     return {"id": facts.row_id, "question": facts.question, **title, "expected": facts.expected, "attempts": []}
-
-
-def _mean_reward(row: dict[str, Any]) -> float | None:
-    rewards = [attempt["reward"] for attempt in row["attempts"] if "reward" in attempt]
-    return sum(rewards) / len(rewards) if rewards else None
 
 
 def _attempt(facts: RolloutFacts, trajectory: Trajectory) -> dict[str, Any]:

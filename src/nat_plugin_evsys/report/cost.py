@@ -20,7 +20,7 @@ def cost(rows: Sequence[Row], state: RunState) -> dict[str, Any]:
         ``steps``, ``seconds`` of the whole run, and ``parts``: ``[[what, seconds], …]``, which add up to it.
     """
     epochs = [row for row in rows if row["event"] == EPOCH]
-    numbers = [found for row in epochs if (found := ReplyNumbers.of_row(row)) is not None]
+    sampled = [found for row in epochs if (found := _sampled_tokens(row)) is not None]
     metrics = [(row.get("job") or {}).get("metrics") or {} for row in epochs]
     parts = {
         "warm start": _seconds(rows, WARM_START, "seconds"),
@@ -33,12 +33,20 @@ def cost(rows: Sequence[Row], state: RunState) -> dict[str, Any]:
         "rollouts": sum((row.get("rollouts") or 0) + (row.get("extra_rollouts") or 0) for row in epochs),
         "calls": sum(row.get("calls") or 0 for row in epochs),
         "trained_calls": sum(row.get("trained") or 0 for row in epochs),
-        "sampled_tokens": round(sum(each.tokens_mean * each.replies for each in numbers)) if numbers else None,
+        "sampled_tokens": round(sum(sampled)) if sampled else None,
         "trained_tokens": round(sum(each.get("sampled_tokens") or 0 for each in metrics)),
         "steps": round(sum(each.get("steps") or 0 for each in metrics)),
         "seconds": state.seconds,
         "parts": [[what, seconds] for what, seconds in [*parts.items(), ("everything else", rest)] if seconds],
     }
+
+
+def _sampled_tokens(row: Row) -> float | None:
+    """Tokens of an epoch's rollouts; where these were not counted, those of the rollouts that its means are about."""
+    if (counted := row.get("sampled_tokens")) is not None:
+        return float(counted)
+    numbers = ReplyNumbers.of_row(row)
+    return None if numbers is None else numbers.tokens_mean * numbers.replies
 
 
 def _seconds(rows: Sequence[Row], event: str, column: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist, fmean
 
 LEVEL = 0.95
@@ -41,7 +42,7 @@ def mean_interval(rewards: Sequence[float]) -> Interval | None:
         return None
     if set(rewards) <= {0.0, 1.0}:
         return _wilson(sum(rewards), len(rewards))
-    return _bootstrap(rewards)
+    return _bootstrap(tuple(rewards))
 
 
 def change_interval(before: Sequence[float], after: Sequence[float]) -> Interval | None:
@@ -58,7 +59,7 @@ def change_interval(before: Sequence[float], after: Sequence[float]) -> Interval
         return None
     if {*before, *after} <= {0.0, 1.0}:
         return _agresti_min(changes.count(1.0), changes.count(-1.0), len(changes))
-    return _bootstrap(changes)
+    return _bootstrap(tuple(changes))
 
 
 def _wilson(successes: float, count: int) -> Interval:
@@ -77,7 +78,8 @@ def _agresti_min(better: int, worse: int, count: int) -> Interval:
     return Interval(change, max(-1.0, min(change, centre - reach)), min(1.0, max(change, centre + reach)), count)
 
 
-def _bootstrap(values: Sequence[float]) -> Interval:
+@lru_cache(maxsize=4096)  # a report that is written again has the measurements of the one before
+def _bootstrap(values: tuple[float, ...]) -> Interval:
     import numpy as np
 
     sample = np.asarray(values, dtype=np.float64)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nat_plugin_evsys.files import atomic_write
-from nat_plugin_evsys.json_lines import append_json_lines, json_line, read_json_lines
+from nat_plugin_evsys.json_lines import JsonLinesReader, append_json_lines, json_line
 
 BASE = "base"
 WARM_START = "warm_start"
@@ -30,6 +30,7 @@ class MetricsLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._reader = JsonLinesReader(path)
 
     def append(self, event: str, epoch: int, **values: Any) -> dict[str, Any]:
         """Write one row.
@@ -45,12 +46,12 @@ class MetricsLog:
         return row
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, oldest first, without a last line that a crash cut short.
+        """All rows, oldest first, without a last line that a crash cut short; each is read once.
 
         Raises:
             DataError: another line is not a JSON object.
         """
-        return read_json_lines(self.path)
+        return self._reader.read()
 
     def truncate_after(self, epoch: int) -> int:
         """Drop the rows of epochs after ``epoch``, so that a resumed run writes each of them once.

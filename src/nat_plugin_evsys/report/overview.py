@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,27 +14,31 @@ from nat_plugin_evsys.report.cost import cost
 from nat_plugin_evsys.report.findings import findings_of
 from nat_plugin_evsys.report.health import Health, health
 from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog, reloads
-from nat_plugin_evsys.report.verdict import Row, curve, delivered, doubted, verdict
+from nat_plugin_evsys.report.verdict import Row, RowRewards, curve, delivered, doubted, verdict
 from nat_plugin_evsys.runs import RunDirectory
 from nat_plugin_evsys.runs.environment import read_environments
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.runs.settings import flat_settings
 
 
-def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
+def overview(
+    run: RunDirectory, collections: Sequence[Collection], rewards: Callable[[Collection], RowRewards]
+) -> dict[str, Any]:
     """All facts about a run.
+
+    Args:
+        collections: the kept ones.
+        rewards: the rewards of a measurement by row.
 
     Raises:
         DataError: metrics.jsonl cannot be read.
     """
     rows = MetricsLog(run.metrics_path).rows()
-    rewards = {block.collection: block.rewards for block in blocks}
-    collections = list(rewards)
     state = run.state
     findings = findings_of(rows)
     reloaded = reloads(rows)
     now = reloaded.get(state.epochs_done, state.epochs_done)
-    found = verdict(state, delivered(collections, reloaded), rewards.__getitem__)
+    found = verdict(state, delivered(collections, reloaded), rewards)
     return {
         "name": run.path.name,
         "path": str(run.path),
@@ -42,7 +46,7 @@ def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
         "error": state.error,
         "epochs": state.epochs_done,
         "verdict": asdict(doubted(found, [finding.id for finding, epochs in findings if now in epochs])),
-        "curve": curve(rows, collections, rewards.__getitem__),
+        "curve": curve(rows, collections, rewards),
         "best_epoch": state.best_epoch,
         "reloads": reloaded,
         "cost": cost(rows, state),
@@ -54,19 +58,17 @@ def overview(run: RunDirectory, blocks: Sequence[Block]) -> dict[str, Any]:
     }
 
 
-def collection_entry(collection: Collection, block: Block, element: str | None) -> dict[str, Any]:
+def collection_entry(collection: Collection, block: Block | None, element: str) -> dict[str, Any]:
     """A collection in the page's list.
 
     Args:
-        element: id of the element that holds the block, or None if there was no room for it.
+        block: None if there was no room for it.
+        element: id of the element that holds the block.
     """
-    return {
-        "kind": collection.kind,
-        "epoch": collection.epoch,
-        "element": element,
-        "rows": block.rows,
-        "rollouts": block.rollouts,
-    }
+    entry = {"kind": collection.kind, "epoch": collection.epoch}
+    if block is None:
+        return {**entry, "element": None}
+    return {**entry, "element": element, "rows": block.rows, "rollouts": block.rollouts}
 
 
 def _epoch(row: Row) -> dict[str, Any]:

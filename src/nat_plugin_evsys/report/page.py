@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -64,64 +64,69 @@ class Report:
 
     def html(self) -> str:
         """The page."""
-        found = [blocks.all() for blocks in self._blocks]
-        embedded = _choose(found, self._room)
+        found = [blocks.collections() for blocks in self._blocks]
+        embedded = self._embedded(found)
         runs, elements = [], []
-        for number, (path, blocks) in enumerate(zip(self._runs, found, strict=True)):
+        for number, (path, blocks) in enumerate(zip(self._runs, self._blocks, strict=True)):
             entries = []
-            for block in blocks:
-                element = f"block-{number}-{block.collection}" if (number, block.collection) in embedded else None
-                entries.append(collection_entry(block.collection, block, element))
-                if element is not None:
+            for collection in found[number]:
+                block, element = embedded[number].get(collection), f"block-{number}-{collection}"
+                entries.append(collection_entry(collection, block, element))
+                if block is not None:
                     elements.append({"id": element, "data": block.data})
-            runs.append({**overview(RunDirectory.open(path), blocks), "collections": entries})
+            facts = overview(RunDirectory.open(path), found[number], blocks.rewards)
+            runs.append({**facts, "collections": entries})
         data = {
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "version": version("nat_plugin_evsys"),
             "drop_reasons": drop_reason_meanings(),
-            "comparison": _compared(found, runs) if len(found) == 2 else None,
+            "comparison": self._comparison(found, runs) if len(found) == 2 else None,
             "runs": runs,
         }
         return _render(title=" and ".join(run["name"] for run in runs), data=data, blocks=elements)
 
+    def _comparison(self, found: Sequence[Sequence[Collection]], runs: Sequence[Mapping[str, Any]]) -> str:
+        """Which of two runs came out better."""
+        kinds, rewards = zip(*map(_last_measured, self._blocks, found, runs), strict=True)
+        return comparison(kinds, rewards)
 
-def _compared(found: Sequence[Sequence[Block]], runs: Sequence[dict[str, Any]]) -> str:
-    """Which of two runs came out better."""
-    last = (_last_measured(blocks, run["reloads"]) for blocks, run in zip(found, runs, strict=True))
-    (kind, rewards), (other_kind, other_rewards) = last
-    return comparison((kind, other_kind), (rewards, other_rewards))
+    def _embedded(self, found: Sequence[Sequence[Collection]]) -> list[dict[Collection, Block]]:
+        """The blocks of each run that fit, the most interesting of each run first. No others are made, or nearly none:
+        the size of a block is known for certain only once it was made.
+        """
+        ranked = sorted(
+            (rank, number, each) for number, all in enumerate(found) for rank, each in enumerate(_by_worth(all))
+        )
+        chosen: list[dict[Collection, Block]] = [{} for _ in found]
+        room = self._room
+        for _, number, collection in ranked:
+            blocks = self._blocks[number]
+            if blocks.size(collection) <= room and len((block := blocks.block(collection)).data) <= room:
+                room -= len(block.data)
+                chosen[number][collection] = block
+        for blocks, own in zip(self._blocks, chosen, strict=True):
+            blocks.hold(own)
+        return chosen
 
 
-def _last_measured(blocks: Sequence[Block], reloads: dict[int, int]) -> tuple[CollectionKind, RowRewards]:
+def _last_measured(
+    blocks: Blocks, collections: Sequence[Collection], run: Mapping[str, Any]
+) -> tuple[CollectionKind, RowRewards]:
     """The last measurement of what a run came to, and what each row earned."""
-    rewards = {block.collection: block.rewards for block in blocks}
-    kept = delivered(list(rewards), reloads)
-    heldout = [collection for collection in kept if collection.kind == "heldout"]
-    measured = heldout or [collection for collection in kept if collection.kind == "train"]
-    return ("heldout" if heldout else "train", rewards[measured[-1]] if measured else {})
+    kept = delivered(collections, run["reloads"])
+    heldout = [each for each in kept if each.kind == "heldout"]
+    measured = heldout or [each for each in kept if each.kind == "train"]
+    return ("heldout" if heldout else "train", blocks.rewards(measured[-1]) if measured else {})
 
 
-def _choose(found: Sequence[Sequence[Block]], room: int) -> set[tuple[int, Collection]]:
-    """The blocks that fit into ``room`` bytes, the most interesting of each run first."""
-    ranked = sorted(
-        (rank, number, block) for number, blocks in enumerate(found) for rank, block in enumerate(_by_worth(blocks))
-    )
-    chosen = set()
-    for _, number, block in ranked:
-        if len(block.data) <= room:
-            room -= len(block.data)
-            chosen.add((number, block.collection))
-    return chosen
-
-
-def _by_worth(blocks: Sequence[Block]) -> list[Block]:
+def _by_worth(collections: Sequence[Collection]) -> list[Collection]:
     """First and last measurement, last and first epoch, then the others, newest first."""
-    kinds: dict[str, list[Block]] = {"heldout": [], "epoch": [], "base": [], "train": []}
-    for block in blocks:
-        kinds[block.collection.kind].append(block)
+    kinds: dict[str, list[Collection]] = {"heldout": [], "epoch": [], "base": [], "train": []}
+    for each in collections:
+        kinds[each.kind].append(each)
     ends = [kind[end] for kind in kinds.values() if kind for end in (-1, 0)]
-    rest = sorted(blocks, key=lambda block: block.collection.epoch, reverse=True)
-    return list({block.collection: block for block in [*ends, *rest]}.values())
+    rest = sorted(collections, key=lambda each: each.epoch, reverse=True)
+    return list(dict.fromkeys([*ends, *rest]))
 
 
 def _render(*, title: str, data: dict[str, Any], blocks: list[dict[str, str]]) -> str:

@@ -51,7 +51,7 @@ class RecordedEvaluation(PolicyEvaluation):
         evaluator_timeout: float,
         entries: Mapping[str, dict[str, Any]],
     ) -> None:
-        super().__init__(config, rollouts, None, evaluator_timeout)
+        super().__init__(config, rollouts, evaluator_timeout)
         self._entries = entries
 
     async def run_evaluators(self, evaluators: dict[str, Any]) -> None:

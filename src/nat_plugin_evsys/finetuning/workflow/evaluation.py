@@ -27,11 +27,12 @@ from nat_plugin_evsys.rollouts.attempts import Attempt
 if TYPE_CHECKING:
     from nat.data_models.config import Config
     from nat.data_models.dataset_handler import EvalDatasetBaseConfig
+    from nat.data_models.evaluate_config import EvalConfig
     from nat.data_models.evaluator import EvalInputItem
     from nat.runtime.session import SessionManager
 
+    from nat_plugin_evsys.finetuning.workflow.dataset_rows import ChosenRows
     from nat_plugin_evsys.policy.recorder import Recorder
-    from nat_plugin_evsys.rollouts.row_batches import RowChoice
 
 logger = logging.getLogger(__name__)
 
@@ -43,25 +44,39 @@ _ENDING_SECONDS = 10.0
 
 
 class PolicyEvaluation(EvaluationRun):
-    """NAT's EvaluationRun with recorded sessions. The workflow is built once for all repetitions."""
+    """NAT's EvaluationRun with recorded sessions. The workflow is built once for all repetitions.
+
+    Args:
+        rows: those to run, read already; by default all of the configuration's dataset.
+    """
 
     def __init__(
-        self, config: EvaluationRunConfig, rollouts: Rollouts, choose: RowChoice | None, evaluator_timeout: float
+        self,
+        config: EvaluationRunConfig,
+        rollouts: Rollouts,
+        evaluator_timeout: float,
+        rows: ChosenRows | None = None,
     ) -> None:
+        self._rows = rows
         super().__init__(config)
         self._rollouts = rollouts
-        self._choose = choose
         self._evaluator_timeout = evaluator_timeout
 
+    @property
+    def eval_config(self) -> EvalConfig | None:
+        """What NAT reads the dataset by. Its builder has the configuration itself, and a loader for the type there."""
+        return self._eval_config
+
+    @eval_config.setter
+    def eval_config(self, config: EvalConfig | None) -> None:
+        if config is not None and self._rows is not None:
+            config = config.model_copy(update={"general": config.general.model_copy(update={"dataset": self._rows})})
+        self._eval_config = config
+
     async def run_workflow_local(self, session_manager: SessionManager, http_connection: Any = None) -> None:
-        """Run the items of the chosen rows through recorded sessions."""
+        """Run the items through recorded sessions."""
         if self.eval_input is not None:
-            items = self.eval_input.eval_input_items
-            if self._choose is not None:
-                rows = [_row_and_attempt(item, self.config.reps)[0] for item in items]
-                chosen = set(self._choose(list(dict.fromkeys(rows))))
-                items[:] = [item for item, row in zip(items, rows, strict=True) if row in chosen]
-            self._rollouts.total += len(items)
+            self._rollouts.total += len(self.eval_input.eval_input_items)
         recorded: Any = RecordedSessions(session_manager, self._rollouts)
         await super().run_workflow_local(recorded, http_connection=http_connection)
 
@@ -89,7 +104,7 @@ async def evaluate_policy(
     reps: int,
     max_concurrency: int | None,
     evaluator_timeout: float,
-    choose: RowChoice | None = None,
+    rows: ChosenRows | None = None,
 ) -> list[list[Attempt]]:
     """Run the workflow ``reps`` times on each dataset row and score every attempt.
 
@@ -98,7 +113,7 @@ async def evaluate_policy(
         rewards: the evaluator whose score is the reward, for each policy that ``rollouts`` record.
         dataset: the rows, instead of the configuration's own.
         evaluator_timeout: seconds to score one rollout; an evaluator that scores all at once has as many for each.
-        choose: the rows to run; all by default.
+        rows: those of ``dataset`` to run; all by default.
 
     Returns:
         For each policy every attempt with its own calls and reward, scored or not; see ``check_batch``.
@@ -109,7 +124,7 @@ async def evaluate_policy(
         write_output=False,
     )
     with quiet_tqdm(), quiet_nat(), exits_are_errors():
-        output = await PolicyEvaluation(run_config, rollouts, choose, evaluator_timeout).run_and_evaluate()
+        output = await PolicyEvaluation(run_config, rollouts, evaluator_timeout, rows).run_and_evaluate()
     scores = {
         (name, str(item.id)): item for name, result in output.evaluation_results for item in result.eval_output_items
     }

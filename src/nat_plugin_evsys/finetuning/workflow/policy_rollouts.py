@@ -36,6 +36,7 @@ class RolloutReport:
         prompts: calls of the trajectories by how their prompt holds the turn before it.
         replies: what was said in every attempt, scored or not; again without those of dynamic sampling.
         extra_rollouts: attempts that dynamic sampling made.
+        sampled_tokens: tokens that the policy sampled in all attempts.
         malformed_calls: what looked like a tool call in them, could not be read as one, and stayed text.
         drift: share of recorded replies that are other tokens as text than were sampled; None where that is unknown.
     """
@@ -51,6 +52,7 @@ class RolloutReport:
     replies: list[Reply] = field(default_factory=list)
     prompts: Counter[PromptHistory] = field(default_factory=Counter)
     extra_rollouts: int = 0
+    sampled_tokens: int = 0
     malformed_calls: int = 0
     drift: float | None = None
     epochs_per_pass: int = 1
@@ -63,6 +65,7 @@ class RolloutReport:
     def account(self, attempt: Attempt) -> None:
         """Count an attempt, its reward or its failure."""
         self.tally.calls += len(attempt.calls)
+        self.sampled_tokens += sum(len(call.output_ids) for call in attempt.calls)
         if attempt.round:
             self.extra_rollouts += 1
             return

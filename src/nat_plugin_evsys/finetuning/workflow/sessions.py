@@ -73,6 +73,7 @@ class Rollouts:
     total: int = 0
     start_gate: StartGate = field(default_factory=StartGate)
     _attempts: dict[str, int] = field(default_factory=dict)
+    _opened: int = 0
 
     @property
     def recorders(self) -> list[Recorder]:
@@ -84,7 +85,8 @@ class Rollouts:
         begun = await self.start_gate.take()
         attempt = self._attempts.get(key := str(message), 0)
         self._attempts[key] = attempt + 1
-        run_id = f"{self.name}/{sum(self._attempts.values()) - 1:06d}"
+        run_id = f"{self.name}/{self._opened:06d}"
+        self._opened += 1
         for recorder, seed in (Recording(self.recorder, self.seed), *self.others):
             recorder.open_run(run_id, self.kind, rollout_seed(seed, self.name, key, attempt), begun)
         return run_id
