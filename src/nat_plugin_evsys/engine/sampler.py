@@ -36,7 +36,7 @@ from nat_plugin_evsys.engine.spans.probe import rollout_model
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.engine.spans.slots import RowSlots
 from nat_plugin_evsys.engine.spans.tree import SpanTree
-from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
+from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError, let_go
 
 logger = logging.getLogger(__name__)
 
@@ -297,6 +297,7 @@ class Sampler:
 
 
 def _failed(cause: Exception) -> ModelError:
+    let_go(cause)
     error = ModelError(f"the sampler failed: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error
