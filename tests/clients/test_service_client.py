@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hold import Hold
 
 from nat_plugin_evsys import ServiceClient, TrainingClient, types
 from nat_plugin_evsys.errors import CheckpointError, EngineClosedError
@@ -225,6 +226,29 @@ def test_close_ends_everything_and_frees_the_model(store: Path, tiny_model: str,
     del client, sampling_client, service, endless, threads
     gc.collect()
     assert model() is None
+
+
+def test_a_service_that_nobody_refers_to_frees_the_model_once_its_requests_are_done(
+    store: Path, tiny_model: str
+) -> None:
+    hold = Hold()
+    before = set(threading.enumerate())
+    service = ServiceClient(store=store, device="cpu")
+    sampling_client = service.create_sampling_client(base_model=tiny_model).result()
+    model = weakref.ref(sampling_client._base.model)
+    running = sampling_client.sample([1], 1, types.SamplingParams(max_tokens=9, stop=[]), on_tokens=hold)
+    hold.wait()
+    del service, sampling_client
+    gc.collect()
+    assert model() is not None
+    hold.release()
+    assert len(running.result().sequences[0].tokens) == 9
+    deadline = time.monotonic() + 10
+    while (model() or set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+    assert model() is None
+    assert not set(threading.enumerate()) - before
 
 
 def test_a_client_created_while_the_service_closes_is_closed(

@@ -139,7 +139,24 @@ def test_torn_checkpoints_are_refused_by_name(
     with pytest.raises(CheckpointError, match=f"torn is torn: {file}"):
         load_checkpoint(torn, victim, with_optimizer=True)
     assert equal(weights(victim), before)
-    assert [i.path.name for i in list_checkpoints(tmp_path)] == ["good"]
+    is_listed = damage is flip and file != "manifest.json"  # only reading the file tells
+    assert [i.path.name for i in list_checkpoints(tmp_path)] == ["good", *["torn"] * is_listed]
+
+
+def test_a_listing_reads_no_weights(trainable: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(tmp_path, "one", trainable(), kind="training")
+    opened: list[str] = []
+    open_file = Path.open
+
+    def noted(self: Path, *given: Any, **named: Any) -> Any:
+        opened.append(self.name)
+        return open_file(self, *given, **named)
+
+    monkeypatch.setattr(Path, "open", noted)
+    assert [info.path for info in list_checkpoints(tmp_path)] == [path]
+    assert not [name for name in opened if name != "manifest.json"]
+    checkpoints.read_checkpoint(path)
+    assert {"adapter_model.safetensors", "optimizer.safetensors"} <= set(opened)
 
 
 def test_weights_have_one_fingerprint_but_where_float16_rounds_them(

@@ -54,6 +54,11 @@ async def replicated(cluster: None, tmp_path_factory: pytest.TempPathFactory) ->
     await backend.close()
 
 
+async def test_the_replicas_say_what_they_compute_in(replicated: RayBackend) -> None:
+    assert {row["dtype"] for row in await asyncio.to_thread(replicated.replicas)} == {"float32"}
+    assert replicated.base.dtype == torch.float32
+
+
 def weights(backend: LocalBackend) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in backend._model.adapter.named_tensors()}
 

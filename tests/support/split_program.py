@@ -11,9 +11,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tinker import types
 
+from nat_plugin_evsys.engine.gradient import batching
+from nat_plugin_evsys.engine.gradient.datums import check_datums
+from nat_plugin_evsys.engine.gradient.micro_batches import Loss
+from nat_plugin_evsys.engine.gradient.steps import Pass
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
-from nat_plugin_evsys.engine.model.loading import load_base_model
+from nat_plugin_evsys.engine.model.loading import BaseModel, load_base_model
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.replicas.passes import Order, Passes
+from nat_plugin_evsys.replicas.weights import flatten, shape_of
+from nat_plugin_evsys.runtime.bases import SharedBase
 
 PARTS = 2
 
@@ -55,11 +62,25 @@ def computed(directory: str, parts: int) -> dict[str, Any]:
         "identity": base.identity,
         "shapes": shapes,
         "plain_tokens": both.metrics["plain_path_tokens:sum"],
+        "order": ordered(base, adapter),
     }
 
 
+def ordered(base: BaseModel, adapter: LoraAdapter) -> dict[str, Any]:
+    """What a replica's order of many Datums gives."""
+    given = {"vocab_size": base.vocab_size, "context_length": base.context_length, "vision": base.vision}
+    examples = check_datums(data(base.vocab_size) * 16, "cross_entropy", **given)  # type: ignore[arg-type]
+    of = Pass(Loss("cross_entropy", {}), backward=True)
+    order = Order(shape_of(adapter), "", flatten(adapter), examples, of)
+    _, found = Passes(SharedBase(base)).run(order)
+    logprobs = [datum.logprobs.detach() for datum in found.datums]
+    return {"logprobs": logprobs, "gradient": found.gradient, "parts": found.metrics["micro_batches:sum"]}
+
+
 def part(rank: int, directory: str, output: str) -> None:
-    """One process of the group."""
+    """One process of the group; the second one has less memory free."""
+    if rank:
+        batching._CPU_ACTIVATION_BYTES = 0
     store = f"file://{output}/group"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=PARTS)
     torch.save(computed(directory, PARTS), Path(output) / f"{rank}.pt")

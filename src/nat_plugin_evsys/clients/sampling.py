@@ -6,7 +6,8 @@ import copy
 import importlib
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
 from tinker import types
 
@@ -21,6 +22,8 @@ from nat_plugin_evsys.engine.sampling.request import TokenCallback
 from nat_plugin_evsys.engine.sampling.result import SampleResult
 from nat_plugin_evsys.errors import DataError, EvsysError
 from nat_plugin_evsys.runtime.arguments import check_api_key, check_int
+
+T = TypeVar("T")
 
 SERVICE = "nat_plugin_evsys.clients.service"
 """Stands on this module, and so is imported only when a handle is opened."""
@@ -168,7 +171,7 @@ class SamplingClient:
             on_tokens=on_tokens,
             constraint=constraint,
         )
-        return after(ResultFuture(future), wait)
+        return after(ResultFuture(self._hosted(future)), wait)
 
     sample_async = awaits(sample)
 
@@ -183,9 +186,16 @@ class SamplingClient:
             _check_last_n(prompt_logprobs_last_n)
         except EvsysError as error:
             return after(failed(ResultFuture(), error), wait)
-        return after(ResultFuture(self._engine.compute_logprobs(prompt, prompt_logprobs_last_n)), wait)
+        future = self._engine.compute_logprobs(prompt, prompt_logprobs_last_n)
+        return after(ResultFuture(self._hosted(future)), wait)
 
     compute_logprobs_async = awaits(compute_logprobs)
+
+    def _hosted(self, future: Future[T]) -> Future[T]:
+        """The future of a request, which keeps the ServiceClient, and so the sampler, until it is done."""
+        kept = [self._host]
+        future.add_done_callback(lambda _: kept.clear())
+        return future
 
     def get_tokenizer(self) -> Any:
         """The base model's Hugging Face tokenizer: a copy, so that its settings are this client's own."""

@@ -124,6 +124,9 @@ class ServiceClient:
         self._clients: weakref.WeakValueDictionary[str, TrainingClient] = weakref.WeakValueDictionary()
         self._models = 0
         self._closed = False
+        # One that nobody refers to, neither its clients nor their requests, takes its base models along.
+        weakref.finalize(self, self._bases.close).atexit = False
+        weakref.finalize(self, self._executor.shutdown, wait=False).atexit = False
         _SERVICES[self.session_id] = self
 
     def __enter__(self) -> Self:

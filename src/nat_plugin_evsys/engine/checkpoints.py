@@ -160,13 +160,10 @@ def read_checkpoint(path: Path | str) -> CheckpointInfo:
         raise CheckpointError(f"checkpoint {directory} does not exist; give the path that a save returned")
     if _is_foreign(directory):
         return _foreign(directory)
-    manifest = _read_manifest(directory)
+    manifest = _complete(directory)
     for name, facts in manifest.files.items():
-        file = directory / name
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint {directory} is torn: {name} is missing")
-        if file.stat().st_size != facts["bytes"] or _sha256(file) != facts["sha256"]:
-            raise CheckpointError(f"checkpoint {directory} is torn: {name} is not what manifest.json recorded")
+        if _sha256(directory / name) != facts["sha256"]:
+            raise _changed(directory, name)
     return manifest
 
 
@@ -201,7 +198,8 @@ def delete_checkpoint(path: Path | str) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
-    """All complete checkpoints in a directory, oldest first."""
+    """All complete checkpoints in a directory, oldest first. Their files have the sizes of the manifest; what is in
+    them is read with ``read_checkpoint``, before it is used."""
     if not directory.is_dir():
         return []
     for aside in directory.glob(".*.old-*"):
@@ -211,7 +209,7 @@ def list_checkpoints(directory: Path) -> list[CheckpointInfo]:
         if path.name.startswith(".") or not (path / MANIFEST).is_file():
             continue
         try:
-            found.append(read_checkpoint(path))
+            found.append(_complete(path))
         except CheckpointError:
             continue
     return sorted(found, key=lambda info: (info.created_at, info.path.name))
@@ -245,6 +243,26 @@ def _read_manifest(directory: Path) -> CheckpointInfo:
     if not needed <= set(info.files):
         raise CheckpointError(f"checkpoint {directory} is torn: {MANIFEST} lists no {min(needed - set(info.files))}")
     return info
+
+
+def _complete(directory: Path) -> CheckpointInfo:
+    """The manifest of a checkpoint whose files are there, as long as it says.
+
+    Raises:
+        CheckpointError: names the file that is missing or torn.
+    """
+    manifest = _read_manifest(directory)
+    for name, facts in manifest.files.items():
+        file = directory / name
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint {directory} is torn: {name} is missing")
+        if file.stat().st_size != facts["bytes"]:
+            raise _changed(directory, name)
+    return manifest
+
+
+def _changed(directory: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {directory} is torn: {name} is not what manifest.json recorded")
 
 
 def _is_foreign(directory: Path) -> bool:

@@ -14,7 +14,7 @@ import torch
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.vision import Vision
-from nat_plugin_evsys.engine.sampling.budgets import kv_budget, prefix_budget
+from nat_plugin_evsys.engine.sampling.budgets import KVBudget, kv_bytes, prefix_budget
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch
 from nat_plugin_evsys.engine.sampling.decoding_check import trusted_runner
@@ -36,7 +36,7 @@ from nat_plugin_evsys.engine.spans.probe import rollout_model
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.engine.spans.slots import RowSlots
 from nat_plugin_evsys.engine.spans.tree import SpanTree
-from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
+from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError, let_go
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class Sampler:
         max_batch_size: most sequences of one policy that are decoded together.
         prefix_cache_bytes: memory for prefixes kept between requests; 0 turns that off. None: 2 GiB, or a quarter of
             the memory that is free now if that is less.
-        kv_cache_bytes: approximate memory per policy for the sequences being decoded: fewer are decoded together if
-            they are long. None: half of the GPU memory that is free now, or 4 GiB on the CPU.
+        kv_cache_bytes: approximate memory for the sequences being decoded, of all policies: fewer are decoded together
+            if they are long. None: half of the GPU memory that is free now, or 4 GiB on the CPU.
         path: ``"auto"`` is the fast path if the model can use it, ``"plain"`` the one it is tested against.
 
     Attributes:
@@ -104,7 +104,7 @@ class Sampler:
             self.plain_because = self.plain_because or "it was asked for"
         self._joint = None if self._fast is None else JointDecoding(self._fast)
         self._slots = RowSlots(self._runner.layout)
-        self._kv_bytes = kv_cache_bytes if kv_cache_bytes is not None else kv_budget(base.device)
+        self._kv = KVBudget(kv_cache_bytes if kv_cache_bytes is not None else kv_bytes(base.device))
         self._base = base
         self._images: ExactRunner | None = None
         self._seen = ExactPrefixes(keep) if keep else None
@@ -252,6 +252,7 @@ class Sampler:
     def _end(self, batch: DecodeBatch) -> None:
         self._batches = {key: other for key, other in self._batches.items() if other is not batch}
         batch.decoder.close()
+        self._kv.leave(batch.decoder)
 
     def _batch(self, policy: SamplingPolicy, sees: bool) -> DecodeBatch:
         """That of requests with images, or of the others."""
@@ -260,12 +261,13 @@ class Sampler:
             runner: ModelRunner | ExactRunner = self._runner
             if sees and self._images is not None:
                 runner = self._images
-                most = self._kv_bytes // max(1, self._runner.layout.bytes_per_token)
                 seen = None if self._seen is None else (self._seen, policy.ident)
-                decoder: RowDecoder = ExactDecoder(self._images, policy.adapter, most, seen)
+                each = self._runner.layout.bytes_per_token
+                decoder: RowDecoder = ExactDecoder(runner, policy.adapter, seen, kv=self._kv, bytes_per_token=each)
             else:
                 decoder, self._spare = self._decoder(policy), None
-            batch = DecodeBatch(runner, policy, decoder, max_rows=self.max_batch_size, never=self._never)
+            self._kv.join(decoder)
+            batch = DecodeBatch(runner, policy, decoder, max_rows=self.max_batch_size, kv=self._kv, never=self._never)
             self._batches[policy.ident, sees] = batch
         return batch
 
@@ -279,7 +281,7 @@ class Sampler:
                 self._prefixes,
                 policy.ident,
                 policy.adapter,
-                kv_bytes=self._kv_bytes,
+                kv=self._kv,
                 store=self._spare or SlotStore(layout),
             )
         slots = self._slots if self._joint.takes(policy) else RowSlots(layout)
@@ -289,12 +291,13 @@ class Sampler:
             policy.ident,
             policy.adapter,
             pass_tokens=min(_PASS_TOKENS, self._runner.prefill_tokens),
-            kv_bytes=self._kv_bytes,
+            kv=self._kv,
             slots=slots,
         )
 
 
 def _failed(cause: Exception) -> ModelError:
+    let_go(cause)
     error = ModelError(f"the sampler failed: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error

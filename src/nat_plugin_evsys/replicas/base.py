@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nat_plugin_evsys.engine.gradient.steps import Steps
@@ -19,7 +18,8 @@ from nat_plugin_evsys.runtime.bases import SharedBase
 
 
 class ReplicatedBase(SharedBase):
-    """``SharedBase`` over a pool. Its own copy of the model is on the CPU, and says what shapes the adapters have."""
+    """``SharedBase`` over a pool. Its own copy of the model is on the CPU, in the dtype of the replicas, and says what
+    shapes the adapters have."""
 
     def __init__(self, base: BaseModel, pool: ReplicaPool, max_batch_size: int, *, deterministic: bool = False) -> None:
         super().__init__(base, max_batch_size, deterministic=deterministic)
@@ -45,15 +45,14 @@ class ReplicatedBase(SharedBase):
             ModelError: the base model cannot be loaded, or is another one on the cluster.
         """
         settings = ReplicaSettings(base_model, options, max_batch_size, deterministic, replicas.cpus)
-        with ThreadPoolExecutor(1) as executor:
-            loading = executor.submit(load_base_model, base_model, **{**options, "device": "cpu"})
-            try:
-                pool = ReplicaPool(settings, replicas)
-            except EvsysError:
-                loading.result()  # if it cannot be loaded here either, that says it best
-                raise
+        here = {**options, "device": "cpu"}
         try:
-            base = loading.result()
+            pool = ReplicaPool(settings, replicas)
+        except EvsysError:
+            load_base_model(base_model, **here)  # if it cannot be loaded here either, that says it best
+            raise
+        try:
+            base = load_base_model(base_model, **here | {"dtype": pool.dtype})
         except BaseException:
             pool.close()
             raise

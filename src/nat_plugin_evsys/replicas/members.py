@@ -67,7 +67,7 @@ class Member:
     def row(self) -> dict[str, Any]:
         """What is known of it, for a table; None is what it has not said yet."""
         return {
-            **dict.fromkeys(("pid", "node", "host", "device", "memory")),
+            **dict.fromkeys(("pid", "node", "host", "device", "dtype", "memory")),
             **self.facts,
             "restarts": self.restarts,
             "tokens": self.tokens,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from nat_plugin_evsys.engine.gradient.batching import default_token_budget
 from nat_plugin_evsys.engine.gradient.datums import Example
 from nat_plugin_evsys.engine.gradient.steps import LocalSteps, Pass, PassResult, Progress
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.model.tensor_parallel import is_split
 from nat_plugin_evsys.errors import ReplicaError
 from nat_plugin_evsys.replicas.weights import Flat, Shape, digest, empty_adapter, fill, flatten
 from nat_plugin_evsys.runtime.bases import SharedBase, open_here
@@ -103,7 +106,17 @@ class Passes:
                     "to it: its memory or its network is at fault; take the machine out of the cluster"
                 )
             trained.key = order.key
-        return trained.adapter, trained.steps.run(order.examples, order.of, progress)
+        return trained.adapter, trained.steps.run(order.examples, self._cut_alike(order.of), progress)
+
+    def _cut_alike(self, of: Pass) -> Pass:
+        """The pass in micro-batches that fit in every process of a split model: each has other memory free, and
+        collectives of different micro-batches would not match."""
+        base = self._shared.base
+        if of.token_budget is not None or not is_split(base.model):
+            return of
+        least = torch.tensor(default_token_budget(base), device=base.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return replace(of, token_budget=int(least))
 
     def knows(self, shape: Shape, key: str) -> bool:
         """Whether the adapter of that shape has these values."""

@@ -135,6 +135,12 @@ class ReplicaPool:
         for member in members:
             ray.kill(member.actor, no_restart=True)
 
+    @property
+    def dtype(self) -> str:
+        """What the replicas compute in, as ``load_base_model`` takes it."""
+        dtype: str = self.members[0].facts["dtype"]
+        return dtype
+
     @contextmanager
     def passing(self) -> Iterator[tuple[Member, ...]]:
         """The replicas of a pass. None of them is ended before the pass is over."""
@@ -216,8 +222,8 @@ class ReplicaPool:
         """The state of each replica.
 
         Returns:
-            ``replica``, ``host``, ``node``, ``pid``, ``device``, ``memory`` (peak bytes), ``state`` (``up``;
-            ``starting`` if it does not answer, or gets no work yet; ``leaving``), ``restarts``, ``tokens``,
+            ``replica``, ``host``, ``node``, ``pid``, ``device``, ``dtype``, ``memory`` (peak bytes), ``state``
+            (``up``; ``starting`` if it does not answer, or gets no work yet; ``leaving``), ``restarts``, ``tokens``,
             ``tokens_per_second`` (of recent passes, None before the first), ``sampling`` (sequences) and
             ``straggles``. What a replica says of itself is None before its first answer.
         """

@@ -66,7 +66,8 @@ class Replica:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evsys-pass")
 
     async def facts(self) -> dict[str, Any]:
-        """``pid``, ``host``, ``node`` (Ray's id), ``device``, ``memory`` (peak bytes), ``identity`` (of the base)."""
+        """``pid``, ``host``, ``node`` (Ray's id), ``device``, ``dtype``, ``memory`` (peak bytes), ``identity`` (of the
+        base)."""
         import ray
 
         base = self._shared.base
@@ -75,6 +76,7 @@ class Replica:
             "node": ray.get_runtime_context().get_node_id(),
             "host": socket.gethostname(),
             "device": str(base.device) if base.device.type == "cpu" else torch.cuda.get_device_name(base.device),
+            "dtype": str(base.dtype).removeprefix("torch."),
             "memory": peak_bytes(base.device),
             "identity": base.identity,
         }

@@ -62,6 +62,20 @@ def test_each_process_has_the_whole_gradient(split: list[dict[str, Any]], alone:
         assert torch.equal(split[0]["gradient"][name], split[1]["gradient"][name])
 
 
+def test_the_processes_cut_a_step_alike_where_one_has_less_memory(
+    split: list[dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    expected = alone["order"]
+    assert expected["parts"] == 1.0
+    for rank in split:
+        assert rank["order"]["parts"] > 1.0
+        for found, wanted in zip(rank["order"]["logprobs"], expected["logprobs"], strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5, rtol=1e-5)
+        for name, wanted in expected["gradient"].items():
+            gap = float((rank["order"]["gradient"][name] - wanted).norm() / wanted.norm())
+            assert gap < 1e-5, f"{name}: {gap:.1e}"
+
+
 def test_each_process_holds_its_part_and_the_model_is_the_same(
     split: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:

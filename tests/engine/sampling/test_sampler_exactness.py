@@ -9,6 +9,7 @@ import torch
 from samples import assert_likeliest, assert_same_samples
 from tinker.types import ModelInput, SamplingParams
 
+from nat_plugin_evsys.engine.sampling.row_decoder import Context
 from nat_plugin_evsys.engine.sampling.slot_decoder import SlotDecoder
 from nat_plugin_evsys.engine.spans.decoder import SpanDecoder
 
@@ -137,6 +138,37 @@ def test_prompts_fed_in_pieces_equal_prompts_fed_whole(family, make_base, make_a
 
 
 @pytest.mark.parametrize("path", ["auto", "plain"])
+def test_policies_that_are_decoded_together_share_one_kv_memory(path, base, make_adapter, make_sampler):
+    sampler = make_sampler(base, path=path)
+    sampler._kv.max_bytes = sampler._runner.layout.bytes_per_token * 64 * 40
+    held = []
+
+    def look(*_):
+        stores = {id(each.decoder): each.decoder.kv_bytes for each in list(sampler._batches.values())}
+        held.append((len(stores), sampler._spans.held_bytes + sum(stores.values())))
+
+    params = SamplingParams(max_tokens=20, seed=2, stop=[])
+    clients = [sampler.client(make_adapter(base, seed), seed) for seed in range(3)]
+    futures = [client.sample(ModelInput.from_ints(prompt_of(40)), 16, params, on_tokens=look) for client in clients]
+    for future in futures:
+        assert [len(each.tokens) for each in future.result(TIMEOUT).sequences] == [20] * 16
+    assert max(held)[0] == 3
+    assert sampler._kv.max_bytes / 2 < max(taken for _, taken in held) <= sampler._kv.max_bytes
+
+
+def test_a_store_grows_only_where_both_the_old_and_the_new_one_fit(base, make_sampler):
+    sampler = make_sampler(base, path="plain")
+    decoder = sampler._decoder(sampler._policies.new(None, 0))
+    each = sampler._runner.layout.bytes_per_token
+    decoder.store.reserve(8, 64)
+    assert decoder.kv_bytes == 8 * 64 * each
+    for room, fits in ((8 + 15, False), (8 + 16, True)):
+        sampler._kv.max_bytes = room * 64 * each
+        assert decoder.fits([Context(prompt_of(40), 16)]) == fits
+    assert decoder.fits([Context(prompt_of(40), 8)])
+
+
+@pytest.mark.parametrize("path", ["auto", "plain"])
 def test_running_out_of_kv_memory_changes_nothing(path, base, adapter, make_sampler, plain_logits, monkeypatch):
     sent_back = []
     for decoder in (SpanDecoder, SlotDecoder):
@@ -152,7 +184,7 @@ def test_running_out_of_kv_memory_changes_nothing(path, base, adapter, make_samp
     plenty, tight = make_sampler(base, path=path), make_sampler(base, path=path)
     clients = [plenty.client(adapter, 0), tight.client(adapter, 0)]
     # room for all rows when they join, but not when they are longer
-    tight._kv_bytes = tight._runner.layout.bytes_per_token * 64 * 6
+    tight._kv.max_bytes = tight._runner.layout.bytes_per_token * 64 * 6
     futures = [(client.sample(ModelInput.from_ints(p), 2, params)) for p in prompts for client in clients]
     results = [future.result(TIMEOUT) for future in futures]
     for prompt, a, b in zip(prompts, results[::2], results[1::2], strict=True):

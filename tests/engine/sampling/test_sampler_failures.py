@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,11 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.sampler import Sampler
 from nat_plugin_evsys.engine.sampling import kv_cache
+from nat_plugin_evsys.engine.sampling.decode_batch import DecodeBatch
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
+from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
+from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.engine.spans.tree import SpanTree
 from nat_plugin_evsys.errors import DataError, ModelError
 
@@ -139,6 +144,38 @@ def test_what_cannot_be_kept_of_a_row_that_ended_takes_no_other_rows_place(
     assert sampler._spans.held_bytes == 0
     assert tokens(client, BRIEF, 3) == want
     wait_idle(sampler)
+
+
+@pytest.mark.parametrize(
+    ("path", "failing"),
+    [("auto", (RolloutModel, "logits")), ("plain", (ModelRunner, "_forward")), ("plain", (DecodeBatch, "step"))],
+)
+def test_the_error_of_a_failed_pass_keeps_its_traceback_and_no_activations(
+    path: str,
+    failing: tuple[Any, str],
+    base: BaseModel,
+    make_sampler: Callable[..., Sampler],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = make_sampler(base, path=path).client(None, 0)
+    activations: list[weakref.ref[torch.Tensor]] = []
+
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        layer = torch.zeros(8)
+        activations.append(weakref.ref(layer))
+        try:
+            raise torch.OutOfMemoryError("no memory for 3 GiB")
+        except RuntimeError as exc:
+            raise ValueError("in the layer") from exc
+
+    monkeypatch.setattr(*failing, out_of_memory)
+    error = client.sample(BRIEF, 1, PARAMS).exception(TIMEOUT)
+    assert isinstance(error, ModelError)
+    assert activations
+    assert [each() for each in activations] == [None] * len(activations)
+    told = "".join(traceback.format_exception(error))
+    for line in ("no memory for 3 GiB", 'raise ValueError("in the layer") from exc', "in out_of_memory"):
+        assert line in told
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

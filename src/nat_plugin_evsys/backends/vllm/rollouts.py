@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors import SafetensorError
 
 from nat_plugin_evsys.backends.base import SamplingClient
 from nat_plugin_evsys.backends.vllm.api import VllmApi
@@ -25,6 +26,7 @@ from nat_plugin_evsys.backends.vllm.drift import Drift, Probes, Scored
 from nat_plugin_evsys.backends.vllm.figures import RolloutFigures
 from nat_plugin_evsys.backends.vllm.server import VllmServer, find_program, serving_arguments
 from nat_plugin_evsys.engine.model.loading import BaseModel, resolve_device
+from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.engine.model.peft_check import write_adapter
 from nat_plugin_evsys.engine.sampling.client import LocalSamplingClient
 from nat_plugin_evsys.errors import ConfigError, ServiceError
@@ -134,12 +136,20 @@ class VllmRollouts:
         if embedded.adapter is None:
             raise ConfigError("rollout_engine: vllm samples from adapters alone")
         directory = self._directory / name
-        directory.mkdir()
-        write_adapter(directory, self._base, embedded.adapter)
+        await asyncio.to_thread(self._write, directory, embedded.adapter)
         client = VllmSamplingClient(embedded, self._api, name, self._figures)
         weakref.finalize(client, self._retired.append, name).atexit = False
         await self._api.load_adapter(name, directory)
         return client, await self._drift(self._api, name, forward)
+
+    def _write(self, directory: Path, adapter: LoraAdapter) -> None:
+        """Raises ServiceError if the disk refuses."""
+        try:
+            directory.mkdir()
+            write_adapter(directory, self._base, adapter)
+        except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+            shutil.rmtree(directory, ignore_errors=True)
+            raise ServiceError(f"its adapter could not be written to {directory}: {error}") from error
 
     async def _drift(self, api: VllmApi, name: str, forward: Forward) -> Drift:
         scored: list[Scored] = []

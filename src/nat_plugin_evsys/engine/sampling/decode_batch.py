@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nat_plugin_evsys.engine.sampling.budgets import KVBudget
 from nat_plugin_evsys.engine.sampling.decoding import RowParams
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactRunner
-from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
+from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore, rounded_length
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence, TokenCallback
 from nat_plugin_evsys.engine.sampling.row_decoder import Context, RowDecoder
 from nat_plugin_evsys.engine.sampling.row_sampler import row_params, sample_rows
-from nat_plugin_evsys.errors import EvsysError, ModelError
+from nat_plugin_evsys.errors import EvsysError, ModelError, let_go
 
 
 class DecodeBatch:
@@ -37,12 +38,14 @@ class DecodeBatch:
         decoder: RowDecoder,
         *,
         max_rows: int,
+        kv: KVBudget,
         never: Tensor | None = None,
     ) -> None:
         self.policy = policy
         self.decoder = decoder
         self._runner = runner
         self._max_rows = max_rows
+        self._kv = kv
         self._never = never
         self._rows: list[SampleSequence] = []
         self._joining: dict[Context, list[SampleSequence]] = {}
@@ -99,6 +102,7 @@ class DecodeBatch:
             self._fail(self._at_stake or self.requests(), exc)
 
     def _fail(self, requests: Iterable[SampleRequest], cause: Exception) -> None:
+        let_go(cause)
         for request in requests:
             error = ModelError(
                 f"sampling from policy version {self.policy.version} failed: {type(cause).__name__}: {cause}"
@@ -122,6 +126,7 @@ class DecodeBatch:
         self._at_stake = batch
         # A store of its own: one long prompt must not lengthen the slots of every row.
         store = SlotStore(self._runner.layout)
+        store.reserve(len(batch), max(len(r.prompt) for r in batch))  # at once: growing copies, and holds it twice
         prompts, topk = [r.prompt for r in batch], max(r.topk_prompt for r in batch)
         watchers = [r.prompt_scores for r in batch]
         images = {"images": [r.images for r in batch]} if isinstance(self._runner, ExactRunner) else {}
@@ -141,8 +146,10 @@ class DecodeBatch:
         if not batch:
             return True
         # Sequences that are decoded alone are scored alone, too: padding changes the last bits.
-        longest = max(len(r.prompt) for r in [*batch, request])
-        return self._max_rows > 1 and (len(batch) + 1) * longest <= self._runner.prefill_tokens
+        longest, rows = max(len(r.prompt) for r in [*batch, request]), len(batch) + 1
+        if self._max_rows == 1 or rows * longest > self._runner.prefill_tokens:
+            return False
+        return self._kv.takes(rows * rounded_length(longest) * self._runner.layout.bytes_per_token)
 
     # -- joining
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import applied
+from nat_plugin_evsys.engine.sampling.budgets import KVBudget
 from nat_plugin_evsys.engine.sampling.exact_runner import ExactDecoder, ExactRunner
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
@@ -116,7 +117,7 @@ def mismatch(base: BaseModel, measure: Callable[[], float]) -> str:
 def _decoder(runner: Runner) -> RowDecoder:
     if isinstance(runner, ExactRunner):
         return ExactDecoder(runner, None)
-    return SlotDecoder(runner, PrefixCache(0), 0, None, kv_bytes=1 << 40, store=SlotStore(runner.layout))
+    return SlotDecoder(runner, PrefixCache(0), 0, None, kv=KVBudget(1 << 40), store=SlotStore(runner.layout))
 
 
 def _own_window(base: BaseModel) -> int:

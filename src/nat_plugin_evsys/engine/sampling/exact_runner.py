@@ -17,6 +17,7 @@ from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import long_rope_limit
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied
 from nat_plugin_evsys.engine.model.vision import Vision
+from nat_plugin_evsys.engine.sampling.budgets import KVBudget
 from nat_plugin_evsys.engine.sampling.exact_prefixes import ExactPrefixes
 from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout, SlotStore
 from nat_plugin_evsys.engine.sampling.model_runner import Score
@@ -122,7 +123,8 @@ class ExactDecoder:
     """The ``RowDecoder`` of an ``ExactRunner``: each row with a cache of its own.
 
     Args:
-        most_tokens: of all rows together; None where it is not known what a token's state takes.
+        kv: memory for all rows; None where it is not known what a token's state takes.
+        bytes_per_token: what it takes.
         prefixes: what is kept of sequences that were read, and under which number for this policy; None keeps nothing.
     """
 
@@ -130,17 +132,25 @@ class ExactDecoder:
         self,
         runner: ExactRunner,
         adapter: LoraAdapter | None,
-        most_tokens: int | None = None,
         prefixes: tuple[ExactPrefixes, int] | None = None,
+        *,
+        kv: KVBudget | None = None,
+        bytes_per_token: int = 0,
     ) -> None:
         self.store = SlotStore(runner.layout)
         kept, self._policy = prefixes or (None, -1)
         self._prefixes: ExactPrefixes | None = kept if runner.extends else None
         self._runner = runner
         self._adapter = adapter
-        self._most_tokens = most_tokens
+        self._kv = kv
+        self._bytes_per_token = bytes_per_token
         self._rows: list[tuple[list[int], Images, Any]] = []
         self._waiting: list[Context] = []
+
+    @property
+    def kv_bytes(self) -> int:
+        """See ``RowDecoder``; 0 where it is not known."""
+        return self._bytes_with(())
 
     def join(self, context: Context) -> None:
         """See ``RowDecoder``."""
@@ -206,11 +216,13 @@ class ExactDecoder:
         """See ``RowDecoder``; nothing is kept."""
 
     def fits(self, contexts: Sequence[Context]) -> bool:
-        """See ``RowDecoder``. Without ``most_tokens`` only the number of rows is bounded."""
-        joining = [*self._waiting, *contexts]
+        """See ``RowDecoder``. Without a budget only the number of rows is bounded."""
+        return self._kv is None or self._kv.takes(self._bytes_with(contexts), of=self)
+
+    def _bytes_with(self, contexts: Sequence[Context]) -> int:
         tokens = sum(len(whole) + 1 for whole, _, _ in self._rows)
-        tokens += sum(context.rows * (len(context.tokens) + 1) for context in joining)
-        return self._most_tokens is None or tokens <= self._most_tokens
+        tokens += sum(context.rows * (len(context.tokens) + 1) for context in (*self._waiting, *contexts))
+        return tokens * self._bytes_per_token
 
     def close(self) -> None:
         """See ``RowDecoder``."""

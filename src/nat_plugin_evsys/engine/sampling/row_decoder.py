@@ -34,6 +34,11 @@ class Context:
 class RowDecoder(Protocol):
     """The rows of one policy. Row i is known by its number; a new one comes last."""
 
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that its rows hold, and those that wait are going to."""
+        ...
+
     def join(self, context: Context) -> None:
         """Let a context's rows join as soon as its tokens have been read, in the next step or a later one."""
         ...

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.budgets import KVBudget
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore, rounded_length
 from nat_plugin_evsys.engine.sampling.model_runner import ModelRunner
 from nat_plugin_evsys.engine.sampling.prefix_cache import PrefixCache
@@ -20,7 +21,7 @@ class SlotDecoder:
     Args:
         runner: the model. prefixes: what earlier rows computed.
         policy: this one's ident in ``prefixes``. adapter: its adapter.
-        kv_bytes: memory for the slots, roughly.
+        kv: memory for the slots, roughly.
         store: an unused store to reuse.
     """
 
@@ -31,7 +32,7 @@ class SlotDecoder:
         policy: int,
         adapter: LoraAdapter | None,
         *,
-        kv_bytes: int,
+        kv: KVBudget,
         store: SlotStore,
     ) -> None:
         self.store = store
@@ -39,9 +40,14 @@ class SlotDecoder:
         self._prefixes = prefixes
         self._policy = policy
         self._adapter = adapter
-        self._kv_bytes = kv_bytes
+        self._kv = kv
         self._tokens: list[list[int]] = []
         self._waiting: list[Context] = []
+
+    @property
+    def kv_bytes(self) -> int:
+        """See ``RowDecoder``."""
+        return self.store.nbytes
 
     def join(self, context: Context) -> None:
         """See ``RowDecoder``."""
@@ -93,7 +99,10 @@ class SlotDecoder:
         rows = len(self._tokens) + sum(c.rows for c in new)
         longest = max((len(t) + 1 for t in (*self._tokens, *(c.tokens for c in new))), default=0)
         per_row = self.store.layout.bytes_per_token * max(self.store.length, rounded_length(longest))
-        return rows * per_row <= self._kv_bytes
+        if rows <= self.store.slots and longest <= self.store.length:
+            return True
+        # While a store grows it is there twice.
+        return self._kv.takes(self.store.nbytes + rows * per_row, of=self)
 
     def close(self) -> None:
         """See ``RowDecoder``."""

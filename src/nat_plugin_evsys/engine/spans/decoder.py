@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.engine.sampling.budgets import KVBudget
 from nat_plugin_evsys.engine.sampling.kv_cache import SlotStore
 from nat_plugin_evsys.engine.sampling.row_decoder import Context
 from nat_plugin_evsys.engine.spans.attention import Level, Piece, SpanPlan
@@ -81,7 +82,7 @@ class SpanDecoder:
         model: of all policies. tree: theirs too.
         policy: this one's ident in the tree and in the model. adapter: its adapter.
         pass_tokens: most tokens of waiting contexts in one pass.
-        kv_bytes: memory for what the rows hold, roughly.
+        kv: memory for what the rows hold, roughly.
         slots: for its rows; those of other decoders that share them are in every pass, too.
     """
 
@@ -93,7 +94,7 @@ class SpanDecoder:
         adapter: LoraAdapter | None,
         *,
         pass_tokens: int,
-        kv_bytes: int,
+        kv: KVBudget,
         slots: RowSlots,
     ) -> None:
         self.slots = slots
@@ -102,10 +103,15 @@ class SpanDecoder:
         self.pass_tokens = pass_tokens
         self._model = model
         self._tree = tree
-        self._kv_bytes = kv_bytes
+        self._kv = kv
         self._rows: list[_Row] = []
         self._waiting: dict[Context, Span] = {}
         self._levels: list[Level] | None = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """See ``RowDecoder``. Without the tree, which is all policies'."""
+        return self._bytes_with(())
 
     def join(self, context: Context) -> None:
         """See ``RowDecoder``."""
@@ -175,11 +181,16 @@ class SpanDecoder:
 
     def fits(self, contexts: Sequence[Context]) -> bool:
         """See ``RowDecoder``."""
+        missing = sum(self._tree.missing(self.policy, context.tokens) for context in contexts)
+        in_tree = self._tree.held_bytes + self.slots.layout.bytes_per_token * missing
+        return self._kv.takes(in_tree + self._bytes_with(contexts), of=self)
+
+    def _bytes_with(self, contexts: Sequence[Context]) -> int:
+        """Of the slots of its rows, and of those that wait or would."""
         tokens = sum(max(row.slot.group.store.length, length_for(row.slot.filled + 1)) for row in self._rows)
         for context in (*self._waiting, *contexts):
             tokens += context.rows * length_for(_room(min(_MOST_TAKEN, len(context.tokens)), context))
-        tokens += sum(self._tree.missing(self.policy, context.tokens) for context in contexts)
-        return self._tree.held_bytes + self.slots.layout.bytes_per_token * tokens <= self._kv_bytes
+        return self.slots.layout.bytes_per_token * tokens
 
     def part(self) -> None:
         """Give its rows slots that no other decoder shares."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.long_rope import long_rope_limit, rope_types
 from nat_plugin_evsys.engine.model.lora import LoraAdapter, applied, random_adapter
+from nat_plugin_evsys.engine.sampling.budgets import KVBudget
 from nat_plugin_evsys.engine.sampling.decoding_check import decoding_gap
 from nat_plugin_evsys.engine.sampling.kv_cache import KVLayout
 from nat_plugin_evsys.engine.spans.attention import Level, Piece, Read, SpanPlan
@@ -124,7 +125,7 @@ def _gap_of_decoder(base: BaseModel, model: RolloutModel, layout: KVLayout) -> f
     """``decoding_gap`` without reordered weights, which take longer to make than the check."""
     tree, slots = SpanTree(layout, 0), RowSlots(layout)
     with model.versions.unpacked():
-        decoder = SpanDecoder(model, tree, 0, None, pass_tokens=_PASS_TOKENS, kv_bytes=1 << 40, slots=slots)
+        decoder = SpanDecoder(model, tree, 0, None, pass_tokens=_PASS_TOKENS, kv=KVBudget(1 << 40), slots=slots)
         gap = decoding_gap(decoder, base)
     model.fed_tokens = 0
     return gap
