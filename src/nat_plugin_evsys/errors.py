@@ -36,7 +36,6 @@ Exception
 └── OperationAbandoned               inside an operation of a server that closes; caught by whoever runs it
 """
 
-import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -261,14 +260,3 @@ def one_line(exc: BaseException) -> str:
     """The exception's type and text on one line, cut at 300 characters."""
     text = visible(" ".join(str(exc).split()))
     return f"{type(exc).__name__}: {text[:300]}" if text else type(exc).__name__
-
-
-def let_go(exc: BaseException) -> None:
-    """Free the variables in the frames of an exception that is kept, all activations of a failed pass among them.
-
-    The text of its traceback stays.
-    """
-    each: BaseException | None = exc
-    while each is not None:
-        traceback.clear_frames(each.__traceback__)
-        each = each.__cause__ or each.__context__

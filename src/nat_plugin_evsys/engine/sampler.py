@@ -36,7 +36,8 @@ from nat_plugin_evsys.engine.spans.probe import rollout_model
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
 from nat_plugin_evsys.engine.spans.slots import RowSlots
 from nat_plugin_evsys.engine.spans.tree import SpanTree
-from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError, let_go
+from nat_plugin_evsys.errors import DataError, EngineClosedError, ModelError
+from nat_plugin_evsys.garbage import empty_frames
 
 logger = logging.getLogger(__name__)
 
@@ -297,7 +298,7 @@ class Sampler:
 
 
 def _failed(cause: Exception) -> ModelError:
-    let_go(cause)
+    empty_frames(cause)
     error = ModelError(f"the sampler failed: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error

@@ -19,7 +19,8 @@ from nat_plugin_evsys.engine.sampling.policies import SamplingPolicy
 from nat_plugin_evsys.engine.sampling.request import SampleRequest, SampleSequence, TokenCallback
 from nat_plugin_evsys.engine.sampling.row_decoder import Context, RowDecoder
 from nat_plugin_evsys.engine.sampling.row_sampler import row_params, sample_rows
-from nat_plugin_evsys.errors import EvsysError, ModelError, let_go
+from nat_plugin_evsys.errors import EvsysError, ModelError
+from nat_plugin_evsys.garbage import empty_frames
 
 
 class DecodeBatch:
@@ -102,7 +103,7 @@ class DecodeBatch:
             self._fail(self._at_stake or self.requests(), exc)
 
     def _fail(self, requests: Iterable[SampleRequest], cause: Exception) -> None:
-        let_go(cause)
+        empty_frames(cause)
         for request in requests:
             error = ModelError(
                 f"sampling from policy version {self.policy.version} failed: {type(cause).__name__}: {cause}"

@@ -17,7 +17,8 @@ from nat_plugin_evsys.engine.spans.attention import Level, Piece, SpanPlan
 from nat_plugin_evsys.engine.spans.decoder import SpanDecoder
 from nat_plugin_evsys.engine.spans.mixed import MixedAdapters
 from nat_plugin_evsys.engine.spans.rollout_model import RolloutModel
-from nat_plugin_evsys.errors import let_go, one_line
+from nat_plugin_evsys.errors import one_line
+from nat_plugin_evsys.garbage import empty_frames
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class JointDecoding:
             found = self.step([each for each in decoders if isinstance(each, SpanDecoder)], [last for _, last in ready])
         except Exception as exc:  # noqa: BLE001 - boundary: any model code may run here; alone, each fails by itself
             logger.warning("policies are sampled one after the other: their joint pass fails: %s", one_line(exc))
-            let_go(exc)  # before the passes that follow
+            empty_frames(exc)  # before the passes that follow
             self._able = False
             self.end()
             for batch in batches:
