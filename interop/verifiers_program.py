@@ -1,7 +1,8 @@
 """A verifiers environment trains a policy on ``nat evsys serve``: its train client samples, tinker's SDK trains.
 
 verifiers_program.py MODEL STEPS: MODEL is a directory that the server at TINKER_BASE_URL serves too. Prints a JSON
-line for each training step, up to STEPS of them, fewer if the reward has risen by 0.3 before. Nothing in it is about nat_plugin_evsys.
+line for each training step, up to STEPS of them, fewer if the reward has risen by 0.3 before. Nothing in it is about
+nat_plugin_evsys.
 """
 
 from __future__ import annotations
