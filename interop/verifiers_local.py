@@ -1,7 +1,7 @@
 """A verifiers environment trains the policy in this process: verifiers calls the policy endpoint, no server runs.
 
 verifiers_local.py PYTHON MODEL STEPS: PYTHON has verifiers, MODEL is a directory. Prints a JSON line for each
-training step, up to STEPS of them, fewer if the reward has risen by 0.3 before.
+training step, up to STEPS of them, fewer if the reward has risen by 0.4 before.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ async def main(python: Path, base_model: str, steps: int) -> None:
         calls = sum(len(calls) for group in groups for calls in group.calls_G)
         ratio = taken[0]["ratio:mean"] if taken else None
         print(json.dumps({**figures, "calls": calls, "ratio": ratio, "left out": dict(dropped)}), flush=True)
-        if step > 2 and means[-1] > means[0] + 0.3:
+        if step > 2 and means[-1] > means[0] + 0.4:
             break
     await policy.close()
 

@@ -1,7 +1,7 @@
 """A verifiers environment trains a policy on ``nat evsys serve``: its train client samples, tinker's SDK trains.
 
 verifiers_program.py MODEL STEPS: MODEL is a directory that the server at TINKER_BASE_URL serves too. Prints a JSON
-line for each training step, up to STEPS of them, fewer if the reward has risen by 0.3 before. Nothing in it is about
+line for each training step, up to STEPS of them, fewer if the reward has risen by 0.4 before. Nothing in it is about
 nat_plugin_evsys.
 """
 
@@ -54,7 +54,7 @@ async def main(base_model: str, steps: int) -> None:
         rewards.append(statistics.fmean(trace.reward for trace in traces))
         figures = {"step": step, "reward": rewards[-1], "rollouts": len(traces), "turns": traces[0].num_turns}
         print(json.dumps({**figures, "datums": len(data), "distance": distance(data, output)}), flush=True)
-        if step > 2 and rewards[-1] > rewards[0] + 0.3:
+        if step > 2 and rewards[-1] > rewards[0] + 0.4:
             break
     await (await training.save_weights_for_sampler_async("last")).result_async()
     chat = config.model_copy(update={"client": vf.EvalClientConfig(base_url=url, api_key_var="TINKER_API_KEY")})
