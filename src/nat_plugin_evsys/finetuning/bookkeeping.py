@@ -16,7 +16,7 @@ from nat_plugin_evsys.calls import CallTally, DropReason
 from nat_plugin_evsys.errors import CheckpointError, ConfigError
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.policy.recorder import RecorderTotals
-from nat_plugin_evsys.report.metrics_log import EPOCH, MetricsLog
+from nat_plugin_evsys.report.metrics_log import MetricsLog
 from nat_plugin_evsys.report.summary import RunSummary
 from nat_plugin_evsys.runs import RunDirectory, RunState, is_service_path, policy_directory
 from nat_plugin_evsys.runs.environment import add_environment
@@ -93,8 +93,7 @@ class RunBooks:
     @property
     def any_succeeded(self) -> bool:
         """Whether a rollout of a finished epoch ended without an error."""
-        rows = (row for row in self.metrics.rows() if row["event"] == EPOCH)
-        return any(row.get("failed_rollouts", 0) < row.get("rollouts", 0) for row in rows)
+        return any(row.get("failed_rollouts", 0) < row.get("rollouts", 0) for row in self.metrics.epochs())
 
     @property
     def is_finished(self) -> bool:

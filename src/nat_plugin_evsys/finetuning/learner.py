@@ -20,7 +20,7 @@ from nat_plugin_evsys.finetuning.watch import Watch
 from nat_plugin_evsys.finetuning.workflow.policy_rollouts import PolicyRollouts, RolloutReport
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.findings import Finding
-from nat_plugin_evsys.report.metrics_log import EPOCH, RELOADED
+from nat_plugin_evsys.report.metrics_log import RELOADED
 from nat_plugin_evsys.report.trackers.tracking import Tracking
 from nat_plugin_evsys.rollouts.trajectories import calls_of
 from nat_plugin_evsys.runs.rollouts import Collection
@@ -104,7 +104,7 @@ class Learner:
 
     def _jobs(self) -> list[dict[str, Any]]:
         """What metrics.jsonl has of the jobs of the finished epochs."""
-        return [row["job"] for row in self.books.metrics.rows() if row["event"] == EPOCH and row.get("job")]
+        return [row["job"] for row in self.books.metrics.epochs() if row.get("job")]
 
     # -- an epoch, counted from 0 -------------------------------------------------------------------------------------
 

@@ -17,7 +17,12 @@ from nat_plugin_evsys.config import (
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_of
 from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses, judge_notice
-from nat_plugin_evsys.finetuning.checks.trained_policies import TrainedPolicy, check_several, trained_policies
+from nat_plugin_evsys.finetuning.checks.trained_policies import (
+    TrainedPolicy,
+    builder_of,
+    check_several,
+    trained_policies,
+)
 from nat_plugin_evsys.finetuning.telemetry import check_exporters
 from nat_plugin_evsys.rollouts.targets import GROUP_SEPARATOR, WORKFLOW
 
@@ -126,7 +131,7 @@ def check_rollout_engine(trained: TrainedPolicy) -> None:
 
 def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysTrainerAdapterConfig) -> None:
     """A group-relative advantage needs at least two attempts at each row, and dynamic sampling such an advantage."""
-    builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    builder = builder_of(config, finetuning)
     if isinstance(builder, EvsysTraceBuilderConfig):
         return
     if not isinstance(builder, EvsysTrajectoryBuilderConfig):
@@ -153,7 +158,7 @@ def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysT
 
 def check_builder_uses(config: Config, finetuning: FinetuneConfig, trained: TrainedPolicy) -> None:
     """The adapter's settings that are about what only some trajectory builders give."""
-    builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    builder = builder_of(config, finetuning)
     adapter, name = trained.adapter, f"trainer_adapters.{trained.adapter_name}"
     if adapter.retokenize and not isinstance(builder, EvsysTraceBuilderConfig):
         raise ConfigError(
@@ -170,7 +175,7 @@ def check_builder_uses(config: Config, finetuning: FinetuneConfig, trained: Trai
 def check_overlap(config: Config, finetuning: FinetuneConfig) -> None:
     """Recorded trajectories are not rolled out, so nothing of them could overlap with training."""
     trainer = config.trainers.get(finetuning.trainer or "")
-    builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    builder = builder_of(config, finetuning)
     if not isinstance(builder, EvsysTraceBuilderConfig) or not isinstance(trainer, EvsysTrainerConfig):
         return
     if trainer.overlap_rollouts:

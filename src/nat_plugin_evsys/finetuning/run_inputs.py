@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from nat_plugin_evsys.config import EvsysTraceBuilderConfig, EvsysTrainerConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of, sha256_of
-from nat_plugin_evsys.finetuning.checks.trained_policies import TrainedPolicy, trained_policies
+from nat_plugin_evsys.finetuning.checks.trained_policies import TrainedPolicy, builder_of, trained_policies
 from nat_plugin_evsys.finetuning.preflight import resolve_config
 from nat_plugin_evsys.finetuning.warm_start import load_demonstrations
 
@@ -126,7 +126,7 @@ def _dump(config: Config, finetuning: FinetuneConfig, validation: EvalDatasetBas
     if run is not None or config.eval.general.dataset is not None:
         dump["data"] = {"dataset": content_of(dataset_of(config, None if run is None else run.dataset))}
         dump["data"] |= {} if validation is None else {"validation_dataset": content_of(validation)}
-    builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    builder = builder_of(config, finetuning)
     if isinstance(builder, EvsysTraceBuilderConfig):
         dump.setdefault("data", {})["traces"] = {str(path): sha256_of(path) for path in builder.files if path.is_file()}
     return dump

@@ -207,7 +207,7 @@ class EvsysTrainer(Trainer):
 
     async def get_metrics(self, run_id: str) -> dict[str, Any]:
         """The numbers of the last epoch's row of metrics.jsonl (NAT logs them in one line); empty before the first."""
-        rows = [row for row in self._own.books.metrics.rows() if row["event"] == EPOCH]
+        rows = self._own.books.metrics.epochs()
         return {name: value for name, value in rows[-1].items() if isinstance(value, int | float)} if rows else {}
 
     def log_progress(self, epoch: int, metrics: dict[str, Any], output_dir: str | None = None) -> None:

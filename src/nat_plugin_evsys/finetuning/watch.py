@@ -9,7 +9,7 @@ from nat_plugin_evsys.finetuning.workflow.policy_rollouts import RolloutReport
 from nat_plugin_evsys.report.diagnosis import EpochFacts, diagnose
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
 from nat_plugin_evsys.report.findings import Finding, findings_of
-from nat_plugin_evsys.report.metrics_log import EPOCH, RELOADED, MetricsLog
+from nat_plugin_evsys.report.metrics_log import RELOADED, MetricsLog
 from nat_plugin_evsys.report.replies import KEY as REPLIES
 from nat_plugin_evsys.report.replies import ReplyNumbers
 
@@ -30,7 +30,7 @@ class Watch:
             job: of the epoch's row: what its training job trained on, and its metrics.
             heldout: the validation after the epoch, if there was one.
         """
-        rows = [row for row in self._metrics.rows() if row["event"] == EPOCH]
+        rows = self._metrics.epochs()
         known = [(numbers, row) for row in rows if (numbers := ReplyNumbers.of_row(row)) is not None]
         facts = EpochFacts(
             epoch=epoch,

@@ -53,6 +53,10 @@ class MetricsLog:
         """
         return self._reader.read()
 
+    def epochs(self) -> list[dict[str, Any]]:
+        """Those of ``rows`` that are of epochs; raises as it does."""
+        return [row for row in self.rows() if row["event"] == EPOCH]
+
     def truncate_after(self, epoch: int) -> int:
         """Drop the rows of epochs after ``epoch``, so that a resumed run writes each of them once.
 

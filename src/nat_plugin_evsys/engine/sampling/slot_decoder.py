@@ -98,9 +98,9 @@ class SlotDecoder:
         new = [*self._waiting, *contexts]
         rows = len(self._tokens) + sum(c.rows for c in new)
         longest = max((len(t) + 1 for t in (*self._tokens, *(c.tokens for c in new))), default=0)
-        per_row = self.store.layout.bytes_per_token * max(self.store.length, rounded_length(longest))
         if rows <= self.store.slots and longest <= self.store.length:
             return True
+        per_row = self.store.layout.bytes_per_token * max(self.store.length, rounded_length(longest))
         # While a store grows it is there twice.
         return self._kv.takes(self.store.nbytes + rows * per_row, of=self)
 

@@ -17,9 +17,14 @@ from nat_plugin_evsys.errors import ConfigError
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config
-    from nat.data_models.finetuning import FinetuneConfig
+    from nat.data_models.finetuning import FinetuneConfig, TrajectoryBuilderConfig
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+def builder_of(config: Config, finetuning: FinetuneConfig) -> TrajectoryBuilderConfig | None:
+    """The run's trajectory builder; None if there is none of that name."""
+    return config.trajectory_builders.get(finetuning.trajectory_builder or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ def check_several(config: Config, finetuning: FinetuneConfig, trained: list[Trai
                 "`_` and `-`"
             )
     trainer = config.trainers.get(finetuning.trainer or "")
-    builder = config.trajectory_builders.get(finetuning.trajectory_builder or "")
+    builder = builder_of(config, finetuning)
     refused = {
         "finetuning.target_model (each trainer adapter names its policy)": finetuning.target_model is not None,
         "warm_start (start each policy alone, and set its checkpoint: to the path of the result)": isinstance(

@@ -69,8 +69,7 @@ def _steps(span: Mapping[str, Any]) -> Iterator[Step]:
 
 def _value(attribute: Mapping[str, Any]) -> Any:
     """What an attribute says; OTLP's JSON leaves an empty value out."""
-    value = attribute.get("value") or {}
-    return next(iter(value.values()), None)
+    return next(iter((attribute.get("value") or {}).values()), None)
 
 
 def _json(text: Any) -> Any:
