@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from nat_plugin_evsys.training.group_material import GroupMaterial
 from nat_plugin_evsys.training.job_report import JobReport
 from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.loop import Taken, run_steps
-from nat_plugin_evsys.training.policy_gradient import TrainingSettings
+from nat_plugin_evsys.training.policy_gradient import TrainingSettings, build_datums, policy_gradient_steps
 from nat_plugin_evsys.training.step_metrics import StepMetrics
 from nat_plugin_evsys.training.step_size import LEAST, StepSize, warmup_of
 
@@ -73,6 +74,27 @@ async def test_a_step_that_moves_too_far_lowers_the_next_rates(make_backend: Any
         lp = rows.gather(1, torch.tensor(call.output_ids)[:, None])[:, 0]
         gaps.append(lp - torch.tensor(call.logprobs, dtype=torch.float32))
     assert moved == pytest.approx(float(torch.cat(gaps).detach().square().mean() / 2), rel=1e-4)
+
+
+async def test_the_move_of_a_large_step_is_measured_on_some_of_its_replies(
+    make_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = await make_backend(perturbed=True)
+    measured: list[int] = []
+    forward = backend.forward_async
+
+    async def counted(data: Any, **others: Any) -> Any:
+        measured.append(len(data))
+        return await forward(data, **others)
+
+    monkeypatch.setattr(backend, "forward_async", counted)
+    groups = [replace(GROUPS[number % 2 * 2], name=f"copy-{number}") for number in range(200)]
+    size = StepSize(target=1e3)
+    settings = TrainingSettings("ppo", types.AdamParams(learning_rate=0.1), step_size=size)
+    sets = build_datums(groups, settings)
+    (step,) = await run_steps(backend, policy_gradient_steps(backend, sets, settings))
+    assert 8 <= measured[-1] < sum(len(datums.datums) for datums in sets) / 2
+    assert step.values["kl_moved"] > 0
 
 
 async def test_later_steps_see_what_the_earlier_ones_did(make_backend: Any) -> None:

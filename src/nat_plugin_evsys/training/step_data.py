@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 from tinker import Datum, TensorData, types
 
 from nat_plugin_evsys.backends.base import Backend
@@ -18,6 +19,9 @@ from nat_plugin_evsys.training.normalization import Normalization, datum_scales,
 from nat_plugin_evsys.training.training_settings import TrainingSettings
 
 READ_BY_A_FORWARD = ("target_tokens", "temperature")
+
+MEASURED_TOKENS, MEASURED_DATUMS = 256, 8
+"""A forward pass over all Datums, only to see how far a step has moved the policy, would be a third of the step."""
 
 _Fill = Callable[[Datum, Provenance, TensorData], Datum]
 """``(datum, where it is from, the learner's logprobs) -> a copy with some of them``."""
@@ -114,11 +118,15 @@ class StepData:
         return kl_v2([datum.loss_fn_inputs["logprobs"] for datum in _together(before)[0]], data, output.loss_fn_outputs)
 
     async def kl_from(self, before: Sequence[DatumSet]) -> float:
-        """How far the present policy is from the one whose logprobs ``before`` has; one forward pass.
+        """How far the present policy is from the one whose logprobs ``before`` has: one forward pass over some Datums.
 
-        It is ``kl_v2:mean``, with the tokens whose advantage is 0.
+        It is ``kl_v2:mean``, with the tokens whose advantage is 0, over as many of the first Datums as have
+        ``MEASURED_TOKENS`` sampled tokens, but no fewer than ``MEASURED_DATUMS``.
         """
         data, origins = _together(before)
+        totals = np.cumsum([origin.sampled_tokens for origin in origins])
+        enough = max(int(np.searchsorted(totals, MEASURED_TOKENS)) + 1, MEASURED_DATUMS)
+        data, origins = data[:enough], origins[:enough]
         logprobs = [datum.loss_fn_inputs["logprobs"] for datum in data]
         return mean_square_gap(logprobs, await self._learner(data), origins) / 2
 
