@@ -119,11 +119,11 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "sum). See training.md.",
     )
     advantage: Literal["group_mean", "group_mean_std", "leave_one_out", "maxrl", "reward"] = Field(
-        default="maxrl",
-        description="`maxrl`: reward minus the group's mean, divided by that mean, so that a rare success weighs more "
-        "than one of many (MaxRL). `group_mean`: reward minus the group's mean. `group_mean_std`: the same, divided by "
-        "the group's standard deviation. `leave_one_out`: reward minus the mean of the group's other rewards (RLOO). "
-        "`reward`: the reward itself.",
+        default="group_mean_std",
+        description="`group_mean_std`: reward minus the group's mean, divided by the group's standard deviation "
+        "(GRPO). `group_mean`: not divided (Dr. GRPO). `leave_one_out`: reward minus the mean of the group's other "
+        "rewards (RLOO). `maxrl`: reward minus the group's mean, divided by that mean, so that a rare success weighs "
+        "still more (MaxRL). `reward`: the reward itself.",
     )
     kl_beta: float = Field(
         default=0.0,

@@ -60,7 +60,7 @@ def test_what_goes_together(builder: Any, adapter: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("builder", "adapter", "message"),
     [
-        (rollouts(num_generations=1), {}, "num_generations is 1, but advantage `maxrl` compares"),
+        (rollouts(num_generations=1), {}, "num_generations is 1, but advantage `group_mean_std` compares"),
         (
             rollouts(dynamic_sampling=1),
             {"advantage": "reward"},
