@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import pytest
@@ -416,12 +417,12 @@ async def test_it_is_known_what_became_of_every_call(policy: Fixture, make_adapt
     await adapter.wait_until_complete(ref)
     fates = adapter.take_fates(ref)
     assert set(fates) == {call.key for call in calls_in(collection).values()}
-    mean = sum(trajectory.reward for trajectory in collection.trajectories[0]) / 4
+    rewards = [trajectory.reward for trajectory in collection.trajectories[0]]
     for trajectory in collection.trajectories[0]:
         for call in calls_of(trajectory):
             fate = fates[call.key]
             assert fate.dropped is None
-            assert fate.advantage == pytest.approx((trajectory.reward - mean) / mean, abs=1e-6)
+            assert fate.advantage == pytest.approx((trajectory.reward - fmean(rewards)) / pstdev(rewards), abs=1e-6)
             # the learner is the policy that sampled, so it finds the tokens as likely
             assert fate.learner_logprobs == pytest.approx(call.logprobs, abs=1e-4)
     for trajectory in collection.trajectories[1]:
