@@ -32,6 +32,9 @@ from nat_plugin_evsys.rollouts.trajectories import CALLS_KEY
 if TYPE_CHECKING:
     import art
 
+_PLANNED = {"lr_warmup": 0, "lr_scaling": "none"}
+"""Settings that would change the rate which ``train`` is given, as they have to be."""
+
 _CHECKPOINT = "evsys_checkpoint"
 """Key of ART's model state: where the weights and the optimizer of the newest saved step are."""
 
@@ -45,7 +48,7 @@ class LocalBackend:
         trainer: settings of ``EvsysTrainerAdapterConfig``, such as ``loss_fn`` and ``normalization``.
 
     Raises:
-        UnsupportedError: ``lr_warmup`` or ``lr_schedule``; ``train`` takes the rate of each step.
+        UnsupportedError: ``lr_warmup``, ``lr_schedule`` or ``lr_scaling``; ``train`` takes the rate of each step.
     """
 
     def __init__(
@@ -54,9 +57,9 @@ class LocalBackend:
         _restore_transformers()
         self._path = path
         self._policy_settings = dict(policy or {})
-        if planned := {"lr_warmup", "lr_schedule"} & set(trainer or ()):
+        if planned := {*_PLANNED, "lr_schedule"} & set(trainer or ()):
             raise UnsupportedError(f"{min(planned)} has no effect here: give train() the learning_rate of each step")
-        self._trainer = EvsysTrainerAdapterConfig.model_validate({"policy": "art", "lr_warmup": 0, **(trainer or {})})
+        self._trainer = EvsysTrainerAdapterConfig.model_validate({"policy": "art", **_PLANNED, **(trainer or {})})
         self._policies: dict[str, Policy] = {}
 
     async def register(self, model: art.Model) -> None:

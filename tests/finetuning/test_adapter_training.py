@@ -333,7 +333,8 @@ async def test_a_step_tells_its_health_by_the_fields_names(policy: Fixture, make
         trajectory.reward = 1.0
     status = await run(make_adapter(policy, loss_fn="ppo", learning_rate=0.05, grad_clip_norm=1e-3), collection)
     metrics = status.metadata["metrics"]
-    assert metrics["groups_without_signal"] == 0.25
+    assert (metrics["groups_without_signal"], metrics["groups_solved"]) == (0.25, 0.25)
+    assert metrics["learning_rate"] == pytest.approx(0.05 / 16 * math.sqrt(3 / 4)), "the first step of 16"
     calls = list(calls_in(collection).values())
     assert metrics["reply_tokens"] == pytest.approx(sum(len(call.output_ids) for call in calls) / len(calls))
     # The weights are those that sampled: every ratio is 1 and nothing is clipped, in the first step.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from groups import GROUPS
+from groups import GROUPS, make_group, steps_of
 from tinker import types
 
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
@@ -19,7 +19,7 @@ from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.loop import Taken, run_steps
 from nat_plugin_evsys.training.policy_gradient import TrainingSettings, build_datums, policy_gradient_steps
 from nat_plugin_evsys.training.step_metrics import StepMetrics
-from nat_plugin_evsys.training.step_size import LEAST, StepSize, warmup_of
+from nat_plugin_evsys.training.step_size import LEAST, StepSize, unsolved_factor, warmup_of
 
 
 def test_the_factor_by_hand() -> None:
@@ -49,6 +49,37 @@ def test_the_rate_rises_over_the_warm_up() -> None:
     assert factors == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
     assert StepSize().next == 1.0
     assert [warmup_of(rate) for rate in (1e-5, 1.25e-4, 2e-4, 5e-4, 1e-3, 2e-3, 0.05)] == [1, 1, 2, 4, 8, 16, 16]
+
+
+def test_the_factor_for_solved_groups_by_hand() -> None:
+    assert unsolved_factor(8, with_signal=8, solved=0) == 1.0
+    assert unsolved_factor(8, with_signal=2, solved=0) == 1.0, "the others all failed"
+    assert unsolved_factor(8, with_signal=2, solved=6) == 0.5
+    assert unsolved_factor(8, with_signal=2, solved=4) == pytest.approx(math.sqrt(1 / 2))
+    assert unsolved_factor(8, with_signal=8, solved=24) == 1.0, "a step that is full misses nobody"
+    assert unsolved_factor(4, with_signal=0, solved=4) == 0.5, "a KL penalty trains on solved groups too"
+
+
+async def test_solved_groups_lower_the_rate_of_the_step_that_misses_them(make_backend: Any) -> None:
+    backend = await make_backend()
+    groups = [
+        make_group("mixed", [1.0, 0.0], 1),
+        make_group("solved", [1.0, 1.0], 2),
+        make_group("failed", [0.0, 0.0], 3),
+        make_group("mixed too", [0.0, 1.0], 4),
+    ]
+
+    async def rates(groups: list[TrajectoryGroup] = groups, **settings: Any) -> list[float]:
+        steps = await steps_of(backend, groups, adam=types.AdamParams(learning_rate=1.0), **settings)
+        return [step.adam.learning_rate for step in steps]
+
+    assert await rates() == [1.0], "by default a step runs at the rate that was set"
+    assert await rates(lr_scaling="unsolved") == [pytest.approx(math.sqrt(3 / 4))]
+    assert await rates(lr_scaling="unsolved", kl_beta=0.1) == [pytest.approx(math.sqrt(3 / 4))]
+    assert await rates(lr_scaling="unsolved", groups_per_step=1) == [1.0, 1.0]
+    worse = [*groups[:3], make_group("better", [2.0, 1.0], 4)]
+    assert await rates(worse, lr_scaling="unsolved") == [1.0], "equal rewards below the highest are nothing solved"
+    assert await rates(lr_scaling="unsolved", loss_fn="cross_entropy") == [1.0]
 
 
 async def test_a_step_that_moves_too_far_lowers_the_next_rates(make_backend: Any, full_logprobs: Any) -> None:

@@ -55,7 +55,16 @@ class EvsysTrajectoryBuilderConfig(RunRewardedConfig, TrajectoryBuilderConfig, n
 
 
 NOT_FOR_CROSS_ENTROPY = frozenset(
-    {"loss_fn_config", "advantage", "discount", "kl_beta", "kl_estimator", "target_kl", "recompute_logprobs"}
+    {
+        "loss_fn_config",
+        "advantage",
+        "discount",
+        "kl_beta",
+        "kl_estimator",
+        "target_kl",
+        "recompute_logprobs",
+        "lr_scaling",
+    }
 )
 """Settings of the adapter that supervised steps have no use for."""
 
@@ -110,6 +119,12 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         ge=0,
         description="Optimizer steps over which the learning rate rises: step k runs at k / `lr_warmup` of it. "
         "0: none. Default: so many that it rises by 1.25e-4 a step (4 at 5e-4), but 16 at most.",
+    )
+    lr_scaling: Literal["unsolved", "none"] = Field(
+        default="unsolved",
+        description="`unsolved`: where k of a step's N groups are missing since all of their replies earned the "
+        "epoch's highest reward, it runs at sqrt((N - k) / N) of the learning rate, so that the last few groups with a "
+        "signal do not undo what is learned. `none`: at all of it.",
     )
     normalization: Literal["full_step", "tokens", "sequences", "sum"] = Field(
         default="full_step",
@@ -191,6 +206,11 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
             raise ValueError(
                 f"loss_fn `cross_entropy` compares nothing and has no ratios, so {', '.join(useless)} would have no "
                 "effect; remove it, or choose another loss_fn"
+            )
+        if self.advantage == "reward" and "lr_scaling" in self.model_fields_set and self.lr_scaling != "none":
+            raise ValueError(
+                f"lr_scaling `{self.lr_scaling}` has no effect with advantage `reward`, which leaves no group out; "
+                "remove lr_scaling"
             )
         if self.kl_estimator != "k1" and not self.kl_beta:
             raise ValueError("kl_estimator has no effect without kl_beta; set kl_beta above 0, or remove kl_estimator")

@@ -92,12 +92,14 @@ class DatumSet:
         dropped_trajectories: trajectories without any Datum, by reason.
         reasons: why each dropped call was left out.
         silent: whether no trajectory of the group is better than another.
+        solved: whether it is silent since every trajectory earned the highest reward of all groups.
     """
 
     datums: list[Datum] = field(default_factory=list)
     provenance: list[Provenance] = field(default_factory=list)
     calls: int = 0
     silent: bool = False
+    solved: bool = False
     dropped: Counter[DropReason] = field(default_factory=Counter)
     dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
     reasons: dict[CallKey, DropReason] = field(default_factory=dict)

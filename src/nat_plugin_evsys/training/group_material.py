@@ -104,13 +104,17 @@ class GroupMaterial:
 
 
 def _figures(groups: Sequence[TrajectoryGroup], sets: Sequence[DatumSet]) -> dict[str, float]:
-    """``groups_without_signal``: share of the groups without an advantage. ``reply_tokens``: tokens sampled in
-    one trajectory, on average. ``forced_tokens``, where decoding was constrained: those that a grammar left no
-    choice about, which carry no loss."""
-    silent = sum(datums.silent for datums in sets)
+    """``groups_without_signal``: share of the groups without an advantage. ``groups_solved``: share of the groups that
+    have none since they earned the highest reward. ``reply_tokens``: tokens sampled in one trajectory, on average.
+    ``forced_tokens``, where decoding was constrained: those that a grammar left no choice about, which carry no loss.
+    """
     trajectories = [calls for group in groups for calls in group.calls_G]
     sampled = sum(len(call.output_ids) for calls in trajectories for call in calls)
-    figures = {"groups_without_signal": silent / len(groups), "reply_tokens": sampled / max(len(trajectories), 1)}
+    figures = {
+        "groups_without_signal": sum(datums.silent for datums in sets) / len(groups),
+        "groups_solved": sum(datums.solved for datums in sets) / len(groups),
+        "reply_tokens": sampled / max(len(trajectories), 1),
+    }
     if any(call.constrained for calls in trajectories for call in calls):
         forced = sum(len(call.forced) for calls in trajectories for call in calls)
         figures["forced_tokens"] = forced / max(len(trajectories), 1)

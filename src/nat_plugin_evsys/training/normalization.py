@@ -23,7 +23,7 @@ counts an eighth (its square 1/64), with ``tokens`` as much as a full one. A con
 the norm at which ``grad_clip_norm`` cuts, and entries of the gradient below eps. Both are why ``sum`` is not the
 default.
 
-The learning rate itself is never scaled: a step runs at the rate that was set, however many groups it has.
+The learning rate itself is not scaled by what is here; ``step_size.unsolved_factor`` does that.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ from dataclasses import replace
 from functools import partial
 
 from nat_plugin_evsys.backends.base import Backend
+from nat_plugin_evsys.rollouts.advantages import ZERO_SPREAD
 from nat_plugin_evsys.rollouts.datums import DatumSet, group_datums
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.loop import Step, Steps, Taken
 from nat_plugin_evsys.training.step_data import StepData
+from nat_plugin_evsys.training.step_size import unsolved_factor
 from nat_plugin_evsys.training.training_settings import TrainingSettings
 
 __all__ = ["TrainingSettings", "build_datums", "plan_steps", "policy_gradient_steps"]
@@ -33,7 +35,7 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
         groups = [replace(group, rewards_G=[1.0] * len(group.rewards_G), step_rewards_G=None) for group in groups]
         settings = replace(settings, loss_fn="importance_sampling", advantage="reward", discount=1.0)
     s = settings
-    return [
+    sets = [
         group_datums(
             group,
             advantage=s.advantage,
@@ -45,6 +47,10 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
         )
         for group in groups
     ]
+    best = max((reward for group in groups for reward in group.rewards_G), default=0.0)
+    for group, datums in zip(groups, sets, strict=True):
+        datums.solved = datums.silent and min(group.rewards_G) >= best - ZERO_SPREAD
+    return sets
 
 
 def plan_steps(sets: Sequence[DatumSet], settings: TrainingSettings) -> list[tuple[int, ...]]:
@@ -78,15 +84,18 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
     before = sets if target is None or not settings.sampled_elsewhere else await step_data.at_start(sets)
     rate = settings.rate or LearningRate(settings.adam.learning_rate)
     tokens = sum(sets[index].tokens for members in plan for index in members)
+    solved = sum(datums.solved for datums in sets) if settings.lr_scaling == "unsolved" else 0
     last: Taken | None = None
     moved: float | None = None
     for number, members in enumerate(plan, start=1):
         batch = [sets[index] for index in members]
         data, loss, measured = await step_data.of(batch)
+        with_signal = sum(not datums.silent for datums in batch)
+        factor = step_size.next * unsolved_factor(settings.groups_per_step or len(sets), with_signal, solved)
         taken = yield Step(
             data=data,
             loss=loss,
-            adam=settings.adam.model_copy(update={"learning_rate": step_size.next * rate.at_step(number, len(plan))}),
+            adam=settings.adam.model_copy(update={"learning_rate": factor * rate.at_step(number, len(plan))}),
             number=number,
             total=len(plan),
             epoch=1 + (number - 1) * settings.passes // len(plan),

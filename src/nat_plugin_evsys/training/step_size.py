@@ -1,4 +1,5 @@
-"""Limits the step size: the learning rate rises over the first steps, and falls while epochs move the policy too far.
+"""Limits the step size: the learning rate rises over the first steps, and falls while epochs move the policy too far or
+few groups of a step are left to learn from.
 
 Adam moves each weight by about the learning rate, whatever that does to the policy. Its first steps are the largest:
 the moments are those of a few gradients, and in RL the few rewards of an untrained policy are one sample of what may
@@ -18,10 +19,13 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from nat_plugin_evsys.runtime import defaults
 
 logger = logging.getLogger(__name__)
+
+LrScaling = Literal["unsolved", "none"]
 
 AIM = 0.5
 """Share of the target that an epoch should move the policy by: few epochs then end early."""
@@ -69,6 +73,21 @@ class StepSize:
             return
         change = MOST_UP if kl <= 0 else min(max(math.sqrt(AIM * self.target / kl), MOST_DOWN), MOST_UP)
         self.factor = min(max(self.factor * change, LEAST), 1.0)
+
+
+def unsolved_factor(places: int, with_signal: int, solved: int) -> float:
+    """``sqrt((N - k) / N)``: what a step's rate is multiplied by where solved groups leave k of its N places empty.
+
+    Adam moves the weights by the rate, however few groups the gradient is of. The square root is its scaling rule for
+    smaller batches (arXiv 2205.10287). Groups that all failed are not in k: there the policy has nothing to lose.
+
+    Args:
+        places: groups of a full step, N.
+        with_signal: groups of this step that have an advantage.
+        solved: groups whose trajectories all earned the highest reward of the collection.
+    """
+    empty = max(min(solved, places - with_signal, places - 1), 0)
+    return math.sqrt((places - empty) / places)
 
 
 def warmup_of(learning_rate: float) -> int:

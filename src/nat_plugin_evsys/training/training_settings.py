@@ -12,7 +12,7 @@ from nat_plugin_evsys.rollouts.advantages import AdvantageMethod
 from nat_plugin_evsys.training.kl import KlEstimator
 from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.normalization import Normalization
-from nat_plugin_evsys.training.step_size import StepSize
+from nat_plugin_evsys.training.step_size import LrScaling, StepSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class TrainingSettings:
         rate: the learning rate over the steps, default that of ``adam``.
         normalization: how much a token weighs; see ``normalization``.
         loss_fn_config: the loss's settings, by Tinker's names.
+        lr_scaling: ``unsolved`` multiplies the rate of each step by ``step_size.unsolved_factor``.
         advantage: see ``group_advantages``.
         groups_per_step: groups of one optimizer step; None takes all in one.
         passes: times that the groups are trained on.
@@ -48,6 +49,7 @@ class TrainingSettings:
     rate: LearningRate | None = None
     normalization: Normalization = "full_step"
     loss_fn_config: dict[str, Any] | None = None
+    lr_scaling: LrScaling = "none"
     advantage: AdvantageMethod = "group_mean"
     groups_per_step: int | None = None
     passes: int = 1
