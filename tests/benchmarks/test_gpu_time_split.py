@@ -29,6 +29,6 @@ def test_each_operation_is_of_its_kind() -> None:
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
             operation()
         spent = split(profiler.key_averages(group_by_input_shape=True), SHAPE, on_gpu=False)
-        named = {each for each, seconds in spent.items() if seconds > 0} - {"other"}  # which always has some of the calls
+        named = {each for each, seconds in spent.items() if seconds > 0} - {"other"}  # that has a part of every call
         assert named == {kind} - {"other"}, spent
         assert spent[kind] > 0
