@@ -32,7 +32,7 @@ from nat_plugin_evsys.rollouts.trajectories import CALLS_KEY
 if TYPE_CHECKING:
     import art
 
-_PLANNED = {"lr_warmup": 0, "lr_scaling": "none"}
+_PLANNED = {"lr_warmup": 0, "lr_schedule": "constant", "lr_scaling": "none"}
 """Settings that would change the rate which ``train`` is given, as they have to be."""
 
 _CHECKPOINT = "evsys_checkpoint"
@@ -57,7 +57,7 @@ class LocalBackend:
         _restore_transformers()
         self._path = path
         self._policy_settings = dict(policy or {})
-        if planned := {*_PLANNED, "lr_schedule"} & set(trainer or ()):
+        if planned := _PLANNED.keys() & set(trainer or ()):
             raise UnsupportedError(f"{min(planned)} has no effect here: give train() the learning_rate of each step")
         self._trainer = EvsysTrainerAdapterConfig.model_validate({"policy": "art", **_PLANNED, **(trainer or {})})
         self._policies: dict[str, Policy] = {}

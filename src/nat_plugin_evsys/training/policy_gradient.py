@@ -91,7 +91,7 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
         batch = [sets[index] for index in members]
         data, loss, measured = await step_data.of(batch)
         with_signal = sum(not datums.silent for datums in batch)
-        factor = step_size.next * unsolved_factor(settings.groups_per_step or len(sets), with_signal, solved)
+        factor = step_size.next * unsolved_factor(step_data.places, with_signal, solved)
         taken = yield Step(
             data=data,
             loss=loss,

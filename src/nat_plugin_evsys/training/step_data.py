@@ -34,14 +34,18 @@ class StepData:
         backend: asked for logprobs where the loss or the KL needs them.
         sets: the Datums of each group.
         settings: how they are trained on.
+
+    Attributes:
+        places: groups of a full step.
     """
 
     def __init__(self, backend: Backend, sets: Sequence[DatumSet], settings: TrainingSettings) -> None:
         self._backend = backend
         self._settings = settings
+        self.places = settings.groups_per_step or len(sets)
         lengths = [datums.sampled_tokens for datums in sets if datums.datums]
         # Sampled tokens of a step that has all its groups, at the job's mean length of a group.
-        self._full_step_tokens = (settings.groups_per_step or len(sets)) * sum(lengths) / max(len(lengths), 1)
+        self._full_step_tokens = self.places * sum(lengths) / max(len(lengths), 1)
 
     async def of(self, batch: Sequence[DatumSet]) -> tuple[list[Datum], NamedLoss, dict[str, float]]:
         """The Datums of a step on ``batch``, the loss, and what was measured on the way to them."""
