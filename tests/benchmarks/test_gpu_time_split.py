@@ -27,8 +27,9 @@ def test_each_operation_is_of_its_kind() -> None:
     for kind, operation in work.items():
         operation()
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-            operation()
+            for _ in range(20):  # so that one slow moment of the machine does not decide
+                operation()
         spent = split(profiler.key_averages(group_by_input_shape=True), SHAPE, on_gpu=False)
         named = {each for each, seconds in spent.items() if seconds > 0} - {"other"}  # that has a part of every call
         assert named == {kind} - {"other"}, spent
-        assert spent[kind] > 0
+        assert max(spent, key=lambda k: spent[k]) == kind, spent
