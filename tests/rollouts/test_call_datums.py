@@ -117,6 +117,22 @@ def test_reasons_for_dropping(call: Make) -> None:
         group_datums(TrajectoryGroup("g", [1.0], [[good]]), advantage="reward", loss_fn="cross_entropy")
 
 
+def test_a_group_that_failed_is_trained_on_beside_the_batch(call: Make) -> None:
+    batch = [0.0, 0.0, 1.0, 1.0]
+
+    def beside(rewards_G: list[float], discount: float = 1.0) -> DatumSet:
+        group = TrajectoryGroup("g", rewards_G, [[call([1], [number])] for number, _ in enumerate(rewards_G)])
+        return group_datums(group, advantage="group_mean_std", discount=discount, batch=batch)
+
+    for failed in (beside([0.0, 0.0]), beside([0.0, 0.0], discount=0.5)):
+        assert [inputs(datum)["advantages"] for datum in failed.datums] == [[-1.0], [-1.0]]
+        assert (failed.failed, failed.silent, failed.dropped) == (True, False, {})
+    for rewards_G, reason in (([1.0, 1.0], "zero_variance_group"), ([0.0], "single_trajectory_group")):
+        left_out = beside(rewards_G)
+        assert (left_out.failed, left_out.silent, left_out.dropped) == (False, True, {reason: len(rewards_G)})
+    assert inputs(beside([1.0, 0.0]).datums[0])["advantages"] == [1.0], "within a group that differs, as ever"
+
+
 def test_a_trajectory_has_one_vote_however_many_calls_it_made(call: Make) -> None:
     talkative = [call([1], [2]) for _ in range(9)]
     group = TrajectoryGroup("g", [1.0, 0.0], [talkative, [call([1], [3])]])

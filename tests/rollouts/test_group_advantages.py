@@ -8,6 +8,7 @@ from nat_plugin_evsys.rollouts.advantages import (
     AdvantageMethod,
     call_advantages,
     call_returns,
+    failed_advantage,
     group_advantages,
     has_zero_variance,
 )
@@ -51,6 +52,20 @@ def test_leave_one_out_compares_with_the_mean_of_the_others(rewards_G: list[floa
         return
     others = [np.mean([r for j, r in enumerate(rewards_G) if j != i]) for i in range(len(rewards_G))]
     np.testing.assert_allclose(found, np.asarray(rewards_G) - np.asarray(others), atol=1e-9)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=9), st.sampled_from(["group_mean", "leave_one_out", "maxrl"]))
+def test_a_failed_group_is_compared_with_the_batch_as_with_a_group(batch: list[float], method: AdvantageMethod) -> None:
+    for reward, advantage in zip(batch, group_advantages(batch, method), strict=True):
+        assert failed_advantage(reward, batch, method) == pytest.approx(min(advantage, 0.0), rel=1e-6, abs=1e-9)
+
+
+def test_the_advantage_of_a_failed_group_by_hand() -> None:
+    batch = [0.0, 0.0, 0.0, 1.0]
+    assert failed_advantage(0.0, batch, "group_mean_std") == pytest.approx(-0.25 / 0.75**0.5 / 0.25**0.5)
+    assert failed_advantage(0.0, batch, "group_mean") == -0.25
+    assert failed_advantage(1.0, batch, "group_mean_std") == 0.0, "it did not fail"
+    assert failed_advantage(0.0, [0.0] * 4, "group_mean_std") == 0.0, "there is nothing better to compare with"
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=9))

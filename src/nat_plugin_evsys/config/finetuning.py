@@ -64,6 +64,7 @@ NOT_FOR_CROSS_ENTROPY = frozenset(
         "target_kl",
         "recompute_logprobs",
         "lr_scaling",
+        "failed_groups",
     }
 )
 """Settings of the adapter that supervised steps have no use for."""
@@ -140,6 +141,12 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "rewards (RLOO). `maxrl`: reward minus the group's mean, divided by that mean, so that a rare success weighs "
         "still more (MaxRL). `reward`: the reward itself.",
     )
+    failed_groups: Literal["batch_mean", "drop"] = Field(
+        default="batch_mean",
+        description="Groups whose trajectories all earned the same, less than the epoch's mean reward. `batch_mean`: "
+        "their advantage is that of their reward among all of the epoch's, so that what fails becomes less likely. "
+        "`drop`: they have none and are left out, as all groups of equal rewards are.",
+    )
     kl_beta: float = Field(
         default=0.0,
         ge=0,
@@ -207,11 +214,13 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
                 f"loss_fn `cross_entropy` compares nothing and has no ratios, so {', '.join(useless)} would have no "
                 "effect; remove it, or choose another loss_fn"
             )
-        if self.advantage == "reward" and "lr_scaling" in self.model_fields_set and self.lr_scaling != "none":
-            raise ValueError(
-                f"lr_scaling `{self.lr_scaling}` has no effect with advantage `reward`, which leaves no group out; "
-                "remove lr_scaling"
-            )
+        of_groups = {"lr_scaling": "none", "failed_groups": "drop"} if self.advantage == "reward" else {}
+        for name in sorted(of_groups.keys() & self.model_fields_set):
+            if getattr(self, name) != of_groups[name]:
+                raise ValueError(
+                    f"{name} `{getattr(self, name)}` has no effect with advantage `reward`, which compares no groups "
+                    f"and leaves none out; remove {name}"
+                )
         if self.kl_estimator != "k1" and not self.kl_beta:
             raise ValueError("kl_estimator has no effect without kl_beta; set kl_beta above 0, or remove kl_estimator")
         if self.loss_fn == "dro" and self.normalization == "sequences":

@@ -21,6 +21,8 @@ AdvantageMethod = Literal["group_mean", "group_mean_std", "leave_one_out", "maxr
 
 METHODS = get_args(AdvantageMethod)
 
+FailedGroups = Literal["batch_mean", "drop"]
+
 ZERO_SPREAD = 1e-12
 """Rewards of a group that differ by no more than this are equal."""
 
@@ -113,6 +115,25 @@ def call_advantages(
         for index, value in zip(there, compared, strict=True):
             advantages_G[index].append(value)
     return advantages_G
+
+
+def failed_advantage(reward: float, batch: Sequence[float], method: AdvantageMethod) -> float:
+    """Advantage of the trajectories of a group that all earned ``reward``, where that is below a batch's mean; else 0.
+
+    Within such a group none is better than another. Beside the other groups all are worse: their advantage is what
+    ``method`` gives for their reward among all of the batch's, whose mean is the baseline of REINFORCE++ (arXiv
+    2501.03262). NGRPO (arXiv 2509.18851) and LENS (arXiv 2510.08696) push groups without a success away from what
+    they sampled by other formulas.
+
+    Args:
+        batch: the rewards of all trajectories of all groups, this one's included.
+    """
+    if has_zero_variance(batch):
+        return 0.0
+    below = reward - _mean(batch)
+    if method == "leave_one_out":
+        below *= len(batch) / (len(batch) - 1)
+    return min(below / _divisor(batch, method), 0.0)
 
 
 def call_returns(reward: float, calls: int, step_rewards: Sequence[float] | None, discount: float) -> list[float]:

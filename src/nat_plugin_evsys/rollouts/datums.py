@@ -17,7 +17,12 @@ from tinker.types import EncodedTextChunk, ImageChunk
 from nat_plugin_evsys.call_images import CallImage, file_of, placed_before, split_at_images
 from nat_plugin_evsys.calls import Call, CallKey, DropReason
 from nat_plugin_evsys.errors import DataError
-from nat_plugin_evsys.rollouts.advantages import AdvantageMethod, call_advantages, has_zero_variance
+from nat_plugin_evsys.rollouts.advantages import (
+    AdvantageMethod,
+    call_advantages,
+    failed_advantage,
+    has_zero_variance,
+)
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 
 LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "gspo")
@@ -93,6 +98,7 @@ class DatumSet:
         reasons: why each dropped call was left out.
         silent: whether no trajectory of the group is better than another.
         solved: whether it is silent since every trajectory earned the highest reward of all groups.
+        failed: whether no trajectory of the group is better than another, but all are worse than the batch's mean.
     """
 
     datums: list[Datum] = field(default_factory=list)
@@ -100,6 +106,7 @@ class DatumSet:
     calls: int = 0
     silent: bool = False
     solved: bool = False
+    failed: bool = False
     dropped: Counter[DropReason] = field(default_factory=Counter)
     dropped_trajectories: Counter[DropReason] = field(default_factory=Counter)
     reasons: dict[CallKey, DropReason] = field(default_factory=dict)
@@ -140,6 +147,7 @@ def group_datums(
     discount: float = 1.0,
     mask_truncated: bool = False,
     keep_silent: bool = False,
+    batch: Sequence[float] = (),
 ) -> DatumSet:
     """The Datums of one group.
 
@@ -154,6 +162,8 @@ def group_datums(
         discount: of rewards by the calls between; see ``advantages``.
         mask_truncated: leave out calls that ended at the token limit (``truncated``), as DAPO's overlong filtering
             (arXiv 2503.14476, section 3.4). Their trajectory's reward stays in the group's mean.
+        batch: ``first_returns`` of all groups. A silent group of two trajectories or more that is below their mean is
+            trained on with ``failed_advantage``; without ``batch`` none is.
 
     Raises:
         DataError: unknown loss, or not one step reward per call.
@@ -169,6 +179,11 @@ def group_datums(
     )
     known = any(calls_G) or has_zero_variance(group.rewards_G)  # or no trajectory has a call, which is said of each
     result.silent = advantage != "reward" and known and not any(any(values) for values in advantages_G)
+    if result.silent and batch and len(group.rewards_G) > 1 and any(calls_G):
+        earned = next(value for value, calls in zip(group.first_returns(discount), calls_G, strict=True) if calls)
+        value = failed_advantage(earned, batch, advantage)
+        result.failed, result.silent = value < 0, value == 0
+        advantages_G = [[value] * calls for calls in calls_G]
     if result.silent and not keep_silent:
         single = len(group.rewards_G) == 1
         reason = DropReason.SINGLE_TRAJECTORY_GROUP if single else DropReason.ZERO_VARIANCE_GROUP

@@ -11,6 +11,7 @@ from nat.data_models.finetuning import Trajectory
 from nat_plugin_evsys.call_images import check_images
 from nat_plugin_evsys.calls import Call, DropReason
 from nat_plugin_evsys.errors import DataError, ShapedDistributionError
+from nat_plugin_evsys.rollouts.advantages import call_returns
 from nat_plugin_evsys.rollouts.episodes import episode_of
 from nat_plugin_evsys.rollouts.roles import validate_episode_order
 
@@ -38,6 +39,14 @@ class TrajectoryGroup:
     def num_calls(self) -> int:
         """Calls of all trajectories together."""
         return sum(len(calls) for calls in self.calls_G)
+
+    def first_returns(self, discount: float) -> list[float]:
+        """``R_0`` of each trajectory, length G: its reward, if there are no step rewards and ``discount`` is 1."""
+        steps_G = self.step_rewards_G or [None] * len(self.rewards_G)
+        return [
+            call_returns(reward, len(calls), steps, discount)[0] if calls else reward
+            for reward, calls, steps in zip(self.rewards_G, self.calls_G, steps_G, strict=True)
+        ]
 
 
 def build_trajectory(

@@ -35,6 +35,8 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
         groups = [replace(group, rewards_G=[1.0] * len(group.rewards_G), step_rewards_G=None) for group in groups]
         settings = replace(settings, loss_fn="importance_sampling", advantage="reward", discount=1.0)
     s = settings
+    compared = s.failed_groups == "batch_mean"
+    batch = [value for group in groups for value in group.first_returns(s.discount)] if compared else []
     sets = [
         group_datums(
             group,
@@ -44,6 +46,7 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
             discount=s.discount,
             mask_truncated=s.mask_truncated,
             keep_silent=s.kl_beta > 0,
+            batch=batch,
         )
         for group in groups
     ]

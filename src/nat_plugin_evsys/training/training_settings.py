@@ -8,7 +8,7 @@ from typing import Any
 from tinker import types
 
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.rollouts.advantages import AdvantageMethod
+from nat_plugin_evsys.rollouts.advantages import AdvantageMethod, FailedGroups
 from nat_plugin_evsys.training.kl import KlEstimator
 from nat_plugin_evsys.training.learning_rate import LearningRate
 from nat_plugin_evsys.training.normalization import Normalization
@@ -27,6 +27,7 @@ class TrainingSettings:
         loss_fn_config: the loss's settings, by Tinker's names.
         lr_scaling: ``unsolved`` multiplies the rate of each step by ``step_size.unsolved_factor``.
         advantage: see ``group_advantages``.
+        failed_groups: ``batch_mean`` trains on groups that all failed, with ``failed_advantage``; ``drop`` does not.
         groups_per_step: groups of one optimizer step; None takes all in one.
         passes: times that the groups are trained on.
         shuffle_key: decides the order of the groups, together with the number of the pass.
@@ -51,6 +52,7 @@ class TrainingSettings:
     loss_fn_config: dict[str, Any] | None = None
     lr_scaling: LrScaling = "none"
     advantage: AdvantageMethod = "group_mean"
+    failed_groups: FailedGroups = "drop"
     groups_per_step: int | None = None
     passes: int = 1
     shuffle_key: str = "0"
