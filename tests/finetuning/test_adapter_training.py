@@ -241,6 +241,17 @@ async def test_groups_without_signal_do_not_fill_a_step(policy: Fixture, make_ad
     assert (status.metadata["trained"], status.metadata["dropped"]) == (8, {"zero_variance_group": 4})
 
 
+async def test_groups_that_failed_are_trained_on_beside_the_epochs_mean(policy: Fixture, make_adapter: Fixture) -> None:
+    collection = await policy.collection(groups=3, size=4)
+    for trajectory in collection.trajectories[1]:
+        trajectory.reward = 0.0
+    metadata = (await run(make_adapter(policy, advantage="group_mean"), collection)).metadata
+    assert (metadata["trained"], metadata["dropped"], metadata["metrics"]["groups_failed"]) == (12, {}, 1 / 3)
+    dropped = (await run(make_adapter(policy, failed_groups="drop"), collection)).metadata
+    assert (dropped["trained"], dropped["dropped"]) == (8, {"zero_variance_group": 4})
+    assert dropped["metrics"]["groups_failed"] == 0.0
+
+
 async def test_a_pull_to_the_base_is_measured_and_changes_the_step(make_policy: Fixture, make_adapter: Fixture) -> None:
     moved = []
     for options in ({}, {"kl_beta": 5.0, "kl_estimator": "k3"}):

@@ -34,9 +34,9 @@ class EvsysTrajectoryBuilderConfig(RunRewardedConfig, TrajectoryBuilderConfig, n
     dynamic_sampling: int = Field(
         default=0,
         ge=0,
-        description="Rounds in which an epoch's rows whose attempts all have the same reward, so that they teach "
-        "nothing, are rolled out again (DAPO's dynamic sampling); 0 is off. The attempts before are counted as "
-        "`replaced_group`, and the extra rollouts as `extra_rollouts` in metrics.jsonl.",
+        description="Rounds in which an epoch's rows whose attempts all have the same reward, so that none is "
+        "better than another, are rolled out again (DAPO's dynamic sampling); 0 is off. The attempts before are "
+        "counted as `replaced_group`, and the extra rollouts as `extra_rollouts` in metrics.jsonl.",
     )
     max_concurrency: int | None = Field(
         default=None, ge=1, description="Rollouts in flight at once; default `eval.general.max_concurrency`."

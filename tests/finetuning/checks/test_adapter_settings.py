@@ -83,3 +83,12 @@ def test_what_goes_together(builder: Any, adapter: dict[str, Any]) -> None:
 def test_what_does_not(builder: Any, adapter: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(builder, **adapter)
+
+
+@pytest.mark.parametrize("settings", [{"failed_groups": "batch_mean"}, {"lr_scaling": "unsolved"}], ids=str)
+@pytest.mark.parametrize("without_groups", [{"advantage": "reward"}, {"loss_fn": "cross_entropy"}], ids=str)
+def test_what_compares_groups_is_refused_where_none_are(
+    settings: dict[str, Any], without_groups: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=f"{min(settings)}.* ha(s|ve) no effect|{min(settings)} would have no effect"):
+        EvsysTrainerAdapterConfig.model_validate({"policy": "policy", **settings, **without_groups})
