@@ -165,8 +165,8 @@ FIGURES: tuple[Figure, ...] = (
         "%",
         0,
         Threshold("above", 0.8),
-        "Hardly any row shows which attempts are better. Rows that are always solved can be replaced by harder ones; for rows that "
-        "never are, raise num_generations, start with a warm_start, or reward partial success.",
+        "Hardly any row shows which attempts are better. Rows that are always solved can be replaced by harder ones; "
+        "for rows that never are, raise num_generations, start with a warm_start, or reward partial success.",
     ),
     Figure(
         "Reply length",
