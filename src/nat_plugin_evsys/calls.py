@@ -102,8 +102,7 @@ class DropReason(StrEnum):
     REPLACED_GROUP = "replaced_group"
     """All attempts at the dataset row had the same reward, so `dynamic_sampling` rolled the row out again instead."""
     ZERO_VARIANCE_GROUP = "zero_variance_group"
-    """All trajectories of the dataset row have the same reward, so none is better than another. (Below the
-    epoch's mean reward they are trained on, unless `failed_groups` is `drop`.)"""
+    """All trajectories of the dataset row have the same reward, so none is better than another."""
     SINGLE_TRAJECTORY_GROUP = "single_trajectory_group"
     """The dataset row has only one trajectory with a reward, so there is nothing to compare it with."""
     NO_USABLE_CALLS = "no_usable_calls"

@@ -245,9 +245,9 @@ async def test_groups_that_failed_are_trained_on_beside_the_epochs_mean(policy: 
     collection = await policy.collection(groups=3, size=4)
     for trajectory in collection.trajectories[1]:
         trajectory.reward = 0.0
-    metadata = (await run(make_adapter(policy, advantage="group_mean"), collection)).metadata
+    metadata = (await run(make_adapter(policy, failed_groups="batch_mean"), collection)).metadata
     assert (metadata["trained"], metadata["dropped"], metadata["metrics"]["groups_failed"]) == (12, {}, 1 / 3)
-    dropped = (await run(make_adapter(policy, failed_groups="drop"), collection)).metadata
+    dropped = (await run(make_adapter(policy), collection)).metadata
     assert (dropped["trained"], dropped["dropped"]) == (8, {"zero_variance_group": 4})
     assert dropped["metrics"]["groups_failed"] == 0.0
 

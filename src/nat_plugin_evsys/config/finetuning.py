@@ -141,11 +141,11 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         "rewards (RLOO). `maxrl`: reward minus the group's mean, divided by that mean, so that a rare success weighs "
         "still more (MaxRL). `reward`: the reward itself.",
     )
-    failed_groups: Literal["batch_mean", "drop"] = Field(
-        default="batch_mean",
-        description="Groups whose trajectories all earned the same, less than the epoch's mean reward. `batch_mean`: "
-        "their advantage is that of their reward among all of the epoch's, so that what fails becomes less likely. "
-        "`drop`: they have none and are left out, as all groups of equal rewards are.",
+    failed_groups: Literal["drop", "batch_mean"] = Field(
+        default="drop",
+        description="Groups whose trajectories all earned the same, less than the epoch's mean reward. `drop`: they "
+        "have no advantage and are left out, as all groups of equal rewards are. `batch_mean`: their advantage is that "
+        "of their reward among all of the epoch's, so that what fails becomes less likely.",
     )
     kl_beta: float = Field(
         default=0.0,

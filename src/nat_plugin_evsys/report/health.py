@@ -158,15 +158,15 @@ def _failed(row: Row) -> float | None:
 FIGURES: tuple[Figure, ...] = (
     Figure(
         "Rows without a signal",
-        "Share of the rows whose attempts all got the same reward. Where all failed, what they did is made less likely "
-        "(`failed_groups`); from the others nothing is learned, unless `discount` or step rewards make calls differ.",
+        "Share of the rows whose attempts all got the same reward. Nothing can be learned from them, unless "
+        "`discount` or step rewards make their calls differ, or `failed_groups` is `batch_mean`.",
         ("replies.rows_with_signal",),
         _rows_without_signal,
         "%",
         0,
         Threshold("above", 0.8),
-        "Hardly any row shows which attempts are better. Rows that are always solved can be replaced by harder ones; "
-        "for rows that never are, raise num_generations, start with a warm_start, or reward partial success.",
+        "Hardly any row teaches anything. Rows that are always solved can be replaced by harder ones; for rows that "
+        "never are, raise num_generations, start with a warm_start, or reward partial success.",
     ),
     Figure(
         "Reply length",

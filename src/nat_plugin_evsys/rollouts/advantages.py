@@ -21,7 +21,7 @@ AdvantageMethod = Literal["group_mean", "group_mean_std", "leave_one_out", "maxr
 
 METHODS = get_args(AdvantageMethod)
 
-FailedGroups = Literal["batch_mean", "drop"]
+FailedGroups = Literal["drop", "batch_mean"]
 
 ZERO_SPREAD = 1e-12
 """Rewards of a group that differ by no more than this are equal."""

@@ -27,7 +27,7 @@ class TrainingSettings:
         loss_fn_config: the loss's settings, by Tinker's names.
         lr_scaling: ``unsolved`` multiplies the rate of each step by ``step_size.unsolved_factor``.
         advantage: see ``group_advantages``.
-        failed_groups: ``batch_mean`` trains on groups that all failed, with ``failed_advantage``; ``drop`` does not.
+        failed_groups: ``batch_mean`` trains on groups that failed, with ``failed_advantage``; ``drop`` does not.
         groups_per_step: groups of one optimizer step; None takes all in one.
         passes: times that the groups are trained on.
         shuffle_key: decides the order of the groups, together with the number of the pass.
