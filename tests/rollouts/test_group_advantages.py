@@ -66,6 +66,7 @@ def test_the_advantage_of_a_failed_group_by_hand() -> None:
     assert failed_advantage(0.0, batch, "group_mean") == -0.25
     assert failed_advantage(1.0, batch, "group_mean_std") == 0.0, "it did not fail"
     assert failed_advantage(0.0, [0.0] * 4, "group_mean_std") == 0.0, "there is nothing better to compare with"
+    assert failed_advantage(0.1, [0.1, 0.1, 0.1, 0.0, 0.2], "group_mean_std") == 0.0, "rounding is no failure"
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=9))

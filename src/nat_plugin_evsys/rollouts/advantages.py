@@ -128,12 +128,12 @@ def failed_advantage(reward: float, batch: Sequence[float], method: AdvantageMet
     Args:
         batch: the rewards of all trajectories of all groups, this one's included.
     """
-    if has_zero_variance(batch):
-        return 0.0
     below = reward - _mean(batch)
+    if below >= -ZERO_SPREAD:
+        return 0.0
     if method == "leave_one_out":
         below *= len(batch) / (len(batch) - 1)
-    return min(below / _divisor(batch, method), 0.0)
+    return below / _divisor(batch, method)
 
 
 def call_returns(reward: float, calls: int, step_rewards: Sequence[float] | None, discount: float) -> list[float]:
