@@ -61,11 +61,7 @@ def group_advantages(rewards_G: list[float], method: AdvantageMethod) -> list[fl
     if has_zero_variance(rewards_G):
         return [0.0] * len(rewards_G)
     mean = _mean(rewards_G)
-    centred_G = [reward - mean for reward in rewards_G]
-    if method == "leave_one_out":
-        return [value * len(rewards_G) / (len(rewards_G) - 1) for value in centred_G]
-    divisor = _divisor(rewards_G, method)
-    return [value / divisor for value in centred_G]
+    return _scaled([reward - mean for reward in rewards_G], rewards_G, method)
 
 
 def call_advantages(
@@ -131,9 +127,7 @@ def failed_advantage(reward: float, batch: Sequence[float], method: AdvantageMet
     below = reward - _mean(batch)
     if below >= -ZERO_SPREAD:
         return 0.0
-    if method == "leave_one_out":
-        below *= len(batch) / (len(batch) - 1)
-    return below / _divisor(batch, method)
+    return _scaled([below], batch, method)[0]
 
 
 def call_returns(reward: float, calls: int, step_rewards: Sequence[float] | None, discount: float) -> list[float]:
@@ -155,6 +149,14 @@ def call_returns(reward: float, calls: int, step_rewards: Sequence[float] | None
 
 def _mean(rewards_G: Sequence[float]) -> float:
     return math.fsum(rewards_G) / len(rewards_G)
+
+
+def _scaled(centred: Sequence[float], among: Sequence[float], method: AdvantageMethod) -> list[float]:
+    """The advantages of rewards less the mean of ``among``, by a method that compares."""
+    if method == "leave_one_out":
+        return [value * len(among) / (len(among) - 1) for value in centred]
+    divisor = _divisor(among, method)
+    return [value / divisor for value in centred]
 
 
 def _divisor(rewards_G: Sequence[float], method: AdvantageMethod) -> float:

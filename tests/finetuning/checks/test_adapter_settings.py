@@ -90,5 +90,5 @@ def test_what_does_not(builder: Any, adapter: dict[str, Any], message: str) -> N
 def test_what_compares_groups_is_refused_where_none_are(
     settings: dict[str, Any], without_groups: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError, match=f"{min(settings)}.* ha(s|ve) no effect|{min(settings)} would have no effect"):
+    with pytest.raises(ValueError, match=f"{min(settings)}.* ha(s|ve) no effect"):
         EvsysTrainerAdapterConfig.model_validate({"policy": "policy", **settings, **without_groups})
