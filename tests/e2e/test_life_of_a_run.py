@@ -39,6 +39,7 @@ def test_sigterm_in_epoch_2_of_4_then_resume(tmp_path: Path, make_config: Callab
     def change(settings: dict[str, Any]) -> None:
         small(settings, tmp_path)
         settings["trainers"]["trainer"]["validation_interval"] = 3  # overridden by what is typed
+        settings["trainer_adapters"]["adapter"]["lr_schedule"] = "wsd"
 
     config = make_config("tiny", change)
     arguments = ("finetune", "--config_file", str(config), "--validation_interval", "1")
@@ -101,8 +102,8 @@ def test_a_run_with_a_torn_state_resumes_from_the_one_before(tmp_path: Path, mak
 
 
 def check_warm_up(jobs: list[dict[str, Any]]) -> None:
-    """Step k runs at k sixteenths of tiny.yml's rate, which falls in the second half, times what earlier jobs have
-    measured, over the resume too.
+    """Step k runs at k sixteenths of tiny.yml's rate, which `wsd` lowers in the second half, times what earlier jobs
+    have measured, over the resume too.
     """
     taken, factor = 0, 1.0
     for epoch, job in enumerate(jobs):

@@ -111,7 +111,7 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         default=defaults.GRAD_CLIP_NORM, ge=0, description="Clip the gradient's global norm to this; 0 is off."
     )
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        default="wsd",
+        default="constant",
         description="How the learning rate falls over the run's `num_epochs`: not at all, or to zero at its end; `wsd` "
         "(warmup-stable-decay) in the second half.",
     )
