@@ -80,6 +80,8 @@ async def test_solved_groups_lower_the_rate_of_the_step_that_misses_them(make_ba
     worse = [*groups[:3], make_group("better", [2.0, 1.0], 4)]
     assert await rates(worse, lr_scaling="unsolved") == [1.0], "equal rewards below the highest are nothing solved"
     assert await rates(lr_scaling="unsolved", loss_fn="cross_entropy") == [1.0]
+    alike = [make_group(name, [0.0, 0.0], 1) for name in ("a", "b")]
+    assert await rates(alike, lr_scaling="unsolved", kl_beta=0.1) == [1.0], "all may have failed"
 
 
 async def test_a_step_that_moves_too_far_lowers_the_next_rates(make_backend: Any, full_logprobs: Any) -> None:

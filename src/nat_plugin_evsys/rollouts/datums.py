@@ -97,7 +97,7 @@ class DatumSet:
         dropped_trajectories: trajectories without any Datum, by reason.
         reasons: why each dropped call was left out.
         silent: whether no trajectory of the group is better than another.
-        solved: whether it is silent since every trajectory earned the highest reward of all groups.
+        solved: whether it is silent since every trajectory earned the highest reward of all groups, where not all did.
         failed: whether no trajectory of the group is better than another, but all are worse than the batch's mean.
     """
 

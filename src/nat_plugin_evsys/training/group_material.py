@@ -105,8 +105,8 @@ class GroupMaterial:
 
 def _figures(groups: Sequence[TrajectoryGroup], sets: Sequence[DatumSet]) -> dict[str, float]:
     """``groups_without_signal``: share of the groups without an advantage. ``groups_solved``: share of the groups that
-    have none since they earned the highest reward. ``groups_failed``: share of the groups whose only advantage is to be
-    worse than the others. ``reply_tokens``: tokens sampled in one trajectory, on average.
+    have none since they earned the highest reward, where not all did. ``groups_failed``: share of the groups whose only
+    advantage is to be worse than the others. ``reply_tokens``: tokens sampled in one trajectory, on average.
     ``forced_tokens``, where decoding was constrained: those that a grammar left no choice about, which carry no loss.
     """
     trajectories = [calls for group in groups for calls in group.calls_G]

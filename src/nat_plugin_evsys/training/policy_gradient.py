@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from nat_plugin_evsys.backends.base import Backend
-from nat_plugin_evsys.rollouts.advantages import ZERO_SPREAD
+from nat_plugin_evsys.rollouts.advantages import ZERO_SPREAD, has_zero_variance
 from nat_plugin_evsys.rollouts.datums import DatumSet, group_datums
 from nat_plugin_evsys.rollouts.trajectories import TrajectoryGroup
 from nat_plugin_evsys.training.learning_rate import LearningRate
@@ -50,9 +50,11 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
         )
         for group in groups
     ]
-    best = max((reward for group in groups for reward in group.rewards_G), default=0.0)
+    rewards = [reward for group in groups for reward in group.rewards_G]
+    if not rewards or has_zero_variance(rewards):
+        return sets  # nothing tells what is solved from what fails
     for group, datums in zip(groups, sets, strict=True):
-        datums.solved = datums.silent and min(group.rewards_G) >= best - ZERO_SPREAD
+        datums.solved = datums.silent and min(group.rewards_G) >= max(rewards) - ZERO_SPREAD
     return sets
 
 
