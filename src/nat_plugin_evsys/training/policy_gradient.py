@@ -53,8 +53,9 @@ def build_datums(groups: Sequence[TrajectoryGroup], settings: TrainingSettings) 
     rewards = [reward for group in groups for reward in group.rewards_G]
     if not rewards or has_zero_variance(rewards):
         return sets  # nothing tells what is solved from what fails
+    best = max(rewards)
     for group, datums in zip(groups, sets, strict=True):
-        datums.solved = datums.silent and min(group.rewards_G) >= max(rewards) - ZERO_SPREAD
+        datums.solved = datums.silent and min(group.rewards_G) >= best - ZERO_SPREAD
     return sets
 
 
