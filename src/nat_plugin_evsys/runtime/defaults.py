@@ -51,5 +51,5 @@ LR_RISE = 1.25e-4
 LR_WARMUP_AT_MOST = 16
 """Steps of that warm-up, whatever the rate: a toy model has rates of its own."""
 
-TARGET_KL = 0.1
+TARGET_KL = 0.2
 """Nats a token, of the NAT trainer; LOG.md has the runs that it was chosen by."""
