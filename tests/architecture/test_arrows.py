@@ -31,6 +31,7 @@ GROUND = {
     "loop_thread",
     "call_images",
     "defaults",
+    "loss_config",
 }
 ENGINE = {"engine/machine", "engine/model", "engine/tree", "engine/gradient", "engine/sampling", "engine/spans"}
 DRIVERS = ENGINE | {"engine/checkpoints", "engine/checkpoint_loading", "engine/sampler"}
@@ -39,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     # What every room may stand on. ``defaults`` is runtime/defaults.py, which config reads: constants alone.
     "errors": set(),
     "defaults": set(),
+    "loss_config": {"errors", "defaults"},
     "files": {"errors"},
     "address_space": {"errors"},
     "garbage": {"errors"},
@@ -49,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
     "json_lines": {"errors", "files"},
     "call_images": {"errors"},
     "calls": {"errors", "call_images"},
-    "config": {"errors", "defaults"},
+    "config": {"errors", "defaults", "loss_config"},
     # The engine, from the machine up to a request and a step.
     "engine/machine": GROUND,
     "engine/model": GROUND | {"engine/machine"},

@@ -21,6 +21,7 @@ from torch import Tensor
 from nat_plugin_evsys.engine.gradient.losses import LOSSES
 from nat_plugin_evsys.engine.gradient.trainable import TrainableModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
+from nat_plugin_evsys.loss_config import LOSS_FN_CONFIGS
 
 TOLERANCE = 1e-5
 RL_LOSSES = ["importance_sampling", "ppo", "cispo", "dro", "gspo"]
@@ -308,7 +309,7 @@ def test_each_formula_and_its_derivative_by_hand(loss_fn: str, measured: Any) ->
         x = {"weights": signed} if loss_fn == "cross_entropy" else {"logprobs": old, "advantages": signed}
         if loss_fn == "gspo":
             x["sequence_ratio_mask"] = flags
-        defaults = LOSSES[loss_fn].defaults
+        defaults = LOSS_FN_CONFIGS[loss_fn]
         config = {k: {"clip_low_threshold": low, "clip_high_threshold": high, "beta": beta}[k] for k in defaults}
         loss, slope, size, margin = by_hand(loss_fn, lp, x, config)
         assume(margin > 1e-4)

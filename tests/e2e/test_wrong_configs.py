@@ -66,6 +66,15 @@ def estimator_without_weight(config: Config, tmp_path: Path) -> None:
     config["trainer_adapters"]["adapter"]["kl_estimator"] = "k3"
 
 
+def unknown_key_of_the_loss(config: Config, tmp_path: Path) -> None:
+    config["trainer_adapters"]["adapter"] |= {"loss_fn": "ppo", "loss_fn_config": {"clip_low": 0.2}}
+
+
+def failed_groups_after_the_curriculum(config: Config, tmp_path: Path) -> None:
+    config["trainer_adapters"]["adapter"]["failed_groups"] = "batch_mean"
+    config["finetuning"]["curriculum_learning"] = {"enabled": True}
+
+
 def reward_of_its_own(config: Config, tmp_path: Path) -> None:
     config["trajectory_builders"]["builder"]["reward"] = {"name": "right_team"}
 
@@ -107,6 +116,8 @@ CASES = [
     (cut_distribution, ["llms.policy.top_p is 0.8", "set top_p: 1"]),
     (nothing_scored, ["trainers.trainer.score_training_rows is false", "set a validation_dataset, or"]),
     (estimator_without_weight, ["kl_estimator has no effect without kl_beta"]),
+    (unknown_key_of_the_loss, ["loss_fn_config of ppo has the unknown key 'clip_low'; it takes clip_low_threshold"]),
+    (failed_groups_after_the_curriculum, ["failed_groups `batch_mean` has no effect with curriculum_learning"]),
     (unknown_field, ["no setting `num_generatons`", "did you mean `num_generations`?"]),
     (wrong_reward, ["`rewrad`", "eval.evaluators"]),
     (no_reward, ["finetuning.reward_function is not set"]),

@@ -45,6 +45,19 @@ async def test_it_learns(policy: Fixture, make_adapter: Fixture) -> None:
     assert rewards[-1] > rewards[0] + 0.15
 
 
+async def test_a_run_that_ends_within_its_warmup_says_so(policy: Fixture, make_adapter: Fixture) -> None:
+    adapter = make_adapter(policy, learning_rate=2e-3)
+    assert adapter.warmup_notice() is None, "nothing was trained"
+    await run(adapter, await policy.collection(groups=4, size=4, seed=0))
+    assert adapter.warmup_notice() == (
+        "the run took 1 optimizer step and the warm-up takes 16, so the learning rate reached at most 1/16 of 0.002; "
+        "run more epochs, or set `lr_warmup` on the trainer adapter"
+    )
+    without = make_adapter(policy, learning_rate=2e-3, lr_warmup=0)
+    await run(without, await policy.collection(groups=4, size=4, seed=0))
+    assert without.warmup_notice() is None
+
+
 async def test_settings_reach_the_backend(policy: Fixture, make_adapter: Fixture) -> None:
     adam = {
         "learning_rate": 3e-3,

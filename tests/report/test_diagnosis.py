@@ -79,6 +79,7 @@ def test_the_numbers_of_an_epoch() -> None:
         calls=18,
         cut=1,
         empty=1,
+        reward_std=pytest.approx((4 / 17 * 13 / 17) ** 0.5),
     )
     row = {"replies": json.loads(json.dumps(numbers().to_dict()))}
     assert ReplyNumbers.of_row(row) == numbers()
@@ -239,10 +240,12 @@ def test_a_policy_that_hardly_tries_alternatives() -> None:
 
 def test_steps_that_made_the_policy_another_one() -> None:
     metrics = {"kl_moved": 4.1757, "learning_rate": 3e-3, "lr_factor": 0.25}
-    assert found(EpochFacts(3, HEALTHY, trained=16, metrics=metrics))[FindingId.MOVED_FAR].sentence == (
+    finding = found(EpochFacts(3, HEALTHY, trained=16, metrics=metrics))[FindingId.MOVED_FAR]
+    assert finding.sentence == (
         "Training on epoch 3 moved the policy by 4.18 nats a token from the one that sampled, at a learning rate of "
-        "0.003; the next epoch has 0.25 of `learning_rate`."
+        "0.003. The rates of the next steps are multiplied by 0.25 (`lr_factor`)."
     )
+    assert "so 0.0005 would have moved it by about 0.1" in finding.advice
     assert diagnose(EpochFacts(3, HEALTHY, trained=16, metrics={**metrics, "kl_moved": 0.9})) == []
 
 
@@ -273,13 +276,39 @@ class TestFallen:
             "every row): what was learned is lost."
         )
 
+    def test_a_fall_within_what_luck_does_is_none(self) -> None:
+        before = [replace(numbers(), reward_mean=mean, replies=64) for mean in (0.172, 0.266, 0.297, 0.312, 0.25)]
+        now = [replace(each, reward=float(n < 13)) for n, each in enumerate(HEALTHY * 4)]  # 0.203 of 64 replies
+        facts = EpochFacts(6, now, trained=16, before=before)
+        assert FindingId.FALLEN not in found(facts)
+        many = [replace(each, replies=64 * 64) for each in before]
+        assert FindingId.FALLEN in found(replace(facts, before=many, replies=now * 64))
+
+    def test_a_policy_that_was_good_from_the_start_can_fall_too(self) -> None:
+        before = [replace(numbers(), reward_mean=mean, replies=64) for mean in (0.8, 0.7)]
+        worse = [replace(each, reward=float(n < 6)) for n, each in enumerate(HEALTHY * 4)]
+        assert found(EpochFacts(3, worse, trained=16, before=before))[FindingId.FALLEN].collapse
+        half = [replace(each, reward=float(n < 30)) for n, each in enumerate(HEALTHY * 4)]
+        assert FindingId.FALLEN not in found(EpochFacts(3, half, trained=16, before=before))
+
+    def test_a_run_that_reloads_is_not_told_to(self) -> None:
+        before = [numbers(reward_mean=mean) for mean in (0.2, 0.8, 0.7)]
+        facts = EpochFacts(4, HEALTHY, trained=16, before=before)
+        assert "on_collapse" in found(facts)[FindingId.FALLEN].advice
+        assert "on_collapse" not in found(replace(facts, can_reload=True))[FindingId.FALLEN].advice
+
+    def test_what_a_reloaded_policy_earns_is_compared_with_what_it_earned_since(self) -> None:
+        before = [numbers(reward_mean=mean) for mean in (0.2, 0.5, 0.8, 0.2)]
+        facts = EpochFacts(5, HEALTHY, trained=16, before=before, reloaded_after=4)
+        assert FindingId.FALLEN not in found(facts)
+        again = replace(facts, epoch=7, before=[*before, numbers(reward_mean=0.9), numbers(reward_mean=0.8)])
+        assert "from 0.900 in epoch 5 to 0.250 in epoch 7" in found(again)[FindingId.FALLEN].sentence
+
     def test_a_window_that_reaches_back_over_a_reload_is_not_judged(self) -> None:
         before = [numbers(reward_mean=mean) for mean in (0.2, 0.2, 0.8, 0.8, 0.1)]
         facts = EpochFacts(6, HEALTHY, trained=16, before=before, epochs_per_pass=2)
         assert FindingId.FALLEN in found(facts)
         assert FindingId.FALLEN not in found(replace(facts, reloaded_after=5))
-        again = replace(facts, epoch=7, before=[*before, numbers(reward_mean=0.1)])  # 0.2 0.5 0.8 0.45 0.1 0.175
-        assert FindingId.FALLEN in found(replace(again, reloaded_after=5))
         lost = replace(facts, replies=[reply(row, "network", float(row == 0)) for row in range(8)])
         assert found(lost)[FindingId.ONE_ANSWER].collapse
         assert not found(replace(lost, reloaded_after=5))[FindingId.ONE_ANSWER].collapse

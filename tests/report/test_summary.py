@@ -16,7 +16,8 @@ from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import DataError
 from nat_plugin_evsys.report.findings import Finding, FindingId
 from nat_plugin_evsys.report.replies import Reply
-from nat_plugin_evsys.report.summary import RunSummary, write_anything
+from nat_plugin_evsys.report.summary import RunSummary, _better, write_anything
+from nat_plugin_evsys.runs.state import CheckpointRecord, RunState
 
 SUMMARY = RunSummary(
     train_reward_before=0.25,
@@ -119,6 +120,17 @@ def test_a_run_that_trained_nothing_offers_no_adapter(tmp_path: Path) -> None:
     text = summary.format(tmp_path / "summary.json")
     assert "adapter          none: nothing was trained" in text
     assert "serve it with" not in text
+
+
+def test_a_checkpoint_that_earned_more_than_the_last_one_is_named(tmp_path: Path) -> None:
+    assert "better" not in SUMMARY.format(tmp_path)
+    records = [CheckpointRecord(f"epoch-{n}", n, reward, f"epoch-{n}") for n, reward in enumerate((0.25, 0.75, 0.0))]
+    better = _better(RunState(checkpoints=records))
+    assert better == "epoch 1, whose reward was 0.750 (the last one's is 0.000)"
+    line = f"  better           {better}; `checkpoint: best` of the policy serves that one"
+    assert line in replace(SUMMARY, better=better).format(tmp_path).splitlines()
+    assert _better(RunState(checkpoints=records[:2])) is None
+    assert "the policy before the first epoch" in str(_better(RunState(checkpoints=[records[0], records[2]])))
 
 
 def test_findings_are_said_again_with_one_example_each(tmp_path: Path) -> None:

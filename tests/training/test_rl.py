@@ -126,6 +126,8 @@ async def test_a_reward_may_be_a_coroutine_and_must_be_finite(train: Any) -> Non
     assert first.reward_mean == 0.375
     with pytest.raises(DataError, match="the reward of reply 0 is nan"):
         await train(reward=lambda row, text: float("nan"))
+    with pytest.raises(DataError, match="the reward of reply 0 is None"):
+        await train(reward=lambda row, text: None)
 
 
 async def test_cancelling_leaves_the_backend_usable_and_without_gradient(train: Any, make_backend: Any) -> None:

@@ -52,12 +52,12 @@ def test_the_rate_rises_over_the_warm_up() -> None:
 
 
 def test_the_factor_for_solved_groups_by_hand() -> None:
-    assert unsolved_factor(8, with_signal=8, solved=0) == 1.0
-    assert unsolved_factor(8, with_signal=2, solved=0) == 1.0, "the others all failed"
-    assert unsolved_factor(8, with_signal=2, solved=6) == 0.5
-    assert unsolved_factor(8, with_signal=2, solved=4) == pytest.approx(math.sqrt(1 / 2))
-    assert unsolved_factor(8, with_signal=8, solved=24) == 1.0, "a step that is full misses nobody"
-    assert unsolved_factor(4, with_signal=0, solved=4) == 0.5, "a KL penalty trains on solved groups too"
+    assert unsolved_factor(8, with_signal=8, solved_share=0) == 1.0
+    assert unsolved_factor(8, with_signal=2, solved_share=0) == 1.0, "the others all failed"
+    assert unsolved_factor(8, with_signal=2, solved_share=1) == 0.5
+    assert unsolved_factor(8, with_signal=2, solved_share=4 / 6) == pytest.approx(math.sqrt(1 / 2))
+    assert unsolved_factor(8, with_signal=8, solved_share=1) == 1.0, "a step that is full misses nobody"
+    assert unsolved_factor(4, with_signal=0, solved_share=1) == 0.5, "a KL penalty trains on solved groups too"
 
 
 async def test_solved_groups_lower_the_rate_of_the_step_that_misses_them(make_backend: Any) -> None:
@@ -77,6 +77,11 @@ async def test_solved_groups_lower_the_rate_of_the_step_that_misses_them(make_ba
     assert await rates(lr_scaling="unsolved") == [pytest.approx(math.sqrt(3 / 4))]
     assert await rates(lr_scaling="unsolved", kl_beta=0.1) == [pytest.approx(math.sqrt(3 / 4))]
     assert await rates(lr_scaling="unsolved", groups_per_step=1) == [1.0, 1.0]
+    assert await rates(lr_scaling="unsolved", groups_per_step=64) == [pytest.approx(math.sqrt(3 / 4))]
+    most_failed = [*groups[:2], *(make_group(f"failed {n}", [0.0, 0.0], 3) for n in range(6))]
+    assert await rates(most_failed, lr_scaling="unsolved", groups_per_step=4) == [
+        pytest.approx(math.sqrt((4 - 3 / 7) / 4))
+    ], "3 places are empty, and 1 in 7 of the groups without a signal is solved"
     worse = [*groups[:3], make_group("better", [2.0, 1.0], 4)]
     assert await rates(worse, lr_scaling="unsolved") == [1.0], "equal rewards below the highest are nothing solved"
     assert await rates(lr_scaling="unsolved", loss_fn="cross_entropy") == [1.0]

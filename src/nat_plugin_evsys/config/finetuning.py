@@ -13,6 +13,7 @@ from nat.data_models.finetuning import (
 from pydantic import Field, model_validator
 
 from nat_plugin_evsys.config.strict import RunRewardedConfig, StrictConfig
+from nat_plugin_evsys.loss_config import resolve_loss_fn_config
 from nat_plugin_evsys.runtime import defaults
 
 _BY_WIDTH = (
@@ -203,11 +204,7 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
 
     @model_validator(mode="after")
     def _loss_takes_its_settings(self) -> "EvsysTrainerAdapterConfig":
-        if self.loss_fn == "importance_sampling" and self.loss_fn_config:
-            raise ValueError(
-                f"loss_fn `importance_sampling` takes no loss_fn_config, but got {sorted(self.loss_fn_config)}; "
-                "remove loss_fn_config, or choose ppo or cispo"
-            )
+        resolve_loss_fn_config(self.loss_fn, self.loss_fn_config)
         useless = sorted(NOT_FOR_CROSS_ENTROPY & self.model_fields_set) if self.loss_fn == "cross_entropy" else []
         if useless:
             raise ValueError(

@@ -32,24 +32,38 @@ def rate_after(rows: Iterable[Mapping[str, Any]]) -> float:
     return float(RATE_FACTOR ** sum(RELOADED in row for row in rows))
 
 
-async def reload_best(checkpoints: EpochCheckpoints, state: RunState) -> CheckpointRecord | None:
-    """Load the best measured checkpoint, optimizer state included; None if none was measured."""
+async def reload_best(
+    checkpoints: EpochCheckpoints, state: RunState, measured: float | None
+) -> CheckpointRecord | None:
+    """Load the best measured checkpoint, optimizer state included.
+
+    Args:
+        measured: reward of the present policy; None if it has none.
+
+    Returns:
+        which one; None if no checkpoint has a reward, or none a higher one than the present policy.
+    """
     best = state.best_measured()
-    if best is None:
+    if best is None or best.reward is None:
         logger.warning("on_collapse: reload_best: no checkpoint has a reward yet, so none is loaded")
-    else:
-        await checkpoints.load(best)
+        return None
+    if measured is not None and measured >= best.reward:
+        logger.warning(
+            "on_collapse: reload_best: the policy has %.3f on held-out rows, no less than any checkpoint, and goes on",
+            measured,
+        )
+        return None
+    await checkpoints.load(best)
     return best
 
 
 def stopped(finding: Finding, state: RunState) -> CollapseError:
     """The error that ends a run with ``on_collapse: stop``."""
     best = state.best_checkpoint()
-    serve = (
-        "no trained checkpoint has a reward to choose by"
-        if best is None
-        else f"serve the best checkpoint, of epoch {best.epoch} (reward {best.reward:.3f}), with `checkpoint: best`"
-    )
+    serve = "no trained checkpoint has a reward to choose by"
+    if best is not None:
+        which = f"of epoch {best.epoch}" if best.epoch else "the policy before training"
+        serve = f"serve the best checkpoint, {which} (reward {best.reward:.3f}), with `checkpoint: best`"
     return CollapseError(
         f"stopped after epoch {state.epochs_done} (on_collapse: stop). {finding.sentence} Start again with a lower "
         f"learning_rate, or {serve}"

@@ -147,6 +147,17 @@ class JobWork:
 
         return TrainingWork(material, self._loaded_backend, self._policy.publish)
 
+    def warmup_notice(self) -> str | None:
+        """What to say at the end of a run whose learning rate was still rising, or None."""
+        taken, warmup, rate = self.step_size.taken, self.step_size.warmup, self._config.learning_rate
+        if not 0 < taken < warmup:
+            return None
+        steps = f"{taken} optimizer step" + ("" if taken == 1 else "s")
+        return (
+            f"the run took {steps} and the warm-up takes {warmup}, so the learning rate reached at most "
+            f"{taken}/{warmup} of {rate:g}; run more epochs, or set `lr_warmup` on the trainer adapter"
+        )
+
     async def _loaded_backend(self) -> Backend:
         await self._policy.ensure_loaded()
         return self._policy.backend

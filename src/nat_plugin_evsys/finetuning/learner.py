@@ -65,7 +65,7 @@ class Learner:
         self.pages = RunPages(books.run_dir, books.metrics)
         self.checkpoints = EpochCheckpoints(self.policy, books, config.keep_checkpoints)
         self.held_back: Mapping[str, DropReason] = {}
-        self._watch = Watch(books.metrics)
+        self._watch = Watch(books.metrics, can_reload=config.on_collapse != "continue")
         self._keeper = RolloutKeeper(
             books.run_dir.rollouts,
             lambda token_id: self.policy.renderer.token_bytes(token_id),
@@ -165,10 +165,15 @@ class Learner:
         row |= columns
         return found
 
-    async def reload_if_collapsed(self, row: dict[str, Any]) -> CheckpointRecord | None:
-        """Load the best checkpoint if the row reports a collapse; returns which, and adds it to the row."""
+    async def reload_if_collapsed(self, row: dict[str, Any], measured: float | None) -> CheckpointRecord | None:
+        """Load the best checkpoint if the row reports a collapse; returns which, and adds it to the row.
+
+        Args:
+            measured: held-out reward after the epoch. Where no checkpoint has more, the epoch's training has mended
+                what its rollouts showed, and nothing is loaded.
+        """
         state = self.books.state
-        best = await reload_best(self.checkpoints, state) if collapse_of(row) is not None else None
+        best = await reload_best(self.checkpoints, state, measured) if collapse_of(row) is not None else None
         if best is not None:
             row[RELOADED] = best.name
             if state.heldout_reward_after is not None:  # what the collapsed policy earned

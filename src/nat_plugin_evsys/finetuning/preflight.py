@@ -55,6 +55,9 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
         check_output_dirs(each.name, each.policy, finetuning.output_dir)
         check_rollout_engine(each)
         check_group_size(config, finetuning, each.adapter)
+        check_curriculum(finetuning, each)
+        if notice := same_attempts_notice(config, finetuning, each):
+            logger.warning("%s", notice)
         check_builder_uses(config, finetuning, each)
     check_overlap(config, finetuning)
     check_exporters(config)
@@ -154,6 +157,29 @@ def check_group_size(config: Config, finetuning: FinetuneConfig, adapter: EvsysT
             f"dynamic_sampling replaces groups whose rewards are all the same, but with {setting} these are trained on "
             f"too; remove dynamic_sampling, or {other}"
         )
+
+
+def check_curriculum(finetuning: FinetuneConfig, trained: TrainedPolicy) -> None:
+    """The curriculum drops groups of equal rewards, which ``failed_groups`` is about, before the adapter sees them."""
+    curriculum = finetuning.curriculum_learning
+    if curriculum.enabled and curriculum.min_reward_diff > 0 and trained.adapter.failed_groups != "drop":
+        raise ConfigError(
+            f"trainer_adapters.{trained.adapter_name}: failed_groups `{trained.adapter.failed_groups}` has no effect "
+            "with curriculum_learning, which drops groups whose rewards are equal; remove it, or set "
+            "finetuning.curriculum_learning.min_reward_diff to 0"
+        )
+
+
+def same_attempts_notice(config: Config, finetuning: FinetuneConfig, trained: TrainedPolicy) -> str | None:
+    """What to say where all attempts at a row sample the same reply, unless the agent chooses a temperature."""
+    builder = builder_of(config, finetuning)
+    if not isinstance(builder, EvsysTrajectoryBuilderConfig) or trained.policy.temperature > 0:
+        return None
+    return (
+        f"llms.{trained.name}.temperature is 0, so the {builder.num_generations} attempts at a row are the same reply "
+        "unless the agent's requests set a temperature, and equal rewards teach nothing; set temperature: 1 "
+        "(eval_temperature is what everything else uses)"
+    )
 
 
 def check_builder_uses(config: Config, finetuning: FinetuneConfig, trained: TrainedPolicy) -> None:

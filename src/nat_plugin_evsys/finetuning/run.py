@@ -195,7 +195,7 @@ class RunSession:
             found.append(learner.look(epoch, row, validated=validated))
             best = None
             if self._trainer.config.on_collapse == "reload_best":
-                best = await learner.reload_if_collapsed(row)
+                best = await learner.reload_if_collapsed(row, rewards[at])
                 rewards[at] = rewards[at] if best is None else best.reward
             reloaded.append(best)
             self._log(learner, epoch, row)
@@ -299,6 +299,9 @@ class RunSession:
         command = serve_command({learner.name: learner.policy.config.checkpoint for learner in self._learners})
         trackers = self._own.tracking.counts()
         several = len(self._learners) > 1
+        for learner in self._learners:
+            if notice := learner.adapter.warmup_notice():
+                self._display.notice(f"{learner.name}: {notice}" if several else notice)
         summaries, texts = [], []
         for learner in reversed(self._learners):
             summary = learner.books.finish(command, trackers if learner is self._own else {})

@@ -164,6 +164,10 @@ class EvsysTrainerAdapter(TrainerAdapter):
             self._work.step_size.factor = float(metrics.get("lr_factor", self._work.step_size.factor))
             self._work.step_size.taken += int(metrics.get("steps", 0))
 
+    def warmup_notice(self) -> str | None:
+        """What to say at the end of a run whose learning rate was still rising, or None."""
+        return self._work.warmup_notice()
+
     async def is_healthy(self) -> bool:
         """Ask the policy's backend; an error or no answer in ``health_timeout`` seconds is logged and False."""
         try:

@@ -15,10 +15,15 @@ from nat_plugin_evsys.report.replies import ReplyNumbers
 
 
 class Watch:
-    """A run's epochs as metrics.jsonl has them, so that a resumed run repeats no finding."""
+    """A run's epochs as metrics.jsonl has them, so that a resumed run repeats no finding.
 
-    def __init__(self, metrics: MetricsLog) -> None:
+    Args:
+        can_reload: see ``EpochFacts``.
+    """
+
+    def __init__(self, metrics: MetricsLog, *, can_reload: bool = False) -> None:
         self._metrics = metrics
+        self._can_reload = can_reload
 
     def look(
         self, epoch: int, report: RolloutReport, job: Mapping[str, Any], heldout: RolloutReport | None
@@ -39,6 +44,7 @@ class Watch:
             heldout=() if heldout is None else heldout.replies,
             before=[numbers for numbers, _ in known],
             reloaded_after=max((count for count, (_, row) in enumerate(known, 1) if RELOADED in row), default=0),
+            can_reload=self._can_reload,
             last_trained=max((row["epoch"] for row in rows if row.get("trained")), default=0),
             entropies=_entropies([*(row.get("job") or {} for row in rows), job]),
             metrics=job.get("metrics") or {},

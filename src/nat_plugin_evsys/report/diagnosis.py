@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nat_plugin_evsys.report.findings import Finding, FindingId, quoted
 from nat_plugin_evsys.report.one_answer import one_answer
 from nat_plugin_evsys.report.replies import EQUAL_WITHIN, Reply, ReplyNumbers, examples
 from nat_plugin_evsys.report.several_answers import naming_several
-
-START_AGAIN = "Start again with a lower `learning_rate`, or set `on_collapse: reload_best` on the trainer"
 
 NAMING_SEVERAL_WINS = (
     "Naming several answers wins the reward: make the evaluator refuse that (evsys_exact_match has `mode: one_of` with "
@@ -31,7 +30,13 @@ FALLEN_TO = 0.25
 """Share of the best gain over the first epoch; a mean reward that keeps less of it has been lost again."""
 
 GAIN_WORTH_KEEPING = 0.1
-"""A smaller gain, as a share of the rewards' range, is noise."""
+"""A smaller gain, as a share of the rewards' range, is none: the policy was good from the start, or never."""
+
+LOST_HALF = 0.5
+"""Share of its reward above the lowest one that such a policy must lose before it is a loss."""
+
+BEYOND_LUCK = 3.0
+"""Standard errors of the difference between two mean rewards by which one must be lower before it has fallen."""
 
 SIGNAL_OF_A_COLLAPSE = 0.25
 """One answer to all rows is a collapse where less than this share of the rows has a signal: no way leads back."""
@@ -44,6 +49,9 @@ ENTROPY_FLOOR = 0.1
 
 MOVED_FAR = 1.0
 """KL in nats a token by which an epoch may move the policy before it is another one."""
+
+MOVED_WELL = 0.1
+"""What ``target_kl`` aims at by default."""
 
 SOLVED = 0.9
 """Share of the rewards' range that a mean reward must have reached before a policy has nothing left to try."""
@@ -62,8 +70,9 @@ class EpochFacts:
         trained: calls that were trained on.
         heldout: replies of the validation after the epoch; empty if there was none.
         before: the numbers of the epochs before, oldest first.
-        reloaded_after: how many of ``before`` ended when an earlier checkpoint was last reloaded; 0 if none was. What
-            they earned says nothing about the policy of the epochs since.
+        reloaded_after: how many of ``before`` ended when an earlier checkpoint was last reloaded; 0 if none was. The
+            epochs since are compared with one another alone.
+        can_reload: whether ``on_collapse`` has been set, so that there is no need to advise it.
         last_trained: the last epoch before this one that trained anything; 0 for none.
         entropies: mean entropy of the trained tokens in nats, of each epoch that has one, this one last.
         metrics: of the epoch's training job; empty if it had none.
@@ -77,6 +86,7 @@ class EpochFacts:
     heldout: Sequence[Reply] = ()
     before: Sequence[ReplyNumbers] = ()
     reloaded_after: int = 0
+    can_reload: bool = False
     last_trained: int = 0
     entropies: Sequence[float] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -88,20 +98,25 @@ class EpochFacts:
         return ReplyNumbers.of(self.replies)
 
 
-def _reward_means(facts: EpochFacts, numbers: ReplyNumbers) -> tuple[list[float], float]:
-    """Mean reward over windows of epochs that together visit every row: those before, oldest first, and the last one.
+class _Mean(NamedTuple):
+    """Mean reward over epochs that together visit every row, and the variance of that mean."""
 
-    The last one is NaN where there are too few epochs for a window, or too few since a checkpoint was reloaded.
-    """
-    rewards = _rewards([*facts.before, numbers])
+    reward: float
+    variance: float
+
+
+def _reward_means(facts: EpochFacts, numbers: ReplyNumbers) -> list[_Mean]:
+    """Those since the last reload, oldest first; the last one ends with this epoch."""
+    epochs = [*facts.before[facts.reloaded_after :], numbers]
+    means = [_Mean(m, each.reward_std**2 / each.replies) for each in epochs if (m := each.reward_mean) is not None]
     width = facts.epochs_per_pass
-    means = [sum(rewards[end - width : end]) / width for end in range(width, len(rewards) + 1)]
-    is_full = len(_rewards([*facts.before[facts.reloaded_after :], numbers])) >= width
-    return means[:-1], means[-1] if is_full else math.nan
+    windows = [means[end - width : end] for end in range(width, len(means) + 1)]
+    return [_Mean(sum(m.reward for m in each) / width, sum(m.variance for m in each) / width**2) for each in windows]
 
 
-def _rewards(epochs: Sequence[ReplyNumbers]) -> list[float]:
-    return [each.reward_mean for each in epochs if each.reward_mean is not None]
+def _start_again(facts: EpochFacts) -> str:
+    reload = "" if facts.can_reload else ", or set `on_collapse: reload_best` on the trainer"
+    return f"Start again with a lower `learning_rate`{reload}"
 
 
 def diagnose(facts: EpochFacts) -> list[Finding]:
@@ -132,8 +147,9 @@ def _same_reward(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         facts.epoch,
         f"Every reward of epoch {facts.epoch} is {low:.3f} ({numbers.replies} replies to {numbers.rows} rows), so "
         f"{outcome}.",
-        "Compare the replies with what the evaluator wants. A prompt that states the form of the answer, an evaluator "
-        "that rewards a part of it, or a `warm_start` on demonstrations gives the policy a difference to learn from.",
+        "Compare the replies with what the evaluator wants: it may give every reply the same score, or the task may be "
+        "solved. Where it is too hard, a prompt that states the form of the answer, an evaluator that rewards a part "
+        "of it, or a `warm_start` on demonstrations gives the policy a difference to learn from.",
         examples(facts.replies),
     )
 
@@ -162,35 +178,40 @@ def _advice_on_no_signal(facts: EpochFacts, *, is_best: bool) -> str:
         return "Every reply has the highest reward of this run, so more epochs on these rows change nothing."
     if not facts.last_trained:
         return "Raise `num_generations` or the policy's `temperature`, so that the attempts at a row differ."
-    return f"{START_AGAIN}, or start from an earlier checkpoint (`checkpoint: <its path>`)."
+    return f"{_start_again(facts)}, or start from an earlier checkpoint (`checkpoint: <its path>`)."
 
 
 def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
-    means, now = _reward_means(facts, numbers)
+    means = _reward_means(facts, numbers)
     low, high = _range(facts, numbers)
-    if not means or math.isnan(now) or numbers.reward_mean is None:
+    if len(means) < 2 or numbers.reward_mean is None:
         return None
-    gain = max(means) - means[0]
-    if gain < GAIN_WORTH_KEEPING * (high - low) or now - means[0] >= FALLEN_TO * gain:
+    first, now, best = means[0].reward, means[-1], max(means, key=lambda mean: mean.reward)
+    gain, lost = best.reward - first, best.reward - now.reward
+    if gain < GAIN_WORTH_KEEPING * (high - low):
+        keeps_enough = lost < LOST_HALF * (best.reward - low)
+    else:
+        keeps_enough = now.reward - first >= FALLEN_TO * gain
+    if keeps_enough or lost < BEYOND_LUCK * math.sqrt(best.variance + now.variance):
         return None
-    best = facts.epoch - len(means) + means.index(max(means))
+    best_epoch = facts.epoch + 1 - len(means) + means.index(best)
     width = facts.epochs_per_pass
     over = "" if width == 1 else f" (each the mean of {width} epochs, which visit every row)"
     return Finding(
         FindingId.FALLEN,
         facts.epoch,
-        f"The reward has fallen from {max(means):.3f} in epoch {best} to {now:.3f} in epoch {facts.epoch}{over}: what "
-        "was learned is lost.",
-        f"{START_AGAIN}, or serve the best checkpoint (`checkpoint: best`).",
+        f"The reward has fallen from {best.reward:.3f} in epoch {best_epoch} to {now.reward:.3f} in epoch {facts.epoch}"
+        f"{over}: what was learned is lost.",
+        f"{_start_again(facts)}, or serve the best checkpoint (`checkpoint: best`).",
         examples(facts.replies),
         collapse=True,
     )
 
 
 def _has_lost(facts: EpochFacts, numbers: ReplyNumbers) -> bool:
-    """Whether earlier epochs of the run had a higher mean reward."""
-    means, now = _reward_means(facts, numbers)
-    return numbers.reward_mean is not None and max(means, default=-math.inf) > now
+    """Whether earlier epochs since the last reload had a higher mean reward."""
+    means = _reward_means(facts, numbers)
+    return numbers.reward_mean is not None and bool(means) and max(means).reward > means[-1].reward
 
 
 def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
@@ -210,7 +231,7 @@ def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
             facts.epoch,
             f"{len(same)} of {len(replies)} replies {where} give the same answer to {rows} different rows: "
             f"{quoted(text)}. It earns {earned:.3f} on average.",
-            _advice_on_one_answer(wins, facts.epoch),
+            _advice_on_one_answer(wins, facts),
             examples(same),
             collapse=not wins
             and facts.epoch > 1
@@ -258,15 +279,15 @@ def _rewarded(replies: Sequence[Reply], low: float, high: float) -> list[Reply]:
     return [reply for reply in replies if reply.reward is not None and reply.reward - low > (high - low) / 2]
 
 
-def _advice_on_one_answer(wins: bool, epoch: int) -> str:
+def _advice_on_one_answer(wins: bool, facts: EpochFacts) -> str:
     if wins:
         return (
             "The reward can be won without reading the row: make the evaluator refuse an answer that fits every row "
             "(evsys_exact_match has `mode: exact`)."
         )
-    if epoch == 1:
+    if facts.epoch == 1:
         return "The untrained policy does not read the row: look at the prompt, or start with a `warm_start`."
-    return f"The policy has collapsed. {START_AGAIN}."
+    return f"The policy has collapsed. {_start_again(facts)}."
 
 
 def _shrunk(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
@@ -293,12 +314,13 @@ def _moved_far(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
     if moved <= MOVED_FAR:
         return None
     rate, factor = facts.metrics["learning_rate"], facts.metrics["lr_factor"]
+    lower = rate * math.sqrt(MOVED_WELL / moved)
     return Finding(
         FindingId.MOVED_FAR,
         facts.epoch,
         f"Training on epoch {facts.epoch} moved the policy by {moved:.2f} nats a token from the one that sampled, at a "
-        f"learning rate of {rate:.3g}; the next epoch has {factor:.3g} of `learning_rate`.",
-        "Lower `learning_rate`.",
+        f"learning rate of {rate:.3g}. The rates of the next steps are multiplied by {factor:.3g} (`lr_factor`).",
+        f"Lower `learning_rate`: the KL grows with its square, so {lower:.1g} would have moved it by about {MOVED_WELL}.",
     )
 
 

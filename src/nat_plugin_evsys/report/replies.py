@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 KEY = "replies"
@@ -56,7 +56,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class ReplyNumbers:
-    """The replies of one epoch in numbers. Means are over the replies that have a reward.
+    """The replies of one epoch in numbers. Means and the standard deviation are over the replies that have a reward.
 
     Attributes:
         rows: dataset rows with a reward.
@@ -76,6 +76,7 @@ class ReplyNumbers:
     calls: int
     cut: int
     empty: int
+    reward_std: float = 0.0
 
     @classmethod
     def of(cls, replies: Sequence[Reply]) -> ReplyNumbers:
@@ -96,6 +97,7 @@ class ReplyNumbers:
             calls=sum(reply.calls for reply in replies),
             cut=sum(reply.cut for reply in replies),
             empty=sum(reply.is_empty for reply in scored),
+            reward_std=pstdev(rewards) if rewards else 0.0,
         )
 
     @classmethod

@@ -19,7 +19,7 @@ from nat_plugin_evsys.report.drop_reasons import drop_reason_meanings
 from nat_plugin_evsys.report.findings import Finding, finding_text, findings_of
 from nat_plugin_evsys.report.prompts import TOKENISED_AGAIN, extended_share, total_prompts
 from nat_plugin_evsys.runs.directory import RunDirectory
-from nat_plugin_evsys.runs.state import RunStatus
+from nat_plugin_evsys.runs.state import RunState, RunStatus
 
 
 @dataclass(slots=True)
@@ -33,6 +33,7 @@ class RunSummary:
         trained: calls that were trained on.
         dropped: reason -> calls that were not; ``trained + sum(dropped.values()) == calls``.
         adapter: location of the adapter.
+        better: which checkpoint earned more than the last one, if one did; ``checkpoint: best`` serves it.
         trajectories: ``{"trained": n, "dropped": {reason: n}}``.
         epochs: epochs finished.
         serve_command: what to type to serve the adapter.
@@ -68,6 +69,7 @@ class RunSummary:
     prompts: dict[str, int] = field(default_factory=dict)
     malformed_calls: int = 0
     policy: str | None = None
+    better: str | None = None
     status: RunStatus = "finished"
     error: str | None = None
 
@@ -114,6 +116,7 @@ class RunSummary:
             prompts=total_prompts(rows),
             malformed_calls=sum(row.get("malformed_calls", 0) for row in rows),
             policy=policy,
+            better=None if record is None else _better(state),
             status=state.status,
             error=state.error,
         )
@@ -155,6 +158,8 @@ class RunSummary:
             lines.append(f"  report           {Path(self.run_dir) / 'report.html'}")
         if self.serve_command:
             lines.append(f"  serve it with    {self.serve_command}")
+        if self.better is not None:
+            lines.append(f"  better           {self.better}; `checkpoint: best` of the policy serves that one")
         lines += [f"  {name:<16} {_tracked(count)}" for name, count in self.trackers.items()]
         lines += [f"  refused          {number} x: {message}" for message, number in self.refusals.items()]
         lines += [_finding(data) for data in self.findings]
@@ -196,6 +201,15 @@ class RunSummary:
 
     def _why_no_adapter(self) -> str:
         return "none was saved" if self.trained else "none: nothing was trained"
+
+
+def _better(state: RunState) -> str | None:
+    """``epoch 4, whose reward was 0.750 (the last one's is 0.250)``, if a checkpoint earned more than the last one."""
+    best, last = state.best_checkpoint(), state.last_checkpoint()
+    if best is None or last is None or best.reward is None or last.reward is None or best.reward <= last.reward:
+        return None
+    which = f"epoch {best.epoch}" if best.epoch else "the policy before the first epoch"
+    return f"{which}, whose reward was {best.reward:.3f} (the last one's is {last.reward:.3f})"
 
 
 def print_at_exit(text: str) -> None:

@@ -37,7 +37,8 @@ def job_text(status: TrainingJobStatus) -> str:
 
 
 def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
-    """``epoch 2/4 done: sampled reward 0.500 (0.000 to 1.000), loss …, 48 calls trained, 16 dropped, 12.3 s``.
+    """``epoch 2/4 done: sampled reward 0.500 (0.000 to 1.000), loss …, 48 calls trained, 16 dropped, learning rate
+    0.0005, KL 0.013, 12.3 s``. The KL is how far the epoch's steps moved the policy (``kl_moved``), in nats a token.
 
     What the row lacks is looked up in its ``job``, the metadata of the training job's last status. A run that trains
     several policies says whose row it is.
@@ -55,6 +56,11 @@ def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
         parts.append(f"{facts['trained']} calls trained")
     if facts.get("dropped"):
         parts.append(f"{sum(facts['dropped'].values())} dropped")
+    metrics = facts.get("metrics") or {}
+    if facts.get("trained") and "learning_rate" in metrics:
+        parts.append(f"learning rate {metrics['learning_rate']:.3g}")
+    if facts.get("trained") and "kl_moved" in metrics:
+        parts.append(f"KL {metrics['kl_moved']:.3f}")
     seconds = [facts[name] for name in ("rollout_seconds", "training_seconds") if facts.get(name) is not None]
     if seconds:
         parts.append(f"{sum(seconds):.1f} s")

@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 from tinker import types
 
@@ -96,8 +96,8 @@ async def sample_group(
             raise DataError(f"{name}: the backend's sampler gave no logprobs, which rl needs")
         text = tokenizer.decode(sequence.tokens, skip_special_tokens=True)
         value = reward(text)
-        value = float(await value if inspect.isawaitable(value) else value)
-        if not math.isfinite(value):
+        value = await value if inspect.isawaitable(value) else value
+        if not isinstance(value, SupportsFloat) or not math.isfinite(value):
             raise DataError(f"{name}: the reward of reply {index} is {value}; return a finite number ({text[:80]!r})")
         call = Call(
             call_id=sequence.sequence_id,
@@ -117,7 +117,7 @@ async def sample_group(
             reply={"role": "assistant", "content": text},
             sequence=index,
         )
-        group.rewards_G.append(value)
+        group.rewards_G.append(float(value))
         group.calls_G.append([call])
     return group
 

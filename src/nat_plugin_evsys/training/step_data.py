@@ -10,9 +10,9 @@ from tinker import Datum, TensorData, types
 
 from nat_plugin_evsys.backends.base import Backend
 from nat_plugin_evsys.errors import DataError
+from nat_plugin_evsys.loss_config import resolve_loss_fn_config
 from nat_plugin_evsys.rollouts.datum_logprobs import with_missing_logprobs, with_prompt_logprobs, with_sampled_logprobs
 from nat_plugin_evsys.rollouts.datums import DatumSet, Provenance
-from nat_plugin_evsys.runtime import defaults
 from nat_plugin_evsys.training.kl import kl_penalised, kl_v2, mean_kl, mean_square_gap
 from nat_plugin_evsys.training.loop import NamedLoss
 from nat_plugin_evsys.training.normalization import Normalization, datum_scales, scaled
@@ -65,7 +65,7 @@ class StepData:
         # It has no mask, so its prompt rows get the learner's present logprobs.
         learner = await self._learner(data)
         data = [with_prompt_logprobs(*row) for row in zip(data, origins, learner, strict=True)]
-        beta = (settings.loss_fn_config or {}).get("beta", defaults.DRO_BETA)
+        beta = resolve_loss_fn_config("dro", settings.loss_fn_config)["beta"]
         return data, NamedLoss(settings.loss_fn, {"beta": beta * scales[0]}), measured
 
     async def recomputed(self, sets: Sequence[DatumSet]) -> list[DatumSet]:

@@ -75,7 +75,7 @@ class StepSize:
         self.factor = min(max(self.factor * change, LEAST), 1.0)
 
 
-def unsolved_factor(places: int, with_signal: int, solved: int) -> float:
+def unsolved_factor(places: int, with_signal: int, solved_share: float) -> float:
     """``sqrt((N - k) / N)``: what a step's rate is multiplied by where solved groups leave k of its N places empty.
 
     Adam moves the weights by the rate, however few groups the gradient is of. The square root is its scaling rule for
@@ -84,9 +84,10 @@ def unsolved_factor(places: int, with_signal: int, solved: int) -> float:
     Args:
         places: groups of a full step, N.
         with_signal: groups of this step that have an advantage.
-        solved: groups whose trajectories all earned the highest reward of the collection.
+        solved_share: of the collection's groups without an advantage, the share whose trajectories all earned its
+            highest reward; k has that share of the step's empty places.
     """
-    empty = max(min(solved, places - with_signal, places - 1), 0)
+    empty = max(min((places - with_signal) * solved_share, places - 1), 0)
     return math.sqrt((places - empty) / places)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -17,12 +18,13 @@ from nat_plugin_evsys.config import (
 )
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.trained_policies import trained_policies
-from nat_plugin_evsys.finetuning.preflight import check_builder_uses, check_group_size
+from nat_plugin_evsys.finetuning.preflight import check_builder_uses, check_group_size, same_attempts_notice
 
 
-def check(builder: Any, **adapter: Any) -> None:
+def check(builder: Any, temperature: float = 1.0, **adapter: Any) -> str | None:
+    """Raises what is refused; returns the notice."""
     config = Config()
-    config.llms = {"policy": EvsysPolicyConfig(base_model="builtin/tiny")}
+    config.llms = {"policy": EvsysPolicyConfig(base_model="builtin/tiny", temperature=temperature)}
     config.eval.evaluators = {"solved": EvsysExactMatchConfig()}
     config.trainer_adapters = {"a": EvsysTrainerAdapterConfig(policy="policy", **adapter)}
     config.trajectory_builders = {"b": builder}
@@ -32,6 +34,7 @@ def check(builder: Any, **adapter: Any) -> None:
     (trained,) = trained_policies(config, finetuning)
     check_group_size(config, finetuning, trained.adapter)
     check_builder_uses(config, finetuning, trained)
+    return same_attempts_notice(config, finetuning, trained)
 
 
 def rollouts(**settings: Any) -> EvsysTrajectoryBuilderConfig:
@@ -92,3 +95,25 @@ def test_what_compares_groups_is_refused_where_none_are(
 ) -> None:
     with pytest.raises(ValueError, match=f"{min(settings)}.* ha(s|ve) no effect"):
         EvsysTrainerAdapterConfig.model_validate({"policy": "policy", **settings, **without_groups})
+
+
+def test_attempts_that_cannot_differ_are_said_before_the_run() -> None:
+    notice = check(rollouts(num_generations=4), temperature=0.0)
+    assert notice is not None
+    assert notice.startswith("llms.policy.temperature is 0, so the 4 attempts at a row are the same reply")
+    assert check(rollouts(num_generations=4)) is None
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "config", "wanted"),
+    [
+        ("ppo", {"clip_low": 0.2}, "unknown key 'clip_low'; it takes clip_low_threshold, clip_high_threshold"),
+        ("ppo", {"clip_low_threshold": 1.5}, "clip_low_threshold 1.5 is above clip_high_threshold 1.2"),
+        ("dro", {"betta": 1.0}, "unknown key 'betta'; it takes beta"),
+        ("dro", {"beta": -1.0}, "beta is -1.0; give a finite number >= 0"),
+        ("importance_sampling", {"beta": 1.0}, "unknown key 'beta'; it takes no keys at all"),
+    ],
+)
+def test_settings_of_a_loss_are_checked_with_the_yaml(loss_fn: Any, config: dict[str, float], wanted: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        EvsysTrainerAdapterConfig(policy="policy", loss_fn=loss_fn, loss_fn_config=config)

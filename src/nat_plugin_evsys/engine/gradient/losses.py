@@ -9,16 +9,12 @@ of those names.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.runtime import defaults
 
 Inputs = Mapping[str, Tensor]
 Config = Mapping[str, float]
@@ -166,12 +162,11 @@ def read_rows(loss_fn: str, inputs: Inputs, config: Config) -> Tensor:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A loss function with the inputs and config keys that it takes (``target_tokens`` is always required)."""
+    """A loss function with the inputs that it takes (``target_tokens`` is always required)."""
 
     function: LossFn
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    defaults: Mapping[str, float] = field(default_factory=dict)
 
 
 _RL = ("logprobs", "advantages")
@@ -183,36 +178,11 @@ _CLIP = ("clip_low_threshold", "clip_high_threshold")
 LOSSES: dict[str, LossSpec] = {
     "cross_entropy": LossSpec(cross_entropy, optional=("weights",)),
     "importance_sampling": LossSpec(importance_sampling, _RL, _MASK),
-    "ppo": LossSpec(ppo, _RL, (*_CLIP, *_MASK), dict(zip(_CLIP, (0.8, 1.2), strict=True))),
-    "cispo": LossSpec(cispo, _RL, (*_CLIP, *_MASK), dict(zip(_CLIP, (0.0, 4.0), strict=True))),
-    "dro": LossSpec(dro, _RL, (), {"beta": defaults.DRO_BETA}),
-    "gspo": LossSpec(gspo, (*_RL, "sequence_ratio_mask"), _CLIP, dict(zip(_CLIP, (1 - 3e-4, 1 + 4e-4), strict=True))),
+    "ppo": LossSpec(ppo, _RL, (*_CLIP, *_MASK)),
+    "cispo": LossSpec(cispo, _RL, (*_CLIP, *_MASK)),
+    "dro": LossSpec(dro, _RL),
+    "gspo": LossSpec(gspo, (*_RL, "sequence_ratio_mask"), _CLIP),
 }
-
-
-def resolve_config(loss_fn: str, config: Mapping[str, float | str] | None) -> dict[str, float]:
-    """The config with defaults filled in.
-
-    Raises:
-        ConfigError: an unknown key, a value that is not a finite non-negative number, or low above high.
-    """
-    defaults = LOSSES[loss_fn].defaults
-    given = dict(config or {})
-    unknown = sorted(set(given) - set(defaults))
-    if unknown:
-        known = ", ".join(defaults) or "no keys at all"
-        raise ConfigError(f"loss_fn_config of {loss_fn} has the unknown key {unknown[0]!r}; it takes {known}")
-    merged = dict(defaults)
-    for key, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ConfigError(f"loss_fn_config of {loss_fn}: {key} is {value!r}; give a finite number >= 0")
-        merged[key] = value
-    if "clip_low_threshold" in merged and merged["clip_low_threshold"] > merged["clip_high_threshold"]:
-        raise ConfigError(
-            f"loss_fn_config of {loss_fn}: clip_low_threshold {merged['clip_low_threshold']} is above "
-            f"clip_high_threshold {merged['clip_high_threshold']}"
-        )
-    return merged
 
 
 def summarise(results: Sequence[LossResult]) -> dict[str, float]:

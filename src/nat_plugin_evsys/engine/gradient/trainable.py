@@ -18,7 +18,6 @@ from nat_plugin_evsys.engine.gradient.custom_loss import (
     with_weights,
 )
 from nat_plugin_evsys.engine.gradient.datums import check_datums, check_thresholds
-from nat_plugin_evsys.engine.gradient.losses import resolve_config
 from nat_plugin_evsys.engine.gradient.micro_batches import Loss
 from nat_plugin_evsys.engine.gradient.optimizer import AdamW, check_adam
 from nat_plugin_evsys.engine.gradient.results import build_output
@@ -27,6 +26,7 @@ from nat_plugin_evsys.engine.gradient.steps import Progress as Progress
 from nat_plugin_evsys.engine.model.loading import BaseModel
 from nat_plugin_evsys.engine.model.lora import LoraAdapter
 from nat_plugin_evsys.errors import DataError, NonFiniteGradientError
+from nat_plugin_evsys.loss_config import resolve_loss_fn_config
 
 if TYPE_CHECKING:
     import tinker
@@ -215,7 +215,7 @@ class TrainableModel:
             context_length=self.base.context_length,
             vision=self.base.vision,
         )
-        config = resolve_config(loss_fn, loss_fn_config)
+        config = resolve_loss_fn_config(loss_fn, loss_fn_config)
         check_thresholds(examples, config)
         loss = Loss(loss_fn, config, all_logprobs=self.untrained_logprobs or not backward)
         found = self._steps.run(examples, Pass(loss, backward, bare, self.token_budget), progress)
