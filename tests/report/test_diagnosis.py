@@ -245,7 +245,7 @@ def test_steps_that_made_the_policy_another_one() -> None:
         "Training on epoch 3 moved the policy by 4.18 nats a token from the one that sampled, at a learning rate of "
         "0.003. The rates of the next steps are multiplied by 0.25 (`lr_factor`)."
     )
-    assert "so 0.0005 would have moved it by about 0.1" in finding.advice
+    assert "so 0.0005 would have moved it by 0.1" in finding.advice
     assert diagnose(EpochFacts(3, HEALTHY, trained=16, metrics={**metrics, "kl_moved": 0.9})) == []
 
 

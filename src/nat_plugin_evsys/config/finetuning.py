@@ -126,7 +126,9 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         default="unsolved",
         description="`unsolved`: where k of a step's N groups are missing since all of their replies earned the "
         "epoch's highest reward, it runs at sqrt((N - k) / N) of the learning rate, so that the last few groups with a "
-        "signal do not undo what is learned. `none`: at all of it.",
+        "signal do not undo what is learned. Of a step's empty places, solved groups have their share of the epoch's "
+        "groups without a signal. `none`: at all of it. Under `curriculum_learning`, which drops such groups first, "
+        "none is counted.",
     )
     normalization: Literal["full_step", "tokens", "sequences", "sum"] = Field(
         default="full_step",

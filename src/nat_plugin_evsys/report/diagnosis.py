@@ -320,7 +320,7 @@ def _moved_far(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         facts.epoch,
         f"Training on epoch {facts.epoch} moved the policy by {moved:.2f} nats a token from the one that sampled, at a "
         f"learning rate of {rate:.3g}. The rates of the next steps are multiplied by {factor:.3g} (`lr_factor`).",
-        f"Lower `learning_rate`: the KL grows with its square, so {lower:.1g} would have moved it by about {MOVED_WELL}.",
+        f"Lower `learning_rate`: the KL grows with its square, so {lower:.1g} would have moved it by {MOVED_WELL}.",
     )
 
 
