@@ -24,6 +24,7 @@ from nat_plugin_evsys.report.displays import PlainDisplay, create_display
 from nat_plugin_evsys.report.findings import Finding, FindingId
 from nat_plugin_evsys.report.quiet import quiet_tqdm
 from nat_plugin_evsys.report.replies import Reply
+from nat_plugin_evsys.report.texts import epoch_text
 
 ROW = {
     "reward_mean": 0.5,
@@ -72,6 +73,19 @@ def test_plain_lines_are_few_and_say_it_all() -> None:
         "training, epoch 1/4: training 100%, step 4/4, loss -0.1000, 950 tokens/s",
         "epoch 1/4 done: sampled reward 0.500 (0.000 to 1.000), loss -0.2500, 6 calls trained, 2 dropped, 3.5 s",
     ]
+
+
+def test_an_epoch_says_its_rate_and_how_far_it_moved_the_policy() -> None:
+    job = {
+        "loss": -0.25,
+        "trained": 6,
+        "dropped": {},
+        "metrics": {"learning_rate": 0.00031250001, "kl_moved": 0.000421},
+    }
+    assert epoch_text(2, 4, {"job": job}) == (
+        "epoch 2/4 done: loss -0.2500, 6 calls trained, learning rate 0.000313, KL 0.00042"
+    )
+    assert epoch_text(2, 4, {"job": {**job, "trained": 0}}) == "epoch 2/4 done: loss -0.2500, 0 calls trained"
 
 
 def test_plain_updates_come_at_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:

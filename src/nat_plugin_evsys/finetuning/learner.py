@@ -155,7 +155,7 @@ class Learner:
         return {
             **_row(self.report, status, rollout_seconds, seconds),
             "policy_version": self.policy.version,
-            "curriculum_percentile": self.curriculum.percentile(epoch),
+            **({"curriculum_percentile": self.curriculum.percentile(epoch)} if self.curriculum.config.enabled else {}),
         }
 
     def look(self, epoch: int, row: dict[str, Any], *, validated: bool) -> list[Finding]:

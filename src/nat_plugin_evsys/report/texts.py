@@ -60,7 +60,7 @@ def epoch_text(epoch: int, epochs: int, row: Mapping[str, Any]) -> str:
     if facts.get("trained") and "learning_rate" in metrics:
         parts.append(f"learning rate {metrics['learning_rate']:.3g}")
     if facts.get("trained") and "kl_moved" in metrics:
-        parts.append(f"KL {metrics['kl_moved']:.3f}")
+        parts.append(f"KL {metrics['kl_moved']:.2g}")
     seconds = [facts[name] for name in ("rollout_seconds", "training_seconds") if facts.get(name) is not None]
     if seconds:
         parts.append(f"{sum(seconds):.1f} s")
