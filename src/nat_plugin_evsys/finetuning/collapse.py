@@ -41,15 +41,15 @@ async def reload_best(
         measured: reward of the present policy; None if it has none.
 
     Returns:
-        which one; None if no checkpoint has a reward, or none a higher one than the present policy.
+        which one; None if no checkpoint has a reward, or the present policy has more than all of them.
     """
     best = state.best_measured()
     if best is None or best.reward is None:
         logger.warning("on_collapse: reload_best: no checkpoint has a reward yet, so none is loaded")
         return None
-    if measured is not None and measured >= best.reward:
+    if measured is not None and measured > best.reward:
         logger.warning(
-            "on_collapse: reload_best: the policy has %.3f on held-out rows, no less than any checkpoint, and goes on",
+            "on_collapse: reload_best: the policy has %.3f on held-out rows, more than any checkpoint, and goes on",
             measured,
         )
         return None

@@ -169,8 +169,8 @@ class Learner:
         """Load the best checkpoint if the row reports a collapse; returns which, and adds it to the row.
 
         Args:
-            measured: held-out reward after the epoch. Where no checkpoint has more, the epoch's training has mended
-                what its rollouts showed, and nothing is loaded.
+            measured: held-out reward after the epoch. Where it is above that of every checkpoint, the epoch's training
+                has mended what its rollouts showed, and nothing is loaded.
         """
         state = self.books.state
         best = await reload_best(self.checkpoints, state, measured) if collapse_of(row) is not None else None
