@@ -75,6 +75,26 @@ async def test_the_base_is_the_model_without_the_adapter(make_backend: Any) -> N
         assert base.tolist() == pytest.approx(learner["logprobs"].tolist(), abs=1e-5)
 
 
+async def test_on_records_the_pull_is_of_the_learner(make_backend: Any) -> None:
+    """Their sampler may be anywhere; a policy that is the base model is not pulled by them."""
+    fresh, moved = await make_backend(), await make_backend(perturbed=True)
+    records = {"kl_beta": 0.1, "sampled_elsewhere": True}
+    (at_base,) = await steps_of(fresh, GROUPS, kl_estimator="k1", **records)
+    (unpulled,) = await steps_of(fresh, GROUPS, kl_beta=1e-9)
+    assert at_base.measured["kl_base:mean"] == pytest.approx(0.0, abs=1e-9)
+    assert advantages(at_base) == pytest.approx(advantages(unpulled), abs=1e-6)
+
+    (k1,) = await steps_of(moved, GROUPS, kl_estimator="k1", **records)
+    (k2,) = await steps_of(moved, GROUPS, kl_estimator="k2", **records)
+    assert k1.measured["kl_base:mean"] > 1e-6
+    assert advantages(k1) == advantages(k2) != pytest.approx(advantages(unpulled), abs=1e-6)
+
+
+def advantages(step: Any) -> list[float]:
+    """Those of all tokens of a step."""
+    return [value for datum in step.data for value in datum.loss_fn_inputs["advantages"].tolist()]
+
+
 async def test_a_strong_pull_brings_the_policy_back(make_backend: Any) -> None:
     backend = await make_backend(perturbed=True)
 

@@ -54,8 +54,7 @@ class StepData:
         measured = {}
         if settings.kl_beta:
             base = await self._backend.base_logprobs_async(data)
-            measured["kl_base:mean"] = mean_kl([datum.loss_fn_inputs["logprobs"] for datum in data], base, origins)
-            data = await self._pulled(data, origins, base)
+            data, measured["kl_base:mean"] = await self._pulled(data, origins, base)
         scales = _scales(batch, settings.normalization, self._full_step_tokens)
         data = [scaled(datum, scale) for datum, scale in zip(data, scales, strict=True)]
         if settings.loss_fn == "cross_entropy":
@@ -136,13 +135,22 @@ class StepData:
 
     async def _pulled(
         self, data: list[Datum], origins: Sequence[Provenance], base: Sequence[TensorData]
-    ) -> list[Datum]:
-        beta, estimator = self._settings.kl_beta, self._settings.kl_estimator
+    ) -> tuple[list[Datum], float]:
+        """Copies of the Datums with the pull in their advantages, and how far the policy is from the base model.
+
+        The sampler of records is not the policy, so both are of the learner there: k1 has the c of k2.
+        """
+        estimator = self._settings.kl_estimator
+        if self._settings.sampled_elsewhere and estimator == "k1":
+            estimator = "k2"
         learner = [None] * len(data) if estimator == "k1" else await self._learner(data)
-        return [
-            kl_penalised(datum, origin, of_base, beta, estimator=estimator, learner=of_learner)
+        pulled = [
+            kl_penalised(datum, origin, of_base, self._settings.kl_beta, estimator=estimator, learner=of_learner)
             for datum, origin, of_base, of_learner in zip(data, origins, base, learner, strict=True)
         ]
+        sampler = [datum.loss_fn_inputs["logprobs"] for datum in data]
+        policy = [each for each in learner if each is not None] if self._settings.sampled_elsewhere else sampler
+        return pulled, mean_kl(policy, base, origins)
 
     async def _learner(self, data: Sequence[Datum]) -> list[TensorData]:
         """Logprobs of the target tokens under the present weights, (N,) each."""
