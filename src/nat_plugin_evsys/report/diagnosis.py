@@ -106,7 +106,9 @@ class _Mean(NamedTuple):
 
 
 def _reward_means(facts: EpochFacts, numbers: ReplyNumbers) -> list[_Mean]:
-    """Those since the last reload, oldest first; the last one ends with this epoch."""
+    """Those since the last reload, oldest first; the last one ends with this epoch. None where it has no reward."""
+    if numbers.reward_mean is None:
+        return []
     epochs = [*facts.before[facts.reloaded_after :], numbers]
     means = [_Mean(m, each.reward_std**2 / each.replies) for each in epochs if (m := each.reward_mean) is not None]
     width = facts.epochs_per_pass
@@ -184,7 +186,7 @@ def _advice_on_no_signal(facts: EpochFacts, *, is_best: bool) -> str:
 def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
     means = _reward_means(facts, numbers)
     low, high = _range(facts, numbers)
-    if len(means) < 2 or numbers.reward_mean is None:
+    if len(means) < 2:
         return None
     first, now, best = means[0].reward, means[-1], max(means, key=lambda mean: mean.reward)
     gain, lost = best.reward - first, best.reward - now.reward
@@ -211,7 +213,7 @@ def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
 def _has_lost(facts: EpochFacts, numbers: ReplyNumbers) -> bool:
     """Whether earlier epochs since the last reload had a higher mean reward."""
     means = _reward_means(facts, numbers)
-    return numbers.reward_mean is not None and bool(means) and max(means).reward > means[-1].reward
+    return any(mean.reward > means[-1].reward for mean in means)
 
 
 def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
