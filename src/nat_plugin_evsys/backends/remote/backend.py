@@ -152,11 +152,12 @@ class TinkerBackend:
     def discard_gradient_async(self) -> Awaitable[None]:
         """See ``Backend``. The protocol has no call for this, so a step that moves no weights clears the gradient.
 
-        A gradient that is finite enters the optimizer's moments.
+        Clipping keeps a finite gradient out of the optimizer's moments, and betas near 1 leave these as they are.
         """
         from tinker import types
 
-        step = self._submit_step(types.AdamParams(learning_rate=0.0, weight_decay=0.0))
+        nothing = types.AdamParams(learning_rate=0.0, weight_decay=0.0, beta1=0.9999, beta2=0.9999, grad_clip_norm=1e-9)
+        step = self._submit_step(nothing)
 
         async def cleared() -> None:
             try:
