@@ -66,7 +66,7 @@ def test_stop_ends_the_run_with_an_error_that_names_the_best_checkpoint(
     done = finetune("stop", 6)
     assert done.code == 1, done.text[-4000:]
     assert "Error: stopped after epoch 2 (on_collapse: stop). " in done.err
-    assert "serve the best checkpoint, the policy before training (reward " in " ".join(done.err.split())
+    assert "serve the best checkpoint, the policy before the first epoch (reward " in " ".join(done.err.split())
     assert "! " in done.err, "the finding itself was not shown"
 
     run = newest_run(tmp_path)

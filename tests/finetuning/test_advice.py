@@ -36,6 +36,7 @@ def test_a_path_with_spaces_is_one_word(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_overrides_come_with_it(tmp_path: Path) -> None:
     config = str(tmp_path / "c.yml")
     given = ["-o", "workflow.system_prompt", 'Say "yes" & go', "-o", "llms.policy.max_tokens", "8"]
+    given += ["-o", "trainers.trainer.resume", "true", "-o", "trainer_adapters.adapter.learning_rate", "1e-3"]
     words = said(["--config_file", config, *given])
     assert words[words.index(config) + 1 :] == [
         *("--override", "workflow.system_prompt", 'Say "yes" & go'),

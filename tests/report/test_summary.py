@@ -126,7 +126,7 @@ def test_a_checkpoint_that_earned_more_than_the_last_one_is_named(tmp_path: Path
     assert "better" not in SUMMARY.format(tmp_path)
     records = [CheckpointRecord(f"epoch-{n}", n, reward, f"epoch-{n}") for n, reward in enumerate((0.25, 0.75, 0.0))]
     better = _better(RunState(checkpoints=records))
-    assert better == "epoch 1, whose reward was 0.750 (the last one's is 0.000)"
+    assert better == "the policy of epoch 1, whose reward was 0.750 (the last one's is 0.000)"
     line = f"  better           {better}; `checkpoint: best` of the policy serves that one"
     assert line in replace(SUMMARY, better=better).format(tmp_path).splitlines()
     assert _better(RunState(checkpoints=records[:2])) is None

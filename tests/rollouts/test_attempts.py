@@ -44,6 +44,13 @@ def test_equal_rewards_after_different_numbers_of_calls_have_a_signal_with_a_dis
     assert rows_without_signal([rows[1], rows[1]], discount) == ["row"]
 
 
+@pytest.mark.parametrize(("rewards", "left"), [([None, None], [0.0, 0.0]), ([1.0, None], [0.0, 0.0, 1.0])])
+def test_a_round_that_fails_replaces_nothing(rewards: list[float | None], left: list[float]) -> None:
+    again = [attempt(reward, number) for number, reward in enumerate(rewards)]
+    attempts = with_replacements([attempt(0.0, 0), attempt(0.0, 1)], again, 1)
+    assert [each.reward for each in attempts if each.untrainable is None] == left
+
+
 def test_each_round_replaces_the_one_before() -> None:
     first = [attempt(0.0, 0), attempt(0.0, 1), attempt(0.0, 0, "other"), attempt(1.0, 1, "other")]
     second = with_replacements(first, [attempt(1.0, 0), attempt(1.0, 1)], 1)

@@ -15,14 +15,19 @@ from nat_plugin_evsys.calls import DropReason
 if TYPE_CHECKING:
     from nat_plugin_evsys.report.summary import RunSummary
 
+_TRAINING_ONLY = ("trainers.", "trainer_adapters.", "trajectory_builders.")
 
-def how_to_resume(trainer_name: str | None) -> str:
+
+def how_to_resume(trainer_name: str | None, epochs_done: int) -> str:
     """The option that continues a run that ended early."""
-    return f"To continue from the last finished epoch: -o trainers.{trainer_name}.resume true"
+    where = f"after epoch {epochs_done}" if epochs_done else "from its start"
+    return f"To continue this run {where}: -o trainers.{trainer_name}.resume true"
 
 
 def serve_command(checkpoints: Mapping[str, str]) -> str:
     """The command that serves what the run trained: the same `nat` on the same YAML with the same overrides.
+
+    Those of what only `nat finetune` reads are left out.
 
     Args:
         checkpoints: by what the YAML calls the policy, its ``checkpoint`` setting; a path there would be served instead
@@ -37,7 +42,8 @@ def serve_command(checkpoints: Mapping[str, str]) -> str:
         config_file = config_file.relative_to(Path.cwd())
     words = [_nat_command() if context else "nat", "run", "--config_file", str(config_file)]
     for name, value in given.get("override") or ():
-        words += ["--override", name, value]  # `nat run` has no -o
+        if not name.startswith(_TRAINING_ONLY):
+            words += ["--override", name, value]  # `nat run` has no -o
     for policy_name, checkpoint in checkpoints.items():
         if checkpoint not in ("latest", "best"):
             words += ["--override", f"llms.{policy_name}.checkpoint", "latest"]

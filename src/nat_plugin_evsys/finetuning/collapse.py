@@ -62,8 +62,7 @@ def stopped(finding: Finding, state: RunState) -> CollapseError:
     best = state.best_checkpoint()
     serve = "no trained checkpoint has a reward to choose by"
     if best is not None:
-        which = f"of epoch {best.epoch}" if best.epoch else "the policy before training"
-        serve = f"serve the best checkpoint, {which} (reward {best.reward:.3f}), with `checkpoint: best`"
+        serve = f"serve the best checkpoint, {best.policy} (reward {best.reward:.3f}), with `checkpoint: best`"
     return CollapseError(
         f"stopped after epoch {state.epochs_done} (on_collapse: stop). {finding.sentence} Start again with a lower "
         f"learning_rate, or {serve}"

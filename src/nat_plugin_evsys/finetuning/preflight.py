@@ -15,7 +15,7 @@ from nat_plugin_evsys.config import (
     EvsysTrajectoryBuilderConfig,
 )
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, dataset_of
+from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of
 from nat_plugin_evsys.finetuning.checks.policy_use import check_workflow_uses, judge_notice
 from nat_plugin_evsys.finetuning.checks.trained_policies import (
     TrainedPolicy,
@@ -28,6 +28,7 @@ from nat_plugin_evsys.rollouts.targets import GROUP_SEPARATOR, WORKFLOW
 
 if TYPE_CHECKING:
     from nat.data_models.config import Config
+    from nat.data_models.dataset_handler import EvalDatasetBaseConfig
     from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,10 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
     check_exporters(config)
     given = None if run is None else run.dataset
     what = "--dataset" if given else "eval.general.dataset"
-    check_dataset(config, dataset_of(config, given, what), what)
+    dataset = dataset_of(config, given, what)
+    check_dataset(config, dataset, what)
+    if notice := few_rows_notice(config, finetuning, dataset):
+        logger.warning("%s", notice)
     for each in trained:
         check_service(each.policy)
 
@@ -180,6 +184,18 @@ def same_attempts_notice(config: Config, finetuning: FinetuneConfig, trained: Tr
         "unless the agent's requests set a temperature, and equal rewards teach nothing; set temperature: 1 "
         "(eval_temperature is what everything else uses)"
     )
+
+
+def few_rows_notice(config: Config, finetuning: FinetuneConfig, dataset: EvalDatasetBaseConfig) -> str | None:
+    """What to say where ``rows_per_epoch`` divides nothing, since the dataset has no more rows than that."""
+    builder = builder_of(config, finetuning)
+    rows = content_of(dataset).get("rows")
+    if not isinstance(builder, EvsysTrajectoryBuilderConfig) or builder.rows_per_epoch is None or rows is None:
+        return None
+    if builder.rows_per_epoch <= rows:
+        return None
+    size = builder.rows_per_epoch
+    return f"rows_per_epoch is {size}, but the dataset has {rows} rows, so every epoch visits all of them"
 
 
 def check_builder_uses(config: Config, finetuning: FinetuneConfig, trained: TrainedPolicy) -> None:

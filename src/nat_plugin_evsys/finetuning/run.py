@@ -352,4 +352,4 @@ class RunSession:
         self._display.steps(step.step, step.total_steps, f"loss per token {step.loss:.3f}")
 
     def _how_to_resume(self) -> str:
-        return how_to_resume(self._trainer.run_config.trainer)
+        return how_to_resume(self._trainer.run_config.trainer, self._books.state.epochs_done)

@@ -152,6 +152,8 @@ class EvsysTrainer(Trainer):
         self._tell_failures(self.last_report)
         if extra := self.last_report.extra_rollouts:
             self._display.notice(f"{extra} more rollouts, since all attempts at a row had the same reward")
+        if errors := self.last_report.extra_errors:
+            self._display.notice(f"WARNING: {len(errors)} of these {extra} failed; the first one: {errors[0]}")
         collection = self.apply_curriculum_learning(collection, epoch)
         if not collection.trajectories:
             logger.warning("epoch %d: no trajectory is left to train on; the policy is unchanged", epoch + 1)

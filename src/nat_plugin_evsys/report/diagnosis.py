@@ -180,7 +180,7 @@ def _advice_on_no_signal(facts: EpochFacts, *, is_best: bool) -> str:
         return "Every reply has the highest reward of this run, so more epochs on these rows change nothing."
     if not facts.last_trained:
         return "Raise `num_generations` or the policy's `temperature`, so that the attempts at a row differ."
-    return f"{_start_again(facts)}, or start from an earlier checkpoint (`checkpoint: <its path>`)."
+    return f"{_start_again(facts)}, or serve the best checkpoint (`checkpoint: best`)."
 
 
 def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:

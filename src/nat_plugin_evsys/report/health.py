@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nat_plugin_evsys.calls import DropReason
-from nat_plugin_evsys.report.diagnosis import CUT_SHARE, ENTROPY_FLOOR, SHRUNK_TO
+from nat_plugin_evsys.report.diagnosis import CUT_SHARE, ENTROPY_FLOOR, MOVED_FAR, SHRUNK_TO
 from nat_plugin_evsys.report.metrics_log import EPOCH
 from nat_plugin_evsys.report.prompts import extended_share
 from nat_plugin_evsys.report.replies import ReplyNumbers
@@ -223,6 +223,19 @@ FIGURES: tuple[Figure, ...] = (
         threshold=Threshold("above", 0.15),
         crossed="The replies were sampled by a policy that is too different from the one they train: lower "
         "learning_rate, take fewer steps an epoch (raise groups_per_step), or choose loss_fn ppo.",
+    ),
+    Figure(
+        "Moved by an epoch",
+        "How far an epoch moved the policy, in nats per token; `target_kl` adapts the learning rate to it.",
+        ("kl_moved",),
+        threshold=Threshold("above", MOVED_FAR),
+        crossed="An epoch's steps made the policy another one: lower learning_rate.",
+    ),
+    Figure(
+        "Learning rate",
+        "What the steps ran at: `learning_rate` with its warm-up, `lr_schedule`, `lr_factor` and `lr_scaling`.",
+        ("learning_rate",),
+        digits=7,
     ),
     Figure(
         "Largest ratio",

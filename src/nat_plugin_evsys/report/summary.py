@@ -162,7 +162,7 @@ class RunSummary:
             lines.append(f"  better           {self.better}; `checkpoint: best` of the policy serves that one")
         lines += [f"  {name:<16} {_tracked(count)}" for name, count in self.trackers.items()]
         lines += [f"  refused          {number} x: {message}" for message, number in self.refusals.items()]
-        lines += [_finding(data) for data in self.findings]
+        lines += [_finding(data, self.epochs) for data in self.findings]
         return visible("\n".join([*lines, str(path)]))
 
     def _how_it_ended(self) -> str:
@@ -204,12 +204,11 @@ class RunSummary:
 
 
 def _better(state: RunState) -> str | None:
-    """``epoch 4, whose reward was 0.750 (the last one's is 0.250)``, if a checkpoint earned more than the last one."""
+    """``the policy of epoch 4, whose reward was 0.750 (…)``, if a checkpoint earned more than the last one."""
     best, last = state.best_checkpoint(), state.last_checkpoint()
     if best is None or last is None or best.reward is None or last.reward is None or best.reward <= last.reward:
         return None
-    which = f"epoch {best.epoch}" if best.epoch else "the policy before the first epoch"
-    return f"{which}, whose reward was {best.reward:.3f} (the last one's is {last.reward:.3f})"
+    return f"{best.policy}, whose reward was {best.reward:.3f} (the last one's is {last.reward:.3f})"
 
 
 def print_at_exit(text: str) -> None:
@@ -235,10 +234,11 @@ def _tracked(count: dict[str, Any]) -> str:
     return f"{count['where'] or 'not reached'} ({_count(count['sent'], 'record')}{lost})"
 
 
-def _finding(data: dict[str, Any]) -> str:
+def _finding(data: dict[str, Any], last_epoch: int) -> str:
     finding, epochs = Finding.from_dict(data), data["epochs"]
     again = f"\n  The same in {_count(len(epochs) - 1, 'more epoch')}." if len(epochs) > 1 else ""
-    return finding_text(finding, examples=1) + again
+    since = "\n  Later epochs do not show it." if max(epochs) < last_epoch else ""
+    return finding_text(finding, examples=1) + again + since
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,12 +80,15 @@ def rows_without_signal(attempts: Iterable[Attempt], discount: float = 1.0) -> l
 def with_replacements(attempts: Sequence[Attempt], again: Iterable[Attempt], round: int) -> list[Attempt]:
     """The attempts after another round at some of the rows, whose earlier attempts it replaces.
 
+    Where fewer than two of a row's new attempts give a trajectory, nothing is replaced: they are more of the old group.
+
     Args:
         again: the new attempts, numbered from 0 in each row.
         round: which round it is, from 1.
     """
     made = list(again)
-    rows = {attempt.row_id for attempt in made}
+    trainable = Counter(attempt.row_id for attempt in made if attempt.untrainable is None)
+    rows = {row for row, number in trainable.items() if number > 1}
     kept = [replace(attempt, replaced=attempt.row_id in rows or attempt.replaced) for attempt in attempts]
     before = max((attempt.number for attempt in kept), default=-1) + 1
     return [*kept, *(replace(attempt, number=before + attempt.number, round=round) for attempt in made)]

@@ -33,6 +33,11 @@ class CheckpointRecord:
     training_state: str | None = None
     trained: bool = True
 
+    @property
+    def policy(self) -> str:
+        """Which policy it is, in words."""
+        return f"the policy of epoch {self.epoch}" if self.epoch else "the policy before the first epoch"
+
 
 @dataclass(slots=True)
 class RunState:

@@ -35,7 +35,7 @@ class RolloutReport:
         staleness: calls of the trajectories by how many optimizer steps old they were when these were built.
         prompts: calls of the trajectories by how their prompt holds the turn before it.
         replies: what was said in every attempt, scored or not; again without those of dynamic sampling.
-        extra_rollouts: attempts that dynamic sampling made.
+        extra_rollouts: attempts that dynamic sampling made; ``extra_errors``: what those that failed raised.
         sampled_tokens: tokens that the policy sampled in all attempts.
         malformed_calls: what looked like a tool call in them, could not be read as one, and stayed text.
         drift: share of recorded replies that are other tokens as text than were sampled; None where that is unknown.
@@ -52,6 +52,7 @@ class RolloutReport:
     replies: list[Reply] = field(default_factory=list)
     prompts: Counter[PromptHistory] = field(default_factory=Counter)
     extra_rollouts: int = 0
+    extra_errors: list[str] = field(default_factory=list)
     sampled_tokens: int = 0
     malformed_calls: int = 0
     drift: float | None = None
@@ -68,6 +69,7 @@ class RolloutReport:
         self.sampled_tokens += sum(len(call.output_ids) for call in attempt.calls)
         if attempt.round:
             self.extra_rollouts += 1
+            self.extra_errors += [] if attempt.error is None else [attempt.error]
             return
         self.replies.append(reply_of(attempt))
         if attempt.reward is not None:
