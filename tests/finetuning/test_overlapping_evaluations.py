@@ -34,6 +34,18 @@ async def test_an_exit_is_an_error_until_the_last_evaluation_ends(in_order: bool
     assert loop.get_task_factory() is before
 
 
+async def test_an_exit_is_where_it_was_called_also_under_a_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hooks:
+        builtin = sys.exit
+
+        def exit(self, code: int) -> None:
+            self.builtin(code)
+
+    monkeypatch.setattr(sys, "exit", Hooks().exit)
+    with exits_are_errors(), pytest.raises(RuntimeError, match=r"sys.exit\(3\) was called, in leave"):
+        await asyncio.create_task(leave())
+
+
 def test_each_loop_has_its_own() -> None:
     async def exits() -> None:
         with exits_are_errors(), pytest.raises(RuntimeError, match="was called, in leave"):

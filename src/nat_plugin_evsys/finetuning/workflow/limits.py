@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 import traceback
 from collections.abc import Coroutine, Iterator
 from contextlib import AbstractContextManager
@@ -48,8 +49,10 @@ async def _guarded(work: Coroutine[Any, Any, Any]) -> Any:
 
 def exit_error(error: SystemExit) -> RuntimeError:
     """The error that stands for it; it says where the exit was."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return RuntimeError(f"sys.exit({error.code!r}) was called, in {frame.name} ({frame.filename}:{frame.lineno})")
+    hook = getattr(sys.exit, "__code__", None)  # wandb puts a method of its own in place of the built-in function
+    *_, (frame, line) = (each for each in traceback.walk_tb(error.__traceback__) if each[0].f_code is not hook)
+    code = frame.f_code
+    return RuntimeError(f"sys.exit({error.code!r}) was called, in {code.co_name} ({code.co_filename}:{line})")
 
 
 def bound_items(evaluator: Any, seconds: float) -> None:
