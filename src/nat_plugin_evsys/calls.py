@@ -116,7 +116,8 @@ class DropReason(StrEnum):
     NOTHING_CHOSEN = "nothing_chosen"
     """A grammar forced every token of the reply, so the policy chose nothing."""
     TRUNCATED = "truncated"
-    """The reply was cut off at `max_tokens`, and `mask_truncated` leaves such replies out of the loss."""
+    """The reply was cut off (at `max_tokens`, the context's end, or where the workflow stopped reading a stream), and
+    `mask_truncated` leaves such replies out of the loss."""
 
     # What the training job did not get to.
     MOVED_TOO_FAR = "moved_too_far"

@@ -13,6 +13,7 @@ import nat_plugin_evsys.register  # noqa: F401 - registers them
 from nat_plugin_evsys.config import EvsysPolicyConfig
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.policy.frameworks import CLIENTS, open_framework_client
+from nat_plugin_evsys.policy.policy import Policy
 
 IMPORTED_AS = {LLMFrameworkEnum.ADK: "google.adk", LLMFrameworkEnum.AUTOGEN: "autogen_core"}
 
@@ -30,4 +31,11 @@ async def test_a_framework_that_is_not_installed_is_named(framework: LLMFramewor
     endpoint = serve(["unused"]).endpoint
     with pytest.raises(ConfigError, match=f"{framework.value} client: .*pip install nvidia-nat-"):
         async with open_framework_client(framework, endpoint, model="builtin/tiny", timeout=20):
+            pass
+
+
+async def test_the_responses_api_is_for_langchain() -> None:
+    policy = Policy(EvsysPolicyConfig(base_model="builtin/tiny", api_type="responses"))
+    with pytest.raises(ConfigError, match=r"api_type: responses is for LangChain.* not for agno; remove it"):
+        async with policy.framework_client(LLMFrameworkEnum.AGNO):
             pass

@@ -52,12 +52,13 @@ def test_the_rate_rises_over_the_warm_up() -> None:
 
 
 def test_the_factor_for_solved_groups_by_hand() -> None:
-    assert unsolved_factor(8, with_signal=8, solved_share=0) == 1.0
-    assert unsolved_factor(8, with_signal=2, solved_share=0) == 1.0, "the others all failed"
-    assert unsolved_factor(8, with_signal=2, solved_share=1) == 0.5
-    assert unsolved_factor(8, with_signal=2, solved_share=4 / 6) == pytest.approx(math.sqrt(1 / 2))
-    assert unsolved_factor(8, with_signal=8, solved_share=1) == 1.0, "a step that is full misses nobody"
-    assert unsolved_factor(4, with_signal=0, solved_share=1) == 0.5, "a KL penalty trains on solved groups too"
+    assert unsolved_factor(8, with_signal=8, silent=0, solved=0) == 1.0
+    assert unsolved_factor(8, with_signal=2, silent=6, solved=0) == 1.0, "the others all failed"
+    assert unsolved_factor(8, with_signal=2, silent=6, solved=6) == 0.5
+    assert unsolved_factor(8, with_signal=2, silent=6, solved=4) == pytest.approx(math.sqrt(1 / 2))
+    assert unsolved_factor(8, with_signal=8, silent=4, solved=4) == 1.0, "a step that is full misses nobody"
+    assert unsolved_factor(4, with_signal=0, silent=4, solved=4) == 0.5, "a KL penalty trains on solved groups too"
+    assert unsolved_factor(8, with_signal=1, silent=1, solved=1) == pytest.approx(math.sqrt(7 / 8)), "ten groups of 8"
 
 
 async def test_solved_groups_lower_the_rate_of_the_step_that_misses_them(make_backend: Any) -> None:

@@ -127,8 +127,8 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
         description="`unsolved`: where k of a step's N groups are missing since all of their replies earned the "
         "epoch's highest reward, it runs at sqrt((N - k) / N) of the learning rate, so that the last few groups with a "
         "signal do not undo what is learned. Of a step's empty places, solved groups have their share of the epoch's "
-        "groups without a signal. `none`: at all of it. Under `curriculum_learning`, which drops such groups first, "
-        "none is counted.",
+        "groups without a signal, but no more than there are. `none`: at all of it. Under `curriculum_learning`, which "
+        "drops such groups first, none is counted.",
     )
     normalization: Literal["full_step", "tokens", "sequences", "sum"] = Field(
         default="full_step",
@@ -178,8 +178,8 @@ class EvsysTrainerAdapterConfig(StrictConfig, TrainerAdapterConfig, name="evsys_
     )
     mask_truncated: bool = Field(
         default=False,
-        description="Leave replies that were cut off at `max_tokens` out of the loss; their rewards still count in the "
-        "group's mean.",
+        description="Leave replies that were cut off (at `max_tokens`, the context's end, or where the workflow "
+        "stopped reading a stream) out of the loss; their rewards still count in the group's mean.",
     )
     groups_per_step: int | None = Field(
         default=None, ge=1, description="Trajectory groups per optimizer step; default: all of the epoch's groups."

@@ -86,13 +86,14 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     temperature: float = Field(
         default=1.0,
         ge=0.0,
-        description="Sampling temperature of training rollouts, unless the request sets one. The learner uses the "
-        "temperature of each call, so ratios start at 1.",
+        description="Sampling temperature of the rollouts that train this policy, unless the request sets one. The "
+        "learner uses the temperature of each call, so ratios start at 1.",
     )
     eval_temperature: float = Field(
         default=0.0,
         ge=0.0,
-        description="Sampling temperature of everything else (validation, run, eval, serve); 0 is greedy.",
+        description="Sampling temperature of everything else (validation, run, eval, serve, and rollouts that train "
+        "other policies only); 0 is greedy.",
     )
     top_p: float = Field(
         default=1.0,
@@ -106,9 +107,9 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     )
     seed: int = Field(
         default=0,
-        description="Seed of the adapter's initialisation, of all sampling, and of the order in which `rows_per_epoch` "
-        "takes the rows. The other seeds of a run are the adapter's `shuffle_seed`, `warm_start.seed` and the "
-        "trainer's `seed`.",
+        description="Seed of the adapter's initialisation, of all sampling in a `nat finetune` that trains this "
+        "policy, and of the order in which `rows_per_epoch` takes the rows. The other seeds of a run are the "
+        "adapter's `shuffle_seed`, `warm_start.seed` and the trainer's `seed`.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: CUDA when present, else CPU.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -130,8 +131,9 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
     )
     rollout_engine: Literal["embedded", "vllm"] = Field(
         default="embedded",
-        description="What samples during `nat finetune`: the engine in this process (or its replicas), or a vLLM "
-        "server that gets each policy version's adapter. `nat run`, `nat eval` and `nat serve` sample embedded.",
+        description="What samples during a `nat finetune` that trains this policy: the engine in this process (or its "
+        "replicas), or a vLLM server that gets each policy version's adapter. All else is sampled embedded, unless "
+        "`ray` has `gpus_per_replica` above 1.",
     )
     vllm: VllmConfig | None = Field(
         default=None,
@@ -201,6 +203,12 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         return self
 
     @model_validator(mode="after")
+    def _sequences_alone(self) -> "EvsysPolicyConfig":
+        if self.deterministic and self.max_batch_size != defaults.MAX_BATCH_SIZE:
+            raise ValueError("max_batch_size has no effect with deterministic: true, which samples each sequence alone")
+        return self
+
+    @model_validator(mode="after")
     def _settings_reach_the_engine(self) -> "EvsysPolicyConfig":
         changed = {
             name for name, field in type(self).model_fields.items() if getattr(self, name) != field.get_default()
@@ -210,7 +218,10 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
             if useless:
                 raise ValueError(f"{', '.join(useless)}: set without base_url it has no effect; remove it")
             return self
-        useless = [f"{name} ({why})" for name, why in NOT_OVER_A_SERVICE.items() if name in changed]
+        reasons = dict(NOT_OVER_A_SERVICE)
+        if self.checkpoint.startswith("tinker://"):
+            reasons |= dict.fromkeys(("train_attn", "train_mlp", "train_unembed"), "the checkpoint has its layers")
+        useless = [f"{name} ({why})" for name, why in reasons.items() if name in changed]
         if useless:
             raise ValueError(f"no effect over a service (base_url is set): {', '.join(useless)}; remove it")
         return self

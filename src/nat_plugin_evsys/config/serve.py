@@ -136,12 +136,14 @@ class ServeConfig(StrictConfig):
         return server_url("public_url", url, "https://tinker.example.org")
 
     @model_validator(mode="after")
-    def _closed_off_loopback(self) -> ServeConfig:
+    def _settings_go_together(self) -> ServeConfig:
         if not self.api_keys and self.operator_key is None and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} can be reached from other machines, and there is no API key; give --api-key "
                 "(or EVSYS_API_KEYS, or --api-key-file), or listen on 127.0.0.1"
             )
+        if self.deterministic and self.max_batch_size != defaults.MAX_BATCH_SIZE:
+            raise ValueError("max_batch_size has no effect with deterministic, which samples each sequence alone")
         if self.session_ttl < self.session_timeout:
             raise ValueError("session_ttl must not be shorter than session_timeout")
         return self

@@ -60,7 +60,7 @@ def check_run(config: Config, finetuning: FinetuneConfig) -> None:
         if notice := same_attempts_notice(config, finetuning, each):
             logger.warning("%s", notice)
         check_builder_uses(config, finetuning, each)
-    check_overlap(config, finetuning)
+    check_records(config, finetuning)
     check_exporters(config)
     given = None if run is None else run.dataset
     what = "--dataset" if given else "eval.general.dataset"
@@ -214,8 +214,8 @@ def check_builder_uses(config: Config, finetuning: FinetuneConfig, trained: Trai
         )
 
 
-def check_overlap(config: Config, finetuning: FinetuneConfig) -> None:
-    """Recorded trajectories are not rolled out, so nothing of them could overlap with training."""
+def check_records(config: Config, finetuning: FinetuneConfig) -> None:
+    """Recorded trajectories are not rolled out: nothing of them overlaps with training, and their rewards are fixed."""
     trainer = config.trainers.get(finetuning.trainer or "")
     builder = builder_of(config, finetuning)
     if not isinstance(builder, EvsysTraceBuilderConfig) or not isinstance(trainer, EvsysTrainerConfig):
@@ -224,6 +224,11 @@ def check_overlap(config: Config, finetuning: FinetuneConfig) -> None:
         raise ConfigError(
             f"trainers.{finetuning.trainer}.overlap_rollouts does not go with evsys_trace_builder, which reads what is "
             "recorded and makes no rollouts to train on; remove overlap_rollouts"
+        )
+    if trainer.on_collapse != "continue":
+        raise ConfigError(
+            f"trainers.{finetuning.trainer}.on_collapse has no effect with evsys_trace_builder: the rewards of what is "
+            "recorded are the same in each epoch, and so do not show a collapse; remove on_collapse"
         )
 
 

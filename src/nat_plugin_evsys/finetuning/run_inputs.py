@@ -66,10 +66,17 @@ class RunInputs:
         if heldout is not None:
             validation = dataset_of(validation_config or config, heldout, what=what)
             check_dataset(validation_config or config, validation, what=what)
+        elif run is not None and run.validation_config_file is not None:
+            raise ConfigError("--validation_config_file has no effect without held-out rows; set --validation_dataset")
         elif not trainer.score_training_rows:
             raise ConfigError(
                 f"trainers.{finetuning.trainer}.score_training_rows is false and there is no validation_dataset, so "
                 "nothing would measure the policy; set a validation_dataset, or score_training_rows: true"
+            )
+        elif trainer.validation_interval is not None:
+            raise ConfigError(
+                f"trainers.{finetuning.trainer}.validation_interval has no effect without held-out rows; set a "
+                "validation_dataset, or remove it"
             )
         start = trainer.warm_start
         return cls(

@@ -165,7 +165,16 @@ class Policy:
 
     @asynccontextmanager
     async def framework_client(self, framework: LLMFrameworkEnum) -> AsyncIterator[Any]:
-        """The client of another framework, bound to the endpoint; see ``open_framework_client``."""
+        """The client of another framework, bound to the endpoint; see ``open_framework_client``.
+
+        Raises:
+            ConfigError: ``api_type: responses``, which LangChain's client alone speaks.
+        """
+        if self.config.api_type == "responses":
+            raise ConfigError(
+                f"api_type: responses is for LangChain, whose client speaks that API, and not for {framework.value}; "
+                "remove it (any client may call the policy endpoint's /v1/responses)"
+            )
         from nat_plugin_evsys.policy.frameworks import open_framework_client
 
         async with open_framework_client(
@@ -175,9 +184,8 @@ class Policy:
 
     def _sampling_defaults(self, kind: RunKind | None) -> SamplingDefaults:
         config = self.config
-        if kind == "rollout":
-            return SamplingDefaults(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
-        return SamplingDefaults(temperature=config.eval_temperature, top_p=1.0, max_tokens=config.max_tokens)
+        temperature = config.temperature if kind == "rollout" else config.eval_temperature
+        return SamplingDefaults(temperature=temperature, top_p=config.top_p, max_tokens=config.max_tokens)
 
     async def _current_client(self) -> SamplingClient:
         await self.ensure_loaded()

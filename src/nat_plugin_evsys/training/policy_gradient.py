@@ -92,14 +92,14 @@ async def policy_gradient_steps(backend: Backend, sets: Sequence[DatumSet], sett
     tokens = sum(sets[index].tokens for members in plan for index in members)
     silent = sum(datums.silent for datums in sets)
     solved = sum(datums.solved for datums in sets) if settings.lr_scaling == "unsolved" else 0
-    places, solved_share = min(step_data.places, len(sets)), solved / max(silent, 1)
+    places = min(step_data.places, len(sets))
     last: Taken | None = None
     moved: float | None = None
     for number, members in enumerate(plan, start=1):
         batch = [sets[index] for index in members]
         data, loss, measured = await step_data.of(batch)
         with_signal = sum(not datums.silent for datums in batch)
-        factor = step_size.next * unsolved_factor(places, with_signal, solved_share)
+        factor = step_size.next * unsolved_factor(places, with_signal, silent, solved)
         taken = yield Step(
             data=data,
             loss=loss,

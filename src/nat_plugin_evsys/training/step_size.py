@@ -75,7 +75,7 @@ class StepSize:
         self.factor = min(max(self.factor * change, LEAST), 1.0)
 
 
-def unsolved_factor(places: int, with_signal: int, solved_share: float) -> float:
+def unsolved_factor(places: int, with_signal: int, silent: int, solved: int) -> float:
     """``sqrt((N - k) / N)``: what a step's rate is multiplied by where solved groups leave k of its N places empty.
 
     Adam moves the weights by the rate, however few groups the gradient is of. The square root is its scaling rule for
@@ -84,11 +84,13 @@ def unsolved_factor(places: int, with_signal: int, solved_share: float) -> float
     Args:
         places: groups of a full step, N.
         with_signal: groups of this step that have an advantage.
-        solved_share: of the collection's groups without an advantage, the share whose trajectories all earned its
-            highest reward; k has that share of the step's empty places.
+        silent: groups of the collection that have none.
+        solved: of these, those whose trajectories all earned the collection's highest reward. It is not known which
+            groups a step misses, so k is their share of its empty places, and never more than there are.
     """
-    empty = max(min((places - with_signal) * solved_share, places - 1), 0)
-    return math.sqrt((places - empty) / places)
+    empty = (places - with_signal) * solved / max(silent, 1)
+    missing = max(min(empty, solved, places - 1), 0)
+    return math.sqrt((places - missing) / places)
 
 
 def warmup_of(learning_rate: float) -> int:

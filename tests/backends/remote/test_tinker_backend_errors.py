@@ -162,6 +162,12 @@ def test_settings_that_cannot_reach_a_service_are_refused_by_name(setting: dict[
         config(base_url=URL, **setting)
 
 
+def test_a_checkpoint_of_a_service_has_its_layers() -> None:
+    assert config(base_url=URL, train_mlp=False).train_mlp is False
+    with pytest.raises(ValidationError, match=r"no effect over a service.*train_mlp \(the checkpoint has its layers\)"):
+        config(base_url=URL, train_mlp=False, checkpoint="tinker://run/weights/one")
+
+
 @pytest.mark.parametrize("setting", [{"tokenizer": "x"}, {"api_key_env": "KEY"}])
 def test_settings_of_a_service_alone(setting: dict[str, Any]) -> None:
     assert config(base_url=URL, **setting).base_url == URL

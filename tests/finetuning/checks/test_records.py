@@ -13,7 +13,7 @@ from nat_plugin_evsys.config import (
     EvsysTrajectoryBuilderConfig,
 )
 from nat_plugin_evsys.errors import ConfigError
-from nat_plugin_evsys.finetuning.preflight import check_overlap
+from nat_plugin_evsys.finetuning.preflight import check_records
 from nat_plugin_evsys.finetuning.traces.builder import EvsysTraceBuilder
 
 Fixture = Any
@@ -25,9 +25,9 @@ def traces(**settings: Any) -> EvsysTraceBuilderConfig:
     return EvsysTraceBuilderConfig.model_validate({"files": ["traces.jsonl"], **settings})
 
 
-def config_of(builder: Any, *, overlap: bool) -> Config:
+def config_of(builder: Any, **trainer: Any) -> Config:
     config = Config()
-    config.trainers = {"t": EvsysTrainerConfig(overlap_rollouts=overlap)}
+    config.trainers = {"t": EvsysTrainerConfig(**trainer)}
     config.trajectory_builders = {"b": builder}
     config.finetuning.trainer, config.finetuning.trajectory_builder = "t", "b"
     return config
@@ -35,17 +35,25 @@ def config_of(builder: Any, *, overlap: bool) -> Config:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_records_do_not_overlap_with_training(algorithm: dict[str, Any]) -> None:
-    config = config_of(traces(**algorithm), overlap=True)
+    config = config_of(traces(**algorithm), overlap_rollouts=True)
     with pytest.raises(ConfigError, match=r"trainers\.t\.overlap_rollouts does not go with evsys_trace_builder"):
-        check_overlap(config, config.finetuning)
+        check_records(config, config.finetuning)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rewards_of_records_do_not_collapse(algorithm: dict[str, Any]) -> None:
+    config = config_of(traces(**algorithm), on_collapse="stop")
+    with pytest.raises(ConfigError, match=r"trainers\.t\.on_collapse has no effect with evsys_trace_builder"):
+        check_records(config, config.finetuning)
 
 
 def test_rollouts_do() -> None:
     for config in (
-        config_of(EvsysTrajectoryBuilderConfig(), overlap=True),
-        config_of(traces(algorithm="dpo"), overlap=False),
+        config_of(EvsysTrajectoryBuilderConfig(), on_collapse="stop"),
+        config_of(EvsysTrajectoryBuilderConfig(), overlap_rollouts=True),
+        config_of(traces(algorithm="dpo"), overlap_rollouts=False),
     ):
-        check_overlap(config, config.finetuning)
+        check_records(config, config.finetuning)
 
 
 def test_logprobs_cannot_be_recomputed_of_what_was_recorded(policy: Fixture, make_adapter: Fixture) -> None:
