@@ -68,6 +68,8 @@ def test_stop_ends_the_run_with_an_error_that_names_the_best_checkpoint(
     assert "Error: stopped after epoch 2 (on_collapse: stop). " in done.err
     assert "serve the best checkpoint, the policy before the first epoch (reward " in " ".join(done.err.split())
     assert "! " in done.err, "the finding itself was not shown"
+    assert "\nFailed after 2 epochs" in f"\n{done.out}"
+    assert "serve it with" not in done.out
 
     run = newest_run(tmp_path)
     first, second = epochs_of(run)

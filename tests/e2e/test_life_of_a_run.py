@@ -101,6 +101,59 @@ def test_a_run_with_a_torn_state_resumes_from_the_one_before(tmp_path: Path, mak
     assert [row["epoch"] for row in json_lines(run / "metrics.jsonl") if row["event"] == "epoch"] == [1, 2]
 
 
+def test_a_run_of_which_no_checkpoint_can_be_loaded_stays_as_it_is(
+    tmp_path: Path, make_config: Callable[..., Path]
+) -> None:
+    config = make_config("tiny", lambda settings: small(settings, tmp_path))
+    arguments = ("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs")
+    assert run_nat(*arguments, "1").code == 0
+    run = newest_run(tmp_path)
+    for weights in run.glob("checkpoints/*/adapter_model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:100])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    del before[run / "environment.json"]  # it names each session
+    assert {"checkpoints/epoch-0000/manifest.json", "checkpoints/epoch-0001/manifest.json", "summary.json"} <= {
+        str(path.relative_to(run)) for path in before
+    }
+
+    refused = run_nat(*arguments, "2", "-o", "trainers.trainer.resume", "previous")
+    assert refused.code == 1
+    last = refused.err.rstrip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert "epoch-0001" in last, "the newest one's error is the one to show"
+    after = {path: path.read_bytes() for path in run.rglob("*") if path in before}
+    assert after == before
+
+
+def test_a_run_that_is_resumed_for_fewer_epochs_measures_what_it_ends_with(
+    tmp_path: Path, make_config: Callable[..., Path]
+) -> None:
+    def change(settings: dict[str, Any]) -> None:
+        small(settings, tmp_path)
+        settings["trainers"]["trainer"]["validation_interval"] = 4
+
+    config = make_config("tiny", change)
+    arguments = ("finetune", "--config_file", str(config), "-o", "finetuning.num_epochs")
+    log = tmp_path / "log"
+    process = start_nat(*arguments, "4", log=log)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs" / "latest").exists() or finished_epochs(newest_run(tmp_path)) < 1:
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+    process.terminate()
+    process.wait(timeout=60)
+    run = newest_run(tmp_path)
+    done_epochs = finished_epochs(run)
+    assert done_epochs < 4
+
+    done = run_nat(*arguments, str(done_epochs), "-o", "trainers.trainer.resume", "true")
+    assert done.code == 0, done.text[-4000:]
+    validations = [row for row in json_lines(run / "metrics.jsonl") if row["event"] == "validation"]
+    assert [row["epoch"] for row in validations] == [0, done_epochs]
+    assert json.loads((run / "summary.json").read_text())["heldout_reward_after"] == validations[-1]["reward"]
+
+
 def check_warm_up(jobs: list[dict[str, Any]]) -> None:
     """Step k runs at k sixteenths of tiny.yml's rate, which `wsd` lowers in the second half, times what earlier jobs
     have measured, over the resume too.

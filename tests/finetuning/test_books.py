@@ -98,13 +98,19 @@ def test_falling_back_goes_one_committed_epoch_at_a_time(tmp_path: Path) -> None
     books = RunBooks.open(tmp_path, CONFIG, resume=False)
     for epoch in range(3):
         commit(books, epoch)
+    names = [f"epoch-000{epoch}" for epoch in range(3)]
     assert books.fall_back()
     assert books.state.epochs_done == 1
-    assert [row["epoch"] for row in books.metrics.rows()] == [1]
-    assert sorted(path.name for path in books.run_dir.checkpoints_dir.iterdir()) == ["epoch-0000", "epoch-0001"]
     assert books.fall_back()
     assert not books.fall_back()
     assert books.state.epochs_done == 0
+    # What is left may not load either, so nothing is removed before it has.
+    assert [row["epoch"] for row in books.metrics.rows()] == [1, 2]
+    assert sorted(path.name for path in books.run_dir.checkpoints_dir.iterdir()) == names
+    assert resumed(tmp_path, books).state.epochs_done == 2
+    books.rewind()
+    assert books.metrics.rows() == []
+    assert sorted(path.name for path in books.run_dir.checkpoints_dir.iterdir()) == names[:1]
 
 
 def test_a_checkpoint_that_someone_deletes_is_not_named_any_more(
@@ -135,12 +141,14 @@ def test_a_further_policy_is_brought_to_where_the_run_is(tmp_path: Path) -> None
     again = RunBooks.of_policy(own, "checker", CONFIG)
     assert again.state.epochs_done == 2
     again.go_to(own.state.committed_epoch)
+    again.rewind()
     assert (again.state.epochs_done, again.state.status) == (1, "running")
     assert [row["epoch"] for row in again.metrics.rows()] == [1]
     assert sorted(path.name for path in again.run_dir.checkpoints_dir.iterdir()) == ["epoch-0000", "epoch-0001"]
     with pytest.raises(CheckpointError, match="policies/checker has no state of epoch 2"):
         again.go_to(2)
     again.go_to(-1)
+    again.rewind()
     assert again.state.last_checkpoint() is None
     assert again.metrics.rows() == []
     assert list(again.run_dir.checkpoints_dir.iterdir()) == []

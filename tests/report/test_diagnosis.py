@@ -128,9 +128,9 @@ class TestNoSignal:
         assert 'The policy gives one answer to every row: "network".' in finding.sentence
         assert "learning_rate" in finding.advice
 
-    def test_is_a_collapse_only_where_an_earlier_epoch_was_better(self) -> None:
-        replies = [reply(row, "network", float(row == 0)) for row in range(4) for _ in range(4)]
-        for mean, expected in ((0.3, True), (0.2, False)):
+    def test_is_a_collapse_only_where_an_earlier_epoch_was_better_beyond_luck(self) -> None:
+        replies = [reply(row, TEAMS[(row + row % 4) % 4], float(row == 0)) for row in range(4) for _ in range(4)]
+        for mean, expected in ((0.8, True), (0.3, False), (0.2, False)):
             facts = EpochFacts(5, replies, trained=0, before=[numbers(reward_mean=mean)], last_trained=4)
             assert found(facts)[FindingId.NO_SIGNAL].collapse is expected
         facts = EpochFacts(5, replies, trained=0, before=[numbers(reward_mean=0.3)])

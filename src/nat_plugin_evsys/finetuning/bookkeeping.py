@@ -118,16 +118,15 @@ class RunBooks:
             self._go_to(last)
 
     def fall_back(self) -> bool:
-        """Go back to the newest committed state of an earlier epoch; False if there is none."""
+        """Go back to the newest committed state of an earlier epoch; False if there is none. ``rewind`` commits it."""
         older = self.run_dir.history.newest(before=self.state.epochs_done)
         if older is None or older.last_checkpoint() is None:
             return False
         self._go_to(older)
-        self.rewind()
         return True
 
     def go_to(self, epoch: int) -> None:
-        """Go to what was committed after ``epoch`` epochs, or with -1 to the very start.
+        """Go to what was committed after ``epoch`` epochs, or with -1 to the very start. ``rewind`` commits it.
 
         A run's further policies are committed before the run itself, so they may be an epoch ahead of it.
 
@@ -139,10 +138,10 @@ class RunBooks:
             if older is None:
                 raise CheckpointError(f"{self.run_dir.path} has no state of epoch {epoch}, where the run is")
             self._go_to(older)
-        self.rewind()
 
     def _go_to(self, state: RunState) -> None:
         self.run_dir.state = state
+        self.run_dir.restore_checkpoints()
         self.run_dir.forget_missing()
         self._load_counts()
 

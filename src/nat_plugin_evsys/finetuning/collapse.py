@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from nat_plugin_evsys.errors import CollapseError
+from nat_plugin_evsys.errors import CheckpointError, CollapseError
 from nat_plugin_evsys.finetuning.epoch_checkpoints import EpochCheckpoints
 from nat_plugin_evsys.report.findings import KEY as FINDINGS
 from nat_plugin_evsys.report.findings import Finding
@@ -41,7 +41,8 @@ async def reload_best(
         measured: reward of the present policy; None if it has none.
 
     Returns:
-        which one; None if no checkpoint has a reward, or the present policy has more than all of them.
+        which one; None if no checkpoint has a reward, if the best one cannot be loaded, or if the present policy has
+        more than all of them.
     """
     best = state.best_measured()
     if best is None or best.reward is None:
@@ -53,7 +54,13 @@ async def reload_best(
             measured,
         )
         return None
-    await checkpoints.load(best)
+    try:
+        await checkpoints.load(best)
+    except CheckpointError as error:
+        logger.warning(
+            "on_collapse: reload_best: %s cannot be loaded, so the run goes on as it is: %s", best.name, error
+        )
+        return None
     return best
 
 

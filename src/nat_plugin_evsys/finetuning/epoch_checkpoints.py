@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 async def reload(policies: Sequence[EpochCheckpoints], *, previous: bool) -> str:
     """Load the last epoch of all policies of a run and publish them; returns where that of the first is.
 
+    Only once they are loaded is anything removed that came after them.
+
     Args:
         policies: the first one's state commits the run; the others are brought to its epoch.
         previous: where a checkpoint is gone or torn, go back to the newest epoch before whose are whole.
@@ -28,25 +30,27 @@ async def reload(policies: Sequence[EpochCheckpoints], *, previous: bool) -> str
         ConfigError: the run's checkpoints are on a service and there is no base_url, or vice versa.
     """
     own, *others = (each.books for each in policies)
+    newest = own.state.epochs_done
+    first: CheckpointError | None = None
     while True:
         epoch = own.state.epochs_done
         try:
             for books in others:
                 books.go_to(epoch)
             source, *_ = [await each.load_committed() for each in policies]
-            return source
+            break
         except CheckpointError as error:
             if not previous:
                 raise CheckpointError(f"{error}. {own.run_dir.history.how_to_go_back(epoch)}") from error
+            first = first or error
+            logger.warning("%s", error)
             if not own.fall_back():
-                raise
-            lost = epoch - own.state.epochs_done
-            logger.warning(
-                "%s. Continuing from the checkpoint before it: %d epoch%s will run again",
-                error,
-                lost,
-                "" if lost == 1 else "s",
-            )
+                raise first from None
+    for books in (own, *others):
+        books.rewind()
+    if lost := newest - epoch:
+        logger.warning("continuing after epoch %d: %d epoch%s will run again", epoch, lost, "" if lost == 1 else "s")
+    return source
 
 
 class EpochCheckpoints:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from nat_plugin_evsys.errors import CheckpointError
 from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.runs import RunDirectory
 
@@ -28,7 +29,13 @@ async def hold_resumed_rollouts(policy: Policy, run: RunDirectory) -> None:
     """For the first rollouts of a resumed run, so that they are as old as those of a run that was never interrupted."""
     before = run.state.epochs_done - 1
     record = next((each for each in run.state.checkpoints if each.epoch == before), None)
-    if record is not None:
+    if record is None:
+        if before >= 0:
+            logger.warning("no checkpoint of epoch %d is left, so the first rollouts are fresh", before)
+        return
+    try:
         await policy.hold_rollouts_at(run.locate(record.adapter))
-    elif before >= 0:
-        logger.warning("no checkpoint of epoch %d is left, so the first rollouts are fresh", before)
+    except CheckpointError as error:
+        logger.warning(
+            "the checkpoint of epoch %d cannot be loaded, so the first rollouts are fresh: %s", before, error
+        )

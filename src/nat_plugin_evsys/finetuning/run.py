@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.config import EvsysTrainerConfig, WarmStartConfig
     from nat_plugin_evsys.finetuning.trajectory_builder import EvsysTrajectoryBuilder
     from nat_plugin_evsys.report.display import Display
-    from nat_plugin_evsys.report.trackers.base import Ending
 
 logger = logging.getLogger(__name__)
 
@@ -89,16 +88,19 @@ class RunSession:
         """
         if self._books.is_finished and self._books.state.epochs_done >= num_epochs:
             return [self._outcome(await self._already_finished())]
+        resumed = await self._reload(num_epochs)  # what cannot be loaded leaves the run as it is
         try:
-            await self._begin_or_reload(num_epochs)
+            if not resumed:
+                await self._begin()
             first = self._books.state.epochs_done
             with gc_frozen():
                 for epoch in range(first, num_epochs):
                     collapsed = await self._epoch(epoch, num_epochs)
                     if collapsed is not None and self._trainer.config.on_collapse == "stop":
                         learner, finding = collapsed
-                        await self._finish("failed")
-                        raise stopped(finding, learner.books.state)
+                        error = stopped(finding, learner.books.state)
+                        await self._finish(error)
+                        raise error
                 summary = await self._finish()
         except asyncio.CancelledError:
             self._stop("interrupted", self._how_to_resume())
@@ -109,17 +111,17 @@ class RunSession:
             raise
         return [self._outcome(summary)]
 
-    async def _begin_or_reload(self, num_epochs: int) -> None:
+    async def _reload(self, num_epochs: int) -> bool:
+        """Load what the run has committed; False if that is nothing."""
         books = self._books
         if not books.is_finished:
             for learner in self._learners:
                 learner.books.undo_finish()
-        books.rewind()
         if books.state.last_checkpoint() is None:
-            for learner in self._learners[1:]:
+            for learner in self._learners:
                 learner.books.go_to(books.state.committed_epoch)
-            await self._begin()
-            return
+                learner.books.rewind()
+            return False
         checkpoints = [learner.checkpoints for learner in self._learners]
         source = await reload(checkpoints, previous=self._trainer.config.resume == "previous")
         for learner in self._learners:
@@ -128,6 +130,7 @@ class RunSession:
             learner.resume()
         self._trainer.trajectory_builder.any_succeeded = books.any_succeeded
         self._display.phase("resume", f"after epoch {books.state.epochs_done} of {num_epochs}, from {source}")
+        return True
 
     async def _already_finished(self) -> RunSummary:
         """The summary of a run that has no epoch left to do; nothing is evaluated or counted again."""
@@ -186,7 +189,8 @@ class RunSession:
         if self._inputs.validation_dataset is None and self._trainer.trajectory_builder.samples:
             sampled_by = max(epoch - 1, 0) if self._trainer.config.overlap_rollouts else epoch
             for learner, row in zip(self._learners, rows, strict=True):
-                learner.books.reward_of_checkpoint(sampled_by, row["reward_mean"])
+                if learner.report.epochs_per_pass == 1:  # else each epoch has other rows
+                    learner.books.reward_of_checkpoint(sampled_by, row["reward_mean"])
         rewards: list[float | None] = [None for _ in self._learners]
         if validated := self._inputs.is_validation_due(epoch + 1, num_epochs):
             rewards = await self._scoring.heldout(epoch + 1)
@@ -278,11 +282,11 @@ class RunSession:
             learner.tracking.step(number, metrics)
         return len(by_step)
 
-    async def _finish(self, ending: Ending = "finished") -> RunSummary:
+    async def _finish(self, error: EvsysError | None = None) -> RunSummary:
         """Measure the last policies, write the summaries, and print them when the process ends.
 
         Args:
-            ending: what the trackers are told; a run that trained on nothing has always failed.
+            error: what ends the run, if that is not its last epoch.
 
         Returns:
             The first policy's.
@@ -290,30 +294,44 @@ class RunSession:
         Raises:
             NothingTrainedError: a policy was not trained, neither by an epoch nor by a warm start.
         """
-        rewards = await self._scoring.training_rows(self._books.state.epochs_done)
-        for learner, reward in zip(self._learners, rewards, strict=True):
-            learner.books.state.train_reward_after = reward
-        self._count_stray_calls()
+        await self._measure_last()
         has_trained = all(learner.books.has_trained for learner in self._learners)
-        await asyncio.to_thread(self._own.tracking.close, ending if has_trained else "failed")
+        await asyncio.to_thread(self._own.tracking.close, "finished" if has_trained and error is None else "failed")
         command = serve_command({learner.name: learner.policy.config.checkpoint for learner in self._learners})
         trackers = self._own.tracking.counts()
         several = len(self._learners) > 1
         for learner in self._learners:
             if notice := learner.adapter.warmup_notice():
                 self._display.notice(f"{learner.name}: {notice}" if several else notice)
-        summaries, texts = [], []
+        summaries = {}
         for learner in reversed(self._learners):
-            summary = learner.books.finish(command, trackers if learner is self._own else {})
+            summaries[learner] = learner.books.finish(command, trackers if learner is self._own else {})
             learner.pages.write()
-            summaries.append(summary)
+        untrained = next((learner for learner in self._learners if not learner.books.has_trained), None)
+        if untrained is not None:
+            name = f"{untrained.name}: " if several else ""
+            error = NothingTrainedError(f"{name}{why_nothing_was_trained(summaries[untrained])}")
+        texts = []
+        for learner, summary in summaries.items():
+            if error is not None:
+                summary = dataclasses.replace(summary, status="failed", error=str(error), serve_command=None)
             texts.append(summary.format(learner.books.run_dir.summary_path))
         print_at_exit("\n\n".join(texts))
-        for learner, summary in zip(self._learners, reversed(summaries), strict=True):
-            if not learner.books.has_trained:
-                name = f"{learner.name}: " if several else ""
-                raise NothingTrainedError(f"{name}{why_nothing_was_trained(summary)}")
-        return summaries[-1]
+        if untrained is not None and error is not None:
+            raise error
+        return summaries[self._own]
+
+    async def _measure_last(self) -> None:
+        """Rewards of what the run ends with, as far as the last epoch has not measured them."""
+        epochs_done = self._books.state.epochs_done
+        last = self._books.state.last_checkpoint()
+        if self._inputs.validation_dataset is not None and last is not None and last.reward is None:
+            for learner, reward in zip(self._learners, await self._scoring.heldout(epochs_done), strict=True):
+                if reward is not None:
+                    learner.books.reward_of_checkpoint(epochs_done, reward)
+        for learner, reward in zip(self._learners, await self._scoring.training_rows(epochs_done), strict=True):
+            learner.books.state.train_reward_after = reward
+        self._count_stray_calls()
 
     def _count_stray_calls(self) -> None:
         trained = [learner.policy for learner in self._learners]

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from nat_plugin_evsys.config import EvsysTraceBuilderConfig, EvsysTrainerConfig
+from nat_plugin_evsys.config import (
+    EvsysPolicyConfig,
+    EvsysTraceBuilderConfig,
+    EvsysTrainerConfig,
+    EvsysTrajectoryBuilderConfig,
+)
 from nat_plugin_evsys.errors import ConfigError
 from nat_plugin_evsys.finetuning.checks.datasets import check_dataset, content_of, dataset_of, sha256_of
 from nat_plugin_evsys.finetuning.checks.trained_policies import TrainedPolicy, builder_of, trained_policies
@@ -78,6 +83,13 @@ class RunInputs:
                 f"trainers.{finetuning.trainer}.validation_interval has no effect without held-out rows; set a "
                 "validation_dataset, or remove it"
             )
+        builder = builder_of(config, finetuning)
+        other_rows = isinstance(builder, EvsysTrajectoryBuilderConfig) and builder.rows_per_epoch is not None
+        if trainer.on_collapse == "reload_best" and validation is None and other_rows:
+            raise ConfigError(
+                f"trainers.{finetuning.trainer}.on_collapse: reload_best needs held-out rows to compare checkpoints, "
+                "since rows_per_epoch gives each epoch other rows; set a validation_dataset, or on_collapse: stop"
+            )
         start = trainer.warm_start
         return cls(
             policies=policies,
@@ -136,4 +148,7 @@ def _dump(config: Config, finetuning: FinetuneConfig, validation: EvalDatasetBas
     builder = builder_of(config, finetuning)
     if isinstance(builder, EvsysTraceBuilderConfig):
         dump.setdefault("data", {})["traces"] = {str(path): sha256_of(path) for path in builder.files if path.is_file()}
+    templates = [llm.chat_template for llm in config.llms.values() if isinstance(llm, EvsysPolicyConfig)]
+    if files := {str(path): sha256_of(path) for path in templates if path is not None and path.is_file()}:
+        dump.setdefault("data", {})["chat_templates"] = files
     return dump

@@ -223,8 +223,6 @@ class EvsysTrainer(Trainer):
         if self._tracking is not None:
             interrupted = bool(self._learners) and self._own.books.state.status == "interrupted"
             await asyncio.to_thread(self._tracking.close, "interrupted" if interrupted else "failed", 10.0)
-        for learner in self._learners:
-            learner.books.run_dir.unlock()
         if isinstance(self.trajectory_builder, EvsysTrajectoryBuilder):
             await self.trajectory_builder.cancel()
         if isinstance(self.trainer_adapter, EvsysTrainerAdapter):
@@ -232,6 +230,8 @@ class EvsysTrainer(Trainer):
                 await adapter.close()
             for rollouts in self.trajectory_builder.by_policy:
                 await rollouts.policy.close()
+        for learner in self._learners:  # last: until here this process writes to the run
+            learner.books.run_dir.unlock()
 
     @property
     def last_report(self) -> RolloutReport:

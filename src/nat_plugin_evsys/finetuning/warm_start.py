@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.errors import ConfigError, DataError, EvsysError
 from nat_plugin_evsys.files import no_file
 from nat_plugin_evsys.json_lines import lines_of, read_text
 from nat_plugin_evsys.training.learning_rate import default_rate
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from nat_plugin_evsys.backends.base import Backend
     from nat_plugin_evsys.config import WarmStartConfig
     from nat_plugin_evsys.policy.policy import Policy
+
+logger = logging.getLogger(__name__)
 
 
 def load_demonstrations(path: Path) -> list[dict[str, Any]]:
@@ -90,7 +93,10 @@ async def _reset_optimizer(backend: Backend) -> None:
     """
     state = await backend.save_full_state(f"warm-start-{uuid.uuid4().hex[:12]}")
     await backend.load_state(state)
-    await backend.delete_checkpoint(state)
+    try:
+        await backend.delete_checkpoint(state)
+    except EvsysError as error:
+        logger.warning("the warm start's temporary checkpoint %s stays: %s", state, error)
 
 
 def _rate(config: WarmStartConfig, backend: Backend) -> float:

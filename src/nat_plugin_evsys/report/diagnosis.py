@@ -171,7 +171,7 @@ def _no_signal(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         f"(mean {numbers.reward_mean:.3f}). {_variety(facts.replies)}",
         _advice_on_no_signal(facts, is_best=is_best),
         examples(facts.replies),
-        collapse=bool(facts.last_trained) and _has_lost(facts, numbers),
+        collapse=bool(facts.last_trained) and _has_been_better(facts, numbers, beyond_luck=True),
     )
 
 
@@ -194,7 +194,7 @@ def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
         keeps_enough = lost < LOST_HALF * (best.reward - low)
     else:
         keeps_enough = now.reward - first >= FALLEN_TO * gain
-    if keeps_enough or lost < BEYOND_LUCK * math.sqrt(best.variance + now.variance):
+    if keeps_enough or not _is_beyond_luck(best, now):
         return None
     best_epoch = facts.epoch + 1 - len(means) + means.index(best)
     width = facts.epochs_per_pass
@@ -210,10 +210,14 @@ def _fallen(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
     )
 
 
-def _has_lost(facts: EpochFacts, numbers: ReplyNumbers) -> bool:
+def _has_been_better(facts: EpochFacts, numbers: ReplyNumbers, *, beyond_luck: bool) -> bool:
     """Whether earlier epochs since the last reload had a higher mean reward."""
     means = _reward_means(facts, numbers)
-    return any(mean.reward > means[-1].reward for mean in means)
+    return any(_is_beyond_luck(mean, means[-1]) if beyond_luck else mean.reward > means[-1].reward for mean in means)
+
+
+def _is_beyond_luck(higher: _Mean, lower: _Mean) -> bool:
+    return higher.reward - lower.reward > BEYOND_LUCK * math.sqrt(higher.variance + lower.variance)
 
 
 def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
@@ -238,7 +242,7 @@ def _one_answer(facts: EpochFacts, numbers: ReplyNumbers) -> Finding | None:
             collapse=not wins
             and facts.epoch > 1
             and numbers.rows_with_signal < SIGNAL_OF_A_COLLAPSE * numbers.rows
-            and _has_lost(facts, numbers),
+            and _has_been_better(facts, numbers, beyond_luck=False),
         )
     return None
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from nat_plugin_evsys.errors import visible
 from nat_plugin_evsys.report.display import Display, Mode
 from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
@@ -68,7 +69,7 @@ class PlainDisplay(Display):
         self._shown = text
         stamp = f"[evsys {self._last - self._started:6.1f}s] "
         # one write, so that a line of another thread's log cannot land inside ours
-        self._stream.write(stamp + text.replace("\n", "\n" + " " * len(stamp)) + "\n")
+        self._stream.write(stamp + visible(text).replace("\n", "\n" + " " * len(stamp)) + "\n")
         self._stream.flush()
 
 

@@ -12,6 +12,7 @@ from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from nat_plugin_evsys.errors import visible
 from nat_plugin_evsys.report.display import Display
 from nat_plugin_evsys.report.texts import epoch_text, job_text, phase_text, steps_text, validation_text
 
@@ -79,7 +80,7 @@ class LiveDisplay(Display):
                 handler.setStream(stream)
 
     def _say(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, markup=False, highlight=False, style=style)
+        self._console.print(visible(text), markup=False, highlight=False, style=style)
 
     def _start(self) -> None:
         if self._running:

@@ -245,6 +245,12 @@ class RunDirectory:
         self.state.set_checkpoints([record for record in self.state.checkpoints if record not in missing])
         return [record.name for record in missing]
 
+    def restore_checkpoints(self) -> None:
+        """Bring back those that were set aside when the process died in the middle of replacing them."""
+        for path in self._named_paths():
+            if isinstance(path, Path):
+                restore_set_aside(path)
+
     def discard_unrecorded(self) -> list[Path]:
         """Delete what an interrupted epoch left behind: checkpoints that the state does not name, temporaries.
 
@@ -253,10 +259,8 @@ class RunDirectory:
         Returns:
             The checkpoints that were deleted.
         """
+        self.restore_checkpoints()
         kept = self._named_paths()
-        for path in kept:
-            if isinstance(path, Path):
-                restore_set_aside(path)
         remove_temporaries(self.path)
         found = [path.parent for path in sorted(self.checkpoints_dir.rglob("manifest.json"))]
         stray = [path for path in found if path not in kept]

@@ -145,6 +145,17 @@ async def test_a_job_shows_the_services_words_once_and_a_users_error_with_its_ca
     assert "the first cause" in describe_error(raised.value)
 
 
+async def test_a_result_ends_an_outage() -> None:
+    """The next one begins anew; its seconds are not counted from the first."""
+    watch = ServiceWatch(TinkerService("http://127.0.0.1:9", "tml-x"))
+    watch._tell("connection refused", 0.0)
+    assert watch._down_since is not None
+    done: Future[int] = Future()
+    done.set_result(1)
+    assert await watch.wait(done, "a sample", "sample") == 1
+    assert watch._down_since is None
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,9 @@ class ServiceWatch:
         try:
             while not (await asyncio.wait({waiter}, timeout=REPORT_SECONDS))[0]:
                 await self._report(what, started)
-            return waiter.result()
+            result = waiter.result()
+            self._down_since = None  # it answers
+            return result
         except Exception as error:
             found = self.service.readable(error, what, purpose)
             if found is error:

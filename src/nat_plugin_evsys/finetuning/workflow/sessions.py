@@ -152,10 +152,11 @@ class RecordedRunner:
         try:
             async with self._rollouts.exporters.exporting(), asyncio.timeout(self._rollouts.timeout) as deadline:
                 output = self._extract(await self._runner.result())
-        except (Exception, SystemExit) as caught:  # noqa: BLE001 - a failed rollout is data, its cause is recorded
-            error = exit_error(caught) if isinstance(caught, SystemExit) else caught
+        except (Exception, SystemExit, asyncio.CancelledError) as caught:  # noqa: BLE001 - this is data
+            error = _error_of(caught)
             if deadline.expired():
                 self._rollouts.timeouts.add(self._run_id)
+            if deadline.expired() or isinstance(caught, asyncio.CancelledError):
                 self._end_cancelled_run()
             logger.debug("rollout %s failed: %s", self._run_id, caught)
         finally:
@@ -184,6 +185,19 @@ class RecordedRunner:
         if stream is not None:
             stream.on_complete()
         self._runner._state = RunnerState.FAILED
+
+
+def _error_of(caught: BaseException) -> Exception:
+    """What a rollout failed with. A cancellation of the task itself is raised again; one from within is an error."""
+    if isinstance(caught, SystemExit):
+        return exit_error(caught)
+    if isinstance(caught, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise caught
+        return RuntimeError("the workflow raised asyncio.CancelledError: it waited for something that was cancelled")
+    assert isinstance(caught, Exception)
+    return caught
 
 
 @cache
