@@ -27,6 +27,7 @@ from nat_plugin_evsys.report.findings import Finding
 from nat_plugin_evsys.report.metrics_log import EPOCH, WARM_START
 from nat_plugin_evsys.report.summary import RunSummary, print_at_exit
 from nat_plugin_evsys.runs.rollouts import Collection
+from nat_plugin_evsys.runs.state import CheckpointRecord
 from nat_plugin_evsys.training.sdft import SdftStep
 from nat_plugin_evsys.training.sft import SftStep
 
@@ -55,6 +56,24 @@ class SessionTrainer(ScoringTrainer, Protocol):
 
     def log_progress(self, epoch: int, metrics: dict[str, Any]) -> None:
         """Record an epoch's row of metrics of the first policy."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _EpochEnd:
+    """What an epoch came to for one policy.
+
+    Attributes:
+        row: of metrics.jsonl.
+        reward: of the checkpoint that is about to be saved; None if it was not measured.
+        findings: the new ones.
+        reloaded: the checkpoint that was loaded since the policy has collapsed, or None.
+    """
+
+    learner: Learner
+    row: dict[str, Any]
+    reward: float | None
+    findings: list[Finding]
+    reloaded: CheckpointRecord | None
 
 
 class RunSession:
@@ -194,28 +213,37 @@ class RunSession:
         rewards: list[float | None] = [None for _ in self._learners]
         if validated := self._inputs.is_validation_due(epoch + 1, num_epochs):
             rewards = await self._scoring.heldout(epoch + 1)
-        reloaded, found = [], []
-        for at, (learner, row) in enumerate(zip(self._learners, rows, strict=True)):
-            found.append(learner.look(epoch, row, validated=validated))
-            best = None
-            if self._trainer.config.on_collapse == "reload_best":
-                best = await learner.reload_if_collapsed(row, rewards[at])
-                rewards[at] = rewards[at] if best is None else best.reward
-            reloaded.append(best)
-            self._log(learner, epoch, row)
-        await self._commit(epoch + 1, rewards)
-        collapsed = None
-        for learner, row, findings, best in zip(self._learners, rows, found, reloaded, strict=True):
-            self._display.epoch_done(epoch + 1, num_epochs, row)
-            for finding in findings:
-                self._display.finding(self._named(learner, finding))
-            if best is not None:
-                learner.adapter.scale_rate(rate_after(learner.books.metrics.rows()))
-                self._display.phase("reload", f"{best.name}, continuing at {RATE_FACTOR:g} times the learning rate")
-            learner.pages.after_epoch()
-            if (collapse := collapse_of(row)) is not None:
-                collapsed = collapsed or (learner, self._named(learner, collapse))
-        return collapsed
+        ends = [
+            await self._end_epoch(learner, epoch, row, reward, validated=validated)
+            for learner, row, reward in zip(self._learners, rows, rewards, strict=True)
+        ]
+        await self._commit(epoch + 1, [end.reward for end in ends])
+        for end in ends:
+            self._show_epoch(end, epoch + 1, num_epochs)
+        collapses = ((end.learner, collapse_of(end.row)) for end in ends)
+        return next(((each, self._named(each, found)) for each, found in collapses if found is not None), None)
+
+    async def _end_epoch(
+        self, learner: Learner, epoch: int, row: dict[str, Any], reward: float | None, *, validated: bool
+    ) -> _EpochEnd:
+        """Look at a policy's epoch, reload its best checkpoint if that is asked for, and log the row."""
+        findings = learner.look(epoch, row, validated=validated)
+        reloaded = None
+        if self._trainer.config.on_collapse == "reload_best":
+            reloaded = await learner.reload_if_collapsed(row, reward)
+        self._log(learner, epoch, row)
+        if reloaded is not None:
+            learner.adapter.scale_rate(rate_after(learner.books.metrics.rows()))
+        return _EpochEnd(learner, row, reward if reloaded is None else reloaded.reward, findings, reloaded)
+
+    def _show_epoch(self, end: _EpochEnd, epochs_done: int, num_epochs: int) -> None:
+        learner = end.learner
+        self._display.epoch_done(epochs_done, num_epochs, end.row)
+        for finding in end.findings:
+            self._display.finding(self._named(learner, finding))
+        if end.reloaded is not None:
+            self._display.phase("reload", f"{end.reloaded.name}, continuing at {RATE_FACTOR:g} times the learning rate")
+        learner.pages.after_epoch()
 
     def _log(self, learner: Learner, epoch: int, row: dict[str, Any]) -> None:
         if learner is self._own:

@@ -68,7 +68,7 @@ def kl_penalised(
         base: the base model's logprobs of target_tokens, (N,).
         learner: the learner's, (N,); see ``kl_coefficient``.
     """
-    rows = sampled_rows(origin)
+    rows = origin.rows
     advantages = np.array(datum.loss_fn_inputs["advantages"].to_numpy(), dtype=np.float64)
     of_learner = None if learner is None else _rows(learner, rows)
     sampler = _rows(datum.loss_fn_inputs["logprobs"], rows)
@@ -114,14 +114,9 @@ def _gaps(sampler: Sequence[TensorData], other: Sequence[TensorData], origins: S
     """``other - sampler`` at every sampled token."""
     gaps = []
     for one, two, origin in zip(sampler, other, origins, strict=True):
-        rows = sampled_rows(origin)
+        rows = origin.rows
         gaps.append(_rows(two, rows) - _rows(one, rows))
     return np.concatenate(gaps)
-
-
-def sampled_rows(origin: Provenance) -> NDArray[np.int64]:
-    """The rows of a Datum's sampled tokens, without those that a grammar forced."""
-    return origin.rows
 
 
 def _rows(values: TensorData, rows: NDArray[np.int64]) -> Floats:

@@ -127,7 +127,7 @@ class PolicyRollouts:
         Args:
             target_functions: those whose calls are trained on; see ``targeted``.
         """
-        report = RolloutReport()
+        report, version = RolloutReport(), self.policy.version
         groups: dict[str, list[Trajectory]] = {}
         for attempt in self.attempts:
             report.account(attempt)
@@ -145,7 +145,7 @@ class PolicyRollouts:
                 continue
             metadata = {ROW_ID_KEY: attempt.row_id, ROLLOUT_ID_KEY: attempt.run_id, "error": attempt.error}
             group.append(build_trajectory(calls, attempt.reward, metadata, step_rewards))
-            report.staleness.update(self.policy.version - call.policy_version for call in calls)
+            report.staleness.update(version - call.policy_version for call in calls)
             report.prompts.update(call.history for call in calls)
             report.malformed_calls += sum(call.malformed_calls for call in calls)
         return [group for group in groups.values() if group], report
