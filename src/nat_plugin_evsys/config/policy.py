@@ -74,7 +74,8 @@ class EvsysPolicyConfig(StrictConfig, LLMBaseConfig, name="evsys_policy"):
         "the newest run in output_dir with a trained epoch), or the path of a checkpoint or of a LoRA adapter that "
         "PEFT wrote (with base_url: a tinker:// path). `best` has the highest held-out reward; without a "
         "`validation_dataset`, it is the reward of the rollouts that a checkpoint made, which the last one has not "
-        "(and none has with `rows_per_epoch`, which gives each other rows). `nat finetune` starts a new adapter unless this is a path.",
+        "(and none has with `rows_per_epoch`, which gives each other rows). `nat finetune` starts a new adapter unless "
+        "this is a path.",
     )
     lora_rank: int = Field(default=defaults.RANK, ge=1, description="Rank of the LoRA adapter.")
     lora_alpha: float = Field(
