@@ -62,10 +62,6 @@ def nothing_scored(config: Config, tmp_path: Path) -> None:
     config["trainers"]["trainer"] |= {"validation_dataset": None, "score_training_rows": False}
 
 
-def validation_without_rows(config: Config, tmp_path: Path) -> None:
-    config["trainers"]["trainer"] |= {"validation_dataset": None, "validation_interval": 2}
-
-
 def batches_of_sequences_alone(config: Config, tmp_path: Path) -> None:
     config["llms"]["policy"] |= {"deterministic": True, "max_batch_size": 8}
 
@@ -123,7 +119,6 @@ CASES = [
     (custom_dataset_without_rows, ["train: the dataset has no rows", "Run `nat eval`"]),
     (cut_distribution, ["llms.policy.top_p is 0.8", "set top_p: 1"]),
     (nothing_scored, ["trainers.trainer.score_training_rows is false", "set a validation_dataset, or"]),
-    (validation_without_rows, ["validation_interval has no effect without held-out rows", "set a validation_dataset"]),
     (batches_of_sequences_alone, ["max_batch_size has no effect with deterministic: true"]),
     (estimator_without_weight, ["kl_estimator has no effect without kl_beta"]),
     (unknown_key_of_the_loss, ["loss_fn_config of ppo has the unknown key 'clip_low'; it takes clip_low_threshold"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from nat.data_models.config import Config, GeneralConfig
     from nat.data_models.dataset_handler import EvalDatasetBaseConfig
     from nat.data_models.finetuning import FinetuneConfig, FinetuneRunConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,9 @@ class RunInputs:
                 "nothing would measure the policy; set a validation_dataset, or score_training_rows: true"
             )
         elif trainer.validation_interval is not None:
-            raise ConfigError(
-                f"trainers.{finetuning.trainer}.validation_interval has no effect without held-out rows; set a "
-                "validation_dataset, or remove it"
+            logger.warning(
+                "trainers.%s.validation_interval has no effect without held-out rows; set a validation_dataset",
+                finetuning.trainer,
             )
         builder = builder_of(config, finetuning)
         other_rows = isinstance(builder, EvsysTrajectoryBuilderConfig) and builder.rows_per_epoch is not None
