@@ -217,7 +217,7 @@ async def test_a_long_prompt_is_a_400_with_both_lengths(serve: Any, renderer: Ch
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_engine_failure_is_retried_and_recorded_once(serve: Any, stream: bool) -> None:
+async def test_an_engine_failure_that_a_retry_makes_good_costs_the_run_nothing(serve: Any, stream: bool) -> None:
     served = serve([EvsysError("out of memory"), ZeroDivisionError("a bug"), "done"])
     served.recorder.open_run("run", "rollout", 1)
     async with served.client(max_retries=2) as client:
@@ -226,10 +226,8 @@ async def test_an_engine_failure_is_retried_and_recorded_once(serve: Any, stream
         )
         if stream:
             assert "".join([c.choices[0].delta.content or "" async for c in answer]) == "done"
-    assert [str(failure) for failure in served.recorder.failures("run")] == [
-        "engine_error: out of memory",
-        "internal_error: ZeroDivisionError: a bug",
-    ]
+    assert served.recorder.failures("run") == []
+    assert served.recorder.totals.failures == 2
     (call,) = served.recorder.close_run("run")
     assert call.reply["content"] == "done"
 
@@ -483,3 +481,15 @@ async def test_a_stream_that_nobody_reads_is_cut_and_recorded(
     assert call.output_ids == sampled[: len(call.output_ids)]
     assert call.stop_reason == "length"
     assert (len(call.output_ids) == 600) == reads
+
+
+async def test_a_retry_makes_good_its_own_failures_alone(serve: Any) -> None:
+    served = serve([EvsysError("first"), EvsysError("second"), "done"])
+    served.recorder.open_run("run", "rollout", 1)
+    headers = {RUN_ID_HEADER: "run"}
+    async with served.client(max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError):
+            await client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_headers=headers)
+    async with served.client(max_retries=1) as client:
+        await client.chat.completions.create(model=MODEL, messages=MESSAGES, extra_headers=headers)
+    assert [str(failure) for failure in served.recorder.failures("run")] == ["engine_error: first"]

@@ -200,11 +200,14 @@ class ChatRoutes:
         peer = Peer(request.receive, self._closing(), self._recorder.receive(_run_id(request)))
         preparing = self._prepare(parsed, request, caller, plain)
         if parsed.stream:
-            return await self._stream(preparing, peer, dialect)
+            events = await self._stream(preparing, peer, dialect)
+            self._recorder.answered_retry(_run_id(request), _retries(request))
+            return events
         try:
             completion, response = await peer.guard(_sampled(preparing))
             # Thousands of tokens with their likeliest alternatives take seconds to write.
             answer = await asyncio.to_thread(self._answer, completion, response, dialect)
+            self._recorder.answered_retry(_run_id(request), _retries(request))
         finally:
             peer.close()
         return Response(answer, media_type="application/json")
@@ -269,6 +272,12 @@ def _object(value: Any) -> dict[str, Any]:
 def _run_id(request: Request) -> str | None:
     """The rollout that a call belongs to: of its context, else the one that its URL carries."""
     return request.headers.get(RUN_ID_HEADER) or request.path_params.get(ROLLOUT)
+
+
+def _retries(request: Request) -> int:
+    """How often the client has tried before, if it is OpenAI's."""
+    given = request.headers.get("x-stainless-retry-count", "")
+    return int(given) if given.isdecimal() and len(given) < 4 else 0
 
 
 async def _sampled(

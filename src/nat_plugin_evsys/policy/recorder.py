@@ -188,6 +188,13 @@ class Recorder:
             if run is not None:
                 run.failures.append(CallFailure(run_id, reason, message))
 
+    def answered_retry(self, run_id: str | None, retries: int) -> None:
+        """Note that a call was answered at its client's ``retries``-th retry, so that what failed cost the run nothing."""
+        with self._lock:
+            run = self._runs.get(run_id) if run_id is not None else None
+            if run is not None and retries > 0:
+                del run.failures[-retries:]
+
     def refuse(self, run_id: str | None, refusal: CallRefusal) -> bool:
         """Count a call that was refused; True if it is the first of its kind."""
         with self._lock:
@@ -207,7 +214,7 @@ class Recorder:
             self._disconnected += 1
 
     def failures(self, run_id: str) -> list[CallFailure]:
-        """The failed calls of an open run, in arrival order.
+        """The failed calls of an open run that no retry has made good, in arrival order.
 
         Raises:
             ValueError: the run is not open.
