@@ -189,7 +189,7 @@ class Recorder:
                 run.failures.append(CallFailure(run_id, reason, message))
 
     def answered_retry(self, run_id: str | None, retries: int) -> None:
-        """Note that a call was answered at its client's ``retries``-th retry: what failed before cost the run nothing."""
+        """Note that a call was answered at its client's ``retries``-th retry: what failed before has cost nothing."""
         with self._lock:
             run = self._runs.get(run_id) if run_id is not None else None
             if run is not None and retries > 0:
