@@ -189,12 +189,10 @@ def same_attempts_notice(config: Config, finetuning: FinetuneConfig, trained: Tr
 def few_rows_notice(config: Config, finetuning: FinetuneConfig, dataset: EvalDatasetBaseConfig) -> str | None:
     """What to say where ``rows_per_epoch`` divides nothing, since the dataset has no more rows than that."""
     builder = builder_of(config, finetuning)
-    rows = content_of(dataset).get("rows")
-    if not isinstance(builder, EvsysTrajectoryBuilderConfig) or builder.rows_per_epoch is None or rows is None:
+    size = builder.rows_per_epoch if isinstance(builder, EvsysTrajectoryBuilderConfig) else None
+    rows = None if size is None else content_of(dataset).get("rows")
+    if size is None or rows is None or size <= rows:
         return None
-    if builder.rows_per_epoch <= rows:
-        return None
-    size = builder.rows_per_epoch
     return f"rows_per_epoch is {size}, but the dataset has {rows} rows, so every epoch visits all of them"
 
 

@@ -117,9 +117,7 @@ class RunSession:
                     collapsed = await self._epoch(epoch, num_epochs)
                     if collapsed is not None and self._trainer.config.on_collapse == "stop":
                         learner, finding = collapsed
-                        error = stopped(finding, learner.books.state)
-                        await self._finish(error)
-                        raise error
+                        await self._finish(stopped(finding, learner.books.state))
                 summary = await self._finish()
         except asyncio.CancelledError:
             self._stop("interrupted", self._how_to_resume())
@@ -314,7 +312,7 @@ class RunSession:
         """Measure the last policies, write the summaries, and print them when the process ends.
 
         Args:
-            error: what ends the run, if that is not its last epoch.
+            error: what ends the run, if that is not its last epoch; it is raised.
 
         Returns:
             The first policy's.
@@ -323,8 +321,9 @@ class RunSession:
             NothingTrainedError: a policy was not trained, neither by an epoch nor by a warm start.
         """
         await self._measure_last()
-        has_trained = all(learner.books.has_trained for learner in self._learners)
-        await asyncio.to_thread(self._own.tracking.close, "finished" if has_trained and error is None else "failed")
+        untrained = next((learner for learner in self._learners if not learner.books.has_trained), None)
+        failed = untrained is not None or error is not None
+        await asyncio.to_thread(self._own.tracking.close, "failed" if failed else "finished")
         command = serve_command({learner.name: learner.policy.config.checkpoint for learner in self._learners})
         trackers = self._own.tracking.counts()
         several = len(self._learners) > 1
@@ -335,7 +334,6 @@ class RunSession:
         for learner in reversed(self._learners):
             summaries[learner] = learner.books.finish(command, trackers if learner is self._own else {})
             learner.pages.write()
-        untrained = next((learner for learner in self._learners if not learner.books.has_trained), None)
         if untrained is not None:
             name = f"{untrained.name}: " if several else ""
             error = NothingTrainedError(f"{name}{why_nothing_was_trained(summaries[untrained])}")
@@ -345,7 +343,7 @@ class RunSession:
                 summary = dataclasses.replace(summary, status="failed", error=str(error), serve_command=None)
             texts.append(summary.format(learner.books.run_dir.summary_path))
         print_at_exit("\n\n".join(texts))
-        if untrained is not None and error is not None:
+        if error is not None:
             raise error
         return summaries[self._own]
 

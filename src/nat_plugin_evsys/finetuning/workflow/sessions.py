@@ -152,7 +152,7 @@ class RecordedRunner:
         try:
             async with self._rollouts.exporters.exporting(), asyncio.timeout(self._rollouts.timeout) as deadline:
                 output = self._extract(await self._runner.result())
-        except (Exception, SystemExit, asyncio.CancelledError) as caught:  # noqa: BLE001 - this is data
+        except (Exception, SystemExit, asyncio.CancelledError) as caught:  # noqa: BLE001 - a failed rollout is data
             error = _error_of(caught)
             if deadline.expired():
                 self._rollouts.timeouts.add(self._run_id)
