@@ -55,13 +55,18 @@ def test_every_form_of_logprobs(logprobs: Any) -> None:
     call = the_call(trajectory(logprobs))
     assert call.prompt_ids == [2, ord("q"), END, 3]
     assert (call.output_ids, call.logprobs) == ([ord("a"), ord("b")], [-0.5, -0.25])
-    assert (call.stop_reason, call.temperature) == ("length", 1.0)
+    assert (call.stop_reason, call.temperature, call.policy_version) == ("length", 1.0, 0)
 
 
 def test_the_end_of_the_turn_may_be_among_them() -> None:
-    call = the_call(trajectory([-0.5, -0.25, -0.1], temperature=0.7))
+    call = the_call(trajectory([-0.5, -0.25, -0.1]))
     assert (call.output_ids, call.stop_reason) == ([ord("a"), ord("b"), END], "stop")
-    assert call.temperature == 0.7
+
+
+def test_who_sampled_it_is_in_the_metadata() -> None:
+    """``recompute_logprobs`` trains on calls of the present version only."""
+    call = the_call(trajectory([-0.5, -0.25], temperature=0.7, policy_version=3))
+    assert (call.temperature, call.policy_version) == (0.7, 3)
 
 
 def test_named_tokens_are_taken_as_they_are() -> None:

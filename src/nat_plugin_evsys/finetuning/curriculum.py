@@ -24,6 +24,7 @@ from nat.data_models.finetuning import CurriculumLearningConfig, Trajectory, Tra
 
 from nat_plugin_evsys.calls import DropReason
 from nat_plugin_evsys.errors import ConfigError, DataError
+from nat_plugin_evsys.rollouts.trajectories import num_calls
 
 ROW_ID_KEY = "row_id"
 """Key of ``Trajectory.metadata`` that names the dataset row; groups without it are known by their position."""
@@ -55,7 +56,7 @@ class Selection:
         """Count trajectories that are left out."""
         if trajectories:
             self.dropped_trajectories[reason] += len(trajectories)
-            self.dropped_calls[reason] += sum(len((item.metadata or {}).get("calls", ())) for item in trajectories)
+            self.dropped_calls[reason] += sum(map(num_calls, trajectories))
             self.reasons |= {str((item.metadata or {}).get(ROLLOUT_ID_KEY)): reason for item in trajectories}
 
 

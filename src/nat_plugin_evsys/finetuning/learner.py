@@ -22,7 +22,7 @@ from nat_plugin_evsys.policy.policy import Policy
 from nat_plugin_evsys.report.findings import Finding
 from nat_plugin_evsys.report.metrics_log import RELOADED
 from nat_plugin_evsys.report.trackers.tracking import Tracking
-from nat_plugin_evsys.rollouts.trajectories import calls_of
+from nat_plugin_evsys.rollouts.trajectories import num_calls
 from nat_plugin_evsys.runs.rollouts import Collection
 from nat_plugin_evsys.runs.state import CheckpointRecord
 
@@ -126,10 +126,9 @@ class Learner:
     def drop_groups(self) -> None:
         """Count the trajectories of rollouts that end the run, since all of them failed and earned the same."""
         trajectories = [trajectory for group in self.rollouts.groups for trajectory in group]
-        calls = sum(len(calls_of(trajectory)) for trajectory in trajectories)
         reason = DropReason.ZERO_VARIANCE_GROUP
         if trajectories:
-            self.books.count_dropped({reason: calls}, {reason: len(trajectories)})
+            self.books.count_dropped({reason: sum(map(num_calls, trajectories))}, {reason: len(trajectories)})
 
     async def keep(self, collection: Collection, fates: Mapping[Any, CallFate] | None = None) -> None:
         """Write the last rollouts, and what training did with their calls."""

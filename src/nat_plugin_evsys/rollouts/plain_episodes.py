@@ -68,7 +68,8 @@ def with_calls(
 
     An item's logprobs are numbers, or OpenAI's entries (``{"token", "logprob"}``, also below ``content``). Entries
     ``token_id:<id>`` name the tokens. Otherwise they are those of the text, and there must be as many as logprobs,
-    with or without the end-of-turn token. ``metadata["temperature"]`` is what the item was sampled at, 1 unless given.
+    with or without the end-of-turn token. ``metadata["temperature"]`` is what the item was sampled at, 1 unless given,
+    and ``metadata["policy_version"]`` the version that sampled it, 0 unless given.
 
     Args:
         name: what to call the trajectory in an error text.
@@ -173,17 +174,18 @@ class Reading:
 
 def _call(item: EpisodeItem, reply: Message, request: _Request, reading: Reading) -> Call:
     tokens = reply_tokens(_entries(item.logprobs), reply, reading)
+    sampled = item.metadata or {}
     return Call(
         call_id=f"episode-{uuid.uuid4().hex}",
         index=0,
         run_id=None,
         step_id=None,
-        policy_version=0,
+        policy_version=int(sampled.get("policy_version", 0)),
         prompt_ids=reading.renderer.render(request.messages, request.tools or None),
         output_ids=tokens.ids,
         logprobs=tokens.logprobs,
         stop_reason=tokens.stop_reason,
-        temperature=float((item.metadata or {}).get("temperature", 1.0)),
+        temperature=float(sampled.get("temperature", 1.0)),
         top_p=1.0,
         messages=request.messages,
         tools=request.tools,

@@ -73,6 +73,11 @@ def build_trajectory(
     )
 
 
+def num_calls(trajectory: Trajectory) -> int:
+    """Recorded calls of a trajectory, unchecked; 0 of one without."""
+    return len((trajectory.metadata or {}).get(CALLS_KEY, ()))
+
+
 def calls_of(trajectory: Trajectory, name: str = "trajectory") -> list[Call]:
     """The recorded calls that ``build_trajectory`` put in; checked for shape.
 

@@ -80,7 +80,8 @@ class StepData:
         if others:
             raise DataError(
                 f"recompute_logprobs is for rollouts of the policy that is trained, which is version {version}, but "
-                f"there are calls of version {', '.join(map(str, sorted(others)))}; set recompute_logprobs: false"
+                f"there are calls of version {', '.join(map(str, sorted(others)))} (0 also where an episode's item has "
+                "no `policy_version` in its metadata); set recompute_logprobs: false"
             )
         return await self._with_learner(sets, with_sampled_logprobs)
 
